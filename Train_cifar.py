@@ -1,0 +1,297 @@
+"""DivideMix on CIFAR-10, CIFAR-100, Fashion-MNIST and scikit-learn's digits (Algorithm 1 of the paper).
+
+    python Train_cifar.py --data_path ./cifar-10 --r 0.5                      # CIFAR-10, 50 % symmetric noise (Table 1)
+    python Train_cifar.py --data_path ./cifar-10 --noise_mode asym --r 0.4    # CIFAR-10, 40 % asymmetric noise (Table 2)
+    python Train_cifar.py --dataset cifar100 --data_path ./cifar-100 --r 0.8  # CIFAR-100, 80 % symmetric noise
+    python Train_cifar.py --dataset digits --r 0.5 --width 16 --warm_up 8 --num_epochs 20   # nothing to download, minutes on a CPU
+    python Train_cifar.py ... --method ce                                     # plain cross-entropy, for comparison
+
+The same command again continues the run. lambda_u, p_threshold and the loss window are the paper's for the setting
+(`dividemix/recipes.py`), unless given. `main` reads from top to bottom: data, two networks, Algorithm 1.
+"""
+
+import argparse
+import hashlib
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import dataloader_cifar
+import PreResNet
+from dividemix import DivideMixError, noise, options, runtime
+from dividemix.checkpoint import load_networks
+from dividemix.codivide import CoDivide
+from dividemix.data import DeviceImages
+from dividemix.engine import ensemble_accuracy, per_sample_loss, set_learning_rate, train_epoch, warmup_epoch
+from dividemix.run import Run, draws, folder_for, seeded
+
+ARCHITECTURES = {
+    "preresnet18": PreResNet.ResNet18,
+    "preresnet34": PreResNet.ResNet34,
+    "preresnet50": PreResNet.ResNet50,
+}
+WEIGHT_DECAY = 5e-4
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = options.Parser(prog="Train_cifar.py", description="DivideMix on small images with noisy labels.")
+    options.add_method(parser, batch_size=64, lr=0.02, alpha=4, num_epochs=300, lr_drop=150)
+    group = parser.add_argument_group("data and noise")
+    group.add_argument("--dataset", choices=["cifar10", "cifar100", "fashionmnist", "digits"], default="cifar10")
+    group.add_argument("--data_path", default="./cifar-10", help="folder of the data set's files; digits needs none")
+    group.add_argument("--download", action="store_true", help="fetch and verify the data set if it is not there")
+    group.add_argument(
+        "--num_class", type=options.positive_int, help="refused when it contradicts the data (default: from the data)"
+    )
+    group.add_argument("--noise_mode", choices=noise.MODES, default="sym")
+    group.add_argument(
+        "--r", type=options.rate, default=0.5, help="noise rate: the part of the training samples that is drawn"
+    )
+    group.add_argument("--noise_file", help="JSON list of noisy labels (default: <r>_<noise_mode>.json with the data)")
+    group.add_argument(
+        "--noise_seed", type=options.seed, help="seed of the noise, where no file exists (default: --seed)"
+    )
+    group.add_argument(
+        "--limit_train", type=options.positive_int, metavar="N", help="train on a seeded subset of N samples"
+    )
+    group = parser.add_argument_group("network and variants")
+    group.add_argument("--arch", choices=sorted(ARCHITECTURES), default="preresnet18")
+    group.add_argument("--width", type=options.positive_int, default=64, help="channels of the first stage")
+    group.add_argument(
+        "--method",
+        choices=["dividemix", "ce"],
+        default="dividemix",
+        help="ce: plain cross-entropy, the same nets and schedule",
+    )
+    group.add_argument(
+        "--loss_window",
+        type=options.positive_int,
+        help="epochs of loss averaged before the mixture is fitted (default: the paper's)",
+    )
+    group.add_argument(
+        "--conf_penalty", choices=["auto", "on", "off"], default="auto", help="in warm-up; auto: for asymmetric noise"
+    )
+    group.add_argument(
+        "--save_scores",
+        action="store_true",
+        help="keep every epoch's loss, clean probability and prediction of each sample",
+    )
+    options.add_run(parser)
+    args = parser.parse_args(argv)
+    args.noise_seed = args.seed if args.noise_seed is None else args.noise_seed
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train, or continue. -> the last epoch's metrics, with `run_dir` and, where the paper has this row, `paper_best` and `paper_last`."""
+    args = parse_args(argv)
+    row, recipe_lines = options.resolve_recipe(args)
+    machine = runtime.start(args.device, args.gpuid, args.precision, args.deterministic)
+    images = dataloader_cifar.load(args.dataset, args.data_path, args.download)
+    if args.num_class not in (None, images.num_class):
+        raise DivideMixError(
+            f"--num_class {args.num_class}: {args.dataset} in {args.data_path} has {images.num_class} classes; leave it out"
+        )
+    args.num_class = images.num_class
+    conf_penalty = args.conf_penalty == "on" or (
+        args.conf_penalty == "auto" and args.noise_mode == "asym" and args.method == "dividemix"
+    )
+
+    suffixes = ["ce" if args.method == "ce" else "", f"seed{args.seed}" if args.seed != 123 else "", args.id]
+    folder = folder_for(args.out_dir, args.run_dir, args.dataset, f"{args.r:g}", args.noise_mode, *suffixes)
+    with Run(folder, vars(args), args.fresh) as run:
+        train, validation, test, truly_clean, about = prepare_data(args, images, run, machine.device)
+        nets = [seeded(args.seed, k, lambda: ARCHITECTURES[args.arch](images.num_class, args.width)) for k in range(2)]
+        if args.init_from:
+            load_weights(nets, load_networks(Path(args.init_from)), args.init_from)
+        nets = [machine.prepare(net) for net in nets]
+        optimizers = [machine.optimizer(net, args.lr, WEIGHT_DECAY) for net in nets]
+        codivide = [CoDivide(args.p_threshold, args.loss_window) for _ in nets]
+        if run.state:
+            load_weights(nets, run.state["nets"], "the last checkpoint")
+            for part, state in zip(optimizers, run.state["optimizers"], strict=True):
+                part.load_state_dict(state)
+            for part, state in zip(codivide, run.state["codivide"], strict=True):
+                part.load_state(state)
+        run.start({"args": vars(args), "data": about, "machine": machine.describe()})
+        print(
+            machine.describe(),
+            *about["lines"],
+            *(recipe_lines if args.method == "dividemix" else []),
+            f"run folder {folder}",
+            sep="\n",
+        )
+
+        common = {"forward": machine.forward}
+        warmup = {**common, "batch_size": 2 * args.batch_size, "conf_penalty": conf_penalty}
+        mixmatch = {
+            **common,
+            "batch_size": args.batch_size,
+            "alpha": args.alpha,
+            "T": args.T,
+            "lambda_u": args.lambda_u,
+        }
+        mixmatch |= {"warm_up": args.warm_up, "num_class": images.num_class}
+        evaluation = {**common, "batch_size": args.eval_batch_size}
+
+        for epoch in run.epochs(args.num_epochs):
+            lr = args.lr if epoch < args.lr_drop else args.lr / 10
+            set_learning_rate(optimizers, lr)
+            divisions, scores, terms = [None, None], {}, [None, None]
+            warming_up = args.method == "ce" or epoch < args.warm_up
+
+            if not warming_up:  # W = GMM(X, Y, theta) of both networks, before either is trained
+                for k, net in enumerate(nets):
+                    with run.phase("loss") as bar:
+                        scored = per_sample_loss(net, train, bar=bar, **evaluation)
+                    with run.phase("gmm"):
+                        gmm_seed = int(draws(args.seed, "divide", epoch, k).integers(2**32))
+                        divisions[k] = codivide[k](scored.loss, truly_clean, gmm_seed, f"net {k + 1}")
+                    scores |= score_arrays(k, scored, divisions[k])
+
+            for k, net in enumerate(
+                nets
+            ):  # co-divide: net 1 on net 2's division, then net 2 on net 1's with the new net 1 as peer
+                peer, division = nets[1 - k], divisions[1 - k]
+                if division is None:
+                    with run.phase(f"warmup{k + 1}") as bar:
+                        rng = draws(args.seed, "warmup", epoch, k)
+                        terms[k] = warmup_epoch(net, optimizers[k], train, rng=rng, bar=bar, **warmup)
+                else:
+                    with run.phase(f"train{k + 1}") as bar:
+                        rng = draws(args.seed, "train", epoch, k)
+                        terms[k] = train_epoch(
+                            net, peer, optimizers[k], train, division, epoch=epoch, rng=rng, bar=bar, **mixmatch
+                        )
+
+            with run.phase("test") as bar:
+                accuracy = ensemble_accuracy(nets, test, bar=bar, **evaluation)
+                held_out = ensemble_accuracy(nets, validation, **evaluation) if validation else None
+
+            metrics = {"phase": "ce" if args.method == "ce" else "warmup" if warming_up else "train", "lr": lr}
+            metrics |= epoch_metrics(accuracy, held_out, divisions, terms)
+            state = {
+                "nets": [net.state_dict() for net in nets],
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "codivide": [part.state() for part in codivide],
+            }
+            run.end_epoch(metrics, state, scores, args.save_scores)
+
+        return finish(run, row, args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What main leaves to the reader's second look
+
+
+def prepare_data(args: argparse.Namespace, images: dataloader_cifar.ImageData, run: Run, device):
+    """Noisy labels, the subset and the validation part. -> (train, validation or None, test, truly_clean (N,), about)."""
+    transition, map_name = noise.asym_transition(images.num_class, args.dataset)
+    spec = noise.NoiseSpec(args.dataset, args.noise_mode, args.r, args.noise_seed, images.num_class, transition)
+    noise_file = Path(args.noise_file) if args.noise_file else None
+    given, origin = noise.noisy_labels(images.train_labels, spec, images.folder, run.folder, noise_file)
+    labels_sha256 = hashlib.sha256(given.tobytes() + images.train_labels.tobytes()).hexdigest()
+    run.pin("labels_sha256", labels_sha256, f"the labels ({origin}) are not those that {run.folder} began with")
+
+    index = np.arange(len(given))
+    if args.limit_train:
+        if args.limit_train > len(index):
+            raise DivideMixError(f"--limit_train {args.limit_train}: there are {len(index)} training samples")
+        index = np.sort(draws(args.seed, "subset").permutation(index)[: args.limit_train])
+    held_out = np.empty(0, dtype=index.dtype)
+    if args.val_fraction:
+        shuffled = draws(args.seed, "validation").permutation(index)
+        size = max(1, round(args.val_fraction * len(index)))
+        held_out, index = np.sort(shuffled[:size]), np.sort(shuffled[size:])
+    if len(index) < 2:
+        raise DivideMixError(f"{len(index)} training samples are left: at least 2 are needed")
+
+    def on_device(pixels, labels):
+        return DeviceImages(pixels, labels, images.mean, images.std, images.flip, device)
+
+    truth = images.train_labels[index]
+    np.savez(run.folder / "labels.npz", index=index, given=given[index], true=truth)
+    changed = float((given[index] != truth).mean())
+    lines = [
+        f"{args.dataset}: {len(index)} training, {len(images.test_labels)} test images, {images.num_class} classes"
+        + (f", {len(held_out)} held out with their noisy labels to select the best epoch" if len(held_out) else "")
+        + (f" (official {args.dataset})" if images.official else ""),
+        f"noise {args.noise_mode} {args.r:g}: {changed:.1%} of the training labels are wrong; {origin}",
+    ]
+    if args.noise_mode == "asym":
+        lines.append(f"asymmetric map: {map_name}")
+    about = {
+        "lines": lines,
+        "classes": images.class_names,
+        "train": len(index),
+        "test": len(images.test_labels),
+        "wrong": changed,
+    }
+    train = on_device(images.train_images[index], given[index])
+    validation = on_device(images.train_images[held_out], given[held_out]) if len(held_out) else None
+    test = on_device(images.test_images, images.test_labels)
+    return train, validation, test, given[index] == truth, about
+
+
+def load_weights(nets, states, source: str) -> None:
+    for net, state in zip(nets, states, strict=True):
+        try:
+            net.load_state_dict(state)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise DivideMixError(f"{source} does not fit this network: another --arch, --width or data set?") from error
+
+
+def score_arrays(k: int, scored, division) -> dict[str, np.ndarray]:
+    """What scores/epoch_NNN.npz holds of net k: raw and fitted loss, clean probability, prediction (N,); the mixture (2,)."""
+    arrays = {"raw_loss": scored.loss.cpu().numpy(), "prediction": scored.prediction.cpu().numpy().astype(np.int32)}
+    if division is not None:
+        arrays |= {
+            name: getattr(division, name) for name in ("loss", "clean_probability", "means", "variances", "weights")
+        }
+        arrays["threshold"] = np.float64(division.threshold)
+    return {f"{name}_net{k + 1}": value for name, value in arrays.items()}
+
+
+def epoch_metrics(accuracy, held_out, divisions, terms) -> dict[str, Any]:
+    """The record of an epoch, flat. loss_x is the cross-entropy and penalty the confidence penalty in warm-up."""
+    metrics = dict(zip(("test_acc", "test_acc_net1", "test_acc_net2"), accuracy, strict=True))
+    if held_out:
+        metrics |= dict(zip(("val_acc", "val_acc_net1", "val_acc_net2"), held_out, strict=True))
+    for k, division in enumerate(divisions, start=1):
+        metrics[f"auc_net{k}"] = division.auc if division else None
+        metrics[f"labeled_net{k}"] = int(division.labeled.sum()) if division else None
+        metrics[f"unlabeled_net{k}"] = int((~division.labeled).sum()) if division else None
+    metrics["loss_x"] = float(np.mean([t.labeled for t in terms]))
+    metrics["loss_u"] = float(np.mean([t.unlabeled for t in terms])) if any(divisions) else None
+    metrics["penalty"] = float(np.mean([t.penalty for t in terms]))
+    return metrics
+
+
+def finish(run: Run, row, args: argparse.Namespace) -> dict[str, Any]:
+    """Print best and last beside the paper's row, draw the figures, and return the final metrics."""
+    final = {**run.records[-1], "run_dir": str(run.folder)}
+    line = f"best {final['best_acc']:.2f} (epoch {run.best_epoch}), mean of the last 10 {final['last10_acc']:.2f}"
+    if args.method == "ce":
+        best_net1 = max(record["test_acc_net1"] for record in run.records)
+        line += f"; net 1 alone: best {best_net1:.2f}"
+        if row:
+            line += f"; paper's cross-entropy (one net): best {row.ce_best}"
+            final["paper_best"] = row.ce_best
+    elif row:
+        line += f"; paper: {row.best} / {row.last}"
+        final |= {"paper_best": row.best, "paper_last": row.last}
+    print(line)
+    try:
+        from dividemix import report
+
+        print(f"figures: {', '.join(map(str, report.draw(run.folder)))}")
+    except Exception as error:  # the run is saved: a plot must not lose it
+        warnings.warn(f"no figures: {error}", stacklevel=2)
+    return final
+
+
+if __name__ == "__main__":
+    options.command_line(main)

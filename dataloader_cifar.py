@@ -1,0 +1,325 @@
+"""The data sets of Train_cifar.py, read into memory once per run: cifar10, cifar100, fashionmnist, digits.
+
+    data = load("cifar10", "./cifar-10")      # the folder that holds cifar-10-batches-py, or that folder itself
+    data.train_images                         # uint8 (50000, 32, 32, 3)
+
+These sets are small (CIFAR: 180 MB), so there is no DataLoader: the training script puts the uint8 arrays on the device
+and `dividemix.augment` crops, flips and normalises them there. Whatever is wrong with the files ends in a
+`DivideMixError`, one line that names the file. CIFAR's files are pickles, and reading a pickle can run any code; the
+unpickler here knows plain values and number arrays, and refuses everything else.
+"""
+
+import gzip
+import io
+import math
+import os
+import pickle
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
+from torchvision.datasets.mnist import read_image_file, read_label_file
+from torchvision.datasets.utils import check_integrity
+
+from dividemix import DivideMixError
+
+# torchvision's classes hold the published file names, md5s and addresses
+_CIFAR = {"cifar10": (CIFAR10, "labels"), "cifar100": (CIFAR100, "fine_labels")}
+_FILES = {  # what counts as a file of the set
+    "cifar10": r"data_batch_(0|[1-9][0-9]*)|test_batch|batches\.meta",
+    "cifar100": r"train|test|meta",
+    "fashionmnist": r"(train|t10k)-(images-idx3|labels-idx1)-ubyte(\.gz)?",
+}
+_MEAN_STD = {  # of pixel values in [0, 1]; for CIFAR the authors' figures
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),
+    "fashionmnist": ((0.2860,) * 3, (0.3530,) * 3),
+}
+_MIN_SIDE = 16  # the networks halve the image three times
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """One data set in memory."""
+
+    name: str  # 'cifar10' | 'cifar100' | 'fashionmnist' | 'digits'
+    train_images: np.ndarray  # uint8 (N, H, W, 3), C-contiguous
+    train_labels: np.ndarray  # int64 (N,), the true labels
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    class_names: list[str]
+    mean: tuple[float, float, float]  # of pixel values in [0, 1]
+    std: tuple[float, float, float]
+    flip: bool  # a mirrored image keeps its class (not so for digits)
+    folder: Path | None  # where the noise file belongs: beside CIFAR's batches, FashionMNIST's root; None for digits
+    official: bool  # every file has the published md5; for printing, decides nothing
+
+    @property
+    def num_class(self) -> int:
+        return len(self.class_names)
+
+
+def load(dataset: str, data_path: str | Path, download: bool = False) -> ImageData:
+    """Reads `dataset` from `data_path` (digits come with scikit-learn: no path, no download).
+
+    `download` fetches what is not there through torchvision, which verifies the md5; it never overwrites a file that is
+    not the published one, be it own data or damaged.
+    Raises DivideMixError: one line that names the file or folder, what was expected and what to do.
+    """
+    root = Path(os.path.abspath(os.path.expanduser(data_path)))
+    try:
+        if dataset in _CIFAR:
+            train, test, class_names, folder, official = _load_cifar(dataset, root, download)
+        elif dataset == "fashionmnist":
+            train, test, class_names, folder, official = _load_fashionmnist(root, download)
+        elif dataset == "digits":
+            train, test, class_names = _load_digits()
+            folder, official = None, False
+        else:
+            raise DivideMixError(f"unknown dataset {dataset!r}: expected cifar10, cifar100, fashionmnist or digits")
+    except OSError as error:
+        raise DivideMixError(f"cannot read {error.filename or root}: {error.strerror or error}") from error
+    mean, std = _MEAN_STD.get(dataset) or [(float(value / 255),) * 3 for value in (train[0].mean(), train[0].std())]
+    return ImageData(dataset, *train, *test, class_names, mean, std, dataset != "digits", folder, official)
+
+
+_Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 (n, H, W, 3), labels int64 (n,)
+
+
+def _files(dataset: str, folder: Path) -> list[str]:
+    names = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    return [name for name in names if re.fullmatch(_FILES[dataset], name)]
+
+
+def _find(dataset: str, places: list[Path], download: bool) -> Path:
+    """The place with the most files of the data set, the first of equals."""
+    best = max(places, key=lambda folder: len(_files(dataset, folder)))
+    if not _files(dataset, best) and not download:
+        looked = " and ".join(map(str, places))
+        how = "give the right --data_path, add --download to fetch it, or try --dataset digits (nothing to download)"
+        raise DivideMixError(f"{dataset} not found, looked in {looked}: {how}")
+    return best
+
+
+def _fetch(source: type, root: Path, url: str, example: Path) -> None:
+    try:
+        source(str(root), train=False, download=True)  # fetches every file; the test set is the quicker one to build
+    except Exception as error:  # network, disk, archive or md5: torchvision has no error type of its own
+        failed = f"download of {source.__name__} to {root} failed ({error!r:.300})"
+        how = f"fetch {url} yourself, unpack it so that {example} exists, and run without --download"
+        raise DivideMixError(f"{failed}: {how}") from error
+
+
+def _existing(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if path.with_name(f"{path.name}.gz").is_file():
+        raise DivideMixError(f"{path}.gz is still compressed: run gunzip -k {path.parent}/*.gz")
+    raise DivideMixError(f"{path} is missing: put it back (published data: run again with --download)")
+
+
+def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
+    try:
+        return reader(_existing(path))
+    except (DivideMixError, OSError):
+        raise
+    except Exception as error:  # damage can end in anything: EOFError, AssertionError, MemoryError, RecursionError ...
+        raise _bad(path, f"damaged or of another format ({error!r:.300})") from error
+
+
+def _bad(path: Path, what: str) -> DivideMixError:
+    return DivideMixError(f"{path}: {what}: use a good copy (published data: delete it, run again with --download)")
+
+
+def _check_labels(path: Path, labels: np.ndarray, count: int, num_class: int) -> None:
+    if len(labels) != count:
+        raise _bad(path, f"{len(labels)} labels for {count} images")
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_class))
+    if len(wrong):
+        raise _bad(path, f"label {labels[wrong[0]]} of sample {wrong[0]}, expected 0 to {num_class - 1}")
+
+
+# ---- CIFAR, and whatever else is in the format of its "python version" ----
+def _load_cifar(dataset: str, root: Path, download: bool) -> tuple[_Arrays, _Arrays, list[str], Path, bool]:
+    source, label_key = _CIFAR[dataset]
+    md5s = dict([*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])])
+    folder = _find(dataset, [root, root / source.base_folder], download)
+    present = [name for name in md5s if (folder / name).is_file()]
+    intact = [name for name in present if check_integrity(folder / name, md5s[name])]
+    if (
+        download and intact == present and len(present) < len(md5s)
+    ):  # nothing is there, or a part of the published files
+        folder = root if root.name == source.base_folder else root / source.base_folder
+        _fetch(source, folder.parent, source.url, folder / source.test_list[0][0])
+        intact = list(md5s)
+
+    paths = _train_paths(dataset, folder)
+    if len(paths) < len(source.train_list) and all(path.name in intact for path in paths):
+        _existing(folder / source.train_list[len(paths)][0])  # published batches only, but not all of them
+    paths.append(_existing(folder / source.test_list[0][0]))
+    batches = [_read_batch(path, label_key) for path in paths]
+    class_names = _class_names(source, folder, [labels for _, labels in batches])
+    for path, (images, labels) in zip(paths, batches, strict=True):
+        _check_labels(path, labels, len(images), len(class_names))
+        if images.shape != (len(images), *batches[0][0].shape[1:]):
+            raise _bad(path, f"its images differ in size from those in {paths[0].name}")
+    images, labels = zip(*batches[:-1], strict=True)  # the last is the test set
+    official = len(intact) == len(md5s) == len(paths) + 1  # + 1: the file with the class names
+    return (np.concatenate(images), np.concatenate(labels)), batches[-1], class_names, folder, official
+
+
+def _train_paths(dataset: str, folder: Path) -> list[Path]:
+    """The training files in numeric order (10 comes after 9); a gap in the numbers is a missing file."""
+    if dataset == "cifar100":
+        return [_existing(folder / "train")]
+    numbers = [int(name[11:]) for name in _files(dataset, folder) if name.startswith("data_batch_")]
+    return [_existing(folder / f"data_batch_{n}") for n in range(min([1, *numbers]), max([1, *numbers]) + 1)]
+
+
+def _read_batch(path: Path, label_key: str) -> _Arrays:
+    """One file: a dict with `data`, uint8 (n, 3 * side * side), each row three colour planes, and n labels."""
+    entry = _read(path, _read_pickle)
+    rows, labels = entry.get("data"), entry.get(label_key)
+    if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.ndim != 2 or len(rows) == 0:
+        found = f"{rows.dtype} {rows.shape}" if isinstance(rows, np.ndarray) else f"a {type(rows).__name__}"
+        raise _bad(path, f"'data' is {found}, expected uint8 (n, 3 * side * side) with n > 0")
+    side = math.isqrt(rows.shape[1] // 3)
+    if rows.shape[1] != 3 * side * side or side < _MIN_SIDE:
+        raise _bad(path, f"{rows.shape[1]} values per image, expected 3 * side * side with side >= {_MIN_SIDE}")
+    # Each type is looked at, as np.array() would unfold lists that contain each other until memory ends.
+    if isinstance(labels, list) and all(type(label) is int and abs(label) < 2**62 for label in labels):
+        labels = np.array(labels, dtype=np.int64)
+    if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise _bad(path, f"{label_key!r} is not a list of class numbers")
+    images = rows.reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), labels.astype(np.int64)
+
+
+def _class_names(source: type[CIFAR10], folder: Path, labels: list[np.ndarray]) -> list[str]:
+    """The names in the meta file; without that file the classes 0 to the largest label."""
+    path, key = folder / source.meta["filename"], source.meta["key"]
+    if not path.is_file():
+        largest = max(int(part.max(initial=0)) for part in labels)
+        return [str(c) for c in range(min(largest, 10**6) + 1)]  # beyond a million it is damage, not a class
+    names = _read(path, _read_pickle).get(key)
+    if not isinstance(names, list) or not names or not all(isinstance(name, str | bytes) for name in names):
+        raise _bad(path, f"no list of class names {key!r}")
+    return [_text(name) for name in names]
+
+
+# ---- Pickles: number arrays and plain values; no code is run ----
+_ADMITTED = re.compile(  # what number arrays need, from numpy 1 and 2 and Python 2 and 3, in all protocols
+    r"numpy\.(ndarray|dtype|_?core\.(multiarray\.(_reconstruct|scalar)|numeric\._frombuffer))"
+    r"|_codecs\.encode|(builtins|__builtin__)\.(bytes|bytearray)"
+)
+
+
+@dataclass(eq=False)
+class _Call:
+    """Record of a call that a pickle asks for. None is made while reading; `_value` then works out the result."""
+
+    function: str
+    args: tuple
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Unpickler(pickle._Unpickler):
+    """Imports nothing: an admitted name becomes a recorder of calls, any other is refused.
+
+    Extends pickle's Python version, since the C version allocates and fills a table as long as any number that the file
+    gives (opcode LONG_BINPUT; 64 GB for one damaged byte). The largest file, CIFAR-100's, takes about a second.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(io.BytesIO(path.read_bytes()), encoding="bytes")  # what Python 2 called str stays bytes
+        self.path = path
+        self.dispatch = {**self.dispatch, pickle.BYTEARRAY8[0]: _Unpickler.load_bytearray8}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if not _ADMITTED.fullmatch(f"{module}.{name}"):
+            raise _bad(self.path, f"it asks to run code ({module[:40]!r}, {name[:40]!r}), refused and nothing run")
+        return lambda *args: _Call(name, args)
+
+    def load_bytearray8(self) -> None:  # pickle's own fills the length that the file claims before it reads
+        self.append(self.read(struct.unpack("<Q", self.read(8))[0]))
+
+
+def _read_pickle(path: Path) -> dict[Any, Any]:
+    """The dict in the file: keys as str, arrays as np.ndarray."""
+    items = _Unpickler(path).load().items()
+    values = [[_value(part) for part in item] if isinstance(item, list) else _value(item) for _, item in items]
+    return dict(zip((_text(_value(key)) for key, _ in items), values, strict=True))
+
+
+def _value(item: Any) -> Any:
+    """What a recorded call would have returned: bytes, a number or a number array. Anything else stays as it is."""
+    if not isinstance(item, _Call):
+        return item
+    if item.function in ("bytes", "bytearray", "encode"):  # bytes(), bytearray(b"..."), encode("...", "latin1")
+        value, encoding = map(_value, (*item.args, *(b"", "latin1")[len(item.args) :]))
+        if not isinstance(value, str | bytes) or encoding not in ("latin1", "latin-1"):  # bytes(10**12), say
+            raise ValueError("bytes that are not made of latin1 text")
+        return value.encode("latin1") if isinstance(value, str) else value
+    if item.function == "_frombuffer":
+        data, dtype, shape, order, *axes = item.args
+    elif item.function == "_reconstruct":  # BUILD then gave it its contents
+        _, shape, dtype, is_fortran, data = item.state
+        order, axes = "F" if is_fortran else "C", []
+    else:
+        (dtype, data), shape, order, axes = item.args, (), "C", []  # scalar
+    code, data = _text(dtype.args[0]), _value(data)
+    if not re.fullmatch("b1|[iu][1248]|f[248]", code):
+        raise ValueError(f"array of {code[:20]!r}, expected numbers")
+    kind = np.dtype(code).newbyteorder(_text(dtype.state[1]))  # state: (version, byte order, ...)
+    flat = np.frombuffer(data, kind) if len(data) else np.empty(0, kind)
+    array = flat.reshape(shape).transpose(*axes) if order == "K" else flat.reshape(shape, order=order)
+    return array.item() if item.function == "scalar" else array
+
+
+def _text(value: Any) -> Any:
+    return value.decode("latin1") if isinstance(value, bytes) else value
+
+
+# ---- Fashion-MNIST and the digits ----
+def _load_fashionmnist(root: Path, download: bool) -> tuple[_Arrays, _Arrays, list[str], Path, bool]:
+    """torchvision's raw IDX files: 28x28 grey, given a black border of 2 and three equal channels."""
+    md5s = dict(FashionMNIST.resources)  # those of the .gz files, which torchvision leaves beside the raw ones
+    raw = _find("fashionmnist", [root / "FashionMNIST" / "raw", root / "raw", root], download)
+    if download and not all((raw / name.removesuffix(".gz")).is_file() for name in md5s):
+        above = {"raw": root.parent.parent, "FashionMNIST": root.parent}.get(root.name, root)
+        raw = above / "FashionMNIST" / "raw"
+        _fetch(FashionMNIST, above, FashionMNIST.mirrors[0], raw / "train-images-idx3-ubyte")
+
+    splits = []
+    for part in ("train", "t10k"):
+        images_path, labels_path = raw / f"{part}-images-idx3-ubyte", raw / f"{part}-labels-idx1-ubyte"
+        images, labels = _read(images_path, read_image_file).numpy(), _read(labels_path, read_label_file).numpy()
+        if images.shape[1:] != (28, 28):
+            raise _bad(images_path, f"images of {images.shape[1:]} pixels, expected (28, 28)")
+        _check_labels(labels_path, labels, len(images), len(FashionMNIST.classes))
+        splits.append((np.repeat(np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None], 3, axis=3), labels))
+    archives = [raw / name for name, md5 in md5s.items() if check_integrity(raw / name, md5)]
+    same = [gzip.decompress(path.read_bytes()) == path.with_suffix("").read_bytes() for path in archives]
+    folder = raw.parent.parent if raw.parent.name == "FashionMNIST" else root
+    return *splits, FashionMNIST.classes[:], folder, sum(same) == len(md5s)
+
+
+def _load_digits() -> tuple[_Arrays, _Arrays, list[str]]:
+    """scikit-learn's 1,797 digits, 8x8 with values 0 to 16, scaled up to 32x32; 1,450 of them to train on."""
+    digits = load_digits()
+    grey = F.interpolate(torch.from_numpy(digits.images)[:, None], (32, 32), mode="bilinear", align_corners=False)
+    grey = (grey[:, 0] * (255 / 16)).round().to(torch.uint8).numpy()
+    images, labels = np.repeat(grey[..., None], 3, axis=3), digits.target.astype(np.int64)
+    train, test = np.split(np.random.RandomState(0).permutation(len(labels)), [1450])
+    return (images[train], labels[train]), (images[test], labels[test]), [str(digit) for digit in range(10)]

@@ -1,0 +1,123 @@
+"""Files that survive a crash: atomic writes, and the checkpoints of a run.
+
+A checkpoint is written under a new name, then the small last.json is pointed at it; the one before is kept. Whatever moment
+the machine dies at, last.json names a file that is whole, and should that file be damaged later, the one before is used.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dividemix import DivideMixError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader finds the old content or the new one, never a part: temporary file, fsync, rename, fsync.
+
+    Raises OSError (disk full, read-only ...) and then leaves the old file as it was and no temporary one.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a shared run or noise file from colleagues
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def to_bytes(state: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def save_last(folder: Path, epoch: int, state: dict[str, Any]) -> None:
+    """Write `epoch-NNN.pt`, point last.json at it, and delete all but it and the one before."""
+    before = read_pointer(folder)
+    content = to_bytes(state)
+    file = folder / f"epoch-{epoch:03d}.pt"
+    write_atomically(file, content)
+    entry = {"file": file.name, "sha256": hashlib.sha256(content).hexdigest(), "epoch": epoch}
+    previous = (
+        {k: before[k] for k in entry if k in before} if before.get("file") != file.name else before.get("previous")
+    )
+    write_atomically(folder / "last.json", json.dumps(entry | {"previous": previous or None}, indent=1).encode())
+    keep = {file.name, (previous or {}).get("file")}
+    for old in folder.glob("epoch-*.pt"):
+        if old.name not in keep:
+            old.unlink()
+
+
+def read_pointer(folder: Path) -> dict[str, Any]:
+    """The content of last.json, {} where it is missing or damaged."""
+    try:
+        pointer = json.loads((folder / "last.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return pointer if isinstance(pointer, dict) and isinstance(pointer.get("file"), str) else {}
+
+
+def load_last(folder: Path) -> dict[str, Any] | None:
+    """The state of the last checkpoint whose file is whole, None where there is no checkpoint yet.
+
+    A damaged one is passed over with a warning. Raises DivideMixError where there are checkpoints but none that loads.
+    """
+    pointer = read_pointer(folder)
+    entries = [entry for entry in (pointer, pointer.get("previous")) if isinstance(entry, dict) and "file" in entry]
+    known = {entry["file"] for entry in entries}
+    # Files that last.json does not vouch for (it is damaged, or a kill came between a checkpoint and it) are tried last.
+    entries += [
+        {"file": file.name} for file in sorted(folder.glob("epoch-*.pt"), reverse=True) if file.name not in known
+    ]
+    for entry in entries:
+        path = folder / Path(entry["file"]).name
+        try:
+            content = path.read_bytes()
+            if "sha256" in entry and hashlib.sha256(content).hexdigest() != entry["sha256"]:
+                raise DivideMixError("its content is not what was written (sha256 differs)")
+            return from_bytes(content)
+        except (OSError, DivideMixError) as error:
+            warnings.warn(f"checkpoint {path} is passed over: {error}", stacklevel=2)
+    if entries:
+        raise DivideMixError(f"no checkpoint in {folder} can be read: --fresh moves the folder aside and starts anew")
+    return None
+
+
+def from_bytes(content: bytes) -> dict[str, Any]:
+    """Tensors and plain values only: weights_only refuses a file that would run code. Raises DivideMixError."""
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail in many ways: zip, pickle, storage sizes
+        raise DivideMixError(f"not a loadable checkpoint ({str(error).splitlines()[0][:120]})") from error
+    if not isinstance(state, dict):
+        raise DivideMixError("not a checkpoint of this project (no dictionary)")
+    return state
+
+
+def load_networks(path: Path) -> list[dict[str, Any]]:
+    """The two networks' state dicts of any checkpoint this project writes. Raises DivideMixError naming the file."""
+    try:
+        nets = from_bytes(path.read_bytes()).get("nets")
+    except OSError as error:
+        raise DivideMixError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    except DivideMixError as error:
+        raise DivideMixError(f"checkpoint {path}: {error}") from error
+    if not isinstance(nets, list) or len(nets) != 2:
+        raise DivideMixError(f"checkpoint {path} does not hold two networks under 'nets'")
+    return nets

@@ -1,0 +1,156 @@
+"""Co-divide: per-sample losses -> a two-component Gaussian mixture -> labeled and unlabeled set (paper, Sec. 3.1)."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.metrics import roc_auc_score
+from sklearn.mixture import GaussianMixture
+
+from dividemix import DivideMixError
+
+
+@dataclass(frozen=True)
+class Division:
+    """What one network's losses say of N samples.
+
+    clean_probability (N,) float64; labeled (N,) bool, True where clean_probability > threshold; loss (N,) float32, the
+    normalised loss that the mixture was fitted to; means, variances, weights (2,) of the mixture, the clean component
+    first; auc of clean_probability against the truth, None where it is unknown or undefined (one kind only).
+    """
+
+    clean_probability: NDArray[np.float64]
+    labeled: NDArray[np.bool_]
+    loss: NDArray[np.float32]
+    means: NDArray[np.float64]
+    variances: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    threshold: float
+    auc: float | None
+
+    def state(self) -> dict[str, Any]:
+        """Plain tensors and numbers for a checkpoint."""
+        arrays = {k: torch.from_numpy(v) for k, v in vars(self).items() if isinstance(v, np.ndarray)}
+        return arrays | {"threshold": self.threshold, "auc": self.auc}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Division":
+        return cls(**{k: v.numpy() if hasattr(v, "numpy") else v for k, v in state.items()})
+
+
+def normalise(losses: NDArray) -> NDArray[np.float64]:
+    """Min-max to [0, 1] along the last axis, (..., N) -> (..., N).
+
+    Raises DivideMixError for non-finite losses and for a row whose losses are all equal: nothing could be divided.
+    """
+    losses = np.asarray(losses, dtype=np.float64)
+    if not np.isfinite(losses).all():
+        raise DivideMixError(
+            f"{int((~np.isfinite(losses)).sum())} of {losses.size} per-sample losses are not finite: lower --lr"
+        )
+    low, high = losses.min(axis=-1, keepdims=True), losses.max(axis=-1, keepdims=True)
+    if (high <= low).any():
+        raise DivideMixError(
+            "all per-sample losses are equal, so clean and wrong labels cannot be told apart: the network has learned "
+            "nothing (--lr or --warm_up too small?) or every image is the same"
+        )
+    return (losses - low) / (high - low)
+
+
+def smoothed(losses: NDArray, window: int = 1) -> NDArray[np.float64]:
+    """What the mixture is fitted to: (N,) raw losses or an (E, N) history -> (N,).
+
+    Each row is normalised by itself, the last `window` rows (fewer while fewer exist) are averaged, and the average is
+    not normalised again. The paper uses 5 at 90 % noise, where a single epoch's losses vary much.
+    """
+    history = np.atleast_2d(np.asarray(losses))[-window:]
+    return normalise(history).mean(axis=0)
+
+
+def fit_gmm(loss: NDArray, random_state: int = 0) -> GaussianMixture:
+    """The authors' mixture of a normalised loss (N,). Its few EM steps make the k-means initialisation part of the method."""
+    gmm = GaussianMixture(n_components=2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=random_state)
+    return gmm.fit(loss.reshape(-1, 1))
+
+
+def clean_probability(losses: ArrayLike, window: int = 1, random_state: int = 0) -> NDArray[np.float64]:
+    """Posterior of the mixture's component with the smaller mean: raw losses (N,) or history (E, N) -> (N,) float64."""
+    return codivide(losses, threshold=0.5, window=window, random_state=random_state).clean_probability
+
+
+def codivide(
+    losses: ArrayLike,
+    threshold: float,
+    window: int = 1,
+    truly_clean: NDArray[np.bool_] | None = None,
+    random_state: int = 0,
+) -> Division:
+    """Divide the N samples of one network's raw losses, (N,) or history (E, N), at clean probability `threshold`.
+
+    truly_clean (N,) bool, where it is known, is used for nothing but the AUC. Raises DivideMixError as `normalise` does,
+    and for fewer than two samples.
+    """
+    loss = smoothed(np.asarray(losses), window)
+    if loss.size < 2:
+        raise DivideMixError(f"co-divide needs at least 2 training samples, got {loss.size}")
+    gmm = fit_gmm(loss, random_state)
+    order = np.argsort(gmm.means_.ravel())  # the clean component first
+    probability = gmm.predict_proba(loss.reshape(-1, 1))[:, order[0]]
+    return Division(
+        clean_probability=probability,
+        labeled=probability > threshold,
+        loss=loss.astype(np.float32),
+        means=gmm.means_.ravel()[order],
+        variances=gmm.covariances_.ravel()[order],
+        weights=gmm.weights_[order],
+        threshold=threshold,
+        auc=auc(probability, truly_clean),
+    )
+
+
+def auc(probability: NDArray, truly_clean: NDArray[np.bool_] | None) -> float | None:
+    """Area under the ROC curve of clean probability (N,) against the truth; None if unknown or all of one kind."""
+    if truly_clean is None or truly_clean.all() or not truly_clean.any():
+        return None
+    return float(roc_auc_score(truly_clean, probability))
+
+
+class CoDivide:
+    """One network's co-divide through the epochs: keeps the losses that the window averages, and the last usable division."""
+
+    def __init__(self, threshold: float, window: int = 1):
+        self.threshold, self.window = threshold, window
+        self.history: list[NDArray[np.float32]] = []  # raw losses of the last `window` divided epochs, (N,) each
+        self.division: Division | None = None
+
+    def __call__(
+        self, losses: torch.Tensor, truly_clean: NDArray[np.bool_] | None, random_state: int, name: str = "net"
+    ) -> Division | None:
+        """Divide by this epoch's raw losses (N,).
+
+        An empty labeled set leaves nothing to train on: the division before is kept, with a warning; None where there is none
+        yet (one more warm-up epoch is due). An empty unlabeled set is warned of: only labeled images will be mixed.
+        """
+        self.history = [*self.history, losses.cpu().numpy()][-self.window :]
+        division = codivide(np.stack(self.history), self.threshold, self.window, truly_clean, random_state)
+        if not division.labeled.any():
+            instead = "one more warm-up epoch" if self.division is None else "its division before is kept"
+            warnings.warn(f"{name} finds no sample clean with p > {self.threshold:g}: {instead}", stacklevel=2)
+            return self.division
+        if division.labeled.all():
+            warnings.warn(f"{name} finds every sample clean: no unlabeled images this epoch", stacklevel=2)
+        self.division = division
+        return division
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "history": [torch.from_numpy(losses) for losses in self.history],
+            "division": None if self.division is None else self.division.state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.history = [losses.numpy() for losses in state["history"]]
+        self.division = None if state["division"] is None else Division.from_state(state["division"])

@@ -1,0 +1,288 @@
+"""What a phase and a step compute (Algorithm 1). How it is run (device, precision) comes in as `forward`.
+
+A phase function takes a data set as `dividemix.data` describes it and a numpy generator; all of the phase's draws are made from it
+before the first step. `mixmatch_step` and `warmup_step` are free of host synchronisation: no .item(), no branch on a tensor's
+value, no shape that depends on data. A phase reads its sums back once, at its end.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dividemix import DivideMixError
+from dividemix.algorithm import co_guess, co_refine, linear_rampup, mixup, neg_entropy, prior_penalty, semi_loss
+from dividemix.codivide import Division
+
+Forward = Callable[[nn.Module, Tensor], Tensor]
+
+
+def plain_forward(net: nn.Module, x: Tensor) -> Tensor:
+    return net(x)
+
+
+class StepTerms(NamedTuple):
+    """Detached 0-d tensors of one step."""
+
+    loss: Tensor
+    labeled: Tensor  # Lx
+    unlabeled: Tensor  # Lu, before its weight
+    penalty: Tensor
+
+
+class PhaseTerms(NamedTuple):
+    """Means over a phase's steps."""
+
+    loss: float
+    labeled: float
+    unlabeled: float
+    penalty: float
+
+
+class Scores(NamedTuple):
+    """What a network says of every sample, in eval mode and without augmentation."""
+
+    loss: Tensor  # (N,) float32 cross-entropy against the given label
+    prediction: Tensor  # (N,) int64
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step
+
+
+def mixmatch_step(
+    net: nn.Module,
+    peer: nn.Module,
+    optimizer: Optimizer,
+    x1: Tensor,
+    x2: Tensor,
+    labels: Tensor,
+    w: Tensor,
+    u1: Tensor,
+    u2: Tensor,
+    *,
+    lam: Tensor | float,
+    index: Tensor,
+    T: float,
+    lambda_u: Tensor | float,
+    num_class: int,
+    unlabeled_loss: bool = True,
+    forward: Forward = plain_forward,
+) -> StepTerms:
+    """Co-refine, co-guess, MixMatch and one update of `net`, with `peer` frozen (Algorithm 1, lines 14-27).
+
+    x1, x2 (B, ...) two views of the labeled images, labels int64 (B,), w (B,) their clean probability; u1, u2 (B', ...) two views of
+    the unlabeled ones, B' may be 0. lam: already max(lam, 1 - lam); index: a permutation of all 2B + 2B' rows; lambda_u: already
+    ramped. unlabeled_loss=False is the Clothing1M / WebVision form: unlabeled images are mix partners only, and just the first 2B
+    rows are forwarded. Sets the nets' modes.
+    """
+    net.train()  # also while guessing: each forward's own batch statistics, and four updates of the running ones
+    peer.eval()
+    with torch.no_grad():
+        if len(u1):
+            guesses = [forward(net, u1), forward(net, u2), forward(peer, u1), forward(peer, u2)]
+            targets_u = co_guess(guesses, T)
+        else:
+            targets_u = w.new_zeros(0, num_class)
+        one_hot = (labels.unsqueeze(1) == torch.arange(num_class, device=labels.device)).to(
+            w.dtype
+        )  # no range check: no sync
+        targets_x = co_refine(one_hot, w, [forward(net, x1), forward(net, x2)], T)
+
+    inputs = torch.cat([x1, x2, u1, u2])
+    targets = torch.cat([targets_x, targets_x, targets_u, targets_u])
+    mixed, mixed_targets = mixup(inputs, targets, lam, index)
+    rows_x = 2 * len(x1)
+    if not unlabeled_loss:
+        mixed, mixed_targets = mixed[:rows_x], mixed_targets[:rows_x]
+
+    logits = forward(net, mixed)  # all rows in one forward, also where lambda_u is 0: BN and the penalty see them all
+    Lx, Lu = semi_loss(logits[:rows_x], mixed_targets[:rows_x], logits[rows_x:], mixed_targets[rows_x:])
+    penalty = prior_penalty(logits)
+    loss = Lx + lambda_u * Lu + penalty
+    update(optimizer, loss)
+    return StepTerms(loss.detach(), Lx.detach(), Lu.detach(), penalty.detach())
+
+
+def warmup_step(
+    net: nn.Module,
+    optimizer: Optimizer,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    conf_penalty: bool,
+    forward: Forward = plain_forward,
+) -> StepTerms:
+    """Cross-entropy on the given labels, plus the confidence penalty where it is asked for (Sec. 3.1, Eq. 2)."""
+    net.train()
+    logits = forward(net, x)
+    cross_entropy = F.cross_entropy(logits, labels)
+    penalty = neg_entropy(logits) if conf_penalty else torch.zeros_like(cross_entropy)
+    loss = cross_entropy + penalty
+    update(optimizer, loss)
+    return StepTerms(loss.detach(), cross_entropy.detach(), torch.zeros_like(loss), penalty.detach())
+
+
+def update(optimizer: Optimizer, loss: Tensor) -> None:
+    """Backward and SGD step. Where the optimizer carries a `found_inf` flag (see `runtime.Runtime.optimizer`), the first
+    non-finite loss or gradient raises it, on the device, and neither this update nor any later one is applied."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is not None:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        finite = torch.isfinite(torch.nn.utils.get_total_norm(grads)) & torch.isfinite(loss.detach())
+        found_inf.copy_(torch.maximum(found_inf, (~finite).to(found_inf.dtype)))
+    optimizer.step()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One phase
+
+
+def warmup_epoch(
+    net: nn.Module,
+    optimizer: Optimizer,
+    data,
+    *,
+    batch_size: int,
+    rng: np.random.Generator,
+    conf_penalty: bool = False,
+    forward: Forward = plain_forward,
+    bar: Callable[[Iterable], Iterable] = iter,
+) -> PhaseTerms:
+    """One pass of plain cross-entropy over all samples with their given labels, one augmented view each.
+
+    Raises DivideMixError when a loss or gradient was not finite.
+    """
+    batches = data.warmup_batches(batch_size, rng)
+
+    def step(_: int, batch: tuple) -> StepTerms:
+        return warmup_step(net, optimizer, *data.warmup_views(*batch), conf_penalty=conf_penalty, forward=forward)
+
+    return run_steps(step, batches, optimizer, bar)
+
+
+def train_epoch(
+    net: nn.Module,
+    peer: nn.Module,
+    optimizer: Optimizer,
+    data,
+    division: Division,
+    *,
+    epoch: int,
+    warm_up: int,
+    batch_size: int,
+    alpha: float,
+    T: float,
+    lambda_u: float,
+    num_class: int,
+    rng: np.random.Generator,
+    unlabeled_loss: bool = True,
+    forward: Forward = plain_forward,
+    bar: Callable[[Iterable], Iterable] = iter,
+) -> PhaseTerms:
+    """Train `net` for one pass over the labeled set of its peer's `division`, with `peer` frozen.
+
+    lambda_u is ramped up over 16 epochs from `warm_up` on. Raises DivideMixError when a loss or gradient was not finite.
+    """
+    batches = data.mixmatch_batches(division, batch_size, rng)
+    device = data.device
+    lam = rng.beta(alpha, alpha, size=len(batches))
+    lam = torch.from_numpy(np.maximum(lam, 1 - lam)).float().to(device)
+    rows = [2 * (len(batch[0]) + len(batch[1])) for batch in batches]
+    index = torch.from_numpy(np.concatenate([rng.permutation(n) for n in rows])).to(device).split(rows)
+    num_iter = int(division.labeled.sum()) // batch_size + 1  # as the authors count: one too many when it divides
+    t = epoch + torch.arange(len(batches), device=device) / num_iter
+    ramp = linear_rampup(t, warm_up, lambda_u)
+
+    def step(i: int, batch: tuple) -> StepTerms:
+        return mixmatch_step(
+            net,
+            peer,
+            optimizer,
+            *data.mixmatch_views(*batch),
+            lam=lam[i],
+            index=index[i],
+            T=T,
+            lambda_u=ramp[i],
+            num_class=num_class,
+            unlabeled_loss=unlabeled_loss,
+            forward=forward,
+        )
+
+    return run_steps(step, batches, optimizer, bar)
+
+
+def run_steps(
+    step: Callable[[int, tuple], StepTerms],
+    batches: Iterable[tuple],
+    optimizer: Optimizer,
+    bar: Callable[[Iterable], Iterable],
+) -> PhaseTerms:
+    """Run every batch; read the summed terms and the count of sound steps back once, at the end."""
+    sums = None
+    steps = 0
+    found_inf = getattr(optimizer, "found_inf", None)
+    for i, batch in enumerate(bar(batches)):
+        terms = torch.stack(step(i, batch))
+        ok = torch.isfinite(terms).all() if found_inf is None else found_inf == 0
+        terms = torch.cat([terms, ok.to(terms.dtype).reshape(1)])
+        sums = terms if sums is None else sums + terms
+        steps += 1
+    *totals, sound = sums.tolist()
+    if sound < steps:
+        raise DivideMixError(
+            f"the loss or a gradient was not finite at batch {int(sound) + 1} of {steps}; no update was applied from there on. "
+            "Likely causes: --lr too high, damaged images, or a weight file that does not fit"
+        )
+    return PhaseTerms(*(total / steps for total in totals))
+
+
+@torch.no_grad()
+def per_sample_loss(
+    net: nn.Module,
+    data,
+    *,
+    batch_size: int = 1000,
+    forward: Forward = plain_forward,
+    bar: Callable[[Iterable], Iterable] = iter,
+) -> Scores:
+    """Cross-entropy of all N samples against their given labels: eval mode, no augmentation (Sec. 3.1). Stays on the device."""
+    net.eval()
+    losses, predictions = [], []
+    for x, labels in bar(data.eval_batches(batch_size)):
+        logits = forward(net, x)
+        losses.append(F.cross_entropy(logits, labels, reduction="none"))
+        predictions.append(logits.argmax(dim=1))
+    return Scores(torch.cat(losses), torch.cat(predictions))
+
+
+@torch.no_grad()
+def ensemble_accuracy(
+    nets: list[nn.Module],
+    data,
+    *,
+    batch_size: int = 1000,
+    forward: Forward = plain_forward,
+    bar: Callable[[Iterable], Iterable] = iter,
+) -> list[float]:
+    """Top-1 accuracy in per cent: [of the summed logits, of each net alone]."""
+    for net in nets:
+        net.eval()
+    correct = 0
+    for x, labels in bar(data.eval_batches(batch_size)):
+        logits = torch.stack([forward(net, x) for net in nets])  # (nets, B, C)
+        answers = torch.cat([logits.sum(dim=0, keepdim=True), logits]).argmax(dim=2)  # (1 + nets, B)
+        correct = correct + (answers == labels).sum(dim=1)
+    return [100 * count / len(data) for count in correct.tolist()]
+
+
+def set_learning_rate(optimizers: Iterable[Optimizer], lr: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr

@@ -1,0 +1,55 @@
+"""The paper's hyper-parameters and results, one row per setting, as data. Nothing else in the project states them.
+
+Source: Li, Socher, Hoi, ICLR 2020: Table 7 (lambda_u), Sec. 4.2 (the other settings), Tables 1 and 2 (results).
+Accuracies are test accuracies in per cent: best = the peak over all epochs, last = the mean of the last 10 epochs.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    dataset: str
+    mode: str
+    r: float
+    lambda_u: float  # weight of the unlabeled loss
+    p_threshold: float = 0.5  # clean probability above which a sample is labeled
+    loss_window: int = 1  # epochs of normalised loss that are averaged before the mixture is fitted
+    best: float | None = None
+    last: float | None = None
+    ce_best: float | None = None  # plain cross-entropy, one network
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset} {self.mode} {self.r:.0%}"
+
+
+ROWS = (
+    Recipe("cifar10", "sym", 0.2, lambda_u=0, best=96.1, last=95.7, ce_best=86.8),
+    Recipe("cifar10", "sym", 0.5, lambda_u=25, best=94.6, last=94.4, ce_best=79.4),
+    Recipe("cifar10", "sym", 0.8, lambda_u=25, best=93.2, last=92.9, ce_best=62.9),
+    Recipe("cifar10", "sym", 0.9, lambda_u=50, p_threshold=0.6, loss_window=5, best=76.0, last=75.4, ce_best=42.7),
+    Recipe("cifar10", "asym", 0.4, lambda_u=0, best=93.4, last=92.1, ce_best=85.0),
+    Recipe("cifar100", "sym", 0.2, lambda_u=25, best=77.3, last=76.9, ce_best=62.0),
+    Recipe("cifar100", "sym", 0.5, lambda_u=150, best=74.6, last=74.2, ce_best=46.7),
+    Recipe("cifar100", "sym", 0.8, lambda_u=150, best=60.2, last=59.6, ce_best=19.9),
+    Recipe("cifar100", "sym", 0.9, lambda_u=150, p_threshold=0.6, loss_window=5, best=31.5, last=31.0, ce_best=10.1),
+)
+
+WARM_UP = {"cifar100": 30}  # epochs; 10 for every other small set
+
+
+def warm_up(dataset: str) -> int:
+    return WARM_UP.get(dataset, 10)
+
+
+def nearest(dataset: str, mode: str, r: float) -> tuple[Recipe, bool]:
+    """The row for this setting and True, or else the nearest row and False.
+
+    Nearest: CIFAR-100's rows for CIFAR-100, CIFAR-10's for every other set; of these the same mode where there is one; of these the
+    closest rate, the lower of two as close.
+    """
+    rows = [row for row in ROWS if row.dataset == (dataset if dataset == "cifar100" else "cifar10")]
+    rows = [row for row in rows if row.mode == mode] or rows
+    row = min(rows, key=lambda row: (round(abs(row.r - r), 6), row.r))
+    return row, (row.dataset, row.mode) == (dataset, mode) and abs(row.r - r) < 1e-9

@@ -1,0 +1,189 @@
+"""What a run did, for people: a figure in each run folder and a table of several runs.
+
+    python -m dividemix.report RUN [RUN ...]
+
+Reads run folders only. The figure `report.png`: both networks' loss histograms with the fitted mixture and the threshold, coloured by
+what is truly clean and truly wrong where the truth is known, and the test accuracy over the epochs of all runs given.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from dividemix import DivideMixError
+from dividemix.options import Parser, command_line
+
+CLEAN, WRONG, LINE = "#0072b2", "#d55e00", "#333333"  # told apart by the colour-blind, too
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What the report needs of a run: a record per epoch, the last epoch's scores and the labels (empty where missing)."""
+
+    path: Path
+    args: dict[str, Any]
+    records: list[dict[str, Any]]
+    scores: dict[str, NDArray]
+    labels: dict[str, NDArray]
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def divided(self) -> bool:
+        return "clean_probability_net1" in self.scores
+
+    @property
+    def truly_wrong(self) -> NDArray[np.bool_] | None:
+        return self.labels["given"] != self.labels["true"] if "true" in self.labels else None
+
+
+def read_run(path: Path) -> RunFolder:
+    """Raises DivideMixError where there is no run, or none with a finished epoch."""
+    try:
+        args = json.loads((path / "args.json").read_text())["args"]
+        records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError, KeyError) as error:
+        raise DivideMixError(f"{path} is not a run folder ({error})") from error
+    if not records:
+        raise DivideMixError(f"{path} has no finished epoch yet")
+    scores = sorted((path / "scores").glob("epoch_*.npz"))
+    return RunFolder(path, args, records, arrays(scores[-1]) if scores else {}, arrays(path / "labels.npz"))
+
+
+def arrays(path: Path) -> dict[str, NDArray]:
+    """An .npz without pickles as a dict, {} where there is none."""
+    if not path.exists():
+        return {}
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
+def found_wrong(run: RunFolder) -> dict[str, int] | None:
+    """Training labels that both networks together take for wrong (mean clean probability below the threshold): how many `flagged`,
+    how many `found` of those truly wrong, and how many are `wrong`. None where the run has no division or the truth is unknown."""
+    if not run.divided or run.truly_wrong is None:
+        return None
+    mean = (run.scores["clean_probability_net1"] + run.scores["clean_probability_net2"]) / 2
+    flagged = mean < run.scores["threshold_net1"]
+    return {
+        "flagged": int(flagged.sum()),
+        "found": int((flagged & run.truly_wrong).sum()),
+        "wrong": int(run.truly_wrong.sum()),
+    }
+
+
+def table(runs: Sequence[RunFolder]) -> str:
+    """One line a run, aligned, for the terminal."""
+    rows = [("run", "epochs", "best", "last 10", "AUC net 1/2", "wrong labels found", "of those flagged, wrong")]
+    for run in runs:
+        last, issues = run.records[-1], found_wrong(run)
+        auc = "-" if last["auc_net1"] is None else f"{last['auc_net1']:.3f}/{last['auc_net2']:.3f}"
+        found = precision = "-"
+        if issues and issues["wrong"] and issues["flagged"]:
+            found = f"{issues['found']} of {issues['wrong']} ({issues['found'] / issues['wrong']:.0%})"
+            precision = f"{issues['found']} of {issues['flagged']} ({issues['found'] / issues['flagged']:.0%})"
+        accuracy = (f"{last['best_acc']:.2f}", f"{last['last10_acc']:.2f}")
+        rows.append((run.name, str(len(run.records)), *accuracy, auc, found, precision))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def draw(path: Path, compare: Sequence[Path] = ()) -> list[Path]:
+    """Make report.png in the run folder `path`, with the accuracy curves of `compare` beside its own. -> the files written."""
+    run = read_run(path)
+    others = [read_run(other) for other in compare]
+    panels = 3 if run.divided else 1
+    figure = Figure(figsize=(5.2 * panels, 4.2), layout="constrained")
+    *histograms, accuracy = figure.subplots(1, panels, squeeze=False)[0]
+    for k, axes in enumerate(histograms, start=1):
+        draw_losses(axes, run, k)
+    draw_accuracy(accuracy, [*others, run])
+    figure.suptitle(f"{run.name}: epoch {run.records[-1]['epoch']}")
+    file = path / "report.png"
+    figure.savefig(file, dpi=130)
+    return [file]
+
+
+def draw_losses(axes: Axes, run: RunFolder, k: int) -> None:
+    """Histogram of net k's normalised loss as a density, the mixture's two Gaussians, and where p = threshold."""
+    loss, wrong = run.scores[f"loss_net{k}"], run.truly_wrong
+    bins = np.linspace(0, max(float(loss.max()), 1e-6), 61)
+    density = np.full(len(loss), 1 / (len(loss) * (bins[1] - bins[0])))
+    if wrong is None:
+        axes.hist(loss, bins, weights=density, color="#999999", label="samples")
+    else:
+        parts = [loss[~wrong], loss[wrong]]
+        names = [f"label truly clean ({len(parts[0])})", f"label truly wrong ({len(parts[1])})"]
+        weights = [density[~wrong], density[wrong]]
+        axes.hist(parts, bins, weights=weights, color=[CLEAN, WRONG], stacked=True, alpha=0.55, label=names)
+    x = np.linspace(0, bins[-1], 2000)
+    components = gaussians(x, *(run.scores[f"{name}_net{k}"] for name in ("means", "variances", "weights")))
+    for component, color, name in zip(components, (CLEAN, WRONG), ("clean", "noisy"), strict=True):
+        axes.plot(x, component, color=color, linewidth=2, label=f"fitted Gaussian, {name}")
+    threshold = float(run.scores[f"threshold_net{k}"])
+    labeled = components[0] > threshold * components.sum(axis=0)
+    for i, boundary in enumerate(x[1:][labeled[1:] != labeled[:-1]]):
+        label = f"clean probability = {threshold:g}" if i == 0 else None
+        axes.axvline(boundary, color=LINE, linestyle="--", linewidth=1.5, label=label)
+    # The clean peak is often ten times as high as everything else: a root scale shows both.
+    axes.set_yscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
+    auc = run.records[-1].get(f"auc_net{k}")
+    title = f"net {k}: loss of the {len(loss)} training samples"
+    axes.set(
+        xlabel="normalised loss",
+        ylabel="density (root scale)",
+        title=title if auc is None else f"{title}, AUC {auc:.3f}",
+    )
+    axes.legend(fontsize=8)
+
+
+def gaussians(x: NDArray, means: NDArray, variances: NDArray, weights: NDArray) -> NDArray:
+    """Weighted densities of the mixture's components at x (M,) -> (2, M)."""
+    means, variances, weights = (part[:, None] for part in (means, variances, weights))
+    return weights * np.exp(-((x - means) ** 2) / (2 * variances)) / np.sqrt(2 * np.pi * variances)
+
+
+def draw_accuracy(axes: Axes, runs: Sequence[RunFolder]) -> None:
+    """Test accuracy of the two networks together over the epochs, one curve a run, the run drawn for last and thickest."""
+    styles = [("-", "o", "#009e73"), ("--", "s", "#cc79a7"), (":", "^", "#e69f00"), ("-.", "D", "#56b4e9")]
+    for i, run in enumerate(reversed(runs)):
+        style, marker, color = styles[i % len(styles)]
+        x = [record["epoch"] for record in run.records]
+        y = [record["test_acc"] for record in run.records]
+        label = f"{run.name} (last 10: {run.records[-1]['last10_acc']:.1f})"
+        axes.plot(x, y, style, marker=marker, markersize=3, color=color, linewidth=2.2 if i == 0 else 1.5, label=label)
+    warm_up = runs[-1].args["warm_up"]
+    if runs[-1].divided and len(runs[-1].records) > warm_up:
+        axes.axvline(warm_up - 0.5, color=LINE, linestyle="--", linewidth=1, label="end of warm-up")
+    axes.set(xlabel="epoch", ylabel="test accuracy, %", title="test accuracy (both networks)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(
+        prog="python -m dividemix.report", description="Draw report.png of each run and print a table of all."
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
+    args: argparse.Namespace = parser.parse_args(argv)
+    runs = [read_run(path) for path in args.runs]
+    print(table(runs))
+    for path in args.runs:
+        for file in draw(path, compare=[other for other in args.runs if other != path]):
+            print(f"figure: {file}")
+
+
+if __name__ == "__main__":
+    command_line(main)
