@@ -1,8 +1,8 @@
 """The CIFAR networks: `ResNet18(num_classes)` is the PreAct ResNet-18 of the paper's experiments.
 
-It is not the textbook one: the stem ends with BN and ReLU, every shortcut (identity or a bare 1x1 convolution) starts from
-relu(bn1(x)) and not from x, and no BN follows the last block. State-dict keys and shapes are those of published checkpoints.
-`width` is the channel count of the first stage (64 in the paper; 16 trains on a laptop).
+It is not the textbook one: the stem ends with BN and ReLU, every shortcut (identity or a bare 1x1 convolution) starts
+from relu(bn1(x)) and not from x, and no BN follows the last block. State-dict keys and shapes are those of published
+checkpoints. `width` is the channel count of the first stage (64 in the paper; 16 trains on a laptop).
 """
 
 import torch
@@ -15,7 +15,8 @@ def conv3x3(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
 
 
 def projection(in_planes: int, planes: int, stride: int, *more: nn.Module) -> nn.Sequential:
-    """The shortcut where the shape changes: a 1x1 convolution (and a BN, in the post-activation blocks); else identity."""
+    """The shortcut where the shape changes: a 1x1 convolution (and a BN, in the post-activation blocks); else
+    identity."""
     if stride == 1 and in_planes == planes:
         return nn.Sequential()
     return nn.Sequential(nn.Conv2d(in_planes, planes, kernel_size=1, stride=stride, bias=False), *more)
@@ -78,7 +79,8 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images (B, 3, S, S), S >= 16 -> logits (B, num_classes), float32 under autocast too: the head is computed in float32."""
+    """Images (B, 3, S, S), S >= 16 -> logits (B, num_classes), float32 under autocast too: the head is computed in
+    float32."""
 
     def __init__(self, block: type[nn.Module], num_blocks: list[int], num_classes: int = 10, width: int = 64):
         super().__init__()

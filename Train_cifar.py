@@ -1,10 +1,11 @@
 """DivideMix on CIFAR-10, CIFAR-100, Fashion-MNIST and scikit-learn's digits (Algorithm 1 of the paper).
 
     python Train_cifar.py --data_path ./cifar-10 --r 0.5                      # CIFAR-10, 50 % symmetric noise (Table 1)
-    python Train_cifar.py --data_path ./cifar-10 --noise_mode asym --r 0.4    # CIFAR-10, 40 % asymmetric noise (Table 2)
-    python Train_cifar.py --dataset cifar100 --data_path ./cifar-100 --r 0.8  # CIFAR-100, 80 % symmetric noise
-    python Train_cifar.py --dataset digits --r 0.5 --width 16 --warm_up 8 --num_epochs 20   # nothing to download, minutes on a CPU
-    python Train_cifar.py ... --method ce                                     # plain cross-entropy, for comparison
+    python Train_cifar.py --data_path ./cifar-10 --noise_mode asym --r 0.4    # CIFAR-10, 40 % asymmetric noise (Table
+    2) python Train_cifar.py --dataset cifar100 --data_path ./cifar-100 --r 0.8  # CIFAR-100, 80 % symmetric noise
+    python Train_cifar.py --dataset digits --r 0.5 --width 16 --warm_up 8 --num_epochs 20   # nothing to download,
+    minutes on a CPU python Train_cifar.py ... --method ce                                     # plain cross-entropy,
+    for comparison
 
 The same command again continues the run. lambda_u, p_threshold and the loss window are the paper's for the setting
 (`dividemix/recipes.py`), unless given. `main` reads from top to bottom: data, two networks, Algorithm 1.
@@ -12,7 +13,7 @@ The same command again continues the run. lambda_u, p_threshold and the loss win
 
 import argparse
 import hashlib
-import warnings
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 
 import dataloader_cifar
 import PreResNet
-from dividemix import DivideMixError, noise, options, runtime
+from dividemix import DivideMixError, noise, options, runtime, warn
 from dividemix.checkpoint import load_networks
 from dividemix.codivide import CoDivide
 from dividemix.data import DeviceImages
@@ -77,7 +78,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--save_scores",
         action="store_true",
-        help="keep every epoch's loss, clean probability and prediction of each sample",
+        help="keep every epoch's loss, clean probability and prediction of each sample, as of its start",
     )
     options.add_run(parser)
     args = parser.parse_args(argv)
@@ -86,14 +87,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train, or continue. -> the last epoch's metrics, with `run_dir` and, where the paper has this row, `paper_best` and `paper_last`."""
+    """Train, or continue. -> the last epoch's metrics, with `run_dir` and, where the paper has this row, `paper_best`
+    and `paper_last`."""
     args = parse_args(argv)
     row, recipe_lines = options.resolve_recipe(args)
     machine = runtime.start(args.device, args.gpuid, args.precision, args.deterministic)
     images = dataloader_cifar.load(args.dataset, args.data_path, args.download)
     if args.num_class not in (None, images.num_class):
         raise DivideMixError(
-            f"--num_class {args.num_class}: {args.dataset} in {args.data_path} has {images.num_class} classes; leave it out"
+            f"--num_class {args.num_class}: {args.dataset} has {images.num_class} classes; leave it out"
         )
     args.num_class = images.num_class
     conf_penalty = args.conf_penalty == "on" or (
@@ -110,62 +112,54 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         nets = [machine.prepare(net) for net in nets]
         optimizers = [machine.optimizer(net, args.lr, WEIGHT_DECAY) for net in nets]
         codivide = [CoDivide(args.p_threshold, args.loss_window) for _ in nets]
-        if run.state:
-            load_weights(nets, run.state["nets"], "the last checkpoint")
-            for part, state in zip(optimizers, run.state["optimizers"], strict=True):
-                part.load_state_dict(state)
-            for part, state in zip(codivide, run.state["codivide"], strict=True):
-                part.load_state(state)
-        run.start({"args": vars(args), "data": about, "machine": machine.describe()})
-        print(
-            machine.describe(),
-            *about["lines"],
-            *(recipe_lines if args.method == "dividemix" else []),
-            f"run folder {folder}",
-            sep="\n",
+        restore(run.state, nets, optimizers, codivide)
+        run.start(
+            {
+                "command": ["Train_cifar.py", *(sys.argv[1:] if argv is None else argv)],
+                "args": vars(args),
+                "data": about,
+                "machine": machine.describe(),
+            }
         )
+        recipe_lines = recipe_lines if args.method == "dividemix" else []
+        print(machine.describe(), *about["lines"], *recipe_lines, f"run folder {folder}", sep="\n")
 
-        common = {"forward": machine.forward}
-        warmup = {**common, "batch_size": 2 * args.batch_size, "conf_penalty": conf_penalty}
+        warmup = {"batch_size": 2 * args.batch_size, "conf_penalty": conf_penalty, "forward": machine.forward}
         mixmatch = {
-            **common,
-            "batch_size": args.batch_size,
-            "alpha": args.alpha,
-            "T": args.T,
-            "lambda_u": args.lambda_u,
+            name: getattr(args, name) for name in ("batch_size", "warm_up", "alpha", "T", "lambda_u", "num_class")
         }
-        mixmatch |= {"warm_up": args.warm_up, "num_class": images.num_class}
-        evaluation = {**common, "batch_size": args.eval_batch_size}
+        mixmatch["forward"] = machine.forward
+        evaluation = {"batch_size": args.eval_batch_size, "forward": machine.forward}
 
         for epoch in run.epochs(args.num_epochs):
             lr = args.lr if epoch < args.lr_drop else args.lr / 10
             set_learning_rate(optimizers, lr)
-            divisions, scores, terms = [None, None], {}, [None, None]
             warming_up = args.method == "ce" or epoch < args.warm_up
 
-            if not warming_up:  # W = GMM(X, Y, theta) of both networks, before either is trained
-                for k, net in enumerate(nets):
+            # W = GMM(X, Y, theta): both networks divide the data before either is trained.
+            divisions, scores = [None, None], {}
+            for k, net in enumerate(nets):
+                if not warming_up or args.save_scores:
                     with run.phase("loss") as bar:
                         scored = per_sample_loss(net, train, bar=bar, **evaluation)
-                    with run.phase("gmm"):
-                        gmm_seed = int(draws(args.seed, "divide", epoch, k).integers(2**32))
-                        divisions[k] = codivide[k](scored.loss, truly_clean, gmm_seed, f"net {k + 1}")
+                    if not warming_up:
+                        with run.phase("gmm"):
+                            random_state = int(draws(args.seed, "divide", epoch, k).integers(2**32))
+                            divisions[k] = codivide[k](scored.loss, truly_clean, random_state, f"net {k + 1}")
                     scores |= score_arrays(k, scored, divisions[k])
 
-            for k, net in enumerate(
-                nets
-            ):  # co-divide: net 1 on net 2's division, then net 2 on net 1's with the new net 1 as peer
-                peer, division = nets[1 - k], divisions[1 - k]
+            # Co-divide: net 1 learns from net 2's division, then net 2 from net 1's with the updated net 1 as its peer.
+            terms = []
+            for k, (net, peer, division) in enumerate([(*nets, divisions[1]), (*nets[::-1], divisions[0])]):
                 if division is None:
                     with run.phase(f"warmup{k + 1}") as bar:
                         rng = draws(args.seed, "warmup", epoch, k)
-                        terms[k] = warmup_epoch(net, optimizers[k], train, rng=rng, bar=bar, **warmup)
+                        terms.append(warmup_epoch(net, optimizers[k], train, rng=rng, bar=bar, **warmup))
                 else:
                     with run.phase(f"train{k + 1}") as bar:
                         rng = draws(args.seed, "train", epoch, k)
-                        terms[k] = train_epoch(
-                            net, peer, optimizers[k], train, division, epoch=epoch, rng=rng, bar=bar, **mixmatch
-                        )
+                        step = {"epoch": epoch, "rng": rng, "bar": bar, **mixmatch}
+                        terms.append(train_epoch(net, peer, optimizers[k], train, division, **step))
 
             with run.phase("test") as bar:
                 accuracy = ensemble_accuracy(nets, test, bar=bar, **evaluation)
@@ -173,22 +167,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
             metrics = {"phase": "ce" if args.method == "ce" else "warmup" if warming_up else "train", "lr": lr}
             metrics |= epoch_metrics(accuracy, held_out, divisions, terms)
-            state = {
-                "nets": [net.state_dict() for net in nets],
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "codivide": [part.state() for part in codivide],
-            }
-            run.end_epoch(metrics, state, scores, args.save_scores)
+            run.end_epoch(metrics, state_of(nets, optimizers, codivide), scores, args.save_scores)
 
         return finish(run, row, args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What main leaves to the reader's second look
+# Parts of main
 
 
 def prepare_data(args: argparse.Namespace, images: dataloader_cifar.ImageData, run: Run, device):
-    """Noisy labels, the subset and the validation part. -> (train, validation or None, test, truly_clean (N,), about)."""
+    """Noisy labels, subset and validation part on the device. -> (train, validation or None, test, truly_clean (N,)
+    bool, what args.json and the first lines say of the data)."""
     transition, map_name = noise.asym_transition(images.num_class, args.dataset)
     spec = noise.NoiseSpec(args.dataset, args.noise_mode, args.r, args.noise_seed, images.num_class, transition)
     noise_file = Path(args.noise_file) if args.noise_file else None
@@ -244,8 +234,28 @@ def load_weights(nets, states, source: str) -> None:
             raise DivideMixError(f"{source} does not fit this network: another --arch, --width or data set?") from error
 
 
+def state_of(nets, optimizers, codivide) -> dict[str, Any]:
+    """What the next epoch depends on, beside the flags: what a checkpoint holds."""
+    return {
+        "nets": [net.state_dict() for net in nets],
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "codivide": [part.state() for part in codivide],
+    }
+
+
+def restore(state: dict[str, Any], nets, optimizers, codivide) -> None:
+    """The inverse of `state_of`, in place; an empty state leaves everything as it is."""
+    if state:
+        load_weights(nets, state["nets"], "the last checkpoint")
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for part, saved in zip(codivide, state["codivide"], strict=True):
+            part.load_state(saved)
+
+
 def score_arrays(k: int, scored, division) -> dict[str, np.ndarray]:
-    """What scores/epoch_NNN.npz holds of net k: raw and fitted loss, clean probability, prediction (N,); the mixture (2,)."""
+    """What scores/epoch_NNN.npz holds of net k: raw and fitted loss, clean probability, prediction (N,); the mixture
+    (2,)."""
     arrays = {"raw_loss": scored.loss.cpu().numpy(), "prediction": scored.prediction.cpu().numpy().astype(np.int32)}
     if division is not None:
         arrays |= {
@@ -289,7 +299,7 @@ def finish(run: Run, row, args: argparse.Namespace) -> dict[str, Any]:
 
         print(f"figures: {', '.join(map(str, report.draw(run.folder)))}")
     except Exception as error:  # the run is saved: a plot must not lose it
-        warnings.warn(f"no figures: {error}", stacklevel=2)
+        warn(f"no figures: {error}")
     return final
 
 

@@ -5,6 +5,16 @@ Reading order: `algorithm` (the equations), `codivide` (loss -> clean probabilit
 `checkpoint`, `report`.
 """
 
+import warnings
+
 
 class DivideMixError(Exception):
     """Something the user can mend: the message is one line that names the file, flag or value, and what to do."""
+
+
+class DivideMixWarning(UserWarning):
+    """Training goes on, but not quite as the user may think. Shown each time, not once."""
+
+
+def warn(message: str) -> None:
+    warnings.warn(message, DivideMixWarning, stacklevel=2)

@@ -1,7 +1,8 @@
 """The equations of DivideMix as pure functions: tensors in, tensors out.
 
-No state, no device, no random draw, no host synchronisation. Notation is the paper's (Sec. 3): p predictions, q guesses,
-w clean probabilities, T sharpening temperature. Shapes: B rows, C classes. "Probabilities" sum to one over the last axis.
+No state, no device, no random draw, no host synchronisation. Notation is the paper's (Sec. 3): p predictions, q
+guesses, w clean probabilities, T sharpening temperature. Shapes: B rows, C classes. "Probabilities" sum to one over
+the last axis.
 """
 
 import math
@@ -26,7 +27,8 @@ def mean_prediction(logits: list[Tensor]) -> Tensor:
 
 
 def co_refine(labels: Tensor, w: Tensor, logits: list[Tensor], T: float) -> Tensor:
-    """Targets of labeled images: the given label as far as it is clean, the net's own prediction for the rest.  (Eq. 3, 4)
+    """Targets of labeled images: the given label as far as it is clean, the net's own prediction for the rest.  (Eq.
+    3, 4)
 
     labels: one-hot (B, C); w: clean probability (B,); logits: the trained net's, one (B, C) a view. -> (B, C).
     """
@@ -35,7 +37,8 @@ def co_refine(labels: Tensor, w: Tensor, logits: list[Tensor], T: float) -> Tens
 
 
 def co_guess(logits: list[Tensor], T: float) -> Tensor:
-    """Targets of unlabeled images: what both networks predict over all views, list of (B, C) -> (B, C).  (Algorithm 1)"""
+    """Targets of unlabeled images: what both networks predict over all views, list of (B, C) -> (B, C).  (Algorithm
+    1)"""
     return sharpen(mean_prediction(logits), T)
 
 

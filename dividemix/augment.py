@@ -1,8 +1,8 @@
 """Batched views of small images on their own device: uint8 in, normalised float32 out.
 
-Images rest as uint8 (N, H + 2 * PAD, W + 2 * PAD, 3), already zero-padded; a crop is then one gather by computed indices, for a
-whole batch at once, without a mask, a Python loop or a host synchronisation. Channels last in memory, so the permuted
-result is a channels_last tensor at no cost.
+Images rest as uint8 (N, H + 2 * PAD, W + 2 * PAD, 3), already zero-padded; a crop is then one gather by computed
+indices, for a whole batch at once, without a mask, a Python loop or a host synchronisation. Channels last in memory,
+so the permuted result is a channels_last tensor at no cost.
 """
 
 import numpy as np
@@ -19,7 +19,8 @@ def pad_images(images: Tensor) -> Tensor:
 
 
 def draw_crops(rng: np.random.Generator, n: int, flip: bool) -> NDArray[np.uint8]:
-    """(n, 3) independent draws: top and left offset, uniform in 0..2 * PAD, and flip, 0 or 1 (always 0 without `flip`)."""
+    """(n, 3) independent draws: top and left offset, uniform in 0..2 * PAD, and flip, 0 or 1 (always 0 without
+    `flip`)."""
     return rng.integers(0, [2 * PAD + 1, 2 * PAD + 1, 2 if flip else 1], size=(n, 3), dtype=np.uint8)
 
 

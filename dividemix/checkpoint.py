@@ -1,7 +1,8 @@
 """Files that survive a crash: atomic writes, and the checkpoints of a run.
 
-A checkpoint is written under a new name, then the small last.json is pointed at it; the one before is kept. Whatever moment
-the machine dies at, last.json names a file that is whole, and should that file be damaged later, the one before is used.
+A checkpoint is written under a new name, then the small last.json is pointed at it; the one before is kept. Whatever
+moment the machine dies at, last.json names a file that is whole, and should that file be damaged later, the one
+before is used.
 """
 
 import hashlib
@@ -9,17 +10,17 @@ import io
 import json
 import os
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dividemix import DivideMixError
+from dividemix import DivideMixError, warn
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader finds the old content or the new one, never a part: temporary file, fsync, rename, fsync.
+    """Write a file so that a reader finds the old content or the new one, never a part: temporary file, fsync,
+    rename, fsync.
 
     Raises OSError (disk full, read-only ...) and then leaves the old file as it was and no temporary one.
     """
@@ -81,7 +82,8 @@ def load_last(folder: Path) -> dict[str, Any] | None:
     pointer = read_pointer(folder)
     entries = [entry for entry in (pointer, pointer.get("previous")) if isinstance(entry, dict) and "file" in entry]
     known = {entry["file"] for entry in entries}
-    # Files that last.json does not vouch for (it is damaged, or a kill came between a checkpoint and it) are tried last.
+    # Files that last.json does not vouch for (it is damaged, or a kill came between a checkpoint and it) are tried
+    # last.
     entries += [
         {"file": file.name} for file in sorted(folder.glob("epoch-*.pt"), reverse=True) if file.name not in known
     ]
@@ -93,7 +95,7 @@ def load_last(folder: Path) -> dict[str, Any] | None:
                 raise DivideMixError("its content is not what was written (sha256 differs)")
             return from_bytes(content)
         except (OSError, DivideMixError) as error:
-            warnings.warn(f"checkpoint {path} is passed over: {error}", stacklevel=2)
+            warn(f"checkpoint {path} is passed over: {error}")
     if entries:
         raise DivideMixError(f"no checkpoint in {folder} can be read: --fresh moves the folder aside and starts anew")
     return None

@@ -1,6 +1,5 @@
 """Co-divide: per-sample losses -> a two-component Gaussian mixture -> labeled and unlabeled set (paper, Sec. 3.1)."""
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import roc_auc_score
 from sklearn.mixture import GaussianMixture
 
-from dividemix import DivideMixError
+from dividemix import DivideMixError, warn
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,8 @@ def smoothed(losses: NDArray, window: int = 1) -> NDArray[np.float64]:
 
 
 def fit_gmm(loss: NDArray, random_state: int = 0) -> GaussianMixture:
-    """The authors' mixture of a normalised loss (N,). Its few EM steps make the k-means initialisation part of the method."""
+    """The authors' mixture of a normalised loss (N,). Its few EM steps make the k-means initialisation part of the
+    method."""
     gmm = GaussianMixture(n_components=2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=random_state)
     return gmm.fit(loss.reshape(-1, 1))
 
@@ -90,8 +90,8 @@ def codivide(
 ) -> Division:
     """Divide the N samples of one network's raw losses, (N,) or history (E, N), at clean probability `threshold`.
 
-    truly_clean (N,) bool, where it is known, is used for nothing but the AUC. Raises DivideMixError as `normalise` does,
-    and for fewer than two samples.
+    truly_clean (N,) bool, where it is known, is used for nothing but the AUC. Raises DivideMixError as `normalise`
+    does, and for fewer than two samples.
     """
     loss = smoothed(np.asarray(losses), window)
     if loss.size < 2:
@@ -119,7 +119,8 @@ def auc(probability: NDArray, truly_clean: NDArray[np.bool_] | None) -> float | 
 
 
 class CoDivide:
-    """One network's co-divide through the epochs: keeps the losses that the window averages, and the last usable division."""
+    """One network's co-divide through the epochs: keeps the losses that the window averages, and the last usable
+    division."""
 
     def __init__(self, threshold: float, window: int = 1):
         self.threshold, self.window = threshold, window
@@ -131,17 +132,18 @@ class CoDivide:
     ) -> Division | None:
         """Divide by this epoch's raw losses (N,).
 
-        An empty labeled set leaves nothing to train on: the division before is kept, with a warning; None where there is none
-        yet (one more warm-up epoch is due). An empty unlabeled set is warned of: only labeled images will be mixed.
+        An empty labeled set leaves nothing to train on: the division before is kept, with a warning; None where there
+        is none yet (one more warm-up epoch is due). An empty unlabeled set is warned of: only labeled images will be
+        mixed.
         """
         self.history = [*self.history, losses.cpu().numpy()][-self.window :]
         division = codivide(np.stack(self.history), self.threshold, self.window, truly_clean, random_state)
         if not division.labeled.any():
             instead = "one more warm-up epoch" if self.division is None else "its division before is kept"
-            warnings.warn(f"{name} finds no sample clean with p > {self.threshold:g}: {instead}", stacklevel=2)
+            warn(f"{name} finds no sample clean with p > {self.threshold:g}: {instead}")
             return self.division
         if division.labeled.all():
-            warnings.warn(f"{name} finds every sample clean: no unlabeled images this epoch", stacklevel=2)
+            warn(f"{name} finds every sample clean: no unlabeled images this epoch")
         self.division = division
         return division
 

@@ -3,12 +3,12 @@
 The engine asks a data set for three things, and a streaming data set can answer them as well:
 
     warmup_batches(batch_size, rng)              -> sequence of batches;  warmup_views(*batch)   -> x, labels
-    mixmatch_batches(division, batch_size, rng)  -> sequence of batches;  mixmatch_views(*batch) -> x1, x2, labels, w, u1, u2
-    eval_batches(batch_size)                     -> sequence of (x, labels), in the order of the samples
+    mixmatch_batches(division, batch_size, rng)  -> sequence of batches;  mixmatch_views(*batch) -> x1, x2, labels, w,
+    u1, u2 eval_batches(batch_size)                     -> sequence of (x, labels), in the order of the samples
 
-A batch is a tuple of device tensors whose first members are the index of the labeled rows and (mixmatch) of the unlabeled.
-`*_views` is pure device work without a host synchronisation. Everything random comes from the host's numpy generator `rng`, so the
-draws do not depend on the device.
+A batch is a tuple of device tensors whose first members are the index of the labeled rows and (mixmatch) of the
+unlabeled. `*_views` is pure device work without a host synchronisation. Everything random comes from the host's numpy
+generator `rng`, so the draws do not depend on the device.
 """
 
 import numpy as np
@@ -25,7 +25,8 @@ Batch = tuple[Tensor, ...]
 class DeviceImages:
     """N images with labels (the given ones, for training), uint8 on `device`.
 
-    images uint8 (N, H, W, 3), labels int64 (N,), mean and std of pixel values in [0, 1] (3,), flip: whether views are flipped.
+    images uint8 (N, H, W, 3), labels int64 (N,), mean and std of pixel values in [0, 1] (3,), flip: whether views are
+    flipped.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """What a phase and a step compute (Algorithm 1). How it is run (device, precision) comes in as `forward`.
 
-A phase function takes a data set as `dividemix.data` describes it and a numpy generator; all of the phase's draws are made from it
-before the first step. `mixmatch_step` and `warmup_step` are free of host synchronisation: no .item(), no branch on a tensor's
-value, no shape that depends on data. A phase reads its sums back once, at its end.
+A phase function takes a data set as `dividemix.data` describes it and a numpy generator; all of the phase's draws are
+made from it before the first step. `mixmatch_step` and `warmup_step` are free of host synchronisation: no .item(), no
+branch on a tensor's value, no shape that depends on data. A phase reads its sums back once, at its end.
 """
 
 from collections.abc import Callable, Iterable
@@ -75,10 +75,10 @@ def mixmatch_step(
 ) -> StepTerms:
     """Co-refine, co-guess, MixMatch and one update of `net`, with `peer` frozen (Algorithm 1, lines 14-27).
 
-    x1, x2 (B, ...) two views of the labeled images, labels int64 (B,), w (B,) their clean probability; u1, u2 (B', ...) two views of
-    the unlabeled ones, B' may be 0. lam: already max(lam, 1 - lam); index: a permutation of all 2B + 2B' rows; lambda_u: already
-    ramped. unlabeled_loss=False is the Clothing1M / WebVision form: unlabeled images are mix partners only, and just the first 2B
-    rows are forwarded. Sets the nets' modes.
+    x1, x2 (B, ...) two views of the labeled images, labels int64 (B,), w (B,) their clean probability; u1, u2 (B',
+    ...) two views of the unlabeled ones, B' may be 0. lam: already max(lam, 1 - lam); index: a permutation of all 2B
+    + 2B' rows; lambda_u: already ramped. unlabeled_loss=False is the Clothing1M / WebVision form: unlabeled images
+    are mix partners only, and just the first 2B rows are forwarded. Sets the nets' modes.
     """
     net.train()  # also while guessing: each forward's own batch statistics, and four updates of the running ones
     peer.eval()
@@ -128,8 +128,8 @@ def warmup_step(
 
 
 def update(optimizer: Optimizer, loss: Tensor) -> None:
-    """Backward and SGD step. Where the optimizer carries a `found_inf` flag (see `runtime.Runtime.optimizer`), the first
-    non-finite loss or gradient raises it, on the device, and neither this update nor any later one is applied."""
+    """Backward and SGD step. Where the optimizer carries a `found_inf` flag (see `runtime.Runtime.optimizer`), the
+    first non-finite loss or gradient raises it, on the device, and neither this update nor any later one is applied."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     found_inf = getattr(optimizer, "found_inf", None)
@@ -188,7 +188,8 @@ def train_epoch(
 ) -> PhaseTerms:
     """Train `net` for one pass over the labeled set of its peer's `division`, with `peer` frozen.
 
-    lambda_u is ramped up over 16 epochs from `warm_up` on. Raises DivideMixError when a loss or gradient was not finite.
+    lambda_u is ramped up over 16 epochs from `warm_up` on. Raises DivideMixError when a loss or gradient was not
+    finite.
     """
     batches = data.mixmatch_batches(division, batch_size, rng)
     device = data.device
@@ -237,8 +238,8 @@ def run_steps(
     *totals, sound = sums.tolist()
     if sound < steps:
         raise DivideMixError(
-            f"the loss or a gradient was not finite at batch {int(sound) + 1} of {steps}; no update was applied from there on. "
-            "Likely causes: --lr too high, damaged images, or a weight file that does not fit"
+            f"the loss or a gradient was not finite at batch {int(sound) + 1} of {steps}, and no update was "
+            "applied from there on. Likely causes: --lr too high, damaged images, or a weight file that does not fit"
         )
     return PhaseTerms(*(total / steps for total in totals))
 
@@ -252,7 +253,8 @@ def per_sample_loss(
     forward: Forward = plain_forward,
     bar: Callable[[Iterable], Iterable] = iter,
 ) -> Scores:
-    """Cross-entropy of all N samples against their given labels: eval mode, no augmentation (Sec. 3.1). Stays on the device."""
+    """Cross-entropy of all N samples against their given labels: eval mode, no augmentation (Sec. 3.1). Stays on the
+    device."""
     net.eval()
     losses, predictions = [], []
     for x, labels in bar(data.eval_batches(batch_size)):

@@ -74,8 +74,8 @@ def inject(
     """Noisy copy of `labels` (N): exactly int(r * N) samples are drawn, and each of them gets a new label.
 
     sym: uniform over all num_class classes, the true one included (so 50 % nominal is 45 % real with 10 classes).
-    asym: transition[label], by default `asym_transition(num_class)`. The same seed gives the same list, and for sym a larger r
-    draws a superset of samples. Raises DivideMixError for an unknown mode.
+    asym: transition[label], by default `asym_transition(num_class)`. The same seed gives the same list, and for sym a
+    larger r draws a superset of samples. Raises DivideMixError for an unknown mode.
     """
     if mode not in MODES:
         raise DivideMixError(f"noise_mode '{mode}' is unknown: use {' or '.join(MODES)}")
@@ -91,7 +91,8 @@ def inject(
 
 
 def file_name(dataset: str, r: float, mode: str) -> str:
-    """`<r>_<mode>.json` as the authors write it (r with one decimal, more where it needs more), for other sets with a prefix."""
+    """`<r>_<mode>.json` as the authors write it (r with one decimal, more where it needs more), for other sets with a
+    prefix."""
     rate = f"{r:.1f}" if round(r, 1) == r else repr(r)
     return f"{rate}_{mode}.json" if dataset.startswith("cifar") else f"{dataset}_{rate}_{mode}.json"
 
@@ -113,9 +114,9 @@ def noisy_labels(
 ) -> tuple[NDArray[np.int64], str]:
     """Noisy labels (N,) int64 of the true labels (N,), and one sentence saying where they come from.
 
-    In this order: the run folder's own copy (a run goes on with the labels it began with), `file`, `file_name` beside the data, or
-    else noise is injected, and saved beside the data where that folder can be written. The labels used are always copied to
-    the run folder. Raises DivideMixError for a file that cannot be this noise.
+    In this order: the run folder's own copy (a run goes on with the labels it began with), `file`, `file_name` beside
+    the data, or else noise is injected, and saved beside the data where that folder can be written. The labels used
+    are always copied to the run folder. Raises DivideMixError for a file that cannot be this noise.
     """
     name = file_name(spec.dataset, spec.r, spec.mode)
     if (run_folder / name).exists():
@@ -148,7 +149,8 @@ def write_labels(path: Path, labels: NDArray[np.int64]) -> None:
 
 
 def read(path: Path, truth: NDArray[np.int64], spec: NoiseSpec) -> NDArray[np.int64]:
-    """A JSON list of N labels -> (N,) int64, checked against the truth (N,): type, length, range and share of changed labels.
+    """A JSON list of N labels -> (N,) int64, checked against the truth (N,): type, length, range and share of changed
+    labels.
 
     Raises DivideMixError naming the file and what is wrong with it.
     """
@@ -173,8 +175,8 @@ def read(path: Path, truth: NDArray[np.int64], spec: NoiseSpec) -> NDArray[np.in
     low, high = expected_changed(truth, spec)
     if not low <= changed <= high:
         raise DivideMixError(
-            f"noise file {path} changes {changed:.1%} of the labels, --noise_mode {spec.mode} --r {spec.r:g} should change "
-            f"{low:.1%} to {high:.1%}: it is another rate's or data set's; {advice}"
+            f"noise file {path} changes {changed:.1%} of the labels, --noise_mode {spec.mode} --r {spec.r:g} should "
+            f"change {low:.1%} to {high:.1%}: it is another rate's or data set's; {advice}"
         )
     return noisy
 
@@ -182,8 +184,9 @@ def read(path: Path, truth: NDArray[np.int64], spec: NoiseSpec) -> NDArray[np.in
 def expected_changed(truth: NDArray[np.int64], spec: NoiseSpec) -> tuple[float, float]:
     """Bounds on the share of changed labels that this noise can have.
 
-    sym: r (C-1)/C, up to r for files that never draw the true class; asym: r times the share of samples whose class the map
-    moves. Each with 1 point to spare, or 4 standard deviations of the draw where the set is so small that these are more.
+    sym: r (C-1)/C, up to r for files that never draw the true class; asym: r times the share of samples whose class
+    the map moves. Each with 1 point to spare, or 4 standard deviations of the draw where the set is so small that
+    these are more.
     """
     n, r = max(len(truth), 1), spec.r
     if spec.mode == "sym":

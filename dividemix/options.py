@@ -1,12 +1,14 @@
-"""The command line: flag types with their ranges, the groups that all scripts share, and the paper's setting by default."""
+"""The command line: flag types with their ranges, the groups that all scripts share, and the paper's setting by
+default."""
 
 import argparse
 import math
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from dividemix import DivideMixError, recipes
+from dividemix import DivideMixError, DivideMixWarning, recipes
 
 
 class Parser(argparse.ArgumentParser):
@@ -118,8 +120,8 @@ def add_run(parser: Parser) -> None:
 
 
 def resolve_recipe(args: argparse.Namespace) -> tuple[recipes.Recipe | None, list[str]]:
-    """Fill lambda_u, p_threshold, loss_window and warm_up that were not given. -> (the paper's row if there is one for this setting,
-    lines that say where each value comes from)."""
+    """Fill lambda_u, p_threshold, loss_window and warm_up that were not given. -> (the paper's row if there is one
+    for this setting, lines that say where each value comes from)."""
     row, exact = recipes.nearest(args.dataset, args.noise_mode, args.r)
     source = f"paper, Table 7: {row.name}" if exact else f"not in the paper; nearest row, Table 7: {row.name}"
     found = {
@@ -143,6 +145,8 @@ def resolve_recipe(args: argparse.Namespace) -> tuple[recipes.Recipe | None, lis
 
 def command_line(main: Callable[[Sequence[str] | None], Any]) -> NoReturn:
     """Run a script's main: errors that people can mend are one line and exit status 1, Ctrl-C is 130."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    warnings.simplefilter("always", DivideMixWarning)
     try:
         main(None)
     except DivideMixError as error:

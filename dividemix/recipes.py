@@ -46,8 +46,8 @@ def warm_up(dataset: str) -> int:
 def nearest(dataset: str, mode: str, r: float) -> tuple[Recipe, bool]:
     """The row for this setting and True, or else the nearest row and False.
 
-    Nearest: CIFAR-100's rows for CIFAR-100, CIFAR-10's for every other set; of these the same mode where there is one; of these the
-    closest rate, the lower of two as close.
+    Nearest: CIFAR-100's rows for CIFAR-100, CIFAR-10's for every other set; of these the same mode where there is
+    one; of these the closest rate, the lower of two as close.
     """
     rows = [row for row in ROWS if row.dataset == (dataset if dataset == "cifar100" else "cifar10")]
     rows = [row for row in rows if row.mode == mode] or rows

@@ -2,8 +2,9 @@
 
     python -m dividemix.report RUN [RUN ...]
 
-Reads run folders only. The figure `report.png`: both networks' loss histograms with the fitted mixture and the threshold, coloured by
-what is truly clean and truly wrong where the truth is known, and the test accuracy over the epochs of all runs given.
+Reads run folders only. The figure `report.png`: both networks' loss histograms with the fitted mixture and the
+threshold, coloured by what is truly clean and truly wrong where the truth is known, and the test accuracy over the
+epochs of all runs given.
 """
 
 import argparse
@@ -26,7 +27,8 @@ CLEAN, WRONG, LINE = "#0072b2", "#d55e00", "#333333"  # told apart by the colour
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What the report needs of a run: a record per epoch, the last epoch's scores and the labels (empty where missing)."""
+    """What the report needs of a run: a record per epoch, the last epoch's scores and the labels (empty where
+    missing)."""
 
     path: Path
     args: dict[str, Any]
@@ -69,8 +71,9 @@ def arrays(path: Path) -> dict[str, NDArray]:
 
 
 def found_wrong(run: RunFolder) -> dict[str, int] | None:
-    """Training labels that both networks together take for wrong (mean clean probability below the threshold): how many `flagged`,
-    how many `found` of those truly wrong, and how many are `wrong`. None where the run has no division or the truth is unknown."""
+    """Training labels that both networks together take for wrong (mean clean probability below the threshold): how
+    many `flagged`, how many `found` of those truly wrong, and how many are `wrong`. None where the run has no
+    division or the truth is unknown."""
     if not run.divided or run.truly_wrong is None:
         return None
     mean = (run.scores["clean_probability_net1"] + run.scores["clean_probability_net2"]) / 2
@@ -101,7 +104,8 @@ def table(runs: Sequence[RunFolder]) -> str:
 
 
 def draw(path: Path, compare: Sequence[Path] = ()) -> list[Path]:
-    """Make report.png in the run folder `path`, with the accuracy curves of `compare` beside its own. -> the files written."""
+    """Make report.png in the run folder `path`, with the accuracy curves of `compare` beside its own. -> the files
+    written."""
     run = read_run(path)
     others = [read_run(other) for other in compare]
     panels = 3 if run.divided else 1
@@ -156,7 +160,8 @@ def gaussians(x: NDArray, means: NDArray, variances: NDArray, weights: NDArray) 
 
 
 def draw_accuracy(axes: Axes, runs: Sequence[RunFolder]) -> None:
-    """Test accuracy of the two networks together over the epochs, one curve a run, the run drawn for last and thickest."""
+    """Test accuracy of the two networks together over the epochs, one curve a run, the run drawn for last and
+    thickest."""
     styles = [("-", "o", "#009e73"), ("--", "s", "#cc79a7"), (":", "^", "#e69f00"), ("-.", "D", "#56b4e9")]
     for i, run in enumerate(reversed(runs)):
         style, marker, color = styles[i % len(styles)]

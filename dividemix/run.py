@@ -1,7 +1,7 @@
 """The run folder: the same command again continues the run. Seeds, logs, progress, checkpoints.
 
-A run's whole history is the list of its epochs' records, kept in the checkpoint. The log files are written from it, line by
-line, and anew when a run continues: they cannot disagree with the weights.
+A run's whole history is the list of its epochs' records, kept in the checkpoint. The log files are written from it,
+line by line, and anew when a run continues: they cannot disagree with the weights.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import platform
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,19 +21,34 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dividemix import DivideMixError
+from dividemix import DivideMixError, warn
 from dividemix.checkpoint import load_last, save_last, to_bytes, write_atomically
 
 PHASES = ("init", "subset", "validation", "warmup", "divide", "train")  # a generator's third number; append only
 
 # Flags that may change between two starts of one run: they do not change what is computed.
 FREE_FLAGS = frozenset(
-    "num_epochs fresh out_dir run_dir data_path download device gpuid workers eval_batch_size save_scores deterministic noise_file".split()
+    [
+        "num_epochs",
+        "fresh",
+        "out_dir",
+        "run_dir",
+        "data_path",
+        "download",
+        "device",
+        "gpuid",
+        "workers",
+        "eval_batch_size",
+        "save_scores",
+        "deterministic",
+        "noise_file",
+    ]
 )
 
 
 def draws(seed: int, phase: str, epoch: int = 0, net: int = 0) -> np.random.Generator:
-    """The generator of one phase: a function of these four alone, so a continued run draws what the uninterrupted one did."""
+    """The generator of one phase: a function of these four alone, so a continued run draws what the uninterrupted one
+    did."""
     return np.random.default_rng([seed, PHASES.index(phase), epoch, net])
 
 
@@ -48,9 +62,9 @@ def seeded(seed: int, net: int, build: Callable[[], torch.nn.Module]) -> torch.n
 class Run:
     """One run folder, open for writing.
 
-    folder; state: what the last checkpoint holds, {} for a new run; records: one flat dict for each finished epoch. `config` holds
-    the values that may not differ between two starts in one folder. Raises DivideMixError for a folder that cannot be
-    written, is in use by another process, or belongs to a run with another config.
+    folder; state: what the last checkpoint holds, {} for a new run; records: one flat dict for each finished epoch.
+    `config` holds the values that may not differ between two starts in one folder. Raises DivideMixError for a folder
+    that cannot be written, is in use by another process, or belongs to a run with another config.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], fresh: bool = False):
@@ -60,7 +74,7 @@ class Run:
             if fresh and folder.exists():
                 print(f"--fresh: {folder} moved to {set_aside(folder)}")
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(folder / ".lock", "w")  # noqa: SIM115: held as long as the run
+            self._lock = open(folder / ".lock", "w")  # noqa: SIM115
         except OSError as error:
             raise DivideMixError(
                 f"run folder {folder} cannot be written: {error.strerror}; choose --out_dir or --run_dir"
@@ -72,28 +86,32 @@ class Run:
             raise DivideMixError(
                 f"another process is training in {folder}: wait for it, or give this run another --id"
             ) from error
-        for orphan in folder.glob(".*.tmp"):
-            orphan.unlink()
-        self.state = load_last(folder) or {}
-        self.records: list[dict[str, Any]] = self.state.get("records", [])
-        self.best_epoch: int | None = self.state.get("best_epoch")
-        self._refuse_other_config()
         self.pins: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self.epoch = 0
         self._board = None
+        try:
+            self.state = load_last(folder) or {}
+            self._refuse_other_config()
+        except DivideMixError:
+            self._lock.close()
+            raise
+        self.records: list[dict[str, Any]] = self.state.get("records", [])
+        self.best_epoch: int | None = self.state.get("best_epoch")
+        for orphan in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            orphan.unlink()
 
     def _refuse_other_config(self) -> None:
         before = self.state.get("config", self.config)
         names = sorted(k for k in before.keys() | self.config.keys() if before.get(k) != self.config.get(k))
         if names:
             listed = ", ".join(f"--{k} was {before.get(k)}, now {self.config.get(k)}" for k in names)
-            raise DivideMixError(
-                f"{self.folder} holds a run with other settings ({listed}): give this one an --id, or --fresh to start anew"
-            )
+            remedy = "give this one an --id, or --fresh to start anew"
+            raise DivideMixError(f"{self.folder} holds a run with other settings ({listed}): {remedy}")
 
     def pin(self, name: str, value: Any, problem: str) -> None:
-        """Hold a value that must stay what it was when the run began; raises DivideMixError with `problem` if it is not."""
+        """Hold a value that must stay what it was when the run began; raises DivideMixError with `problem` if it is
+        not."""
         if self.state.get("pins", {}).get(name, value) != value:
             raise DivideMixError(f"{problem}: put them back, give this run an --id, or --fresh to start anew")
         self.pins[name] = value
@@ -114,7 +132,7 @@ class Run:
 
             self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=len(self.records))
         except (OSError, ImportError) as error:
-            warnings.warn(f"no TensorBoard events: {error}", stacklevel=2)
+            warn(f"no TensorBoard events: {error}")
 
     def epochs(self, num_epochs: int) -> Iterator[int]:
         """The epochs that are still to do."""
@@ -140,7 +158,8 @@ class Run:
     def end_epoch(
         self, metrics: dict[str, Any], state: dict[str, Any], scores: dict[str, np.ndarray] | None, keep_scores: bool
     ) -> None:
-        """Log one finished epoch, write its scores and its checkpoint: `metrics` as `record` completes them, `state` with 'nets'."""
+        """Log one finished epoch, write its scores and its checkpoint: `metrics` as `record` completes them, `state`
+        with 'nets'."""
         record = self._record(metrics)
         self.records.append(record)
         if self.best_epoch is None or selection(record) > selection(self.records[self.best_epoch]):
@@ -179,8 +198,8 @@ class Run:
             save_last(self.folder, record["epoch"], state)
         except OSError as error:
             raise DivideMixError(
-                f"the checkpoint of epoch {record['epoch']} could not be written to {self.folder} ({error.strerror}); the one "
-                "before is intact: make room, then the same command continues"
+                f"the checkpoint of epoch {record['epoch']} could not be written to {self.folder} ({error.strerror}); the "
+                "one before is intact: make room, then the same command continues"
             ) from error
 
     def close(self) -> None:
@@ -221,7 +240,8 @@ def set_aside(folder: Path) -> Path:
 
 
 def selection(record: dict[str, Any]) -> float:
-    """What the best epoch is chosen by: accuracy on the validation part where there is one, else, as the authors do, on the test set."""
+    """What the best epoch is chosen by: accuracy on the validation part where there is one, else, as the authors do,
+    on the test set."""
     return record.get("val_acc", record["test_acc"])
 
 
@@ -240,7 +260,8 @@ def acc_line(record: dict[str, Any]) -> str:
 
 
 def stats_lines(record: dict[str, Any]) -> str:
-    """The authors' two lines a divided epoch, their spelling included: net 2's division, on which net 1 trains, then net 1's."""
+    """The authors' two lines a divided epoch, their spelling included: net 2's division, on which net 1 trains, then
+    net 1's."""
     if record.get("labeled_net1") is None:
         return ""
     line = "Numer of labeled samples:{}   AUC:{}\n"

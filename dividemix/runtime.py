@@ -1,14 +1,14 @@
 """How the algorithm is run: device, precision, memory format, ranks. What is computed stands in `engine`."""
 
 import os
-import warnings
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from dividemix import DivideMixError
+from dividemix import DivideMixError, warn
 
 
 @dataclass(frozen=True)
@@ -17,24 +17,22 @@ class Runtime:
 
     device: torch.device
     precision: str = "fp32"
-    rank: int = 0
-    world_size: int = 1
 
     def prepare(self, net: nn.Module) -> nn.Module:
         """Move a network to the device, its convolutions channels_last."""
         return net.to(self.device, memory_format=torch.channels_last)
 
     def forward(self, net: nn.Module, x: Tensor) -> Tensor:
-        """Logits in float32. One autocast block for each forward: its cache of cast weights, filled by a forward without
-        gradients, would otherwise cut the weights of a later forward off from theirs."""
+        """Logits in float32. One autocast block for each forward: its cache of cast weights, filled by a forward
+        without gradients, would otherwise cut the weights of a later forward off from theirs."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return net(x).float()
 
     def optimizer(self, net: nn.Module, lr: float, weight_decay: float, momentum: float = 0.9) -> torch.optim.SGD:
         """SGD without Nesterov, weight decay on every parameter, BN and biases included.
 
-        Its `found_inf` is the device-side flag that `engine.update` sets at the first non-finite loss or gradient: from then on
-        fused SGD leaves weights and momentum as they are.
+        Its `found_inf` is the device-side flag that `engine.update` sets at the first non-finite loss or gradient:
+        from then on fused SGD leaves weights and momentum as they are.
         """
         fused = self.device.type in ("cuda", "cpu")
         optimizer = torch.optim.SGD(net.parameters(), lr, momentum, weight_decay=weight_decay, fused=fused)
@@ -47,11 +45,13 @@ class Runtime:
             name = torch.cuda.get_device_name(self.device)
         else:
             name = f"{self.device.type}, {torch.get_num_threads()} threads"
-        return f"{name}; {self.precision}{', TF32 off' if self.precision == 'fp32' else ' autocast'}; torch {torch.__version__}"
+        arithmetic = "fp32, TF32 off" if self.precision == "fp32" else "bf16 autocast, losses in fp32"
+        return f"{name}; {arithmetic}; torch {torch.__version__}"
 
 
 def start(device: str = "auto", gpuid: int = 0, precision: str = "auto", deterministic: bool = False) -> Runtime:
-    """The runtime for these flags. Raises DivideMixError for a device that is not there; warns of a card that torch cannot use."""
+    """The runtime for these flags. Raises DivideMixError for a device that is not there; warns of a card that torch
+    cannot use."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise DivideMixError("more than one rank is not supported yet: start the script with python, not torchrun")
     chosen = pick_device(device, gpuid)
@@ -66,7 +66,7 @@ def start(device: str = "auto", gpuid: int = 0, precision: str = "auto", determi
     if precision == "bf16" and chosen.type == "mps":
         raise DivideMixError("--precision bf16 is not supported on mps: use fp32")
     if precision == "bf16" and not native:
-        warnings.warn(f"--precision bf16: {chosen.type} here has no bf16 units, fp32 would be faster", stacklevel=2)
+        warn(f"--precision bf16: {chosen.type} here has no bf16 units, fp32 would be faster")
     return Runtime(chosen, ("bf16" if native else "fp32") if precision == "auto" else precision)
 
 
@@ -85,7 +85,7 @@ def pick_device(device: str, gpuid: int) -> torch.device:
                 f"--device cuda: {problem or 'no CUDA card here'}; use --device cpu to run without one"
             )
         if problem:
-            warnings.warn(f"A GPU IS HERE BUT NOT USED, TRAINING WILL BE SLOW: {problem}", stacklevel=2)
+            warn(f"A GPU IS HERE BUT NOT USED, TRAINING WILL BE SLOW: {problem}")
     mps = torch.backends.mps.is_available()
     if device == "mps" and not mps:
         raise DivideMixError("--device mps: not available here; use --device cpu")
@@ -93,15 +93,16 @@ def pick_device(device: str, gpuid: int) -> torch.device:
 
 
 def unusable_card(proc: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """Why torch cannot use the NVIDIA card whose driver is loaded, None where there is no such driver."""
-    if not proc.exists():
+    """Why torch cannot use the NVIDIA card whose driver is installed, None where there is no such driver."""
+    if not proc.exists() and not shutil.which("nvidia-smi"):
         return None
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a CPU-only build: install the CUDA build of torch"
-    driver = next((word for word in proc.read_text().split() if word[:1].isdigit() and "." in word), "unknown")
+    words = proc.read_text().split() if proc.exists() else []
+    driver = next((word for word in words if word[:1].isdigit() and "." in word), "version unknown")
     return (
-        f"an NVIDIA driver ({driver}) is loaded, but torch {torch.__version__} (CUDA {torch.version.cuda}) finds no usable card: "
-        "update the driver, install a torch built for an older CUDA, or look at CUDA_VISIBLE_DEVICES"
+        f"an NVIDIA driver ({driver}) is installed, but torch {torch.__version__} (CUDA {torch.version.cuda}) finds no "
+        "usable card: update the driver, install a torch built for an older CUDA, or look at CUDA_VISIBLE_DEVICES"
     )
 
 

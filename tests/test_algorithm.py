@@ -130,7 +130,8 @@ def test_rampup_starts_at_warm_up_and_is_full_16_epochs_later(t, warm_up, lambda
 @given(logits())
 @settings(max_examples=50)
 def test_prior_penalty_is_a_divergence_from_uniform(x):
-    """A penalty that is negative, or not zero for a uniform mean, would push the nets somewhere else than to all classes."""
+    """A penalty that is negative, or not zero for a uniform mean, would push the nets somewhere else than to all
+    classes."""
     penalty = prior_penalty(x)
     assert torch.isfinite(penalty)
     assert penalty >= -1e-5

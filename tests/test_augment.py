@@ -13,7 +13,8 @@ def random_images(n=8, size=32):
 
 
 def test_crop_and_flip_equal_torchvision_for_the_same_draws():
-    """A crop that is shifted, wraps around, or flips before it crops, trains on images that torchvision would not give."""
+    """A crop that is shifted, wraps around, or flips before it crops, trains on images that torchvision would not
+    give."""
     images = random_images()
     rng = np.random.default_rng(1)
     index = torch.from_numpy(rng.integers(0, len(images), 64))

@@ -45,7 +45,8 @@ def test_labeled_and_unlabeled_are_an_exact_partition(n, seed, threshold):
 
 
 def test_the_clean_component_is_the_one_with_the_smaller_mean():
-    """The mixture's components come in any order: taken by position, every second run would train on the wrong labels."""
+    """The mixture's components come in any order: taken by position, every second run would train on the wrong
+    labels."""
     division = codivide(two_groups(), 0.5, truly_clean=np.arange(250) < 150)
     assert division.means[0] < division.means[1]
     assert division.auc > 0.99

@@ -1,0 +1,40 @@
+# make demo     the environment, then cross-entropy and DivideMix on digits with 50 % wrong labels (3 minutes on 2 cores)
+# make test     the environment, then the tests (under 10 minutes on 2 cores)
+# make test-all the tests with the long ones (under 50 minutes)
+# make gpu      on a machine with a CUDA card, with its own Python: the tests that need one
+# make lint     ruff
+
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: demo test test-all gpu lint clean
+
+# The environment is whole only when the marker is newer than the pins: an install that was interrupted is repeated.
+.venv/.installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+DEMO := --dataset digits --noise_mode sym --r 0.5 --width 16 --warm_up 6 --num_epochs 11 --id demo
+
+demo: .venv/.installed
+	$(PY) Train_cifar.py $(DEMO) --method ce
+	$(PY) Train_cifar.py $(DEMO)
+	$(PY) -m dividemix.report checkpoint/digits_0.5_sym_ce_demo checkpoint/digits_0.5_sym_demo
+
+test: .venv/.installed
+	$(PY) -m pytest -m "not slow and not gpu"
+
+test-all: .venv/.installed
+	$(PY) -m pytest -m "not gpu"
+
+gpu:
+	$(PYTHON) -m pytest -m gpu
+
+lint: .venv/.installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache
