@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     and `paper_last`."""
     args = parse_args(argv)
     row, recipe_lines = options.resolve_recipe(args)
-    machine = runtime.start(args.device, args.gpuid, args.precision, args.deterministic)
+    machine = runtime.start(args.device, args.gpuid, args.precision, args.deterministic, args.width)
     images = dataloader_cifar.load(args.dataset, args.data_path, args.download)
     if args.num_class not in (None, images.num_class):
         raise DivideMixError(

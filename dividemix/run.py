@@ -117,13 +117,8 @@ class Run:
         self.pins[name] = value
 
     def start(self, about: dict[str, Any]) -> None:
-        """Write args.json and bring the logs in line with the checkpoint. `about`: arguments, versions, data."""
-        about = {
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            **about,
-            "versions": versions(),
-            "commit": commit(),
-        }
+        """Write args.json and bring the logs in line with the checkpoint. `about`: command, arguments, data."""
+        about = {**about, "versions": versions(), "commit": commit()}
         write_atomically(self.folder / "args.json", json.dumps(about, indent=1, default=str).encode())
         for name, lines in (("metrics.jsonl", metric_line), ("acc.txt", acc_line), ("stats.txt", stats_lines)):
             write_atomically(self.folder / name, "".join(map(lines, self.records)).encode())
@@ -198,8 +193,8 @@ class Run:
             save_last(self.folder, record["epoch"], state)
         except OSError as error:
             raise DivideMixError(
-                f"the checkpoint of epoch {record['epoch']} could not be written to {self.folder} ({error.strerror}); the "
-                "one before is intact: make room, then the same command continues"
+                f"the checkpoint of epoch {record['epoch']} could not be written to {self.folder} ({error.strerror}); "
+                "the one before is intact: make room, then the same command continues"
             ) from error
 
     def close(self) -> None:

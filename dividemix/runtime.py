@@ -17,16 +17,17 @@ class Runtime:
 
     device: torch.device
     precision: str = "fp32"
+    memory_format: torch.memory_format = torch.channels_last
 
     def prepare(self, net: nn.Module) -> nn.Module:
-        """Move a network to the device, its convolutions channels_last."""
-        return net.to(self.device, memory_format=torch.channels_last)
+        """Move a network to the device and into the memory format."""
+        return net.to(self.device, memory_format=self.memory_format)
 
     def forward(self, net: nn.Module, x: Tensor) -> Tensor:
         """Logits in float32. One autocast block for each forward: its cache of cast weights, filled by a forward
         without gradients, would otherwise cut the weights of a later forward off from theirs."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return net(x).float()
+            return net(x.contiguous(memory_format=self.memory_format)).float()
 
     def optimizer(self, net: nn.Module, lr: float, weight_decay: float, momentum: float = 0.9) -> torch.optim.SGD:
         """SGD without Nesterov, weight decay on every parameter, BN and biases included.
@@ -49,9 +50,13 @@ class Runtime:
         return f"{name}; {arithmetic}; torch {torch.__version__}"
 
 
-def start(device: str = "auto", gpuid: int = 0, precision: str = "auto", deterministic: bool = False) -> Runtime:
-    """The runtime for these flags. Raises DivideMixError for a device that is not there; warns of a card that torch
-    cannot use."""
+def start(
+    device: str = "auto", gpuid: int = 0, precision: str = "auto", deterministic: bool = False, width: int = 64
+) -> Runtime:
+    """The runtime for these flags; `width`: channels of the network's first stage.
+
+    Raises DivideMixError for a device that is not there; warns of a card that torch cannot use.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise DivideMixError("more than one rank is not supported yet: start the script with python, not torchrun")
     chosen = pick_device(device, gpuid)
@@ -67,7 +72,10 @@ def start(device: str = "auto", gpuid: int = 0, precision: str = "auto", determi
         raise DivideMixError("--precision bf16 is not supported on mps: use fp32")
     if precision == "bf16" and not native:
         warn(f"--precision bf16: {chosen.type} here has no bf16 units, fp32 would be faster")
-    return Runtime(chosen, ("bf16" if native else "fp32") if precision == "auto" else precision)
+    # On a CPU, channels_last is vectorised over channels: fewer than 16 leave its vector units half empty.
+    narrow = chosen.type == "cpu" and width < 16
+    memory_format = torch.contiguous_format if narrow else torch.channels_last
+    return Runtime(chosen, ("bf16" if native else "fp32") if precision == "auto" else precision, memory_format)
 
 
 def pick_device(device: str, gpuid: int) -> torch.device:

@@ -1,0 +1,368 @@
+"""Train_cifar.main in-process: the order of Algorithm 1, and what each flag does."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny
+from make_data import make_cifar10, make_cifar100
+
+import dataloader_cifar
+import PreResNet
+import Train_cifar
+from dividemix import DivideMixError, noise, report
+from dividemix.checkpoint import load_last
+from dividemix.codivide import normalise
+from dividemix.engine import PhaseTerms
+from dividemix.run import seeded
+
+
+def snapshot(net: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in net.state_dict().items()}
+
+
+def same(state: dict, other: dict) -> bool:
+    return state.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in state.items())
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def read_records(final: dict) -> list[dict]:
+    return [json.loads(line) for line in Path(final["run_dir"], "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    """A figure takes a second, and has its own tests."""
+    monkeypatch.setattr(report, "draw", lambda *_: [])
+
+
+@pytest.fixture
+def phases(monkeypatch) -> list[dict]:
+    """Nothing is trained: every call of warmup_epoch and train_epoch is noted instead, with the net's state, the
+    learning rate and the keyword arguments."""
+    calls: list[dict] = []
+
+    def stub(kind: str):
+        def phase(net, *others, **flags) -> PhaseTerms:
+            optimizer = next(other for other in others if isinstance(other, torch.optim.Optimizer))
+            assert {id(p) for group in optimizer.param_groups for p in group["params"]} == set(
+                map(id, net.parameters())
+            )
+            calls.append({"kind": kind, "state": snapshot(net), "lr": optimizer.param_groups[0]["lr"], **flags})
+            return PhaseTerms(1.0, 1.0, 0.0, 0.0)
+
+        return phase
+
+    monkeypatch.setattr(Train_cifar, "warmup_epoch", stub("warmup"))
+    monkeypatch.setattr(Train_cifar, "train_epoch", stub("train"))
+    return calls
+
+
+# ---- Algorithm 1 ----
+
+
+def test_networks_swap_divisions_and_the_peer_is_fresh(tmp_path, monkeypatch):
+    """Exchanged divisions make each net confirm its own errors; a stale peer or a division made after net 1 was trained
+    is another method. All of these train without any error, and cost accuracy that nobody can explain."""
+    events: list[tuple] = []
+    loss, train = Train_cifar.per_sample_loss, Train_cifar.train_epoch
+
+    def spy_loss(net, data, **flags):
+        scored = loss(net, data, **flags)
+        events.append(("score", snapshot(net), normalise(scored.loss.numpy())))
+        return scored
+
+    class SpyCoDivide(Train_cifar.CoDivide):
+        def __call__(self, *arguments):
+            events.append(("divide", super().__call__(*arguments)))
+            return events[-1][1]
+
+    def spy_train(net, peer, optimizer, data, division, **flags):
+        before, peer_before = snapshot(net), snapshot(peer)
+        terms = train(net, peer, optimizer, data, division, **flags)
+        events.append(("train", before, peer_before, division.loss, snapshot(net)))
+        return terms
+
+    monkeypatch.setattr(Train_cifar, "per_sample_loss", spy_loss)
+    monkeypatch.setattr(Train_cifar, "CoDivide", SpyCoDivide)
+    monkeypatch.setattr(Train_cifar, "train_epoch", spy_train)
+    Train_cifar.main(tiny(tmp_path, "--num_epochs", "3"))
+
+    assert len(events) == 2 * 6  # two divided epochs
+    previous = None
+    for epoch in (events[:6], events[6:]):
+        assert [event[0] for event in epoch[4:]] == ["train", "train"], "divided after net 1 was trained"
+        assert sorted(event[0] for event in epoch[:4]) == ["divide", "divide", "score", "score"]
+        (_, net1, loss1), (_, net2, loss2) = (event for event in epoch if event[0] == "score")
+        (_, before1, peer1, division1, after1), (_, before2, peer2, division2, after2) = epoch[4:]
+        assert same(before1, net1) and same(before2, net2)  # net 2 is still as it was when it divided
+        assert same(peer1, net2), "net 1's peer is not net 2"
+        assert same(peer2, after1) and not same(after1, before1), "net 2's peer is not the just updated net 1"
+        assert np.abs(loss1 - loss2).max() > 1e-3  # the two divisions can be told apart
+        np.testing.assert_allclose(division1, loss2, rtol=1e-5, atol=1e-6, err_msg="net 1 on its own division")
+        np.testing.assert_allclose(division2, loss1, rtol=1e-5, atol=1e-6, err_msg="net 2 on its own division")
+        assert previous is None or (same(net1, previous[0]) and same(net2, previous[1]))
+        previous = after1, after2
+
+
+def test_the_two_networks_start_differently(tmp_path, phases):
+    """Else both networks make the same errors, and co-teaching teaches nothing. Each start depends on the seed."""
+    Train_cifar.main(tiny(tmp_path, "--num_epochs", "1"))
+    Train_cifar.main(tiny(tmp_path, "--num_epochs", "1", "--seed", "5"))
+    states = [call["state"] for call in phases]
+    assert len(states) == 4 and not any(same(states[i], states[k]) for i in range(4) for k in range(i))
+    assert same(states[0], seeded(123, 0, lambda: PreResNet.ResNet18(10, 4)).state_dict())
+
+
+def test_learning_rate_is_a_tenth_from_lr_drop_on(tmp_path, phases):
+    """Else the last half of the paper's schedule is missing, or one net has another than the other."""
+    final = Train_cifar.main(tiny(tmp_path, "--num_epochs", "4", "--lr_drop", "2", "--lr", "0.03"))
+    assert [call["kind"] for call in phases] == ["warmup"] * 2 + ["train"] * 6
+    assert [call["lr"] for call in phases] == pytest.approx([0.03] * 4 + [0.003] * 4)
+    records = read_records(final)
+    assert [record["lr"] for record in records] == pytest.approx([0.03, 0.03, 0.003, 0.003])
+
+
+@pytest.mark.parametrize("empty", [1, 2])
+def test_a_net_that_finds_nothing_clean_at_first(tmp_path, phases, monkeypatch, empty):
+    """Its student warms up for one more epoch. Else training stops, trains on nothing, or stats.txt has a line that
+    no script reads."""
+
+    class Empty(Train_cifar.CoDivide):
+        def __call__(self, losses, truly_clean, random_state, name="net"):
+            return None if name == f"net {empty}" else super().__call__(losses, truly_clean, random_state, name)
+
+    monkeypatch.setattr(Train_cifar, "CoDivide", Empty)
+    final = Train_cifar.main(tiny(tmp_path))
+    other = 3 - empty
+    assert [call["kind"] for call in phases[2:]] == (["train", "warmup"] if empty == 1 else ["warmup", "train"])
+    assert final[f"labeled_net{empty}"] is None and final[f"labeled_net{other}"] > 0
+    expected = f"Numer of labeled samples:{final[f'labeled_net{other}']}   AUC:{final[f'auc_net{other}']:.3f}\n"
+    assert Path(final["run_dir"], "stats.txt").read_text() == expected
+
+
+def test_hyper_parameters_reach_the_training(tmp_path, phases, capsys):
+    """Else a flag is accepted, saved and reported, and has no effect. The warm-up batch is twice the batch size."""
+    flags = ["--batch_size", "8", "--alpha", "0.7", "--T", "0.3", "--lambda_u", "11", "--warm_up", "1"]
+    Train_cifar.main(tiny(tmp_path, *flags, "--num_epochs", "2"))
+    warmup, _, train, _ = phases
+    assert warmup["batch_size"] == 16 and train["batch_size"] == 8
+    expected = {"alpha": 0.7, "T": 0.3, "lambda_u": 11, "warm_up": 1, "num_class": 10, "epoch": 1}
+    assert {name: train[name] for name in expected} == expected
+    assert "lambda_u 11 (given; cifar10 sym 50% has 25)" in capsys.readouterr().out
+
+
+# ---- Method and noise ----
+
+
+def test_cross_entropy_is_the_baseline_of_the_papers_rows(tmp_path, phases, capsys):
+    """Else the comparison that shows what the method brings is with another schedule, other names, or the ensemble's
+    number beside the paper's single network."""
+    make_cifar10(tmp_path / "data", 40, 20)
+    flags = ["--dataset", "cifar10", "--data_path", f"{tmp_path}/data", "--limit_train", "40", "--num_epochs", "3"]
+    final = Train_cifar.main(tiny(tmp_path / "out", *flags, "--method", "ce"))
+    assert {call["kind"] for call in phases} == {"warmup"} and len(phases) == 6  # also after --warm_up
+    assert final["run_dir"] == str(tmp_path / "out" / "cifar10_0.5_sym_ce")
+    records = read_records(final)
+    assert [record["phase"] for record in records] == ["ce"] * 3
+    assert all(record["auc_net1"] is None and record["labeled_net2"] is None for record in records)
+    assert not Path(final["run_dir"], "stats.txt").read_text()
+    assert (final["paper_best"], "paper_last" in final) == (79.4, False)
+    out = capsys.readouterr().out
+    best = max(record["test_acc_net1"] for record in records)
+    assert f"; net 1 alone: best {best:.2f}; paper's cross-entropy (one net): best 79.4\n" in out
+    assert "lambda_u" not in out  # it has none
+
+
+@pytest.mark.parametrize(
+    ("flags", "penalised"),
+    [
+        (["--noise_mode", "sym"], False),
+        (["--noise_mode", "asym"], True),
+        (["--noise_mode", "sym", "--conf_penalty", "on"], True),
+        (["--noise_mode", "asym", "--conf_penalty", "off"], False),
+        (["--noise_mode", "asym", "--method", "ce"], False),
+        (["--noise_mode", "asym", "--method", "ce", "--conf_penalty", "on"], True),
+    ],
+)
+def test_confidence_penalty_in_warm_up(tmp_path, phases, flags, penalised):
+    """Without it the nets fit asymmetric noise within the warm-up; with it under symmetric noise, or in the plain
+    cross-entropy baseline, it is not the paper's method."""
+    Train_cifar.main(tiny(tmp_path, *flags, "--num_epochs", "1"))
+    assert [call["conf_penalty"] for call in phases] == [penalised] * 2
+
+
+def test_the_asymmetric_map_is_printed(tmp_path, phases, capsys):
+    """Else two codes' 'asym 40 %' are compared although they confuse other classes."""
+    make_cifar10(tmp_path / "ten", 64, 10)
+    make_cifar100(tmp_path / "hundred", 64, 10)
+    for dataset, folder, expected in (
+        ("cifar10", "ten", "truck->automobile, bird->airplane, deer->horse, cat<->dog (the paper's map)"),
+        ("cifar100", "hundred", "ring inside each CIFAR-100 superclass, fine labels ascending"),
+        ("digits", "", "class c -> c+1, last -> first"),
+    ):
+        flags = ["--dataset", dataset, "--data_path", str(tmp_path / folder), "--noise_mode", "asym", "--r", "0.4"]
+        final = Train_cifar.main(tiny(tmp_path / "out", *flags, "--num_epochs", "1"))
+        assert f"asymmetric map: {expected}\n" in capsys.readouterr().out
+        assert final["run_dir"].endswith(f"{dataset}_0.4_asym")
+
+
+def test_noise_seed_and_noise_file_decide_the_labels(tmp_path, phases, capsys):
+    """Else runs over several seeds do not share the labels, or a shared noise file is not the one that is used."""
+    truth = dataloader_cifar.load("digits", "").train_labels.tolist()
+    final = Train_cifar.main(tiny(tmp_path, "--num_epochs", "1", "--noise_seed", "7"))
+    given = json.loads(Path(final["run_dir"], "digits_0.5_sym.json").read_text())
+    assert given == noise.inject(truth, "sym", 0.5, 10, 7)
+    (tmp_path / "shared.json").write_text(json.dumps(given))
+    final = Train_cifar.main(
+        tiny(tmp_path, "--num_epochs", "1", "--id", "b", "--noise_file", f"{tmp_path}/shared.json")
+    )
+    labels = np.load(Path(final["run_dir"], "labels.npz"))
+    assert labels["given"].tolist() == [given[i] for i in labels["index"]]
+    out = capsys.readouterr().out
+    assert f"read from {tmp_path}/shared.json" in out
+    changed = float((labels["given"] != labels["true"]).mean())
+    assert f"noise sym 0.5: {changed:.1%} of the training labels are wrong" in out
+
+
+# ---- Subset, validation, initial weights ----
+
+
+def test_limit_train_is_a_seeded_subset(tmp_path, phases):
+    """Else two runs of one command train on different images, or always on the first N of a sorted data set."""
+
+    def index(*flags: str) -> np.ndarray:
+        final = Train_cifar.main(tiny(tmp_path, "--num_epochs", "1", "--limit_train", "100", *flags))
+        return np.load(Path(final["run_dir"], "labels.npz"))["index"]
+
+    first = index()
+    assert len(set(first)) == 100 and first.max() > 1000 and (np.diff(first) > 0).all()
+    np.testing.assert_array_equal(index("--id", "again"), first)
+    assert not np.array_equal(index("--seed", "5"), first)
+
+
+def test_val_fraction_selects_the_best_epoch_off_the_test_set(tmp_path, phases, monkeypatch, capsys):
+    """Else 'best' is the peak on the test set although the user asked for an honest selection, the held-out images are
+    trained on, or their clean labels are used."""
+    flags = ["--limit_train", "100", "--num_epochs", "3", "--seed", "5"]
+    subset = np.load(Path(Train_cifar.main(tiny(tmp_path, *flags, "--id", "whole"))["run_dir"], "labels.npz"))
+    script = {347: iter([[50.0] * 3, [90.0] * 3, [60.0] * 3]), 25: iter([[30.0] * 3, [10.0] * 3, [40.0] * 3])}
+    held_out = []
+
+    def accuracy(nets, data, **_):
+        held_out.extend(data.labels.tolist() if len(data) == 25 else [])
+        return next(script[len(data)])
+
+    monkeypatch.setattr(Train_cifar, "ensemble_accuracy", accuracy)
+    final = Train_cifar.main(tiny(tmp_path, *flags, "--val_fraction", "0.25"))
+    assert (final["best_acc"], final["val_acc"], final["test_acc"]) == (60.0, 40.0, 60.0)
+    assert torch.load(Path(final["run_dir"], "best.pt"), weights_only=True)["epoch"] == 2
+    out = capsys.readouterr().out
+    assert "best 60.00 (epoch 2)" in out and "digits: 75 training" in out and "25 held out" in out
+    trained = np.load(Path(final["run_dir"], "labels.npz"))["index"]
+    rest = np.setdiff1d(subset["index"], trained)
+    assert (len(trained), len(rest)) == (75, 25) and np.isin(trained, subset["index"]).all()
+    given, truth = (subset[name][np.isin(subset["index"], rest)].tolist() for name in ("given", "true"))
+    assert held_out[:25] == given != truth
+
+
+def test_init_from_starts_both_networks_from_a_checkpoint(tmp_path, phases):
+    """Else a run that claims pretrained weights starts from random ones, or has two copies of one network."""
+    first = Train_cifar.main(tiny(tmp_path, "--num_epochs", "1", "--seed", "5"))
+    for file in ("best.pt", "epoch-000.pt"):
+        phases.clear()
+        source = Path(first["run_dir"], file)
+        Train_cifar.main(tiny(tmp_path, "--num_epochs", "1", "--id", file, "--init_from", str(source)))
+        nets = torch.load(source, weights_only=True)["nets"]
+        assert same(phases[0]["state"], nets[0]) and same(phases[1]["state"], nets[1]) and not same(*nets)
+
+
+# ---- The run folder ----
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ([], "digits_0.5_sym"),
+        (["--r", "0.80", "--noise_mode", "asym"], "digits_0.8_asym"),
+        (["--r", "0.45", "--seed", "123", "--id", "try-2"], "digits_0.45_sym_try-2"),
+        (["--method", "ce", "--seed", "7", "--id", "a"], "digits_0.5_sym_ce_seed7_a"),
+        (["--run_dir", "elsewhere/run", "--id", "a"], "../elsewhere/run"),
+    ],
+)
+def test_name_of_the_run_folder(tmp_path, monkeypatch, phases, flags, name):
+    """Else two different runs share a folder, or the README's paths do not exist."""
+    monkeypatch.chdir(tmp_path)
+    final = Train_cifar.main(tiny("out", *flags, "--num_epochs", "1"))
+    folder = (tmp_path / "out" / name).resolve()
+    assert Path(final["run_dir"]).resolve() == folder and (folder / "metrics.jsonl").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {Path(final["run_dir"]).parts[0]}  # and nothing elsewhere
+
+
+def test_the_same_command_again_continues_and_then_is_finished(tmp_path, capsys):
+    """Else a second start trains the whole run again, or a run that was continued is not the one that would have
+    been trained in one go."""
+    whole = Train_cifar.main(tiny(tmp_path, "--num_epochs", "3", "--id", "whole"))
+    short = Train_cifar.main(tiny(tmp_path, "--num_epochs", "2"))
+    folder = Path(short["run_dir"])
+    before = load_last(folder)
+    capsys.readouterr()
+
+    again = Train_cifar.main(tiny(tmp_path, "--num_epochs", "2"))
+    out = capsys.readouterr().out
+    assert again == short and f"{folder} is finished (2 epochs)" in out and "\nepoch " not in out
+    assert same(load_last(folder)["nets"][0], before["nets"][0])
+
+    longer = Train_cifar.main(tiny(tmp_path, "--num_epochs", "3"))
+    out = capsys.readouterr().out
+    assert f"continuing {folder} with epoch 2 (of 0..2)" in out
+    assert re.findall(r"^epoch (\d)/2", out, re.MULTILINE) == ["2"]
+    untimed = {key for key in whole if not key.startswith("seconds_")} - {"run_dir"}
+    assert {key: longer[key] for key in untimed} == {key: whole[key] for key in untimed}
+    for mine, other in zip(load_last(folder)["nets"], load_last(Path(whole["run_dir"]))["nets"], strict=True):
+        assert same(mine, other)
+    assert (folder / "acc.txt").read_text() == Path(whole["run_dir"], "acc.txt").read_text()
+
+
+def test_another_setting_in_the_same_folder_is_refused(tmp_path, phases):
+    """Else half a run is trained with one learning rate and half with another, under one name."""
+    final = Train_cifar.main(tiny(tmp_path, "--num_epochs", "1"))
+    before = bytes_of(Path(final["run_dir"]))
+    with pytest.raises(DivideMixError) as caught:
+        Train_cifar.main(tiny(tmp_path, "--num_epochs", "2", "--lr", "0.05", "--T", "0.4", "--width", "5"))
+    message = str(caught.value)
+    assert "(--T was 0.5, now 0.4, --lr was 0.02, now 0.05, --width was 4, now 5)" in message
+    assert final["run_dir"] in message and "--id" in message and "--fresh" in message
+    assert bytes_of(Path(final["run_dir"])) == before and len(phases) == 2
+
+
+def test_fresh_moves_the_old_run_aside_whole(tmp_path, phases, capsys):
+    """Else --fresh deletes a run of days, or goes on with its checkpoint or its noise."""
+    final = Train_cifar.main(tiny(tmp_path, "--num_epochs", "2"))
+    folder = Path(final["run_dir"])
+    before = bytes_of(folder)
+    Train_cifar.main(tiny(tmp_path, "--num_epochs", "1", "--fresh", "--lr", "0.05", "--noise_seed", "9"))
+    aside = [path for path in tmp_path.iterdir() if path != folder]
+    assert len(aside) == 1 and aside[0].name.startswith(f"{folder.name}.")
+    assert bytes_of(aside[0]) == before
+    assert f"{folder} moved to {aside[0]}" in capsys.readouterr().out
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+    assert (folder / "digits_0.5_sym.json").read_bytes() != before["digits_0.5_sym.json"]
+
+
+def test_main_returns_the_final_metrics(tmp_path, phases):
+    """Else scripts that call main, as reproduce.py does, tabulate something else than the log says."""
+    make_cifar10(tmp_path / "data", 40, 20)
+    flags = ["--dataset", "cifar10", "--data_path", f"{tmp_path}/data", "--limit_train", "40"]
+    final = Train_cifar.main(tiny(tmp_path / "out", *flags, "--r", "0.2"))
+    assert (final.pop("paper_best"), final.pop("paper_last")) == (96.1, 95.7)
+    last = read_records(final)[-1]
+    del final["run_dir"]
+    assert final == last and last["epoch"] == 1
+    assert "paper_best" not in Train_cifar.main(tiny(tmp_path / "out"))  # digits: no row of the paper
