@@ -1,11 +1,10 @@
 """DivideMix on CIFAR-10, CIFAR-100, Fashion-MNIST and scikit-learn's digits (Algorithm 1 of the paper).
 
-    python Train_cifar.py --data_path ./cifar-10 --r 0.5                      # CIFAR-10, 50 % symmetric noise (Table 1)
-    python Train_cifar.py --data_path ./cifar-10 --noise_mode asym --r 0.4    # CIFAR-10, 40 % asymmetric noise (Table
-    2) python Train_cifar.py --dataset cifar100 --data_path ./cifar-100 --r 0.8  # CIFAR-100, 80 % symmetric noise
-    python Train_cifar.py --dataset digits --r 0.5 --width 16 --warm_up 8 --num_epochs 20   # nothing to download,
-    minutes on a CPU python Train_cifar.py ... --method ce                                     # plain cross-entropy,
-    for comparison
+    python Train_cifar.py --data_path ./cifar-10 --r 0.5                          # CIFAR-10, 50 % symmetric (Table 1)
+    python Train_cifar.py --data_path ./cifar-10 --noise_mode asym --r 0.4        # 40 % asymmetric noise (Table 2)
+    python Train_cifar.py --dataset cifar100 --data_path ./cifar-100 --r 0.8      # CIFAR-100, 80 % symmetric noise
+    python Train_cifar.py --dataset digits --width 16 --warm_up 8 --num_epochs 20 # no download, minutes on a CPU
+    python Train_cifar.py ... --method ce                                         # plain cross-entropy, to compare
 
 The same command again continues the run. lambda_u, p_threshold and the loss window are the paper's for the setting
 (`dividemix/recipes.py`), unless given. `main` reads from top to bottom: data, two networks, Algorithm 1.
@@ -182,7 +181,9 @@ def prepare_data(args: argparse.Namespace, images: dataloader_cifar.ImageData, r
     transition, map_name = noise.asym_transition(images.num_class, args.dataset)
     spec = noise.NoiseSpec(args.dataset, args.noise_mode, args.r, args.noise_seed, images.num_class, transition)
     noise_file = Path(args.noise_file) if args.noise_file else None
-    given, origin = noise.noisy_labels(images.train_labels, spec, images.folder, run.folder, noise_file)
+    given, origin = noise.noisy_labels(
+        images.train_labels, spec, images.folder, run.folder, noise_file, bool(run.state)
+    )
     labels_sha256 = hashlib.sha256(given.tobytes() + images.train_labels.tobytes()).hexdigest()
     run.pin("labels_sha256", labels_sha256, f"the labels ({origin}) are not those that {run.folder} began with")
 

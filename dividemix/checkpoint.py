@@ -85,7 +85,9 @@ def load_last(folder: Path) -> dict[str, Any] | None:
     # Files that last.json does not vouch for (it is damaged, or a kill came between a checkpoint and it) are tried
     # last.
     entries += [
-        {"file": file.name} for file in sorted(folder.glob("epoch-*.pt"), reverse=True) if file.name not in known
+        {"file": file.name}
+        for file in sorted(folder.glob("epoch-*.pt"), key=lambda file: (len(file.name), file.name), reverse=True)
+        if file.name not in known
     ]
     for entry in entries:
         path = folder / Path(entry["file"]).name

@@ -2,9 +2,9 @@
 
 The engine asks a data set for three things, and a streaming data set can answer them as well:
 
-    warmup_batches(batch_size, rng)              -> sequence of batches;  warmup_views(*batch)   -> x, labels
-    mixmatch_batches(division, batch_size, rng)  -> sequence of batches;  mixmatch_views(*batch) -> x1, x2, labels, w,
-    u1, u2 eval_batches(batch_size)                     -> sequence of (x, labels), in the order of the samples
+    warmup_batches(batch_size, rng)              -> batches;  warmup_views(*batch)   -> x, labels
+    mixmatch_batches(division, batch_size, rng)  -> batches;  mixmatch_views(*batch) -> x1, x2, labels, w, u1, u2
+    eval_batches(batch_size)                     -> (x, labels) in the order of the samples
 
 A batch is a tuple of device tensors whose first members are the index of the labeled rows and (mixmatch) of the
 unlabeled. `*_views` is pure device work without a host synchronisation. Everything random comes from the host's numpy

@@ -110,7 +110,12 @@ class NoiseSpec:
 
 
 def noisy_labels(
-    truth: NDArray[np.int64], spec: NoiseSpec, data_folder: Path | None, run_folder: Path, file: Path | None = None
+    truth: NDArray[np.int64],
+    spec: NoiseSpec,
+    data_folder: Path | None,
+    run_folder: Path,
+    file: Path | None = None,
+    begun: bool = True,
 ) -> tuple[NDArray[np.int64], str]:
     """Noisy labels (N,) int64 of the true labels (N,), and one sentence saying where they come from.
 
@@ -120,7 +125,14 @@ def noisy_labels(
     """
     name = file_name(spec.dataset, spec.r, spec.mode)
     if (run_folder / name).exists():
-        return read(run_folder / name, truth, spec), f"read from {run_folder / name}, this run's own copy"
+        own = read(run_folder / name, truth, spec)
+        if file is None or not file.is_file() or np.array_equal(read(file, truth, spec), own):
+            return own, f"read from {run_folder / name}, this run's own copy"
+        if begun:
+            raise DivideMixError(
+                f"noise file {file} holds other labels than {run_folder} began with: leave --noise_file out, give this "
+                "run an --id, or --fresh to start anew"
+            )
     if file is not None:
         if not file.is_file():
             raise DivideMixError(

@@ -29,9 +29,10 @@ def number(kind: type, expected: str, accept: Callable[[Any], bool]) -> Callable
     def convert(text: str) -> Any:
         try:
             value = kind(text)
+            sound = (kind is int or math.isfinite(value)) and accept(value)  # isfinite fails for a very long int
         except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or not accept(value):
+            sound = False
+        if not sound:
             raise argparse.ArgumentTypeError(f"expected {expected}, got '{text}'")
         return value
 
@@ -151,6 +152,8 @@ def command_line(main: Callable[[Sequence[str] | None], Any]) -> NoReturn:
         main(None)
     except DivideMixError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:  # a full disk, a folder that went away
+        sys.exit(f"error: {error.filename or 'input or output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         print("\ninterrupted: the same command continues after the last finished epoch", file=sys.stderr)
         sys.exit(130)

@@ -41,8 +41,9 @@ class RunFolder:
         return self.path.resolve().name
 
     @property
-    def divided(self) -> bool:
-        return "clean_probability_net1" in self.scores
+    def divided(self) -> list[int]:
+        """The networks (1, 2) that have a division in the last epoch."""
+        return [k for k in (1, 2) if f"clean_probability_net{k}" in self.scores]
 
     @property
     def truly_wrong(self) -> NDArray[np.bool_] | None:
@@ -58,7 +59,7 @@ def read_run(path: Path) -> RunFolder:
         raise DivideMixError(f"{path} is not a run folder ({error})") from error
     if not records:
         raise DivideMixError(f"{path} has no finished epoch yet")
-    scores = sorted((path / "scores").glob("epoch_*.npz"))
+    scores = sorted((path / "scores").glob("epoch_*.npz"), key=lambda file: (len(file.name), file.name))
     return RunFolder(path, args, records, arrays(scores[-1]) if scores else {}, arrays(path / "labels.npz"))
 
 
@@ -74,7 +75,7 @@ def found_wrong(run: RunFolder) -> dict[str, int] | None:
     """Training labels that both networks together take for wrong (mean clean probability below the threshold): how
     many `flagged`, how many `found` of those truly wrong, and how many are `wrong`. None where the run has no
     division or the truth is unknown."""
-    if not run.divided or run.truly_wrong is None:
+    if len(run.divided) < 2 or run.truly_wrong is None:
         return None
     mean = (run.scores["clean_probability_net1"] + run.scores["clean_probability_net2"]) / 2
     flagged = mean < run.scores["threshold_net1"]
@@ -90,7 +91,8 @@ def table(runs: Sequence[RunFolder]) -> str:
     rows = [("run", "epochs", "best", "last 10", "AUC net 1/2", "wrong labels found", "of those flagged, wrong")]
     for run in runs:
         last, issues = run.records[-1], found_wrong(run)
-        auc = "-" if last["auc_net1"] is None else f"{last['auc_net1']:.3f}/{last['auc_net2']:.3f}"
+        both = ["-" if last[f"auc_net{k}"] is None else f"{last[f'auc_net{k}']:.3f}" for k in (1, 2)]
+        auc = "-" if both == ["-", "-"] else "/".join(both)
         found = precision = "-"
         if issues and issues["wrong"] and issues["flagged"]:
             found = f"{issues['found']} of {issues['wrong']} ({issues['found'] / issues['wrong']:.0%})"
@@ -108,10 +110,10 @@ def draw(path: Path, compare: Sequence[Path] = ()) -> list[Path]:
     written."""
     run = read_run(path)
     others = [read_run(other) for other in compare]
-    panels = 3 if run.divided else 1
+    panels = len(run.divided) + 1
     figure = Figure(figsize=(5.2 * panels, 4.2), layout="constrained")
     *histograms, accuracy = figure.subplots(1, panels, squeeze=False)[0]
-    for k, axes in enumerate(histograms, start=1):
+    for k, axes in zip(run.divided, histograms, strict=True):
         draw_losses(axes, run, k)
     draw_accuracy(accuracy, [*others, run])
     figure.suptitle(f"{run.name}: epoch {run.records[-1]['epoch']}")

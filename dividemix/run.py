@@ -10,12 +10,13 @@ import fcntl
 import json
 import math
 import platform
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -71,20 +72,15 @@ class Run:
         self.folder = folder
         self.config = {k: v for k, v in config.items() if k not in FREE_FLAGS}
         try:
+            self._new = fresh or not folder.exists()
             if fresh and folder.exists():
-                print(f"--fresh: {folder} moved to {set_aside(folder)}")
+                with lock(folder):  # not away from under a process that trains in it
+                    print(f"--fresh: {folder} moved to {set_aside(folder)}")
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(folder / ".lock", "w")  # noqa: SIM115
+            self._lock = lock(folder)
         except OSError as error:
             raise DivideMixError(
                 f"run folder {folder} cannot be written: {error.strerror}; choose --out_dir or --run_dir"
-            ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when the process dies
-        except OSError as error:
-            self._lock.close()
-            raise DivideMixError(
-                f"another process is training in {folder}: wait for it, or give this run another --id"
             ) from error
         self.pins: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
@@ -207,17 +203,26 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-        if (
-            not self.records and not (self.folder / "args.json").exists()
-        ):  # refused before it began: leave nothing behind
-            with contextlib.suppress(OSError):
-                (self.folder / ".lock").unlink()
-                self.folder.rmdir()
+        if self._new and not self.records and not (self.folder / "args.json").exists():  # refused: leave nothing behind
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def folder_for(out_dir: str, run_dir: str | None, *parts: str) -> Path:
     """--run_dir, or --out_dir / the non-empty parts joined by '_'."""
     return Path(run_dir) if run_dir else Path(out_dir) / "_".join(part for part in parts if part)
+
+
+def lock(folder: Path) -> TextIO:
+    """The folder's lock file, held until it is closed. Raises DivideMixError where another process holds it."""
+    file = open(folder / ".lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when the process dies
+    except OSError as error:
+        file.close()
+        raise DivideMixError(
+            f"another process is training in {folder}: wait for it, or give this run another --id"
+        ) from error
+    return file
 
 
 def set_aside(folder: Path) -> Path:
@@ -257,11 +262,9 @@ def acc_line(record: dict[str, Any]) -> str:
 def stats_lines(record: dict[str, Any]) -> str:
     """The authors' two lines a divided epoch, their spelling included: net 2's division, on which net 1 trains, then
     net 1's."""
-    if record.get("labeled_net1") is None:
-        return ""
-    line = "Numer of labeled samples:{}   AUC:{}\n"
-    auc = ["null" if record[f"auc_net{k}"] is None else f"{record[f'auc_net{k}']:.3f}" for k in (2, 1)]
-    return line.format(record["labeled_net2"], auc[0]) + line.format(record["labeled_net1"], auc[1])
+    divided = [k for k in (2, 1) if record.get(f"labeled_net{k}") is not None]
+    auc = {k: "null" if record[f"auc_net{k}"] is None else f"{record[f'auc_net{k}']:.3f}" for k in divided}
+    return "".join(f"Numer of labeled samples:{record[f'labeled_net{k}']}   AUC:{auc[k]}\n" for k in divided)
 
 
 def epoch_line(record: dict[str, Any], num_epochs: int) -> str:
@@ -273,7 +276,7 @@ def epoch_line(record: dict[str, Any], num_epochs: int) -> str:
         )
 
     parts = [f"epoch {record['epoch']}/{num_epochs - 1} {record['phase']}"]
-    if record.get("labeled_net1") is not None:
+    if any(record.get(f"labeled_net{k}") is not None for k in (1, 2)):
         parts += [f"labeled {pair('labeled', 'd')} unlabeled {pair('unlabeled', 'd')}", f"AUC {pair('auc', '.3f')}"]
     terms = {"Lx": record.get("loss_x"), "Lu": record.get("loss_u"), "penalty": record.get("penalty")}
     parts.append(" ".join(f"{name} {value:.4f}" for name, value in terms.items() if value is not None))

@@ -24,8 +24,8 @@ class Runtime:
         return net.to(self.device, memory_format=self.memory_format)
 
     def forward(self, net: nn.Module, x: Tensor) -> Tensor:
-        """Logits in float32. One autocast block for each forward: its cache of cast weights, filled by a forward
-        without gradients, would otherwise cut the weights of a later forward off from theirs."""
+        """Logits in float32. One autocast block for each forward: autocast caches the cast weights of a block, and a
+        cache filled before an update, or without gradients, would serve the later forward."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return net(x.contiguous(memory_format=self.memory_format)).float()
 
