@@ -34,19 +34,21 @@ ARCHITECTURES = {
     "preresnet50": PreResNet.ResNet50,
 }
 WEIGHT_DECAY = 5e-4
+PAPER_SETTING = {"num_epochs": 300, "arch": "preresnet18", "width": 64, "batch_size": 64, "limit_train": None}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = options.Parser(prog="Train_cifar.py", description="DivideMix on small images with noisy labels.")
     options.add_method(parser, batch_size=64, lr=0.02, alpha=4, num_epochs=300, lr_drop=150)
     group = parser.add_argument_group("data and noise")
-    group.add_argument("--dataset", choices=["cifar10", "cifar100", "fashionmnist", "digits"], default="cifar10")
+    names = ["cifar10", "cifar100", "fashionmnist", "digits"]
+    group.add_argument("--dataset", choices=names, default="cifar10", help="digits come with scikit-learn")
     group.add_argument("--data_path", default="./cifar-10", help="folder of the data set's files; digits needs none")
     group.add_argument("--download", action="store_true", help="fetch and verify the data set if it is not there")
     group.add_argument(
         "--num_class", type=options.positive_int, help="refused when it contradicts the data (default: from the data)"
     )
-    group.add_argument("--noise_mode", choices=noise.MODES, default="sym")
+    group.add_argument("--noise_mode", choices=noise.MODES, default="sym", help="symmetric or asymmetric label noise")
     group.add_argument(
         "--r", type=options.rate, default=0.5, help="noise rate: the part of the training samples that is drawn"
     )
@@ -58,7 +60,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--limit_train", type=options.positive_int, metavar="N", help="train on a seeded subset of N samples"
     )
     group = parser.add_argument_group("network and variants")
-    group.add_argument("--arch", choices=sorted(ARCHITECTURES), default="preresnet18")
+    group.add_argument("--arch", choices=sorted(ARCHITECTURES), default="preresnet18", help="both networks")
     group.add_argument("--width", type=options.positive_int, default=64, help="channels of the first stage")
     group.add_argument(
         "--method",
@@ -97,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"--num_class {args.num_class}: {args.dataset} has {images.num_class} classes; leave it out"
         )
     args.num_class = images.num_class
+    if args.limit_train and args.limit_train > len(images.train_labels):
+        raise DivideMixError(f"--limit_train {args.limit_train}: there are {len(images.train_labels)} training samples")
     conf_penalty = args.conf_penalty == "on" or (
         args.conf_penalty == "auto" and args.noise_mode == "asym" and args.method == "dividemix"
     )
@@ -106,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with Run(folder, vars(args), args.fresh) as run:
         train, validation, test, truly_clean, about = prepare_data(args, images, run, machine.device)
         nets = [seeded(args.seed, k, lambda: ARCHITECTURES[args.arch](images.num_class, args.width)) for k in range(2)]
-        if args.init_from:
+        if args.init_from and not run.state:
             load_weights(nets, load_networks(Path(args.init_from)), args.init_from)
         nets = [machine.prepare(net) for net in nets]
         optimizers = [machine.optimizer(net, args.lr, WEIGHT_DECAY) for net in nets]
@@ -164,11 +168,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 accuracy = ensemble_accuracy(nets, test, bar=bar, **evaluation)
                 held_out = ensemble_accuracy(nets, validation, **evaluation) if validation else None
 
-            metrics = {"phase": "ce" if args.method == "ce" else "warmup" if warming_up else "train", "lr": lr}
+            metrics = {"phase": "ce" if args.method == "ce" else "train" if any(divisions) else "warmup", "lr": lr}
             metrics |= epoch_metrics(accuracy, held_out, divisions, terms)
             run.end_epoch(metrics, state_of(nets, optimizers, codivide), scores, args.save_scores)
 
-        return finish(run, row, args)
+        return finish(run, row, args, images.official)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,16 +185,13 @@ def prepare_data(args: argparse.Namespace, images: dataloader_cifar.ImageData, r
     transition, map_name = noise.asym_transition(images.num_class, args.dataset)
     spec = noise.NoiseSpec(args.dataset, args.noise_mode, args.r, args.noise_seed, images.num_class, transition)
     noise_file = Path(args.noise_file) if args.noise_file else None
-    given, origin = noise.noisy_labels(
-        images.train_labels, spec, images.folder, run.folder, noise_file, bool(run.state)
-    )
+    begun = bool(run.state)
+    given, origin = noise.noisy_labels(images.train_labels, spec, images.folder, run.folder, noise_file, begun=begun)
     labels_sha256 = hashlib.sha256(given.tobytes() + images.train_labels.tobytes()).hexdigest()
     run.pin("labels_sha256", labels_sha256, f"the labels ({origin}) are not those that {run.folder} began with")
 
     index = np.arange(len(given))
     if args.limit_train:
-        if args.limit_train > len(index):
-            raise DivideMixError(f"--limit_train {args.limit_train}: there are {len(index)} training samples")
         index = np.sort(draws(args.seed, "subset").permutation(index)[: args.limit_train])
     held_out = np.empty(0, dtype=index.dtype)
     if args.val_fraction:
@@ -249,7 +250,7 @@ def restore(state: dict[str, Any], nets, optimizers, codivide) -> None:
     if state:
         load_weights(nets, state["nets"], "the last checkpoint")
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            runtime.load_optimizer(optimizer, saved)
         for part, saved in zip(codivide, state["codivide"], strict=True):
             part.load_state(saved)
 
@@ -276,24 +277,30 @@ def epoch_metrics(accuracy, held_out, divisions, terms) -> dict[str, Any]:
         metrics[f"labeled_net{k}"] = int(division.labeled.sum()) if division else None
         metrics[f"unlabeled_net{k}"] = int((~division.labeled).sum()) if division else None
     metrics["loss_x"] = float(np.mean([t.labeled for t in terms]))
-    metrics["loss_u"] = float(np.mean([t.unlabeled for t in terms])) if any(divisions) else None
+    divided = [t.unlabeled for t, division in zip(terms, divisions[::-1], strict=True) if division]
+    metrics["loss_u"] = float(np.mean(divided)) if divided else None
     metrics["penalty"] = float(np.mean([t.penalty for t in terms]))
     return metrics
 
 
-def finish(run: Run, row, args: argparse.Namespace) -> dict[str, Any]:
+def finish(run: Run, row, args: argparse.Namespace, official: bool) -> dict[str, Any]:
     """Print best and last beside the paper's row, draw the figures, and return the final metrics."""
     final = {**run.records[-1], "run_dir": str(run.folder)}
     line = f"best {final['best_acc']:.2f} (epoch {run.best_epoch}), mean of the last 10 {final['last10_acc']:.2f}"
     if args.method == "ce":
-        best_net1 = max(record["test_acc_net1"] for record in run.records)
-        line += f"; net 1 alone: best {best_net1:.2f}"
-        if row:
-            line += f"; paper's cross-entropy (one net): best {row.ce_best}"
+        line += f"; net 1 alone: best {max(record['test_acc_net1'] for record in run.records):.2f}"
+    if row:
+        other = [
+            f"--{name} {getattr(args, name)}" for name, paper in PAPER_SETTING.items() if getattr(args, name) != paper
+        ]
+        other += [] if official else [f"not the official {args.dataset}"]
+        but = f" (but this run: {', '.join(other)})" if other else ""
+        if args.method == "ce":
+            line += f"; paper's cross-entropy, one net: best {row.ce_best}{but}"
             final["paper_best"] = row.ce_best
-    elif row:
-        line += f"; paper: {row.best} / {row.last}"
-        final |= {"paper_best": row.best, "paper_last": row.last}
+        else:
+            line += f"; paper: {row.best} / {row.last}{but}"
+            final |= {"paper_best": row.best, "paper_last": row.last}
     print(line)
     try:
         from dividemix import report

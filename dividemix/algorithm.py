@@ -27,8 +27,7 @@ def mean_prediction(logits: list[Tensor]) -> Tensor:
 
 
 def co_refine(labels: Tensor, w: Tensor, logits: list[Tensor], T: float) -> Tensor:
-    """Targets of labeled images: the given label as far as it is clean, the net's own prediction for the rest.  (Eq.
-    3, 4)
+    """Targets of labeled images: the given label as far as it is clean, else the net's own prediction.  (Eq. 3, 4)
 
     labels: one-hot (B, C); w: clean probability (B,); logits: the trained net's, one (B, C) a view. -> (B, C).
     """
@@ -37,8 +36,7 @@ def co_refine(labels: Tensor, w: Tensor, logits: list[Tensor], T: float) -> Tens
 
 
 def co_guess(logits: list[Tensor], T: float) -> Tensor:
-    """Targets of unlabeled images: what both networks predict over all views, list of (B, C) -> (B, C).  (Algorithm
-    1)"""
+    """Targets of unlabeled images: what both networks predict over all views, list of (B, C) -> (B, C)."""
     return sharpen(mean_prediction(logits), T)
 
 

@@ -18,10 +18,11 @@ import torch
 from dividemix import DivideMixError, warn
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, exclusive: bool = False) -> None:
     """Write a file so that a reader finds the old content or the new one, never a part: temporary file, fsync,
     rename, fsync.
 
+    `exclusive` leaves a file that is there already and raises FileExistsError.
     Raises OSError (disk full, read-only ...) and then leaves the old file as it was and no temporary one.
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -31,10 +32,12 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a shared run or noise file from colleagues
-        os.replace(temporary, path)
-    except BaseException:
+        if exclusive:
+            os.link(temporary, path)
+        else:
+            os.replace(temporary, path)
+    finally:
         Path(temporary).unlink(missing_ok=True)
-        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

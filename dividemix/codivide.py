@@ -1,11 +1,13 @@
 """Co-divide: per-sample losses -> a two-component Gaussian mixture -> labeled and unlabeled set (paper, Sec. 3.1)."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import roc_auc_score
 from sklearn.mixture import GaussianMixture
 
@@ -73,7 +75,9 @@ def fit_gmm(loss: NDArray, random_state: int = 0) -> GaussianMixture:
     """The authors' mixture of a normalised loss (N,). Its few EM steps make the k-means initialisation part of the
     method."""
     gmm = GaussianMixture(n_components=2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=random_state)
-    return gmm.fit(loss.reshape(-1, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # stopping early is part of the method
+        return gmm.fit(loss.reshape(-1, 1))
 
 
 def clean_probability(losses: ArrayLike, window: int = 1, random_state: int = 0) -> NDArray[np.float64]:

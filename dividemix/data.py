@@ -1,6 +1,6 @@
 """Small image sets that live on the device (the CIFAR family): all of a phase's draws first, then batches of indices.
 
-The engine asks a data set for three things, and a streaming data set can answer them as well:
+The engine asks a data set for its length, its `device` and these, and a streaming data set can answer as well:
 
     warmup_batches(batch_size, rng)              -> batches;  warmup_views(*batch)   -> x, labels
     mixmatch_batches(division, batch_size, rng)  -> batches;  mixmatch_views(*batch) -> x1, x2, labels, w, u1, u2

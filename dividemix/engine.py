@@ -73,7 +73,7 @@ def mixmatch_step(
     unlabeled_loss: bool = True,
     forward: Forward = plain_forward,
 ) -> StepTerms:
-    """Co-refine, co-guess, MixMatch and one update of `net`, with `peer` frozen (Algorithm 1, lines 14-27).
+    """Co-refine, co-guess, MixMatch and one update of `net`, with `peer` frozen (Algorithm 1, inner loop).
 
     x1, x2 (B, ...) two views of the labeled images, labels int64 (B,), w (B,) their clean probability; u1, u2 (B',
     ...) two views of the unlabeled ones, B' may be 0. lam: already max(lam, 1 - lam); index: a permutation of all 2B
@@ -88,9 +88,8 @@ def mixmatch_step(
             targets_u = co_guess(guesses, T)
         else:
             targets_u = w.new_zeros(0, num_class)
-        one_hot = (labels.unsqueeze(1) == torch.arange(num_class, device=labels.device)).to(
-            w.dtype
-        )  # no range check: no sync
+        # one_hot of torch.nn.functional checks the range on the host: a sync
+        one_hot = (labels.unsqueeze(1) == torch.arange(num_class, device=labels.device)).to(w.dtype)
         targets_x = co_refine(one_hot, w, [forward(net, x1), forward(net, x2)], T)
 
     inputs = torch.cat([x1, x2, u1, u2])
@@ -237,9 +236,10 @@ def run_steps(
         steps += 1
     *totals, sound = sums.tolist()
     if sound < steps:
+        stopped = "" if found_inf is None else ", and no update was applied from there on"
         raise DivideMixError(
-            f"the loss or a gradient was not finite at batch {int(sound) + 1} of {steps}, and no update was "
-            "applied from there on. Likely causes: --lr too high, damaged images, or a weight file that does not fit"
+            f"the loss or a gradient was not finite at batch {int(sound) + 1} of {steps}{stopped}. "
+            "Likely causes: --lr too high, damaged images, or a weight file that does not fit"
         )
     return PhaseTerms(*(total / steps for total in totals))
 

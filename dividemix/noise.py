@@ -4,7 +4,6 @@ Symmetric and asymmetric noise as the authors inject it, to the label: with seed
 JSON list of N labels; one that exists wins over the seed, so that several runs and several codes share their noise.
 """
 
-import contextlib
 import json
 import math
 import random
@@ -115,29 +114,28 @@ def noisy_labels(
     data_folder: Path | None,
     run_folder: Path,
     file: Path | None = None,
-    begun: bool = True,
+    *,
+    begun: bool,
 ) -> tuple[NDArray[np.int64], str]:
     """Noisy labels (N,) int64 of the true labels (N,), and one sentence saying where they come from.
 
-    In this order: the run folder's own copy (a run goes on with the labels it began with), `file`, `file_name` beside
-    the data, or else noise is injected, and saved beside the data where that folder can be written. The labels used
-    are always copied to the run folder. Raises DivideMixError for a file that cannot be this noise.
+    A run that has `begun` goes on with its own copy in the run folder. Otherwise, in this order: `file`; `file_name`
+    beside the data; else noise is injected, and saved beside the data where that folder can be written. The labels
+    used are always copied to the run folder. Raises DivideMixError for a file that cannot be this noise, and for a
+    `file` that is missing or holds other labels than the run began with.
     """
     name = file_name(spec.dataset, spec.r, spec.mode)
-    if (run_folder / name).exists():
+    if file is not None and not file.is_file():
+        raise DivideMixError(f"noise file {file} does not exist: mend --noise_file, or leave it out to make the noise")
+    if begun and (run_folder / name).exists():
         own = read(run_folder / name, truth, spec)
-        if file is None or not file.is_file() or np.array_equal(read(file, truth, spec), own):
-            return own, f"read from {run_folder / name}, this run's own copy"
-        if begun:
+        if file is not None and not np.array_equal(read(file, truth, spec), own):
             raise DivideMixError(
                 f"noise file {file} holds other labels than {run_folder} began with: leave --noise_file out, give this "
                 "run an --id, or --fresh to start anew"
             )
+        return own, f"read from {run_folder / name}, this run's own copy"
     if file is not None:
-        if not file.is_file():
-            raise DivideMixError(
-                f"noise file {file} does not exist: mend --noise_file, or leave it out to make the noise"
-            )
         labels, origin = read(file, truth, spec), f"read from {file}"
     elif data_folder and (data_folder / name).exists():
         path = data_folder / name
@@ -146,9 +144,14 @@ def noisy_labels(
         made = inject(truth.tolist(), spec.mode, spec.r, spec.num_class, spec.seed, spec.transition)
         labels, origin = np.array(made, dtype=np.int64), f"made with seed {spec.seed}, saved as {run_folder / name}"
         if data_folder:
-            with contextlib.suppress(OSError):  # a read-only data folder is fine: the run folder has its copy
-                write_labels(data_folder / name, labels)
-                origin = f"made with seed {spec.seed}, saved as {data_folder / name}"
+            path = data_folder / name
+            try:
+                write_labels(path, labels, exclusive=True)
+                origin = f"made with seed {spec.seed}, saved as {path}"
+            except FileExistsError:  # another run, started at the same time, was quicker: share its noise
+                labels, origin = read(path, truth, spec), f"read from {path} (another run has just made it)"
+            except OSError:
+                pass  # a read-only data folder is fine: the run folder has its copy
     try:
         write_labels(run_folder / name, labels)
     except OSError as error:
@@ -156,8 +159,8 @@ def noisy_labels(
     return labels, origin
 
 
-def write_labels(path: Path, labels: NDArray[np.int64]) -> None:
-    write_atomically(path, json.dumps(labels.tolist()).encode())
+def write_labels(path: Path, labels: NDArray[np.int64], exclusive: bool = False) -> None:
+    write_atomically(path, json.dumps(labels.tolist()).encode(), exclusive)
 
 
 def read(path: Path, truth: NDArray[np.int64], spec: NoiseSpec) -> NDArray[np.int64]:

@@ -11,11 +11,20 @@ from typing import Any, NoReturn
 from dividemix import DivideMixError, DivideMixWarning, recipes
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each default once, and none where there is nothing to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, "") or "default:" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action) or "(default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, and that takes no abbreviated flags: a run's flags stay readable."""
 
     def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
@@ -73,7 +82,7 @@ def add_method(parser: Parser, *, batch_size: int, lr: float, alpha: float, num_
     group.add_argument(
         "--lr_drop", type=positive_int, default=lr_drop, help="epoch from which the learning rate is a tenth"
     )
-    group.add_argument("--num_epochs", type=positive_int, default=num_epochs)
+    group.add_argument("--num_epochs", type=positive_int, default=num_epochs, help="epochs in all, warm-up included")
     group.add_argument(
         "--warm_up", type=count, help="epochs of plain cross-entropy before the first division (default: the paper's)"
     )
@@ -103,7 +112,9 @@ def add_run(parser: Parser) -> None:
         help="part of the (noisy) training set held out to select the best epoch",
     )
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    group.add_argument(
+        "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: a CUDA card, else mps, else cpu"
+    )
     group.add_argument("--gpuid", type=count, default=0, help="which CUDA card")
     group.add_argument(
         "--precision",

@@ -1,6 +1,6 @@
 """The paper's hyper-parameters and results, one row per setting, as data. Nothing else in the project states them.
 
-Source: Li, Socher, Hoi, ICLR 2020: Table 7 (lambda_u), Sec. 4.2 (the other settings), Tables 1 and 2 (results).
+Source: Li, Socher, Hoi, ICLR 2020: Table 7 and Sec. 4.2 (settings), Tables 1 and 2 (results).
 Accuracies are test accuracies in per cent: best = the peak over all epochs, last = the mean of the last 10 epochs.
 """
 

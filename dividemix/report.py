@@ -88,7 +88,18 @@ def found_wrong(run: RunFolder) -> dict[str, int] | None:
 
 def table(runs: Sequence[RunFolder]) -> str:
     """One line a run, aligned, for the terminal."""
-    rows = [("run", "epochs", "best", "last 10", "AUC net 1/2", "wrong labels found", "of those flagged, wrong")]
+    rows = [
+        (
+            "run",
+            "epochs",
+            "best",
+            "last epoch",
+            "last 10",
+            "AUC net 1/2",
+            "wrong labels found",
+            "of those flagged, wrong",
+        )
+    ]
     for run in runs:
         last, issues = run.records[-1], found_wrong(run)
         both = ["-" if last[f"auc_net{k}"] is None else f"{last[f'auc_net{k}']:.3f}" for k in (1, 2)]
@@ -97,7 +108,7 @@ def table(runs: Sequence[RunFolder]) -> str:
         if issues and issues["wrong"] and issues["flagged"]:
             found = f"{issues['found']} of {issues['wrong']} ({issues['found'] / issues['wrong']:.0%})"
             precision = f"{issues['found']} of {issues['flagged']} ({issues['found'] / issues['flagged']:.0%})"
-        accuracy = (f"{last['best_acc']:.2f}", f"{last['last10_acc']:.2f}")
+        accuracy = tuple(f"{last[name]:.2f}" for name in ("best_acc", "test_acc", "last10_acc"))
         rows.append((run.name, str(len(run.records)), *accuracy, auc, found, precision))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -169,7 +180,7 @@ def draw_accuracy(axes: Axes, runs: Sequence[RunFolder]) -> None:
         style, marker, color = styles[i % len(styles)]
         x = [record["epoch"] for record in run.records]
         y = [record["test_acc"] for record in run.records]
-        label = f"{run.name} (last 10: {run.records[-1]['last10_acc']:.1f})"
+        label = f"{run.name} (best {run.records[-1]['best_acc']:.1f}, last {y[-1]:.1f})"
         axes.plot(x, y, style, marker=marker, markersize=3, color=color, linewidth=2.2 if i == 0 else 1.5, label=label)
     warm_up = runs[-1].args["warm_up"]
     if runs[-1].divided and len(runs[-1].records) > warm_up:

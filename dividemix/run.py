@@ -72,10 +72,11 @@ class Run:
         self.folder = folder
         self.config = {k: v for k, v in config.items() if k not in FREE_FLAGS}
         try:
-            self._new = fresh or not folder.exists()
+            self._new, self._aside = fresh or not folder.exists(), None
             if fresh and folder.exists():
                 with lock(folder):  # not away from under a process that trains in it
-                    print(f"--fresh: {folder} moved to {set_aside(folder)}")
+                    self._aside = set_aside(folder)
+                print(f"--fresh: {folder} moved to {self._aside}")
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = lock(folder)
         except OSError as error:
@@ -99,9 +100,10 @@ class Run:
 
     def _refuse_other_config(self) -> None:
         before = self.state.get("config", self.config)
-        names = sorted(k for k in before.keys() | self.config.keys() if before.get(k) != self.config.get(k))
+        # Only what both know: a flag that a later version adds does not cut older runs off.
+        names = sorted(k for k in before.keys() & self.config.keys() if before[k] != self.config[k])
         if names:
-            listed = ", ".join(f"--{k} was {before.get(k)}, now {self.config.get(k)}" for k in names)
+            listed = ", ".join(f"--{k} was {before[k]}, now {self.config[k]}" for k in names)
             remedy = "give this one an --id, or --fresh to start anew"
             raise DivideMixError(f"{self.folder} holds a run with other settings ({listed}): {remedy}")
 
@@ -114,7 +116,12 @@ class Run:
 
     def start(self, about: dict[str, Any]) -> None:
         """Write args.json and bring the logs in line with the checkpoint. `about`: command, arguments, data."""
-        about = {**about, "versions": versions(), "commit": commit()}
+        try:
+            starts = json.loads((self.folder / "args.json").read_bytes())["starts"]
+        except (OSError, ValueError, KeyError, TypeError):
+            starts = []
+        this = {"epoch": len(self.records), "command": about["command"], "versions": versions(), "commit": commit()}
+        about = {**about, "versions": versions(), "commit": commit(), "starts": [*starts, this]}
         write_atomically(self.folder / "args.json", json.dumps(about, indent=1, default=str).encode())
         for name, lines in (("metrics.jsonl", metric_line), ("acc.txt", acc_line), ("stats.txt", stats_lines)):
             write_atomically(self.folder / name, "".join(map(lines, self.records)).encode())
@@ -205,6 +212,8 @@ class Run:
         self.close()
         if self._new and not self.records and not (self.folder / "args.json").exists():  # refused: leave nothing behind
             shutil.rmtree(self.folder, ignore_errors=True)
+            if self._aside:
+                self._aside.rename(self.folder)
 
 
 def folder_for(out_dir: str, run_dir: str | None, *parts: str) -> Path:

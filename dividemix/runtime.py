@@ -4,6 +4,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,19 @@ class Runtime:
             name = f"{self.device.type}, {torch.get_num_threads()} threads"
         arithmetic = "fp32, TF32 off" if self.precision == "fp32" else "bf16 autocast, losses in fp32"
         return f"{name}; {arithmetic}; torch {torch.__version__}"
+
+
+def load_optimizer(optimizer: torch.optim.SGD, state: dict[str, Any]) -> None:
+    """Restore an optimizer from its state dict, also one that another device wrote: momentum takes its parameter's
+    memory layout, and which SGD kernel runs stays this machine's choice."""
+    fused = [group["fused"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, fused, strict=True):
+        group["fused"] = own
+        for parameter in group["params"]:
+            momentum = optimizer.state[parameter].get("momentum_buffer")
+            if momentum is not None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
 
 
 def start(

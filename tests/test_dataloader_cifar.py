@@ -467,11 +467,8 @@ def small_pickle(protocol: int, python2: bool) -> bytes:
 SMALL = [small_pickle(*kind) for kind in ((0, False), (2, False), (4, False), (5, False), (0, True), (2, True))]
 
 
-@pytest.mark.filterwarnings("ignore:invalid escape")  # of codecs.escape_decode, in Python 2 strings
-@settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_fuzz_success_or_one_error(fuzz_folder, data):
-    """Else: some damaged file exists that ends in a traceback, a crash or a hang."""
+def damage_and_load(folder, data) -> None:
+    """Change a real pickle in up to six places: it loads, or it is refused by name."""
     content = bytearray(data.draw(st.sampled_from(SMALL)))
     # pixels are most of a file and say nothing: strike near both ends, where the structure is
     change = st.sampled_from(["set", "set", "set", "insert", "delete", "cut"])
@@ -485,11 +482,28 @@ def test_fuzz_success_or_one_error(fuzz_folder, data):
             del content[at : at + 1]
         elif -len(content) <= at < len(content):
             content[at] = value
-    (fuzz_folder / "data_batch_1").write_bytes(content)
+    (folder / "data_batch_1").write_bytes(content)
     try:
-        assert load("cifar10", fuzz_folder).train_images.dtype == np.uint8
+        assert load("cifar10", folder).train_images.dtype == np.uint8
     except DivideMixError as error:
-        assert "\n" not in str(error) and str(fuzz_folder) in str(error)
+        assert "\n" not in str(error) and str(folder) in str(error)
+
+
+@pytest.mark.filterwarnings("ignore:invalid escape")  # of codecs.escape_decode, in Python 2 strings
+@settings(max_examples=150)
+@given(data=st.data())
+def test_fuzz_success_or_one_error(fuzz_folder, data):
+    """Else: some damaged file exists that ends in a traceback, a crash or a hang."""
+    damage_and_load(fuzz_folder, data)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:invalid escape")
+@settings(max_examples=5000, derandomize=False)
+@given(data=st.data())
+def test_long_fuzz_success_or_one_error(fuzz_folder, data):
+    """The same with other files each time: what 150 fixed examples do not reach."""
+    damage_and_load(fuzz_folder, data)
 
 
 # ---- Downloads ----

@@ -10,8 +10,10 @@ from dividemix import DivideMixError, engine
 from dividemix.runtime import Runtime
 from PreResNet import ResNet18
 
+CPU = Runtime(torch.device("cpu"))
 
-def golden_step(name: str, num_class: int, lr: float, weight_decay: float, **kwargs):
+
+def golden_step(name: str, num_class: int, lr: float, weight_decay: float, machine: Runtime = CPU, **kwargs):
     """Run the golden file's step. -> (file, net after it, its terms)."""
     golden = np.load(GOLDEN / f"step_{name}.npz")
     rs = np.random.RandomState(5)
@@ -23,13 +25,14 @@ def golden_step(name: str, num_class: int, lr: float, weight_decay: float, **kwa
     labels = torch.from_numpy(rs.randint(0, num_class, 8))
     w = torch.from_numpy(rs.uniform(0.5, 1, 8).astype(np.float32))
     u1, u2 = draw(8, 3, 32, 32), draw(8, 3, 32, 32)
-    net, peer = golden_weights(ResNet18(num_class), 2), golden_weights(ResNet18(num_class), 3)
+    net, peer = (machine.prepare(golden_weights(ResNet18(num_class), seed)) for seed in (2, 3))
     beta = float(golden["beta"][0])
-    optimizer = Runtime(torch.device("cpu")).optimizer(net, lr, weight_decay)
+    optimizer = machine.optimizer(net, lr, weight_decay)
+    batch = [tensor.to(machine.device) for tensor in (x1, x2, labels, w, u1, u2)]
     terms = engine.mixmatch_step(
-        net, peer, optimizer, x1, x2, labels, w, u1, u2,
-        lam=torch.tensor(max(beta, 1 - beta)), index=torch.from_numpy(golden["perm0"]),
-        T=0.5, lambda_u=torch.tensor(25 * 2 / 16), num_class=num_class, **kwargs,
+        net, peer, optimizer, *batch, lam=torch.tensor(max(beta, 1 - beta), device=machine.device),
+        index=torch.from_numpy(golden["perm0"]).to(machine.device), T=0.5, lambda_u=25 * 2 / 16, num_class=num_class,
+        forward=machine.forward, **kwargs,
     )  # fmt: skip
     return golden, net, terms
 

@@ -95,14 +95,14 @@ def test_a_file_wins_over_the_seed_and_the_run_keeps_its_labels(tmp_path):
     for folder in (data, first, second):
         folder.mkdir()
     truth = np.arange(2000) % 10
-    made, origin = noisy_labels(truth, spec(seed=1), data, first)
+    made, origin = noisy_labels(truth, spec(seed=1), data, first, begun=False)
     assert "made with seed 1" in origin
     assert (data / "0.5_sym.json").read_text() == (first / "0.5_sym.json").read_text()
-    again, origin = noisy_labels(truth, spec(seed=2), data, second)
+    again, origin = noisy_labels(truth, spec(seed=2), data, second, begun=False)
     assert "wins over --noise_seed" in origin
     np.testing.assert_array_equal(made, again)
     (data / "0.5_sym.json").unlink()
-    kept, origin = noisy_labels(truth, spec(seed=2), data, first)
+    kept, origin = noisy_labels(truth, spec(seed=2), data, first, begun=True)
     assert "own copy" in origin
     np.testing.assert_array_equal(made, kept)
 
@@ -116,13 +116,13 @@ def test_data_folder_that_cannot_be_written(tmp_path, monkeypatch):
     run.mkdir()
     write = noise.write_atomically
 
-    def refuse_data(path, content):
+    def refuse_data(path, content, exclusive=False):
         if path.parent == data:
             raise PermissionError("read-only")
-        write(path, content)
+        write(path, content, exclusive)
 
     monkeypatch.setattr(noise, "write_atomically", refuse_data)
-    _, origin = noisy_labels(np.arange(100) % 10, spec(), data, run)
+    _, origin = noisy_labels(np.arange(100) % 10, spec(), data, run, begun=False)
     assert str(run) in origin
     assert [file.name for file in run.iterdir()] == ["0.5_sym.json"]
     assert not list(data.iterdir())
@@ -165,7 +165,7 @@ def test_files_that_cannot_be_this_noise_are_refused(tmp_path, content, words):
 def test_missing_noise_file_is_refused_not_made(tmp_path):
     """A mistyped name would otherwise quietly give other noise than was asked for."""
     with pytest.raises(DivideMixError, match="does not exist"):
-        noisy_labels(TRUTH, spec(), None, tmp_path, tmp_path / "mistyped.json")
+        noisy_labels(TRUTH, spec(), None, tmp_path, tmp_path / "mistyped.json", begun=False)
 
 
 @given(st.floats(0, 1), st.integers(0, 1000), st.sampled_from(["sym", "asym"]), st.sampled_from([20, 200, 5000]))
@@ -190,3 +190,35 @@ def test_unknown_mode_is_refused():
     """The authors' script writes a list that is too short and trains on it."""
     with pytest.raises(DivideMixError, match="pairflip"):
         inject([0, 1], "pairflip", 0.5, 2, 0)
+
+
+def test_labels_of_a_run_that_never_finished_an_epoch_do_not_stick(tmp_path):
+    """Ctrl-C in the first epoch, then another --noise_seed: training on the first seed's labels would be a lie."""
+    truth = np.arange(200) % 10
+    noisy_labels(truth, spec(seed=1), None, tmp_path, begun=False)
+    labels, origin = noisy_labels(truth, spec(seed=2), None, tmp_path, begun=False)
+    assert "seed 2" in origin
+    assert labels.tolist() == inject(truth.tolist(), "sym", 0.5, 10, 2)
+
+
+def test_two_runs_that_start_together_share_one_noise(tmp_path, monkeypatch):
+    """A sweep over seeds on fresh data: each run would train on its own noise, and the last one's file would stay."""
+    from dividemix import noise
+
+    data, first, second = (tmp_path / name for name in ("data", "first", "second"))
+    for folder in (data, first, second):
+        folder.mkdir()
+    truth = np.arange(500) % 10
+    inject_for_one = noise.inject
+
+    def inject_while_another_run_is_quicker(*args):
+        monkeypatch.setattr(noise, "inject", inject_for_one)
+        noisy_labels(truth, spec(seed=1), data, first, begun=False)
+        return inject_for_one(*args)
+
+    monkeypatch.setattr(noise, "inject", inject_while_another_run_is_quicker)
+    labels, origin = noisy_labels(truth, spec(seed=2), data, second, begun=False)
+    assert "another run" in origin
+    assert json.loads((data / "0.5_sym.json").read_text()) == labels.tolist()
+    assert json.loads((second / "0.5_sym.json").read_text()) == json.loads((first / "0.5_sym.json").read_text())
+    assert sorted(file.name for file in data.iterdir()) == ["0.5_sym.json"]

@@ -192,3 +192,15 @@ def test_ranges_of_flag_types(kind, good, bad):
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError, match="expected"):
             kind(text)
+
+
+def test_help_shows_each_default_once_and_no_none(capsys):
+    """'(default: None)' beside a value that the paper decides would send users to the source."""
+    with pytest.raises(SystemExit):
+        Train_cifar.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "default: None" not in text
+    assert "default: False" not in text
+    assert "(default: the paper's)" in text
+    assert "(default: 64)" in text
+    assert ") (default" not in text

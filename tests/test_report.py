@@ -99,7 +99,7 @@ def test_table_has_one_line_a_run_with_its_numbers(tmp_path):
     ]
     header, ce, ours = report.table(runs).splitlines()
     assert header.split()[0] == "run"
-    assert ce.split() == ["ce", "3", "52.00", "51.00", "-", "-", "-"]
+    assert ce.split() == ["ce", "3", "52.00", "52.00", "51.00", "-", "-", "-"]
     assert ours.split("  ")[0] == "ours"
     for cell in ("52.00", "51.00", "0.875/0.875", "3 of 4 (75%)", "3 of 4 (75%)"):
         assert cell in ours
@@ -174,8 +174,8 @@ def test_several_runs_share_one_accuracy_panel(tmp_path, capsys, monkeypatch):
     axes = Figure().subplots()
     report.draw_accuracy(axes, [report.read_run(folder) for folder in folders])
     curves = {line.get_label(): line for line in axes.get_lines()}
-    assert list(curves["ce (last 10: 52.0)"].get_ydata()) == [50, 51, 52, 53, 54]
-    assert list(curves["ours (last 10: 51.0)"].get_ydata()) == [50, 51, 52]
+    assert list(curves["ce (best 54.0, last 54.0)"].get_ydata()) == [50, 51, 52, 53, 54]
+    assert list(curves["ours (best 52.0, last 52.0)"].get_ydata()) == [50, 51, 52]
     assert curves["end of warm-up"].get_xdata()[0] == 0.5
 
     drawn = []

@@ -10,7 +10,7 @@ from conftest import golden_weights
 from make_data import colour_digits
 
 import PreResNet
-from dividemix import DivideMixError, DivideMixWarning, runtime
+from dividemix import DivideMixError, DivideMixWarning, engine, runtime
 from dividemix.runtime import Runtime
 
 CPU = torch.device("cpu")
@@ -266,3 +266,26 @@ def test_convolutions_are_channels_last():
     """Else bf16 convolutions run in the slow memory format, two times slower on a card."""
     net = Runtime(CPU).prepare(PreResNet.ResNet18(10, 4))
     assert net.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_momentum_takes_the_layout_and_the_kernel_of_this_machine():
+    """A checkpoint from a machine with another memory format or device: SGD would scramble its momentum."""
+    torch.manual_seed(0)
+    here, there = (PreResNet.ResNet18(3, width=8) for _ in range(2))
+    there.load_state_dict(here.state_dict())
+    there = there.to(memory_format=torch.channels_last)
+    optimizers = [Runtime(CPU).optimizer(net, 0.1, 5e-4) for net in (here, there)]
+    x = torch.randn(4, 3, 16, 16)
+    for net, optimizer in zip((here, there), optimizers, strict=True):
+        engine.update(optimizer, net(x).square().mean())
+    state = optimizers[1].state_dict()
+    state["param_groups"][0]["fused"] = False  # as mps writes it
+    here.load_state_dict(there.state_dict())
+    runtime.load_optimizer(optimizers[0], state)
+    assert optimizers[0].param_groups[0]["fused"] is True
+    for parameter in here.parameters():
+        assert optimizers[0].state[parameter]["momentum_buffer"].stride() == parameter.stride()
+    for net, optimizer in zip((here, there), optimizers, strict=True):
+        engine.update(optimizer, net(x).square().mean())
+    for a, b in zip(here.parameters(), there.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

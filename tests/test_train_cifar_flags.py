@@ -1,7 +1,10 @@
 """Train_cifar.main in-process: the order of Algorithm 1, and what each flag does."""
 
+import contextlib
+import io
 import json
 import re
+import types
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ from make_data import make_cifar10, make_cifar100
 import dataloader_cifar
 import PreResNet
 import Train_cifar
-from dividemix import DivideMixError, noise, report
+from dividemix import DivideMixError, noise, recipes, report
 from dividemix.checkpoint import load_last
 from dividemix.codivide import normalise
 from dividemix.engine import PhaseTerms
@@ -176,7 +179,7 @@ def test_cross_entropy_is_the_baseline_of_the_papers_rows(tmp_path, phases, caps
     assert (final["paper_best"], "paper_last" in final) == (79.4, False)
     out = capsys.readouterr().out
     best = max(record["test_acc_net1"] for record in records)
-    assert f"; net 1 alone: best {best:.2f}; paper's cross-entropy (one net): best 79.4\n" in out
+    assert f"; net 1 alone: best {best:.2f}; paper's cross-entropy, one net: best 79.4 (but this run: " in out
     assert "lambda_u" not in out  # it has none
 
 
@@ -366,3 +369,18 @@ def test_main_returns_the_final_metrics(tmp_path, phases):
     del final["run_dir"]
     assert final == last and last["epoch"] == 1
     assert "paper_best" not in Train_cifar.main(tiny(tmp_path / "out"))  # digits: no row of the paper
+
+
+def test_the_papers_number_stands_alone_only_beside_the_papers_setting(tmp_path):
+    """A short run of a narrow net beside "94.6" without a word: its user looks for a mistake that is not there."""
+    records = [{"epoch": 0, "best_acc": 94.0, "last10_acc": 93.0, "test_acc": 94.0, "test_acc_net1": 93.0}]
+    run = types.SimpleNamespace(records=records, best_epoch=0, folder=tmp_path)
+    row = recipes.nearest("cifar10", "sym", 0.5)[0]
+    for flags, official, expected in (
+        ([], True, "; paper: 94.6 / 94.4"),
+        (["--width", "16"], True, "; paper: 94.6 / 94.4 (but this run: --width 16)"),
+        ([], False, "; paper: 94.6 / 94.4 (but this run: not the official cifar10)"),
+    ):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            Train_cifar.finish(run, row, Train_cifar.parse_args(flags), official)
+        assert out.getvalue().splitlines()[0] == f"best 94.00 (epoch 0), mean of the last 10 93.00{expected}"

@@ -1,0 +1,32 @@
+"""Whether it learns: real images with wrong labels, at a size that two cores can train (`make test-all`)."""
+
+import pytest
+
+import Train_cifar
+from dividemix.report import found_wrong, read_run
+
+
+@pytest.mark.slow
+def test_the_method_finds_the_wrong_labels_of_the_digits(tmp_path):
+    """Every equation can be right and the whole still not learn: this is the demo's run, held to what it must reach."""
+    command = "--dataset digits --r 0.5 --width 16 --warm_up 6 --num_epochs 12 --device cpu --run_dir"
+    final = Train_cifar.main([*command.split(), str(tmp_path / "run")])
+    assert final["best_acc"] > 90
+    assert min(final["auc_net1"], final["auc_net2"]) > 0.95
+    issues = found_wrong(read_run(tmp_path / "run"))
+    assert issues["wrong"] == 649
+    assert issues["found"] / issues["wrong"] > 0.9
+    assert issues["found"] / issues["flagged"] > 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [("sym", "0.2"), ("asym", "0.4"), ("sym", "0")])
+def test_other_noise_trains_to_the_end(tmp_path, noise):
+    """Other recipes (lambda_u 0, confidence penalty) and no noise at all, where the AUC is undefined."""
+    mode, r = noise
+    command = (
+        f"--dataset digits --noise_mode {mode} --r {r} --width 16 --warm_up 4 --num_epochs 6 --device cpu --run_dir"
+    )
+    final = Train_cifar.main([*command.split(), str(tmp_path / "run")])
+    assert final["best_acc"] > 50
+    assert (final["auc_net1"] is None) == (r == "0")
