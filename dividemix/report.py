@@ -106,8 +106,8 @@ def table(runs: Sequence[RunFolder]) -> str:
         auc = "-" if both == ["-", "-"] else "/".join(both)
         found = precision = "-"
         if issues and issues["wrong"] and issues["flagged"]:
-            found = f"{issues['found']} of {issues['wrong']} ({issues['found'] / issues['wrong']:.0%})"
-            precision = f"{issues['found']} of {issues['flagged']} ({issues['found'] / issues['flagged']:.0%})"
+            found = f"{issues['found']} of {issues['wrong']} ({issues['found'] / issues['wrong']:.1%})"
+            precision = f"{issues['found']} of {issues['flagged']} ({issues['found'] / issues['flagged']:.1%})"
         accuracy = tuple(f"{last[name]:.2f}" for name in ("best_acc", "test_acc", "last10_acc"))
         rows.append((run.name, str(len(run.records)), *accuracy, auc, found, precision))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

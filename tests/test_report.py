@@ -101,7 +101,7 @@ def test_table_has_one_line_a_run_with_its_numbers(tmp_path):
     assert header.split()[0] == "run"
     assert ce.split() == ["ce", "3", "52.00", "52.00", "51.00", "-", "-", "-"]
     assert ours.split("  ")[0] == "ours"
-    for cell in ("52.00", "51.00", "0.875/0.875", "3 of 4 (75%)", "3 of 4 (75%)"):
+    for cell in ("52.00", "51.00", "0.875/0.875", "3 of 4 (75.0%)", "3 of 4 (75.0%)"):
         assert cell in ours
     starts = [line.index(cell) for line, cell in ((header, "AUC"), (ours, "0.875"))]
     assert starts[0] == starts[1]  # aligned
