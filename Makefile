@@ -19,7 +19,7 @@ test test-all: export OMP_WAIT_POLICY = PASSIVE
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-DEMO := --dataset digits --noise_mode sym --r 0.5 --width 16 --warm_up 6 --num_epochs 12 --id demo
+DEMO := --dataset digits --noise_mode sym --r 0.5 --width 16 --warm_up 8 --num_epochs 12 --id demo
 
 demo: .venv/.installed
 	$(PY) Train_cifar.py $(DEMO) --method ce
