@@ -92,7 +92,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     and `paper_last`."""
     args = parse_args(argv)
     row, recipe_lines = options.resolve_recipe(args)
-    machine = runtime.start(args.device, args.gpuid, args.precision, args.deterministic, args.width)
+    machine = runtime.start(
+        args.device,
+        args.gpuid,
+        args.precision,
+        args.deterministic,
+        args.width,
+        compile=not args.no_compile,
+        graph=not args.no_graph,
+    )
     images = dataloader_cifar.load(args.dataset, args.data_path, args.download)
     if args.num_class not in (None, images.num_class):
         raise DivideMixError(
@@ -127,34 +135,38 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         recipe_lines = recipe_lines if args.method == "dividemix" else []
         print(machine.describe(), *about["lines"], *recipe_lines, f"run folder {folder}", sep="\n")
 
-        warmup = {"batch_size": 2 * args.batch_size, "conf_penalty": conf_penalty, "forward": machine.forward}
+        warmup = {"batch_size": 2 * args.batch_size, "conf_penalty": conf_penalty, "machine": machine}
         mixmatch = {
             name: getattr(args, name) for name in ("batch_size", "warm_up", "alpha", "T", "lambda_u", "num_class")
         }
-        mixmatch["forward"] = machine.forward
-        evaluation = {"batch_size": args.eval_batch_size, "forward": machine.forward}
+        mixmatch["machine"] = machine
+        evaluation = {"batch_size": args.eval_batch_size, "machine": machine}
 
         for epoch in run.epochs(args.num_epochs):
             lr = args.lr if epoch < args.lr_drop else args.lr / 10
             set_learning_rate(optimizers, lr)
             warming_up = args.method == "ce" or epoch < args.warm_up
 
-            # W = GMM(X, Y, theta): both networks divide the data before either is trained.
-            divisions, scores = [None, None], {}
-            for k, net in enumerate(nets):
+            # W = GMM(X, Y, theta): both networks score the data before either is trained. Net 2 first, whose division
+            # is needed first: on a GPU each mixture is fitted while the card goes on.
+            scored, dividing = [None, None], [None, None]
+            for k in (1, 0):
                 if not warming_up or args.save_scores:
                     with run.phase("loss") as bar:
-                        scored = per_sample_loss(net, train, bar=bar, **evaluation)
-                    if not warming_up:
-                        with run.phase("gmm"):
-                            random_state = int(draws(args.seed, "divide", epoch, k).integers(2**32))
-                            divisions[k] = codivide[k](scored.loss, truly_clean, random_state, f"net {k + 1}")
-                    scores |= score_arrays(k, scored, divisions[k])
+                        scored[k] = per_sample_loss(nets[k], train, bar=bar, **evaluation)
+                if not warming_up:
+                    with run.phase("gmm"):
+                        random_state = int(draws(args.seed, "divide", epoch, k).integers(2**32))
+                        fit = (scored[k].loss, truly_clean, random_state, f"net {k + 1}")
+                        dividing[k] = machine.background(codivide[k], *fit)
 
             # Co-divide: net 1 learns from net 2's division, then net 2 from net 1's with the updated net 1 as its peer.
-            terms = []
-            for k, (net, peer, division) in enumerate([(*nets, divisions[1]), (*nets[::-1], divisions[0])]):
-                if division is None:
+            divisions, terms = [None, None], []
+            for k, (net, peer) in enumerate([nets, nets[::-1]]):
+                if dividing[1 - k]:
+                    with run.phase("gmm"):
+                        divisions[1 - k] = dividing[1 - k]()
+                if divisions[1 - k] is None:
                     with run.phase(f"warmup{k + 1}") as bar:
                         rng = draws(args.seed, "warmup", epoch, k)
                         terms.append(warmup_epoch(net, optimizers[k], train, rng=rng, bar=bar, **warmup))
@@ -162,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     with run.phase(f"train{k + 1}") as bar:
                         rng = draws(args.seed, "train", epoch, k)
                         step = {"epoch": epoch, "rng": rng, "bar": bar, **mixmatch}
-                        terms.append(train_epoch(net, peer, optimizers[k], train, division, **step))
+                        terms.append(train_epoch(net, peer, optimizers[k], train, divisions[1 - k], **step))
 
             with run.phase("test") as bar:
                 accuracy = ensemble_accuracy(nets, test, bar=bar, **evaluation)
@@ -170,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
             metrics = {"phase": "ce" if args.method == "ce" else "train" if any(divisions) else "warmup", "lr": lr}
             metrics |= epoch_metrics(accuracy, held_out, divisions, terms)
+            scores = {name: array for k in range(2) for name, array in score_arrays(k, scored[k], divisions[k]).items()}
             run.end_epoch(metrics, state_of(nets, optimizers, codivide), scores, args.save_scores)
 
         return finish(run, row, args, images.official)
@@ -257,8 +270,10 @@ def restore(state: dict[str, Any], nets, optimizers, codivide) -> None:
 
 def score_arrays(k: int, scored, division) -> dict[str, np.ndarray]:
     """What scores/epoch_NNN.npz holds of net k: raw and fitted loss, clean probability, prediction (N,); the mixture
-    (2,)."""
-    arrays = {"raw_loss": scored.loss.cpu().numpy(), "prediction": scored.prediction.cpu().numpy().astype(np.int32)}
+    (2,). Nothing of an epoch that was not scored."""
+    if scored is None:
+        return {}
+    arrays = {"raw_loss": scored.loss.numpy(), "prediction": scored.prediction.numpy().astype(np.int32)}
     if division is not None:
         arrays |= {
             name: getattr(division, name) for name in ("loss", "clean_probability", "means", "variances", "weights")

@@ -1,12 +1,14 @@
-"""What a phase and a step compute (Algorithm 1). How it is run (device, precision) comes in as `forward`.
+"""What a phase and a step compute (Algorithm 1). How it is run (device, precision, graphs) is the `machine`'s affair.
 
 A phase function takes a data set as `dividemix.data` describes it and a numpy generator; all of the phase's draws are
 made from it before the first step. `mixmatch_step` and `warmup_step` are free of host synchronisation: no .item(), no
-branch on a tensor's value, no shape that depends on data. A phase reads its sums back once, at its end.
+branch on a tensor's value, no shape that depends on data. What changes from step to step is a tensor: a machine may
+capture one step and replay it for all others of its shapes. A phase reads its results back once, at its end.
 """
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,15 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dividemix import DivideMixError
+from dividemix import DivideMixError, runtime, warn
 from dividemix.algorithm import co_guess, co_refine, linear_rampup, mixup, neg_entropy, prior_penalty, semi_loss
 from dividemix.codivide import Division
+from dividemix.runtime import Runtime
 
-Forward = Callable[[nn.Module, Tensor], Tensor]
+# forward(net, *batches) -> the logits of each batch, as one call of net after the other would give them
+Forward = Callable[..., list[Tensor]]
+
+PLAIN = Runtime(torch.device("cpu"))
 
 
-def plain_forward(net: nn.Module, x: Tensor) -> Tensor:
-    return net(x)
+def plain_forward(net: nn.Module, *batches: Tensor) -> list[Tensor]:
+    return [net(x) for x in batches]
 
 
 class StepTerms(NamedTuple):
@@ -46,8 +52,8 @@ class PhaseTerms(NamedTuple):
 class Scores(NamedTuple):
     """What a network says of every sample, in eval mode and without augmentation."""
 
-    loss: Tensor  # (N,) float32 cross-entropy against the given label
-    prediction: Tensor  # (N,) int64
+    loss: Tensor  # (N,) float32 cross-entropy against the given label, on the host
+    prediction: Tensor  # (N,) int64, on the host
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,13 +90,14 @@ def mixmatch_step(
     peer.eval()
     with torch.no_grad():
         if len(u1):
-            guesses = [forward(net, u1), forward(net, u2), forward(peer, u1), forward(peer, u2)]
-            targets_u = co_guess(guesses, T)
+            *own_u, own_x1, own_x2 = forward(net, u1, u2, x1, x2)
+            targets_u = co_guess([*own_u, *forward(peer, u1, u2)], T)
         else:
+            own_x1, own_x2 = forward(net, x1, x2)
             targets_u = w.new_zeros(0, num_class)
         # one_hot of torch.nn.functional checks the range on the host: a sync
         one_hot = (labels.unsqueeze(1) == torch.arange(num_class, device=labels.device)).to(w.dtype)
-        targets_x = co_refine(one_hot, w, [forward(net, x1), forward(net, x2)], T)
+        targets_x = co_refine(one_hot, w, [own_x1, own_x2], T)
 
     inputs = torch.cat([x1, x2, u1, u2])
     targets = torch.cat([targets_x, targets_x, targets_u, targets_u])
@@ -99,7 +106,7 @@ def mixmatch_step(
     if not unlabeled_loss:
         mixed, mixed_targets = mixed[:rows_x], mixed_targets[:rows_x]
 
-    logits = forward(net, mixed)  # all rows in one forward, also where lambda_u is 0: BN and the penalty see them all
+    [logits] = forward(net, mixed)  # all rows in one forward, also where lambda_u is 0: BN and the penalty see them all
     Lx, Lu = semi_loss(logits[:rows_x], mixed_targets[:rows_x], logits[rows_x:], mixed_targets[rows_x:])
     penalty = prior_penalty(logits)
     loss = Lx + lambda_u * Lu + penalty
@@ -118,7 +125,7 @@ def warmup_step(
 ) -> StepTerms:
     """Cross-entropy on the given labels, plus the confidence penalty where it is asked for (Sec. 3.1, Eq. 2)."""
     net.train()
-    logits = forward(net, x)
+    [logits] = forward(net, x)
     cross_entropy = F.cross_entropy(logits, labels)
     penalty = neg_entropy(logits) if conf_penalty else torch.zeros_like(cross_entropy)
     loss = cross_entropy + penalty
@@ -151,7 +158,7 @@ def warmup_epoch(
     batch_size: int,
     rng: np.random.Generator,
     conf_penalty: bool = False,
-    forward: Forward = plain_forward,
+    machine: Runtime = PLAIN,
     bar: Callable[[Iterable], Iterable] = iter,
 ) -> PhaseTerms:
     """One pass of plain cross-entropy over all samples with their given labels, one augmented view each.
@@ -160,10 +167,12 @@ def warmup_epoch(
     """
     batches = data.warmup_batches(batch_size, rng)
 
-    def step(_: int, batch: tuple) -> StepTerms:
+    def step(forward: Forward, *batch: Tensor) -> StepTerms:
         return warmup_step(net, optimizer, *data.warmup_views(*batch), conf_penalty=conf_penalty, forward=forward)
 
-    return run_steps(step, batches, optimizer, bar)
+    full = [len(batch[0]) == batch_size for batch in batches]
+    key = ("warmup", net, optimizer, data, batch_size, conf_penalty)
+    return run_steps(key, step, batches, full, net, optimizer, machine, bar)
 
 
 def train_epoch(
@@ -182,7 +191,7 @@ def train_epoch(
     num_class: int,
     rng: np.random.Generator,
     unlabeled_loss: bool = True,
-    forward: Forward = plain_forward,
+    machine: Runtime = PLAIN,
     bar: Callable[[Iterable], Iterable] = iter,
 ) -> PhaseTerms:
     """Train `net` for one pass over the labeled set of its peer's `division`, with `peer` frozen.
@@ -200,41 +209,56 @@ def train_epoch(
     t = epoch + torch.arange(len(batches), device=device) / num_iter
     ramp = linear_rampup(t, warm_up, lambda_u)
 
-    def step(i: int, batch: tuple) -> StepTerms:
+    def step(forward: Forward, lam: Tensor, index: Tensor, lambda_u: Tensor, *batch: Tensor) -> StepTerms:
         return mixmatch_step(
             net,
             peer,
             optimizer,
             *data.mixmatch_views(*batch),
-            lam=lam[i],
-            index=index[i],
+            lam=lam,
+            index=index,
             T=T,
-            lambda_u=ramp[i],
+            lambda_u=lambda_u,
             num_class=num_class,
             unlabeled_loss=unlabeled_loss,
             forward=forward,
         )
 
-    return run_steps(step, batches, optimizer, bar)
+    # A partial batch also occurs in mid-epoch, where the unlabeled set ends and is reshuffled.
+    full = [len(batch[0]) == len(batch[1]) == batch_size for batch in batches]
+    key = ("mixmatch", net, peer, optimizer, data, batch_size, T, num_class, unlabeled_loss)
+    inputs = [(lam[i], index[i], ramp[i], *batch) for i, batch in enumerate(batches)]
+    return run_steps(key, step, inputs, full, net, optimizer, machine, bar)
 
 
 def run_steps(
-    step: Callable[[int, tuple], StepTerms],
-    batches: Iterable[tuple],
+    key: tuple,
+    step: Callable[..., StepTerms],
+    inputs: Sequence[tuple[Tensor, ...]],
+    full: Sequence[bool],
+    net: nn.Module,
     optimizer: Optimizer,
+    machine: Runtime,
     bar: Callable[[Iterable], Iterable],
 ) -> PhaseTerms:
-    """Run every batch; read the summed terms and the count of sound steps back once, at the end."""
-    sums = None
-    steps = 0
+    """step(forward, *inputs[i]) for every i, on the machine's fast path (see `Runtime.run`) where full[i]; read the
+    summed terms and the count of sound steps back once, at the end."""
     found_inf = getattr(optimizer, "found_inf", None)
-    for i, batch in enumerate(bar(batches)):
-        terms = torch.stack(step(i, batch))
-        ok = torch.isfinite(terms).all() if found_inf is None else found_inf == 0
-        terms = torch.cat([terms, ok.to(terms.dtype).reshape(1)])
-        sums = terms if sums is None else sums + terms
-        steps += 1
+    state = partial(changed_by_step, net, optimizer)
+
+    def packed(forward: Forward, *tensors: Tensor) -> Tensor:  # (5,): the step's terms, and 1 if it was sound
+        terms = torch.stack(step(forward, *tensors))
+        sound = torch.isfinite(terms).all() if found_inf is None else found_inf == 0
+        return torch.cat([terms, sound.to(terms.dtype).reshape(1)])
+
+    sums: Any = 0
+    for tensors, steady in zip(bar(inputs), full, strict=True):
+        if steady:
+            sums = sums + machine.run(key, packed, tensors, state)
+        else:
+            sums = sums + packed(machine.forward, *tensors)
     *totals, sound = sums.tolist()
+    steps = len(inputs)
     if sound < steps:
         stopped = "" if found_inf is None else ", and no update was applied from there on"
         raise DivideMixError(
@@ -244,24 +268,31 @@ def run_steps(
     return PhaseTerms(*(total / steps for total in totals))
 
 
+def changed_by_step(net: nn.Module, optimizer: Optimizer) -> list[Tensor]:
+    """All tensors that a step changes in place: weights, BN statistics, momentum, the flag of a non-finite loss."""
+    momentum = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    flag = [optimizer.found_inf] if hasattr(optimizer, "found_inf") else []
+    return [*net.parameters(), *net.buffers(), *momentum, *flag]
+
+
 @torch.no_grad()
 def per_sample_loss(
     net: nn.Module,
     data,
     *,
     batch_size: int = 1000,
-    forward: Forward = plain_forward,
+    machine: Runtime = PLAIN,
     bar: Callable[[Iterable], Iterable] = iter,
 ) -> Scores:
-    """Cross-entropy of all N samples against their given labels: eval mode, no augmentation (Sec. 3.1). Stays on the
-    device."""
+    """Cross-entropy of all N samples against their given labels: eval mode, no augmentation (Sec. 3.1)."""
     net.eval()
-    losses, predictions = [], []
-    for x, labels in bar(data.eval_batches(batch_size)):
-        logits = forward(net, x)
-        losses.append(F.cross_entropy(logits, labels, reduction="none"))
-        predictions.append(logits.argmax(dim=1))
-    return Scores(torch.cat(losses), torch.cat(predictions))
+
+    def score(forward: Forward, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        [logits] = forward(net, x)
+        return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(dim=1)
+
+    losses, predictions = zip(*evaluate(score, data, batch_size, machine, bar), strict=True)
+    return Scores(torch.cat(losses).cpu(), torch.cat(predictions).cpu())
 
 
 @torch.no_grad()
@@ -270,21 +301,46 @@ def ensemble_accuracy(
     data,
     *,
     batch_size: int = 1000,
-    forward: Forward = plain_forward,
+    machine: Runtime = PLAIN,
     bar: Callable[[Iterable], Iterable] = iter,
 ) -> list[float]:
     """Top-1 accuracy in per cent: [of the summed logits, of each net alone]."""
     for net in nets:
         net.eval()
-    correct = 0
-    for x, labels in bar(data.eval_batches(batch_size)):
-        logits = torch.stack([forward(net, x) for net in nets])  # (nets, B, C)
+
+    def score(forward: Forward, x: Tensor, labels: Tensor) -> Tensor:
+        logits = torch.stack([logits for net in nets for logits in forward(net, x)])  # (nets, B, C)
         answers = torch.cat([logits.sum(dim=0, keepdim=True), logits]).argmax(dim=2)  # (1 + nets, B)
-        correct = correct + (answers == labels).sum(dim=1)
+        return (answers == labels).sum(dim=1)
+
+    correct = torch.stack(evaluate(score, data, batch_size, machine, bar)).sum(dim=0)
     return [100 * count / len(data) for count in correct.tolist()]
+
+
+def evaluate(score: Callable[..., Any], data, batch_size: int, machine: Runtime, bar) -> list[Any]:
+    """score(forward, x, labels) of every evaluation batch.
+
+    Where the memory is too small for a batch, its size is halved until it fits, for the rest of the run. Raises
+    DivideMixError where not even one image fits.
+    """
+    while True:
+        size = min(batch_size, machine.eval_limit or batch_size)
+        try:
+            return [
+                score(machine.steady_forward if len(x) == size else machine.forward, x, labels)
+                for x, labels in bar(data.eval_batches(size))
+            ]
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise DivideMixError(
+                    f"{machine.device}: no memory for even one image; use a smaller --width"
+                ) from error
+        machine.eval_limit = size // 2
+        torch.cuda.empty_cache()
+        warn(f"not enough memory to evaluate {size} images at once: {size // 2} from now on (--eval_batch_size)")
 
 
 def set_learning_rate(optimizers: Iterable[Optimizer], lr: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            runtime.set_learning_rate(group, lr)

@@ -125,6 +125,8 @@ def add_run(parser: Parser) -> None:
     group.add_argument(
         "--deterministic", action="store_true", help="deterministic kernels only: bit-equal reruns on one GPU model"
     )
+    group.add_argument("--no_compile", action="store_true", help="on a GPU: do not fuse operators (torch.compile)")
+    group.add_argument("--no_graph", action="store_true", help="on a GPU: do not capture steps in CUDA graphs")
     group.add_argument("--eval_batch_size", type=positive_int, default=1000, help="batch of loss passes and tests")
     group.add_argument(
         "--workers", type=count, default=4, help="image-loading processes; sets that live on the device start none"

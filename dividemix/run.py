@@ -42,6 +42,8 @@ FREE_FLAGS = frozenset(
         "eval_batch_size",
         "save_scores",
         "deterministic",
+        "no_compile",
+        "no_graph",
         "noise_file",
     ]
 )

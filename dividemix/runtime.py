@@ -1,8 +1,12 @@
-"""How the algorithm is run: device, precision, memory format, ranks. What is computed stands in `engine`."""
+"""How the algorithm is run: device, precision, memory format, compiled, captured. What is computed: see `engine`."""
 
+import math
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,36 +14,144 @@ import torch
 from torch import Tensor, nn
 
 from dividemix import DivideMixError, warn
+from dividemix.graph import CapturedStep, preserved
+from dividemix.layers import GroupedBatchNorm2d, SmallMapConv2d, can_merge, grouped
 
 
-@dataclass(frozen=True)
+@dataclass
 class Runtime:
-    """device; precision 'fp32' (the reference: no TF32) or 'bf16' (autocast, head and losses in float32)."""
+    """One device and how it is used. Without more than a device it is the reference: eager, fp32, each forward apart.
+
+    precision: 'fp32' (no TF32) or 'bf16' (autocast; head and losses in float32). merge: several batches of one size
+    go through a network together. small_convs: see `layers.SmallMapConv2d`. compile: torch.compile fuses what stands
+    between the convolutions. graph: training steps are captured in CUDA graphs. Compile and graph are for steady
+    shapes, the full batches: partial ones run eagerly. Where either fails, that is said once and the run goes on
+    without it.
+    """
 
     device: torch.device
     precision: str = "fp32"
     memory_format: torch.memory_format = torch.channels_last
+    merge: bool = False
+    small_convs: bool = False
+    compile: bool = False
+    graph: bool = False
+    eval_limit: int | None = None  # the largest evaluation batch, once a larger one did not fit the memory
+    steps: dict[Hashable, tuple[Hashable, Callable[..., Tensor]]] = field(default_factory=dict, repr=False)
 
     def prepare(self, net: nn.Module) -> nn.Module:
-        """Move a network to the device and into the memory format."""
+        """Move a network to the device and into the memory format, and exchange its layers for those that this runtime
+        needs; keys, parameters and values stay."""
+        for module in net.modules():
+            if self.merge and type(module) is nn.BatchNorm2d:
+                module.__class__ = GroupedBatchNorm2d
+            elif self.small_convs and SmallMapConv2d.replaces(module):
+                module.__class__ = SmallMapConv2d
         return net.to(self.device, memory_format=self.memory_format)
 
-    def forward(self, net: nn.Module, x: Tensor) -> Tensor:
-        """Logits in float32. One autocast block for each forward: autocast caches the cast weights of a block, and a
-        cache filled before an update, or without gradients, would serve the later forward."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return net(x.contiguous(memory_format=self.memory_format)).float()
+    def forward(self, net: nn.Module, *batches: Tensor) -> list[Tensor]:
+        """The logits of each batch, float32, as from one call of `net` after the other.
+
+        In train mode each batch has its own statistics, also where they go through the network together. Autocast keeps
+        no cast weights: such a cache, filled before an update or without gradients, would serve the later forward.
+        """
+        return self._forward(call, net, batches)
+
+    def steady_forward(self, net: nn.Module, *batches: Tensor) -> list[Tensor]:
+        """The same, for shapes that come again and again: compiled, where this runtime compiles."""
+        if not self.compile:
+            return self._forward(call, net, batches)
+        try:
+            return self._forward(self._compiled, net, batches)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self._give_up("compile", error)
+            return self._forward(call, net, batches)
+
+    def _forward(self, function: Callable[..., Tensor], net: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
+        def logits(x: Tensor) -> Tensor:
+            x = x.contiguous(memory_format=self.memory_format)
+            bf16 = self.precision == "bf16"
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+                return function(net, x).float()
+
+        sizes = [len(x) for x in batches]
+        if len(batches) > 1 and self.merge and (not net.training or (len(set(sizes)) == 1 and can_merge(net))):
+            with grouped(net, len(batches)):
+                return list(logits(torch.cat(batches)).split(sizes))
+        return [logits(x) for x in batches]
+
+    @cached_property
+    def _compiled(self) -> Callable[..., Tensor]:
+        torch._dynamo.config.recompile_limit = 64  # nets, modes, batch sizes; beyond it torch goes eager silently
+        return torch.compile(call, dynamic=False)  # its own CUDA graphs off: two nets would overwrite each other's
+
+    def run(
+        self, key: tuple, step: Callable[..., Tensor], inputs: Sequence[Tensor], state: Callable[[], list[Tensor]]
+    ) -> Tensor:
+        """step(forward, *inputs) -> one tensor, valid until the next run; for inputs of steady shapes.
+
+        `key` says what the step is: (name, network, everything else that it was made from). Its first run compiles and
+        captures it, later ones with an equal key replay. `state` lists the tensors that the step changes in place.
+        """
+        name, net, *_ = key
+        known, steady = self.steps.get((name, net), (None, None))
+        if steady is None or known != key:
+            steady = self._steady(step, inputs, state())
+            self.steps[name, net] = (key, steady)
+        return steady(*inputs)
+
+    def _steady(self, step, inputs: Sequence[Tensor], state: list[Tensor]) -> Callable[..., Tensor]:
+        """Compile and capture, as far as this runtime does; the step is not applied."""
+        eager = partial(step, self.steady_forward)
+        if self.compile:
+            try:
+                with preserved(state):
+                    eager(*inputs)  # compiles; its own failures are not the step's
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                self._give_up("compile", error)
+        if self.graph:
+            try:
+                return CapturedStep(eager, inputs, state)
+            except RuntimeError as error:  # out of memory among them
+                self._give_up("graph", error)
+        return eager
+
+    def _give_up(self, what: str, error: Exception) -> None:
+        setattr(self, what, False)
+        name = {"compile": "torch.compile", "graph": "the CUDA graph"}[what]
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        warn(f"{name} failed, the run goes on without it, slower ({reason}); --no_{what} leaves it out from the start")
+
+    def background(self, function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+        """Start host work that a card need not wait for. -> a function that waits and gives its result. On a CPU, whose
+        cores have other work, it is done at once."""
+        if self.device.type == "cuda":
+            return self._worker.submit(function, *args).result
+        result = function(*args)
+        return lambda: result
+
+    @cached_property
+    def _worker(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1)
 
     def optimizer(self, net: nn.Module, lr: float, weight_decay: float, momentum: float = 0.9) -> torch.optim.SGD:
         """SGD without Nesterov, weight decay on every parameter, BN and biases included.
 
         Its `found_inf` is the device-side flag that `engine.update` sets at the first non-finite loss or gradient:
-        from then on fused SGD leaves weights and momentum as they are.
+        from then on fused SGD leaves weights and momentum as they are. For graphs the learning rate is a tensor, and
+        the momentum is there, 0, before the first step: `run` preserves what is there.
         """
         fused = self.device.type in ("cuda", "cpu")
-        optimizer = torch.optim.SGD(net.parameters(), lr, momentum, weight_decay=weight_decay, fused=fused)
+        rate = torch.tensor(lr, device=self.device) if self.graph else lr
+        optimizer = torch.optim.SGD(net.parameters(), rate, momentum, weight_decay=weight_decay, fused=fused)
         if fused:
             optimizer.found_inf = torch.zeros((), device=self.device)
+        for parameter in net.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
 
     def describe(self) -> str:
@@ -48,26 +160,48 @@ class Runtime:
         else:
             name = f"{self.device.type}, {torch.get_num_threads()} threads"
         arithmetic = "fp32, TF32 off" if self.precision == "fp32" else "bf16 autocast, losses in fp32"
-        return f"{name}; {arithmetic}; torch {torch.__version__}"
+        faster = "".join(f", {text}" for text, on in (("compiled", self.compile), ("CUDA graphs", self.graph)) if on)
+        return f"{name}; {arithmetic}{faster}; torch {torch.__version__}"
+
+
+def call(net: nn.Module, x: Tensor) -> Tensor:
+    return net(x)
 
 
 def load_optimizer(optimizer: torch.optim.SGD, state: dict[str, Any]) -> None:
     """Restore an optimizer from its state dict, also one that another device wrote: momentum takes its parameter's
-    memory layout, and which SGD kernel runs stays this machine's choice."""
-    fused = [group["fused"] for group in optimizer.param_groups]
+    memory layout; which SGD kernel runs, and whether the learning rate is a tensor, stay this machine's choice."""
+    own = [(group["fused"], group["lr"]) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, fused, strict=True):
-        group["fused"] = own
+    for group, (fused, lr) in zip(optimizer.param_groups, own, strict=True):
+        saved, group["fused"], group["lr"] = float(group["lr"]), fused, lr
+        set_learning_rate(group, saved)
         for parameter in group["params"]:
             momentum = optimizer.state[parameter].get("momentum_buffer")
             if momentum is not None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
 
 
+def set_learning_rate(group: dict[str, Any], lr: float) -> None:
+    """Of one parameter group, in place where it is a tensor: a captured step reads it there."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
+
+
 def start(
-    device: str = "auto", gpuid: int = 0, precision: str = "auto", deterministic: bool = False, width: int = 64
+    device: str = "auto",
+    gpuid: int = 0,
+    precision: str = "auto",
+    deterministic: bool = False,
+    width: int = 64,
+    *,
+    compile: bool = True,
+    graph: bool = True,
 ) -> Runtime:
-    """The runtime for these flags; `width`: channels of the network's first stage.
+    """The runtime for these flags; `width`: channels of the network's first stage. compile and graph act on a CUDA card
+    only (on a CPU compiled steps measured no faster); deterministic leaves compile out.
 
     Raises DivideMixError for a device that is not there; warns of a card that torch cannot use.
     """
@@ -86,10 +220,33 @@ def start(
         raise DivideMixError("--precision bf16 is not supported on mps: use fp32")
     if precision == "bf16" and not native:
         warn(f"--precision bf16: {chosen.type} here has no bf16 units, fp32 would be faster")
-    # On a CPU, channels_last is vectorised over channels: fewer than 16 leave its vector units half empty.
-    narrow = chosen.type == "cpu" and width < 16
-    memory_format = torch.contiguous_format if narrow else torch.channels_last
-    return Runtime(chosen, ("bf16" if native else "fp32") if precision == "auto" else precision, memory_format)
+    precision = ("bf16" if native else "fp32") if precision == "auto" else precision
+    on_card, on_cpu = chosen.type == "cuda", chosen.type == "cpu"
+    if on_cpu:
+        use_cores()
+    return Runtime(
+        chosen,
+        precision,
+        # On a CPU, channels_last is vectorised over channels: fewer than 16 leave its vector units half empty.
+        torch.contiguous_format if on_cpu and width < 16 else torch.channels_last,
+        merge=True,
+        small_convs=on_cpu and precision == "bf16",
+        compile=compile and on_card and not deterministic,
+        graph=graph and on_card,
+    )
+
+
+def use_cores(group: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
+    """No more threads than this process has cores: torch counts the machine's, also inside a container that may use
+    two of them. OMP_NUM_THREADS wins."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = group.read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # no such file, or 'max': no limit
+        pass
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores:
+        torch.set_num_threads(max(cores, 1))
 
 
 def pick_device(device: str, gpuid: int) -> torch.device:

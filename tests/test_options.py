@@ -48,6 +48,8 @@ DEFAULTS = {
     "run_dir": None,
     "fresh": False,
     "deterministic": False,
+    "no_compile": False,
+    "no_graph": False,
     "eval_batch_size": 1000,
     "workers": 4,
     "noise_seed": 123,  # the seed's

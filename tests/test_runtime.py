@@ -159,7 +159,7 @@ def gradients(precision: str) -> dict[str, torch.Tensor | None]:
     x, labels = digits_batch()
     with torch.no_grad():
         machine.forward(net, x)
-    F.cross_entropy(machine.forward(net, x), labels).backward()
+    F.cross_entropy(machine.forward(net, x)[0], labels).backward()
     return {name: parameter.grad for name, parameter in net.named_parameters()}
 
 
@@ -170,11 +170,11 @@ def test_logits_are_float32_in_both_precisions(precision):
     net = machine.prepare(PreResNet.ResNet18(10, 4))
     seen = []
     net.layer1[0].conv1.register_forward_hook(lambda *call: seen.append(call[2].dtype))
-    assert machine.forward(net, digits_batch(4)[0]).dtype == torch.float32
+    assert machine.forward(net, digits_batch(4)[0])[0].dtype == torch.float32
     assert seen == [torch.bfloat16 if precision == "bf16" else torch.float32]  # and the body in what was asked for
     assert all(parameter.dtype == torch.float32 for parameter in net.parameters())
     plain = torch.nn.Conv2d(3, 2, 1)  # a net whose own last layer runs in bf16
-    assert machine.forward(plain, digits_batch(4)[0]).dtype == torch.float32
+    assert machine.forward(plain, digits_batch(4)[0])[0].dtype == torch.float32
 
 
 def test_each_forward_sees_the_weights_as_they_are_now():
@@ -183,10 +183,10 @@ def test_each_forward_sees_the_weights_as_they_are_now():
     machine = Runtime(CPU, "bf16")
     net = machine.prepare(torch.nn.Conv2d(3, 2, 3, bias=False))
     x = digits_batch(4)[0]
-    before = machine.forward(net, x)
+    [before] = machine.forward(net, x)
     with torch.no_grad():
         net.weight.mul_(2)
-    torch.testing.assert_close(machine.forward(net, x), 2 * before)
+    torch.testing.assert_close(machine.forward(net, x)[0], 2 * before)
 
 
 def test_bf16_gradients_reach_every_parameter_and_are_those_of_fp32():

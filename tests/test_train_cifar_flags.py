@@ -102,7 +102,7 @@ def test_networks_swap_divisions_and_the_peer_is_fresh(tmp_path, monkeypatch):
     for epoch in (events[:6], events[6:]):
         assert [event[0] for event in epoch[4:]] == ["train", "train"], "divided after net 1 was trained"
         assert sorted(event[0] for event in epoch[:4]) == ["divide", "divide", "score", "score"]
-        (_, net1, loss1), (_, net2, loss2) = (event for event in epoch if event[0] == "score")
+        (_, net2, loss2), (_, net1, loss1) = (event for event in epoch if event[0] == "score")
         (_, before1, peer1, division1, after1), (_, before2, peer2, division2, after2) = epoch[4:]
         assert same(before1, net1) and same(before2, net2)  # net 2 is still as it was when it divided
         assert same(peer1, net2), "net 1's peer is not net 2"

@@ -1,0 +1,189 @@
+"""Captured steps, on an emulation of CUDA graphs (the same on a card: test_gpu.py)."""
+
+import graph_emulator
+import numpy as np
+import pytest
+import torch
+from conftest import half
+from make_data import colour_digits
+from test_engine import train_arguments
+from test_run import assert_equal
+
+from dividemix import DivideMixWarning, engine, graph, runtime
+from dividemix.data import DeviceImages
+from dividemix.runtime import Runtime
+from PreResNet import ResNet18
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    monkeypatch.setattr(graph, "capture", graph_emulator.capture)
+
+
+@pytest.fixture
+def digits() -> DeviceImages:
+    """83 digits: with batches of 4, partial ones at the end and where the unlabeled set ends."""
+    images, labels = colour_digits(83)
+    return DeviceImages(images[:, ::2, ::2].copy(), labels, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), flip=True)
+
+
+def start(machine: Runtime):
+    torch.manual_seed(0)
+    nets = [machine.prepare(ResNet18(10, width=4)) for _ in range(2)]
+    return nets, [machine.optimizer(net, 0.02, 5e-4) for net in nets]
+
+
+def train(machine: Runtime, data, epochs, nets, optimizers):
+    """Both nets in turn, for each of `epochs` a warm-up epoch and a divided one, the learning rate falling."""
+    terms = []
+    for epoch in epochs:
+        engine.set_learning_rate(optimizers, 0.02 / (1 + epoch))
+        for k in range(2):
+            rng = np.random.default_rng([epoch, k])
+            warmup = engine.warmup_epoch(nets[k], optimizers[k], data, batch_size=8, rng=rng, machine=machine)
+            arguments = train_arguments(epoch=3 + epoch, rng=rng, num_class=10, machine=machine)
+            division = half(len(data), 46)
+            terms += [warmup, engine.train_epoch(nets[k], nets[1 - k], optimizers[k], data, division, **arguments)]
+    return terms
+
+
+def state(nets, optimizers):
+    return [part.state_dict() for part in (*nets, *optimizers)]
+
+
+@pytest.mark.parametrize(("precision", "merge"), [("fp32", False), ("bf16", True)])
+def test_replayed_steps_equal_eager_ones(digits, merge, precision):
+    """A number that was frozen (lam, the ramp, the learning rate), a tensor that was copied too late, momentum or
+    statistics spoiled by the runs before the capture: all would train another method without an error."""
+    eager, replayed = (Runtime(CPU, precision, merge=merge, graph=on) for on in (False, True))
+    runs = [start(eager), start(replayed)]
+    terms = [train(machine, digits, range(2), *run) for machine, run in zip((eager, replayed), runs, strict=True)]
+    assert len(replayed.steps) == 4  # each net's two steps, captured once
+    assert all(isinstance(step, graph.CapturedStep) for _, step in replayed.steps.values())
+    assert terms[0] == terms[1]
+    for optimizer in runs[0][1]:  # eager has numbers where the graph has tensors
+        optimizer.param_groups[0]["lr"] = torch.tensor(optimizer.param_groups[0]["lr"])
+    assert_equal(state(*runs[0]), state(*runs[1]))
+
+
+def test_partial_batches_are_not_captured(digits):
+    """Each epoch's partial batches have sizes of their own: capturing them would take longer than running them."""
+    machine = Runtime(CPU, graph=True)
+    shapes = []
+    run = machine.run
+    machine.run = lambda key, step, inputs, changed: (
+        shapes.append([len(x) for x in inputs[-4:-2]]) or run(key, step, inputs, changed)
+    )
+    nets, optimizers = start(machine)
+    terms = engine.train_epoch(
+        nets[0], nets[1], optimizers[0], digits, half(83, 46), **train_arguments(num_class=10, machine=machine)
+    )
+    # 12 batches, the last of 2 labeled; the 37 unlabeled end with one image in the tenth
+    assert shapes == [[4, 4]] * 10
+    assert np.isfinite(terms).all()
+
+
+def test_a_restored_run_captures_the_restored_state(digits):
+    """Resuming: a graph that holds the addresses of what was there before the restore would train something else."""
+    machine = Runtime(CPU, graph=True)
+    straight = start(machine)
+    train(machine, digits, range(1), *straight)
+    kept = [{**part.state_dict()} for part in (*straight[0], *straight[1])]
+    kept = torch.load(saved(kept), weights_only=True)
+    train(machine, digits, range(1, 2), *straight)
+    again = Runtime(CPU, graph=True)
+    nets, optimizers = start(again)
+    for net, saved_state in zip(nets, kept[:2], strict=True):
+        net.load_state_dict(saved_state)
+    for optimizer, saved_state in zip(optimizers, kept[2:], strict=True):
+        runtime.load_optimizer(optimizer, saved_state)
+    train(again, digits, range(1, 2), nets, optimizers)
+    assert_equal(state(*straight), state(nets, optimizers))
+
+
+def saved(what):
+    import io
+
+    buffer = io.BytesIO()
+    torch.save(what, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+def test_another_division_or_setting_is_not_replayed(digits):
+    """T is a number: a graph of T = 0.5 that is replayed for T = 1 sharpens as before."""
+    machine = Runtime(CPU, graph=True)
+    nets, optimizers = start(machine)
+    arguments = train_arguments(num_class=10, machine=machine, batch_size=8)
+    engine.train_epoch(nets[0], nets[1], optimizers[0], digits, half(83), **arguments)
+    [(_, first)] = machine.steps.values()
+    engine.train_epoch(nets[0], nets[1], optimizers[0], digits, half(83, 60), **arguments)  # other samples: the same
+    assert [step for _, step in machine.steps.values()] == [first]
+    engine.train_epoch(nets[0], nets[1], optimizers[0], digits, half(83), **{**arguments, "T": 1.0})
+    assert len(machine.steps) == 1 and machine.steps["mixmatch", nets[0]][1] is not first
+
+
+def test_a_failed_capture_is_said_and_the_run_goes_on_as_if_nothing_had_been(monkeypatch, digits):
+    """An exotic card or driver must cost speed, not the run; and the runs before the failed capture must leave no
+    trace."""
+
+    def fail(step):
+        step()
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore lines")
+
+    monkeypatch.setattr(graph, "capture", fail)
+    eager, failing = Runtime(CPU), Runtime(CPU, graph=True)
+    runs = [start(eager), start(failing)]
+    expected = train(eager, digits, range(1), *runs[0])
+    with pytest.warns(DivideMixWarning, match=r"CUDA graph failed.*not permitted.*--no_graph"):
+        assert train(failing, digits, range(1), *runs[1]) == expected
+    assert not failing.graph
+    for a, b in zip(runs[0][0], runs[1][0], strict=True):
+        assert_equal(a.state_dict(), b.state_dict())
+
+
+def test_a_failed_compilation_is_said_and_the_run_goes_on(monkeypatch, digits):
+    """No compiler, or a network that torch.compile cannot take: the run must not end with its stack trace."""
+
+    def broken(net, x):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(Runtime, "_compiled", property(lambda self: broken))
+    for work in ("training", "evaluation"):
+        eager, failing = Runtime(CPU), Runtime(CPU, compile=True)
+        runs = [start(eager), start(failing)]
+        with pytest.warns(DivideMixWarning, match=r"torch.compile failed.*C compiler.*--no_compile") as record:
+            if work == "training":
+                train(failing, digits, range(1), *runs[1])
+                train(eager, digits, range(1), *runs[0])
+            else:
+                scores = [
+                    engine.per_sample_loss(run[0][0], digits, machine=machine, batch_size=20)
+                    for machine, run in zip((eager, failing), runs, strict=True)
+                ]
+                assert torch.equal(scores[0].loss, scores[1].loss)
+        assert len(record) == 1
+        assert not failing.compile
+        for a, b in zip(runs[0][0], runs[1][0], strict=True):
+            assert_equal(a.state_dict(), b.state_dict())
+
+
+def test_preserved_puts_everything_back_also_after_an_error():
+    """A capture that fails half-way would leave the weights of three steps too many."""
+    weight = torch.nn.Parameter(torch.arange(3.0))
+    address = weight.data_ptr()
+    with pytest.raises(ValueError), graph.preserved([weight]):
+        with torch.no_grad():
+            weight.mul_(7)
+        raise ValueError
+    assert torch.equal(weight.detach(), torch.arange(3.0)) and weight.data_ptr() == address
+
+
+def test_the_emulator_freezes_numbers():
+    """The tests above prove nothing if the emulator runs Python again instead of what was launched."""
+    x, factor = torch.ones(2), 2.0
+    frozen = graph.CapturedStep(lambda x: x * factor + 1, [x], [torch.ones(1)])
+    factor = 5.0
+    assert torch.equal(frozen(torch.full((2,), 3.0)), torch.full((2,), 7.0))
