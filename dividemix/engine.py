@@ -324,7 +324,7 @@ def evaluate(score: Callable[..., Any], data, batch_size: int, machine: Runtime,
     DivideMixError where not even one image fits.
     """
     while True:
-        size = min(batch_size, machine.eval_limit or batch_size)
+        size = min(batch_size, len(data), machine.eval_limit or batch_size)
         try:
             return [
                 score(machine.steady_forward if len(x) == size else machine.forward, x, labels)

@@ -23,7 +23,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
     groups = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.groups == 1 or not self.training:
+        if not self.training or self.groups == 1:
             return super().forward(x)
         return torch.cat([nn.BatchNorm2d.forward(self, batch) for batch in x.chunk(self.groups)])
 

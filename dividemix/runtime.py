@@ -44,7 +44,7 @@ class Runtime:
         needs; keys, parameters and values stay."""
         for module in net.modules():
             if self.merge and type(module) is nn.BatchNorm2d:
-                module.__class__ = GroupedBatchNorm2d
+                module.__class__, module.groups = GroupedBatchNorm2d, 1
             elif self.small_convs and SmallMapConv2d.replaces(module):
                 module.__class__ = SmallMapConv2d
         return net.to(self.device, memory_format=self.memory_format)
@@ -142,11 +142,11 @@ class Runtime:
         """SGD without Nesterov, weight decay on every parameter, BN and biases included.
 
         Its `found_inf` is the device-side flag that `engine.update` sets at the first non-finite loss or gradient:
-        from then on fused SGD leaves weights and momentum as they are. For graphs the learning rate is a tensor, and
-        the momentum is there, 0, before the first step: `run` preserves what is there.
+        from then on fused SGD leaves weights and momentum as they are. On a card the learning rate is a tensor, for
+        graphs; the momentum is there, 0, before the first step, since `run` preserves what is there.
         """
         fused = self.device.type in ("cuda", "cpu")
-        rate = torch.tensor(lr, device=self.device) if self.graph else lr
+        rate = torch.tensor(lr, device=self.device) if self.graph or self.device.type == "cuda" else lr
         optimizer = torch.optim.SGD(net.parameters(), rate, momentum, weight_decay=weight_decay, fused=fused)
         if fused:
             optimizer.found_inf = torch.zeros((), device=self.device)
@@ -229,7 +229,7 @@ def start(
         precision,
         # On a CPU, channels_last is vectorised over channels: fewer than 16 leave its vector units half empty.
         torch.contiguous_format if on_cpu and width < 16 else torch.channels_last,
-        merge=True,
+        merge=on_card,  # on a CPU it measured no faster
         small_convs=on_cpu and precision == "bf16",
         compile=compile and on_card and not deterministic,
         graph=graph and on_card,

@@ -6,7 +6,7 @@ import torch
 from conftest import GOLDEN, golden_weights, half
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dividemix import DivideMixError, engine
+from dividemix import DivideMixError, DivideMixWarning, engine
 from dividemix.runtime import Runtime
 from PreResNet import ResNet18
 
@@ -313,6 +313,42 @@ def test_per_sample_loss_is_in_eval_mode_and_in_order(tiny_images):
     torch.testing.assert_close(scores.prediction, logits.argmax(dim=1))
     for name, value in net.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+class SmallMemory(torch.nn.Module):
+    """Runs out of memory over `room` images."""
+
+    def __init__(self, net, room: int):
+        super().__init__()
+        self.net, self.room, self.tried = net, room, []
+
+    def forward(self, x):
+        self.tried.append(len(x))
+        if len(x) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+        return self.net(x)
+
+
+def test_evaluation_adapts_to_the_memory(tiny_images):
+    """A card that is too small for the evaluation batch loses the run at its first test; every epoch anew, it would
+    lose the time of the failed attempts."""
+    torch.manual_seed(0)
+    net = ResNet18(3, width=4)
+    small, machine = SmallMemory(net, room=6), Runtime(torch.device("cpu"))
+    with pytest.warns(DivideMixWarning, match="24 images at once.*--eval_batch_size"):
+        scores = engine.per_sample_loss(small, tiny_images, batch_size=100, machine=machine)
+    assert small.tried == [24, 12, 6, 6, 6, 6]
+    expected = engine.per_sample_loss(net, tiny_images)
+    torch.testing.assert_close(scores.loss, expected.loss)
+    small.tried.clear()
+    assert (
+        engine.ensemble_accuracy([small, net], tiny_images, batch_size=100, machine=machine)[1:]
+        == [pytest.approx(engine.ensemble_accuracy([net], tiny_images)[1])] * 2
+    )
+    assert small.tried == [6, 6, 6, 6]
+    small.room = 0
+    with pytest.warns(DivideMixWarning), pytest.raises(DivideMixError, match="no memory for even one image"):
+        engine.per_sample_loss(small, tiny_images, batch_size=100, machine=machine)
 
 
 def test_ensemble_sums_logits(tiny_images):

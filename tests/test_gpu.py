@@ -1,15 +1,23 @@
-"""On a CUDA card (`make gpu`): the reference is the same there, nothing synchronises, and a run continues exactly."""
+"""On a CUDA card (`make gpu`): the reference is the same there, nothing synchronises, a captured step is the eager one,
+and a run continues exactly."""
+
+import copy
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from conftest import golden_weights, half
+from make_data import colour_digits
 from test_engine import golden_step, train_arguments
-from test_run import assert_equal, last_state, train
+from test_graph import start as start_nets
+from test_graph import state, train
+from test_run import assert_equal, last_state
+from test_run import train as train_script
 
-from dividemix import engine
+from dividemix import DivideMixWarning, engine, graph, runtime
 from dividemix.data import DeviceImages
-from dividemix.runtime import start
+from dividemix.runtime import Runtime, start
 from PreResNet import ResNet18
 
 pytestmark = pytest.mark.gpu
@@ -17,7 +25,37 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def machine():
-    return start("cuda", precision="fp32")
+    return start("cuda", precision="fp32", graph=False, compile=False)
+
+
+@pytest.fixture
+def exact():
+    """cuDNN's and cuBLAS' deterministic algorithms, so that equal means bit for bit."""
+    start("cuda", precision="fp32", deterministic=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def no_fallback():
+    """A capture or compilation that fails is only a warning to the user; here it is what is tested."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DivideMixWarning)
+        yield
+
+
+@pytest.fixture
+def digits() -> DeviceImages:
+    """167 digits on the card: with batches of 4, over 20 full steps and partial batches in mid-epoch and at the end."""
+    images, labels = colour_digits(167)
+    return DeviceImages(images[:, ::2, ::2].copy(), labels, (0.5,) * 3, (0.25,) * 3, flip=True, device="cuda")
+
+
+def card(**how) -> Runtime:
+    return Runtime(torch.device("cuda", 0), **how)
+
+
+# ---- The reference ----
 
 
 @pytest.mark.parametrize(
@@ -32,9 +70,10 @@ def test_golden_step(machine, name, num_class, lr, weight_decay, unlabeled_loss)
         assert net.state_dict()[key].double().norm().item() == pytest.approx(norm, rel=2e-4, abs=1e-12)
 
 
-def test_no_host_sync_in_a_step(tiny_images):
+@pytest.mark.parametrize("merge", [False, True])
+def test_no_host_sync_in_a_step(tiny_images, merge):
     """A single sync in a step makes the card wait for Python 391 times an epoch."""
-    machine = start("cuda", precision="bf16")
+    machine = card(precision="bf16", merge=merge)
     net, peer = (machine.prepare(golden_weights(ResNet18(3, width=8), seed)) for seed in (2, 3))
     optimizer = machine.optimizer(net, 0.02, 5e-4)
     data = on_card(tiny_images, machine.device)
@@ -55,23 +94,129 @@ def test_no_host_sync_in_a_step(tiny_images):
 def test_an_epoch_on_the_card_draws_what_the_cpu_draws(tiny_images, machine):
     """Draws that depend on the device would make a result of one machine impossible to check on another."""
     losses = []
-    for runtime, data in (
+    for where, data in (
         (start("cpu", precision="fp32"), tiny_images),
         (machine, on_card(tiny_images, machine.device)),
     ):
-        net, peer = (runtime.prepare(golden_weights(ResNet18(3, width=8), seed)) for seed in (2, 3))
-        optimizer = runtime.optimizer(net, 1e-3, 5e-4)
-        losses.append(engine.train_epoch(net, peer, optimizer, data, half(24), **train_arguments()))
+        net, peer = (where.prepare(golden_weights(ResNet18(3, width=8), seed)) for seed in (2, 3))
+        optimizer = where.optimizer(net, 1e-3, 5e-4)
+        terms = engine.train_epoch(net, peer, optimizer, data, half(24), machine=where, **train_arguments())
+        losses.append(terms)
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
-def test_interrupted_equals_uninterrupted(tmp_path):
+# ---- Captured steps ----
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_graph_equals_eager_step_by_step(exact, digits, merge):
+    """fp32, two nets in turn, a falling learning rate, more than 20 steps and partial batches: weights, statistics and
+    momentum bit for bit. Whatever froze in the graph would show."""
+    eager, replayed = card(merge=merge), card(merge=merge, graph=True)
+    runs = [start_nets(eager), start_nets(replayed)]
+    for epoch in range(2):
+        terms = [train(one, digits, [epoch], *run) for one, run in zip((eager, replayed), runs, strict=True)]
+        assert terms[0] == terms[1]
+        assert_equal(state(*runs[0]), state(*runs[1]))
+    assert len(replayed.steps) == 4
+    assert all(isinstance(step, graph.CapturedStep) for _, step in replayed.steps.values())
+
+
+def test_bf16_graph_and_compiled_step_stay_near_eager_fp32(digits):
+    """The run as users start it: compiled, captured, bf16. After an epoch its losses are those of the reference."""
+    fast = card(precision="bf16", merge=True, compile=True, graph=True)
+    terms = [train(one, digits, range(1), *start_nets(one)) for one in (card(), fast)]
+    assert fast.compile and fast.graph
+    for reference, ours in zip(*terms, strict=True):
+        assert ours.loss == pytest.approx(reference.loss, rel=0.05)
+
+
+def test_compiled_evaluation_equals_eager(digits):
+    """A loss that a compiled kernel computes otherwise divides other samples."""
+    eager, compiled = card(), card(compile=True)
+    nets, _ = start_nets(eager)
+    scores = [engine.per_sample_loss(nets[0], digits, batch_size=80, machine=one).loss for one in (eager, compiled)]
+    torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-5)
+
+
+def test_augmentation_differs_between_replays(digits):
+    """A crop that froze in the graph shows each network the same few views for 300 epochs."""
+    rng = np.random.default_rng(0)
+    first, second = digits.mixmatch_batches(half(167), 4, rng)[:2]
+    captured = graph.CapturedStep(lambda *batch: torch.cat(digits.mixmatch_views(*batch)[:2]), first, [])
+    one, same_images = captured(*first).clone(), (*first[:2], second[2], first[3])
+    other = captured(*same_images).clone()
+    assert not torch.equal(one, other)
+    torch.testing.assert_close(other, torch.cat(digits.mixmatch_views(*same_images)[:2]))
+    torch.testing.assert_close(captured(*first), one)
+
+
+def test_a_capture_leaves_no_trace(digits):
+    """The runs before a capture are steps of training too many, unless all is put back: statistics and momentum too."""
+    machine = card(graph=True)
+    nets, optimizers = start_nets(machine)
+    before = copy.deepcopy(state(nets, optimizers))
+    batch = digits.warmup_batches(8, np.random.default_rng(0))[0]
+
+    def step(index, crops):
+        terms = engine.warmup_step(
+            nets[0], optimizers[0], *digits.warmup_views(index, crops), conf_penalty=False, forward=machine.forward
+        )
+        return torch.stack(terms)
+
+    captured = graph.CapturedStep(step, batch, engine.changed_by_step(nets[0], optimizers[0]))
+    assert_equal(state(nets, optimizers), before)
+    captured(*batch)
+    assert not torch.equal(nets[0].conv1.weight, before[0]["conv1.weight"])
+
+
+def test_resumed_capture(exact, digits):
+    """A run that is continued captures anew: it must go on as if it had never stopped."""
+    straight = card(graph=True)
+    nets, optimizers = start_nets(straight)
+    train(straight, digits, [0], nets, optimizers)
+    kept = copy.deepcopy(state(nets, optimizers))
+    train(straight, digits, [1], nets, optimizers)
+    resumed = card(graph=True)
+    others, their_optimizers = start_nets(resumed)
+    for net, saved in zip(others, kept[:2], strict=True):
+        net.load_state_dict(saved)
+    for optimizer, saved in zip(their_optimizers, kept[2:], strict=True):
+        runtime.load_optimizer(optimizer, saved)
+    train(resumed, digits, [1], others, their_optimizers)
+    assert_equal(state(nets, optimizers), state(others, their_optimizers))
+
+
+def test_a_non_finite_loss_stops_replayed_updates_too(digits):
+    """The flag must be read by the captured optimiser, or a graph trains on NaN to the end of the epoch."""
+    machine = card(graph=True)
+    nets, optimizers = start_nets(machine)
+    train(machine, digits, [0], nets, optimizers)
+    digits.mean.fill_(torch.nan)
+    before = copy.deepcopy(nets[0].conv1.weight.detach())
+    with pytest.raises(engine.DivideMixError, match="batch 1 of"):
+        train(machine, digits, [1], nets, optimizers)
+    assert torch.equal(nets[0].conv1.weight, before)
+
+
+# ---- A run ----
+
+
+@pytest.mark.parametrize("how", [(), ("--no_graph",)])
+def test_interrupted_equals_uninterrupted(tmp_path, how):
     """The promise for one GPU model with --deterministic."""
-    cuda = ("--device", "cuda", "--deterministic")
-    train(tmp_path / "straight", 3, *cuda)
+    cuda = ("--device", "cuda", "--deterministic", *how)
+    train_script(tmp_path / "straight", 3, *cuda)
     for epochs in (1, 2, 3):
-        train(tmp_path / "stopped", epochs, *cuda)
+        train_script(tmp_path / "stopped", epochs, *cuda)
     assert_equal(last_state(tmp_path / "straight"), last_state(tmp_path / "stopped"))
+
+
+def test_a_run_as_users_start_it(tmp_path, capsys):
+    """Compiled, captured and in bf16, without a fallback."""
+    final = train_script(tmp_path / "run", 3, "--device", "cuda")
+    assert "bf16 autocast, losses in fp32, compiled, CUDA graphs" in capsys.readouterr().out
+    assert np.isfinite(final["loss_x"])
 
 
 def on_card(images: DeviceImages, device: torch.device) -> DeviceImages:

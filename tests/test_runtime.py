@@ -2,6 +2,7 @@
 
 import functools
 import os
+import threading
 
 import pytest
 import torch
@@ -203,7 +204,99 @@ def test_bf16_gradients_reach_every_parameter_and_are_those_of_fp32():
     assert not torch.equal(flat, flat_reference)  # else fp32 was compared with itself
 
 
+# ---- Speed ----
+
+
+def card_that_computes(monkeypatch):
+    """start() as on a card of today, as far as it asks the card."""
+    with_cards(monkeypatch, 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card")
+
+
+def test_a_card_compiles_and_captures_unless_told_not_to(monkeypatch):
+    """Else the flags do nothing, or the fast way is one that has to be known of; and TF32 would make fp32 no
+    reference."""
+    card_that_computes(monkeypatch)
+    machine = runtime.start("cuda")
+    assert (machine.precision, machine.compile, machine.graph, machine.merge) == ("bf16", True, True, True)
+    assert "bf16" in machine.describe() and "compiled, CUDA graphs" in machine.describe()
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    plain = runtime.start("cuda", precision="fp32", compile=False, graph=False)
+    assert not plain.compile and not plain.graph
+    assert "TF32 off; torch" in plain.describe()
+
+
+def test_deterministic_runs_are_not_compiled(monkeypatch):
+    """Inductor chooses kernels by timing them: two runs could compute with different ones."""
+    card_that_computes(monkeypatch)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        machine = runtime.start("cuda", deterministic=True)
+        assert not machine.compile and machine.graph and not torch.backends.cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_cpu_neither_compiles_nor_captures():
+    """There, compiling costs a minute and measured no faster, and there is nothing to capture."""
+    machine = runtime.start("cpu")
+    assert not machine.compile and not machine.graph and not machine.merge
+
+
+@pytest.mark.parametrize(
+    ("limit", "environment", "expected"),
+    [("200000 100000", {}, 2), ("150000 100000", {}, 2), ("50000 100000", {}, 1), ("max 100000", {}, None)]
+    + [("100000 100000", {"OMP_NUM_THREADS": "7"}, None), (None, {}, None), ("rubbish", {}, None)],
+)
+def test_threads_are_the_containers_cores(monkeypatch, tmp_path, limit, environment, expected):
+    """A container with two of a server's 64 cores: 64 threads on them are ten times slower than two."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if limit:
+        (tmp_path / "cpu.max").write_text(limit + "\n")
+    asked = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    runtime.use_cores(tmp_path / "cpu.max")
+    assert asked == ([] if expected is None else [expected])
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_background_work_gives_its_result_or_its_error(kind):
+    """A mixture that cannot be fitted must end the run with its own message, wherever it was fitted."""
+    machine = Runtime(torch.device(kind))
+    here = threading.get_ident()
+    assert (machine.background(threading.get_ident)() == here) == (kind == "cpu")
+
+    def fail():
+        raise DivideMixError("all losses are equal")
+
+    with pytest.raises(DivideMixError, match="all losses are equal"):
+        machine.background(fail)()
+
+
 # ---- Optimiser ----
+
+
+def test_a_learning_rate_tensor_is_changed_in_place_and_restored():
+    """A captured step reads the rate at its address: a new tensor would leave it at the old rate for ever."""
+    net = torch.nn.Linear(2, 2)
+    captured, eager = Runtime(CPU, graph=True).optimizer(net, 0.5, 0.0), Runtime(CPU).optimizer(net, 0.25, 0.0)
+    rate = captured.param_groups[0]["lr"]
+    engine.set_learning_rate([captured, eager], 0.125)
+    assert captured.param_groups[0]["lr"] is rate and rate.item() == 0.125
+    assert eager.param_groups[0]["lr"] == 0.125 and isinstance(eager.param_groups[0]["lr"], float)
+    engine.set_learning_rate([eager], 0.0625)
+    states = captured.state_dict(), eager.state_dict()
+    runtime.load_optimizer(captured, states[1])
+    assert captured.param_groups[0]["lr"] is rate and rate.item() == 0.0625
+    rate.fill_(0.5)
+    runtime.load_optimizer(eager, states[0])
+    assert eager.param_groups[0]["lr"] == 0.5 and isinstance(eager.param_groups[0]["lr"], float)
 
 
 def test_sgd_is_the_papers_without_nesterov():

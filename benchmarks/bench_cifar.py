@@ -1,0 +1,332 @@
+"""Seconds of an epoch and of its phases on random images: checked, timed, and compared, in one command.
+
+    python benchmarks/bench_cifar.py                                          # CIFAR-10's size, half labeled
+    python benchmarks/bench_cifar.py --against_plain --ablate --json out.json # and the plain way, each speed-up off
+    python benchmarks/bench_cifar.py --samples 2000 --labeled 1000 --test_samples 400 --against_plain    # on a CPU
+
+Everything that is compared is run in turn, epoch by epoch, in this one process, so that a machine whose speed drifts
+does not decide. Figures are medians of --repeats epochs after --warmups; set-up (compilation, choice of algorithms,
+capture) is what the first epochs took beyond the median. Operations are counted by torch (2 a multiply-add, backward
+twice the forward); the floor is their time at 790 TFLOP/s, 1.43 s at CIFAR-10's size.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from baseline_plain import PlainEpoch
+
+from dividemix import engine, runtime
+from dividemix.codivide import Division, codivide
+from dividemix.data import DeviceImages
+from dividemix.runtime import Runtime
+from PreResNet import ResNet18
+
+FLOOR_RATE = 790e12  # bf16 operations a second of an H100
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+
+@dataclasses.dataclass
+class Work:
+    """Random images and the given division, the same for everything that is timed."""
+
+    images: np.ndarray  # uint8 (N, 32, 32, 3)
+    labels: np.ndarray  # int64 (N,)
+    labeled: np.ndarray  # bool (N,)
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+    @classmethod
+    def random(cls, samples: int, labeled: int, test_samples: int) -> "Work":
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 256, (samples + test_samples, 32, 32, 3), dtype=np.uint8)
+        labels = rng.integers(0, 10, len(images))
+        mask = rng.permutation(samples) < labeled
+        return cls(images[:samples], labels[:samples], mask, images[samples:], labels[samples:])
+
+    @property
+    def clean_probability(self) -> np.ndarray:
+        return np.where(self.labeled, 0.9, 0.1)
+
+    def division(self) -> Division:
+        p, two = self.clean_probability, np.ones(2)
+        return Division(p, self.labeled, p.astype(np.float32), two, two, two, 0.5, None)
+
+    def operations(self, width: int) -> tuple[float, float]:
+        """Of a divided epoch and of a warm-up epoch, both nets, with the test."""
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            ResNet18(10, width).eval()(torch.zeros(1, 3, 32, 32))
+        forward = counter.get_total_flops()
+        evaluated = 2 * len(self.test_images)
+        # a labeled image and its unlabeled partner: 2 + 2 views guessed by net, 2 by peer, 4 trained on
+        divided = 2 * (18 * int(self.labeled.sum()) + len(self.images)) + evaluated
+        return divided * forward, (2 * 3 * len(self.images) + evaluated) * forward
+
+
+class FastEpoch:
+    """The engine's epoch as Train_cifar.py runs it, but for the division: fitted, and dropped for the given one."""
+
+    def __init__(self, work: Work, machine: Runtime, width: int, batch_size: int, eval_batch_size: int):
+        self.work, self.machine, self.batch_size = work, machine, batch_size
+        self.train, self.test = (
+            DeviceImages(images, labels, MEAN, STD, True, machine.device)
+            for images, labels in ((work.images, work.labels), (work.test_images, work.test_labels))
+        )
+        torch.manual_seed(0)
+        self.nets = [machine.prepare(ResNet18(10, width)) for _ in range(2)]
+        self.optimizers = [machine.optimizer(net, 0.02, 5e-4) for net in self.nets]
+        self.evaluation = {"batch_size": eval_batch_size, "machine": machine}
+        self.rng = np.random.default_rng(0)
+
+    def run(self, warmup_phase: bool = False) -> dict[str, float]:
+        """Seconds of each phase, as `PlainEpoch.run` names them, and of all as 'epoch'."""
+        self.seconds: dict[str, float] = {}
+        begin = self.now()
+        if not warmup_phase:
+            fits: list[Any] = [None, None]
+            for k in (1, 0):
+                with self.phase("loss"):
+                    scored = engine.per_sample_loss(self.nets[k], self.train, **self.evaluation)
+                with self.phase("gmm"):
+                    fits[k] = self.machine.background(codivide, scored.loss.numpy(), 0.5)
+        for k in range(2):
+            if warmup_phase:
+                self.warmup(k)
+            else:
+                with self.phase("gmm"):
+                    fits[1 - k]()
+                self.mixmatch(k)
+        with self.phase("test"):
+            engine.ensemble_accuracy(self.nets, self.test, **self.evaluation)
+        return {**self.seconds, "epoch": self.now() - begin}
+
+    def warmup(self, k: int) -> engine.PhaseTerms:
+        with self.phase(f"warmup{k + 1}"):
+            how = {"batch_size": 2 * self.batch_size, "rng": self.rng, "machine": self.machine}
+            return engine.warmup_epoch(self.nets[k], self.optimizers[k], self.train, **how)
+
+    def mixmatch(self, k: int) -> engine.PhaseTerms:
+        with self.phase(f"train{k + 1}"):
+            how = {"epoch": 26, "warm_up": 10, "batch_size": self.batch_size, "alpha": 4, "T": 0.5, "lambda_u": 25.0}
+            how |= {"num_class": 10, "rng": self.rng, "machine": self.machine}
+            nets = self.nets[k], self.nets[1 - k]
+            return engine.train_epoch(*nets, self.optimizers[k], self.train, self.work.division(), **how)
+
+    def phase(self, name: str) -> "Phase":
+        return Phase(self, name)
+
+    def now(self) -> float:
+        if self.machine.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+@dataclasses.dataclass
+class Phase:
+    epoch: FastEpoch
+    name: str
+
+    def __enter__(self) -> None:
+        self.begin = self.epoch.now()
+
+    def __exit__(self, *_: object) -> None:
+        seconds = self.epoch.seconds
+        seconds[self.name] = seconds.get(self.name, 0.0) + self.epoch.now() - self.begin
+
+
+def check(machine: Runtime, width: int, batch_size: int) -> str:
+    """Train one epoch of four batches on the machine and on the fp32 eager reference, same device and draws; exit if
+    they disagree."""
+    work = Work.random(8 * batch_size, 4 * batch_size, 8)
+    terms, weights = [], []
+    for one in (Runtime(machine.device), machine):
+        epoch = FastEpoch(work, one, width, batch_size, 1000)
+        epoch.seconds = {}
+        before = torch.cat([p.detach().flatten().cpu() for p in epoch.nets[0].parameters()])
+        terms.append(epoch.mixmatch(0))
+        weights.append(torch.cat([p.detach().flatten().cpu() for p in epoch.nets[0].parameters()]) - before)
+    cosine = torch.nn.functional.cosine_similarity(*weights, dim=0).item()
+    loss = abs(terms[1].loss / terms[0].loss - 1)
+    exact = machine.precision == "fp32"
+    sound = np.isfinite(terms[1]).all() and loss < (1e-3 if exact else 0.05) and cosine > (0.999 if exact else 0.9)
+    line = (
+        f"four steps against the fp32 eager reference: loss differs by {loss:.1e}, cosine of the updates {cosine:.4f}"
+    )
+    if not sound:
+        sys.exit(f"check failed: {line}")
+    return line
+
+
+def variants(machine: Runtime, eval_batch_size: int) -> dict[str, tuple[Runtime, int]]:
+    """Each optimisation that this machine uses, off: (runtime, evaluation batch)."""
+
+    def without(**changed: Any) -> tuple[Runtime, int]:
+        return dataclasses.replace(machine, steps={}, **changed), eval_batch_size
+
+    off = {}
+    if machine.precision == "bf16":
+        off["bf16 (fp32 instead)"] = without(precision="fp32", small_convs=False)
+    if machine.memory_format == torch.channels_last:
+        off["channels_last"] = without(memory_format=torch.contiguous_format)
+    for field, name in {
+        "graph": "CUDA graphs",
+        "compile": "torch.compile",
+        "merge": "merged forwards",
+        "small_convs": "matrix convolutions for small maps",
+    }.items():
+        if getattr(machine, field):
+            off[name] = without(**{field: False})
+    if machine.device.type == "cuda":
+        off["overlapped GMM"] = without()
+        off["overlapped GMM"][0].background = at_once
+    off["evaluation in large batches (128)"] = (without()[0], 128)
+    return off
+
+
+def at_once(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    result = function(*args)
+    return lambda: result
+
+
+def timed(epochs: dict[str, Any], warmups: int, repeats: int, **kwargs: Any) -> dict[str, list[dict[str, float]]]:
+    """`run` of each in turn, warmups + repeats times."""
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in epochs}
+    for _ in range(warmups + repeats):
+        for name, epoch in epochs.items():
+            seconds = epoch.run(**kwargs)
+            results[name].append(seconds | {"epoch": seconds.get("epoch", sum(seconds.values()))})
+    return results
+
+
+def medians(results: list[dict[str, float]], warmups: int) -> dict[str, float]:
+    return {name: statistics.median(result[name] for result in results[warmups:]) for name in results[0]}
+
+
+def measured_peak(device: torch.device) -> float:
+    """Operations a second of a large bf16 matrix product of random numbers."""
+    n, runs = (8192, 20) if device.type == "cuda" else (2048, 5)
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    times = []
+    for _ in range(3 + runs):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return 2 * n**3 / statistics.median(times[3:])
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {"samples": 50000, "labeled": 25000, "test_samples": 10000, "width": 64, "batch_size": 64}
+    for name, default in (sizes | {"repeats": 5, "warmups": 2, "eval_batch_size": 1000}).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    parser.add_argument("--no_graph", action="store_true")
+    parser.add_argument("--no_compile", action="store_true")
+    parser.add_argument("--against_plain", action="store_true", help="time benchmarks/baseline_plain.py beside it")
+    parser.add_argument(
+        "--plain_workers", type=int, help="default: 5 on CUDA, as the authors; else the cores, at most 5"
+    )
+    parser.add_argument("--ablate", action="store_true", help="time it with each optimisation off in turn")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args(argv)
+    if not 0 < args.labeled < args.samples or min(args.repeats, args.test_samples, args.batch_size) < 1:
+        parser.error("expected 0 < labeled < samples, and repeats, test_samples and batch_size of 1 or more")
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    args = parse_args(argv)
+    machine = runtime.start(
+        args.device, precision=args.precision, width=args.width, compile=not args.no_compile, graph=not args.no_graph
+    )
+    print(machine.describe())
+    print(check(machine, args.width, args.batch_size), flush=True)
+
+    work = Work.random(args.samples, args.labeled, args.test_samples)
+    sizes = args.width, args.batch_size
+    epochs: dict[str, Any] = {"": FastEpoch(work, machine, *sizes, args.eval_batch_size)}
+    workers = args.plain_workers
+    if args.against_plain:
+        if workers is None:
+            workers = 5 if machine.device.type == "cuda" else min(os.cpu_count() or 1, 5)
+        plain = (work.images, work.labels, work.clean_probability, work.labeled, work.test_images, work.test_labels)
+        shape = {"width": args.width, "batch_size": args.batch_size, "workers": workers}
+        epochs["plain"] = PlainEpoch(*plain, device=machine.device, **shape)
+    if args.ablate:
+        for name, (other, eval_batch_size) in variants(machine, args.eval_batch_size).items():
+            epochs[name] = FastEpoch(work, other, *sizes, eval_batch_size)
+
+    warm = timed({"": epochs[""]}, args.warmups, args.repeats, warmup_phase=True)[""]
+    results = timed(epochs, args.warmups, args.repeats)
+    divided, warmup = (medians(each, args.warmups) for each in (results[""], warm))
+    set_up = sum(
+        max(0.0, each[0]["epoch"] - median["epoch"]) for each, median in ((results[""], divided), (warm, warmup))
+    )
+
+    operations, warmup_operations = work.operations(args.width)
+    rate, peak = operations / divided["epoch"], measured_peak(machine.device)
+    report: dict[str, Any] = {
+        "epoch_seconds": divided["epoch"],
+        "warmup_epoch_seconds": warmup["epoch"],
+        "setup_seconds": set_up,
+        "phase_seconds": {name: divided[name] for name in divided if name != "epoch"}
+        | {name: warmup[name] for name in ("warmup1", "warmup2")},
+        "all_epoch_seconds": [each["epoch"] for each in results[""]],
+        "tflops": rate / 1e12,
+        "warmup_tflops": warmup_operations / warmup["epoch"] / 1e12,
+        "measured_peak_tflops": peak / 1e12,
+        "share_of_peak": rate / peak,
+        "floor_seconds": operations / FLOOR_RATE,
+        "ratio_to_floor": divided["epoch"] / (operations / FLOOR_RATE),
+    }
+    if args.against_plain:
+        plain_median = medians(results["plain"], args.warmups)
+        report |= {"plain_epoch_seconds": plain_median.pop("epoch"), "plain_phase_seconds": plain_median}
+        report |= {"ratio": report["plain_epoch_seconds"] / divided["epoch"], "plain_workers": workers}
+    if args.ablate:
+        names = [name for name in epochs if name not in ("", "plain")]
+        report["ablation_epoch_seconds"] = {name: medians(results[name], args.warmups)["epoch"] for name in names}
+    report |= {"device": machine.describe(), "date": datetime.date.today().isoformat(), "flags": vars(args)}
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=1))
+    print_table(report, args)
+    return report
+
+
+def print_table(report: dict[str, Any], args: argparse.Namespace) -> None:
+    plain = report.get("plain_phase_seconds", {})
+    print(f"\n{'seconds':<38}{'here':>9}" + (f"{'plain':>9}{'ratio':>7}" if plain else ""))
+    rows = report["phase_seconds"] | {"epoch (divided)": report["epoch_seconds"]}
+    plain = plain | {"epoch (divided)": report.get("plain_epoch_seconds")}
+    for name, seconds in (rows | {"epoch (warm-up)": report["warmup_epoch_seconds"]}).items():
+        other = plain.get(name)
+        print(f"{name:<38}{seconds:>9.3f}" + (f"{other:>9.3f}{other / seconds:>7.2f}" if other else ""))
+    for name, seconds in report.get("ablation_epoch_seconds", {}).items():
+        print(f"epoch without {name:<24.24}{seconds:>9.3f}  x {seconds / report['epoch_seconds']:.2f}")
+    print(
+        f"set-up {report['setup_seconds']:.1f} s; {report['tflops']:.3g} TFLOP/s, {report['share_of_peak']:.0%} of the "
+        f"measured bf16 peak ({report['measured_peak_tflops']:.3g}); {report['ratio_to_floor']:.3g} times the floor of "
+        f"{report['floor_seconds']:.3g} s\nmedians of {args.repeats} after {args.warmups}; {report['date']}"
+    )
+
+
+if __name__ == "__main__":
+    main()
