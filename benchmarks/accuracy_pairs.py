@@ -43,12 +43,16 @@ def summary(pairs: list[dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="seeds 1 to SEEDS")
     parser.add_argument("--out_dir", type=Path, default=Path("pairs"))
     parser.add_argument("flags", nargs="*", help="of Train_cifar.py, after --")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     pairs = []
     for seed in range(1, args.seeds + 1):
         common = [*args.flags, "--noise_seed", "123", "--seed", str(seed)]

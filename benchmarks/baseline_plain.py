@@ -203,19 +203,28 @@ class PlainEpoch:
         return time.perf_counter()
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = {"samples": 50000, "labeled": 25000, "test_samples": 10000, "width": 64, "batch_size": 64}
     for name, default in (sizes | {"repeats": 5, "warmups": 2}).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=int, help="default: 5 on CUDA, as the authors; else the cores, at most 5")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.workers is None:
-        args.workers = 5 if args.device.startswith("cuda") else min(os.cpu_count() or 1, 5)
+        args.workers = default_workers(args.device)
+    return args
 
+
+def default_workers(device: str) -> int:
+    """5 beside a card, as the authors; on a CPU its cores, at most 5."""
+    return 5 if device.startswith("cuda") else min(os.cpu_count() or 1, 5)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     rng, n = np.random.default_rng(0), args.samples
     images = rng.integers(0, 256, (n + args.test_samples, 32, 32, 3), dtype=np.uint8)
     labels = rng.integers(0, 10, len(images))

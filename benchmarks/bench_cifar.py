@@ -11,14 +11,14 @@ twice the forward); the floor is their time at 790 TFLOP/s, 1.43 s at CIFAR-10's
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import json
-import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from baseline_plain import PlainEpoch
+from baseline_plain import PlainEpoch, default_workers
 
 from dividemix import engine, runtime
 from dividemix.codivide import Division, codivide
@@ -90,10 +90,11 @@ class FastEpoch:
         self.optimizers = [machine.optimizer(net, 0.02, 5e-4) for net in self.nets]
         self.evaluation = {"batch_size": eval_batch_size, "machine": machine}
         self.rng = np.random.default_rng(0)
+        self.seconds: dict[str, float] = {}
 
     def run(self, warmup_phase: bool = False) -> dict[str, float]:
         """Seconds of each phase, as `PlainEpoch.run` names them, and of all as 'epoch'."""
-        self.seconds: dict[str, float] = {}
+        self.seconds = {}
         begin = self.now()
         if not warmup_phase:
             fits: list[Any] = [None, None]
@@ -125,26 +126,16 @@ class FastEpoch:
             nets = self.nets[k], self.nets[1 - k]
             return engine.train_epoch(*nets, self.optimizers[k], self.train, self.work.division(), **how)
 
-    def phase(self, name: str) -> "Phase":
-        return Phase(self, name)
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begin = self.now()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - begin
 
     def now(self) -> float:
         if self.machine.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
-
-
-@dataclasses.dataclass
-class Phase:
-    epoch: FastEpoch
-    name: str
-
-    def __enter__(self) -> None:
-        self.begin = self.epoch.now()
-
-    def __exit__(self, *_: object) -> None:
-        seconds = self.epoch.seconds
-        seconds[self.name] = seconds.get(self.name, 0.0) + self.epoch.now() - self.begin
 
 
 def check(machine: Runtime, width: int, batch_size: int) -> str:
@@ -154,7 +145,6 @@ def check(machine: Runtime, width: int, batch_size: int) -> str:
     terms, weights = [], []
     for one in (Runtime(machine.device), machine):
         epoch = FastEpoch(work, one, width, batch_size, 1000)
-        epoch.seconds = {}
         before = torch.cat([p.detach().flatten().cpu() for p in epoch.nets[0].parameters()])
         terms.append(epoch.mixmatch(0))
         weights.append(torch.cat([p.detach().flatten().cpu() for p in epoch.nets[0].parameters()]) - before)
@@ -265,8 +255,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     epochs: dict[str, Any] = {"": FastEpoch(work, machine, *sizes, args.eval_batch_size)}
     workers = args.plain_workers
     if args.against_plain:
-        if workers is None:
-            workers = 5 if machine.device.type == "cuda" else min(os.cpu_count() or 1, 5)
+        workers = default_workers(machine.device.type) if workers is None else workers
         plain = (work.images, work.labels, work.clean_probability, work.labeled, work.test_images, work.test_labels)
         shape = {"width": args.width, "batch_size": args.batch_size, "workers": workers}
         epochs["plain"] = PlainEpoch(*plain, device=machine.device, **shape)

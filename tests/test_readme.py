@@ -6,16 +6,21 @@ import importlib
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
 from conftest import ROOT
 
+import Train_cifar
 from dividemix import DivideMixError, report
 
-MODULES = sorted([*ROOT.glob("Train_*.py"), *ROOT.glob("dataloader_*.py"), *ROOT.glob("dividemix/*.py")])
-OURS = re.compile(r"python3? +(Train_\w+\.py|-m +dividemix\b)")
+sys.path.insert(0, str(ROOT / "benchmarks"))  # its scripts import each other
+
+SOURCES = ("Train_*.py", "dataloader_*.py", "dividemix/*.py", "benchmarks/*.py")
+MODULES = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern))
+OURS = re.compile(r"python3? +(Train_\w+\.py|benchmarks/\w+\.py|-m +dividemix\b)")
 
 
 # ---- Finding commands ----
@@ -65,9 +70,12 @@ def check(command: list[str]) -> None:
         check_arguments(parse_report, arguments[2:])
     elif arguments[0] == "-m":
         assert arguments[1] in ("venv", "pip", "pytest"), f"unknown module {arguments[1]}"
-    elif re.fullmatch(r"Train_\w+\.py", arguments[0]):
+    elif re.fullmatch(r"Train_\w+\.py|benchmarks/\w+\.py", arguments[0]):
         assert (ROOT / arguments[0]).is_file(), f"unknown script {arguments[0]}"
-        check_arguments(importlib.import_module(arguments[0].removesuffix(".py")).parse_args, arguments[1:])
+        module = arguments[0].removesuffix(".py").replace("/", ".")
+        check_arguments(importlib.import_module(module).parse_args, arguments[1:])
+        if "--" in arguments:  # flags that are handed on
+            check_arguments(Train_cifar.parse_args, arguments[arguments.index("--") + 1 :])
     else:
         assert arguments[0] == "img/framework.py" and (ROOT / arguments[0]).is_file(), f"unknown script {arguments[0]}"
 
@@ -145,6 +153,8 @@ def test_every_command_that_the_makefile_runs_parses():
         "make nothing",
         "some text python Train_cifar.py --r 0.5",
         "python Train_cifar.py --id 'open",
+        "python benchmarks/bench_cifar.py --rate 1",
+        "python benchmarks/accuracy_pairs.py --seeds 2 -- --dataset cifar11",
     ],
 )
 def test_the_check_itself_finds_wrong_commands(text):
