@@ -2,28 +2,27 @@
 
     python benchmarks/accuracy_pairs.py --seeds 5 --out_dir pairs -- --dataset fashionmnist --data_path ./data
 
-What follows -- goes to Train_cifar.py. Runs are kept in <out_dir>/fast and <out_dir>/reference: the same command again
-continues. Prints, for the best accuracy and the mean of the last 10 epochs, the mean difference fast - reference over
-the seeds and its standard error. The noise is that of the noise file, the same for all seeds.
+What follows -- goes to Train_cifar.py. Runs are kept in <out_dir>/fast_seed<n> and reference_seed<n>: the same command
+again continues. Prints, for the best accuracy and the mean of the last 10 epochs, the mean difference fast - reference
+over the seeds and its standard error. The noise is that of the noise file, the same for all seeds.
 """
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import Train_cifar
-
+SCRIPT = Path(__file__).resolve().parent.parent / "Train_cifar.py"
 WAYS = {"fast": [], "reference": ["--precision", "fp32", "--no_graph", "--no_compile"]}
 NUMBERS = {"best": "best_acc", "last 10": "last10_acc"}
 
 
-def run(flags: list[str]) -> dict[str, float]:
-    """One run in a process of its own (a runtime changes settings of the whole process), then its last metrics."""
-    subprocess.run([sys.executable, Train_cifar.__file__, *flags], check=True)
-    return Train_cifar.main(flags)  # finished: only reads what it ended with
+def run(folder: Path, flags: list[str]) -> dict[str, float]:
+    """One run in a process of its own. -> its last epoch's metrics."""
+    subprocess.run([sys.executable, str(SCRIPT), *flags, "--run_dir", str(folder)], check=True)
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
 
 
 def summary(pairs: list[dict[str, dict[str, float]]]) -> str:
@@ -56,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     pairs = []
     for seed in range(1, args.seeds + 1):
         common = [*args.flags, "--noise_seed", "123", "--seed", str(seed)]
-        pairs.append({way: run([*common, *how, "--out_dir", str(args.out_dir / way)]) for way, how in WAYS.items()})
+        folders = {way: args.out_dir / f"{way}_seed{seed}" for way in WAYS}
+        pairs.append({way: run(folders[way], [*common, *how]) for way, how in WAYS.items()})
         print(summary(pairs), flush=True)
 
 

@@ -219,8 +219,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def default_workers(device: str) -> int:
-    """5 beside a card, as the authors; on a CPU its cores, at most 5."""
-    return 5 if device.startswith("cuda") else min(os.cpu_count() or 1, 5)
+    """5 beside a card, as the authors; on a CPU the cores that this process has, at most 5."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 5 if device.startswith("cuda") else min(cores, 5)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,6 +13,9 @@ from sklearn.mixture import GaussianMixture
 
 from dividemix import DivideMixError, warn
 
+# Stopping early is part of the method. Not in `fit_gmm`: it may run in a thread, where catching them is not safe.
+warnings.filterwarnings("ignore", category=ConvergenceWarning, module=r"sklearn\.mixture")
+
 
 @dataclass(frozen=True)
 class Division:
@@ -75,9 +78,7 @@ def fit_gmm(loss: NDArray, random_state: int = 0) -> GaussianMixture:
     """The authors' mixture of a normalised loss (N,). Its few EM steps make the k-means initialisation part of the
     method."""
     gmm = GaussianMixture(n_components=2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=random_state)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # stopping early is part of the method
-        return gmm.fit(loss.reshape(-1, 1))
+    return gmm.fit(loss.reshape(-1, 1))
 
 
 def clean_probability(losses: ArrayLike, window: int = 1, random_state: int = 0) -> NDArray[np.float64]:

@@ -252,12 +252,16 @@ def run_steps(
         return torch.cat([terms, sound.to(terms.dtype).reshape(1)])
 
     sums: Any = 0
-    for tensors, steady in zip(bar(inputs), full, strict=True):
-        if steady:
-            sums = sums + machine.run(key, packed, tensors, state)
-        else:
-            sums = sums + packed(machine.forward, *tensors)
-    *totals, sound = sums.tolist()
+    try:
+        for tensors, steady in zip(bar(inputs), full, strict=True):
+            if steady:
+                sums = sums + machine.run(key, packed, tensors, state)
+            else:
+                sums = sums + packed(machine.forward, *tensors)
+        *totals, sound = sums.tolist()
+    except torch.OutOfMemoryError as error:
+        smaller = "--no_graph, a smaller --width or a smaller --batch_size"
+        raise DivideMixError(f"{machine.device}: not enough memory to train; try {smaller}") from error
     steps = len(inputs)
     if sound < steps:
         stopped = "" if found_inf is None else ", and no update was applied from there on"
@@ -292,7 +296,8 @@ def per_sample_loss(
         return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(dim=1)
 
     losses, predictions = zip(*evaluate(score, data, batch_size, machine, bar), strict=True)
-    return Scores(torch.cat(losses).cpu(), torch.cat(predictions).cpu())
+    loss, prediction = torch.stack([torch.cat(losses), torch.cat(predictions).float()]).cpu()  # one transfer
+    return Scores(loss, prediction.long())
 
 
 @torch.no_grad()
@@ -327,7 +332,7 @@ def evaluate(score: Callable[..., Any], data, batch_size: int, machine: Runtime,
         size = min(batch_size, len(data), machine.eval_limit or batch_size)
         try:
             return [
-                score(machine.steady_forward if len(x) == size else machine.forward, x, labels)
+                score(machine.evaluation_forward if len(x) == size else machine.forward, x, labels)
                 for x, labels in bar(data.eval_batches(size))
             ]
         except torch.OutOfMemoryError as error:

@@ -8,6 +8,7 @@ momentum, BN statistics, the learning rate.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,40 +21,50 @@ class CapturedStep:
     replays.
 
     The result is one tensor, overwritten by the next call. The step must not synchronise with the host. It is run a few
-    times before the capture; `state` names the tensors that it changes, which afterwards are as before. Raises what the
-    capture raises.
+    times before the capture; `state` names the tensors that it changes, which afterwards are as before. `place`: shared
+    by steps that never run at the same time. Raises what the capture raises; a call with other shapes is a ValueError.
     """
 
-    def __init__(self, step: Callable[..., Tensor], inputs: Sequence[Tensor], state: Sequence[Tensor]):
+    def __init__(self, step: Callable[..., Tensor], inputs: Sequence[Tensor], state: Sequence[Tensor], place: "Place"):
         self.inputs = [tensor.clone() for tensor in inputs]
         with preserved(state):
-            self.replay, self.output = capture(lambda: step(*self.inputs))
+            self.replay, self.output = capture(lambda: step(*self.inputs), place)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
+        if [x.shape for x in inputs] != [x.shape for x in self.inputs]:  # a copy would broadcast
+            raise ValueError("a captured step was called with inputs of other shapes")
         torch._foreach_copy_(self.inputs, list(inputs))
         self.replay()
         return self.output
 
 
-def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+class Place:
+    """One stream and one pool of memory for several graphs: a pool's blocks are used again on the same stream only.
+
+    Keep every graph that was captured here until none is used any more: the pool ends with its last graph.
+    """
+
+    @functools.cached_property
+    def stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()  # the default stream cannot be captured
+
+    @functools.cached_property
+    def pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+
+def capture(step: Callable[[], Tensor], place: Place) -> tuple[Callable[[], None], Tensor]:
     """Run `step` to warm up and capture it on the current card. -> (replay, the output that each replay overwrites)."""
-    side = torch.cuda.Stream()  # the default stream cannot be captured
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    graph = torch.cuda.CUDAGraph()
+    place.stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(place.stream):  # left again even where a capture fails
         for _ in range(WARM_UP):
             step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads (a data loader's, the mixture's) may call CUDA meanwhile.
-    with torch.cuda.graph(graph, pool=shared_pool(), stream=side, capture_error_mode="thread_local"):
-        output = step()
+        # Other threads (a data loader's, the mixture's) may call CUDA meanwhile.
+        with torch.cuda.graph(graph, place.pool, place.stream, capture_error_mode="thread_local"):
+            output = step()
+    torch.cuda.current_stream().wait_stream(place.stream)
     return graph.replay, output
-
-
-@functools.cache
-def shared_pool():
-    """The memory of all graphs: they run in turn, and nobody reads what one left behind but its output."""
-    return torch.cuda.graph_pool_handle()
 
 
 @contextlib.contextmanager

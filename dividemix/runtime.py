@@ -3,7 +3,7 @@
 import math
 import os
 import shutil
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dividemix import DivideMixError, warn
-from dividemix.graph import CapturedStep, preserved
+from dividemix.graph import CapturedStep, Place, preserved
 from dividemix.layers import GroupedBatchNorm2d, SmallMapConv2d, can_merge, grouped
 
 
@@ -37,14 +37,14 @@ class Runtime:
     compile: bool = False
     graph: bool = False
     eval_limit: int | None = None  # the largest evaluation batch, once a larger one did not fit the memory
-    steps: dict[Hashable, tuple[Hashable, Callable[..., Tensor]]] = field(default_factory=dict, repr=False)
+    steps: dict[tuple, Callable[..., Tensor]] = field(default_factory=dict, repr=False)  # compiled, captured
 
     def prepare(self, net: nn.Module) -> nn.Module:
         """Move a network to the device and into the memory format, and exchange its layers for those that this runtime
         needs; keys, parameters and values stay."""
         for module in net.modules():
             if self.merge and type(module) is nn.BatchNorm2d:
-                module.__class__, module.groups = GroupedBatchNorm2d, 1
+                module.__class__, module.groups = GroupedBatchNorm2d, 1  # its own 1: torch.compile guards on it
             elif self.small_convs and SmallMapConv2d.replaces(module):
                 module.__class__ = SmallMapConv2d
         return net.to(self.device, memory_format=self.memory_format)
@@ -57,17 +57,21 @@ class Runtime:
         """
         return self._forward(call, net, batches)
 
-    def steady_forward(self, net: nn.Module, *batches: Tensor) -> list[Tensor]:
-        """The same, for shapes that come again and again: compiled, where this runtime compiles."""
-        if not self.compile:
-            return self._forward(call, net, batches)
-        try:
-            return self._forward(self._compiled, net, batches)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            self._give_up("compile", error)
-            return self._forward(call, net, batches)
+    def compiled_forward(self, net: nn.Module, *batches: Tensor) -> list[Tensor]:
+        """The same through torch.compile: for shapes that come again and again."""
+        return self._forward(self._compiled, net, batches)
+
+    def evaluation_forward(self, net: nn.Module, *batches: Tensor) -> list[Tensor]:
+        """Compiled where this runtime compiles, for full evaluation batches: they change nothing, so a compilation that
+        fails can be left out on the spot."""
+        if self.compile:
+            try:
+                return self.compiled_forward(net, *batches)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                self._give_up("compile", error)
+        return self.forward(net, *batches)
 
     def _forward(self, function: Callable[..., Tensor], net: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
         def logits(x: Tensor) -> Tensor:
@@ -77,9 +81,12 @@ class Runtime:
                 return function(net, x).float()
 
         sizes = [len(x) for x in batches]
-        if len(batches) > 1 and self.merge and (not net.training or (len(set(sizes)) == 1 and can_merge(net))):
-            with grouped(net, len(batches)):
+        if self.merge and len(batches) > 1:
+            if not net.training:
                 return list(logits(torch.cat(batches)).split(sizes))
+            if len(set(sizes)) == 1 and can_merge(net):
+                with grouped(net, len(batches)):
+                    return list(logits(torch.cat(batches)).split(sizes))
         return [logits(x) for x in batches]
 
     @cached_property
@@ -92,36 +99,44 @@ class Runtime:
     ) -> Tensor:
         """step(forward, *inputs) -> one tensor, valid until the next run; for inputs of steady shapes.
 
-        `key` says what the step is: (name, network, everything else that it was made from). Its first run compiles and
-        captures it, later ones with an equal key replay. `state` lists the tensors that the step changes in place.
+        `key` says what the step is, by all that it was made from but the inputs. Its first run compiles and captures,
+        later ones replay. `state` lists the tensors that the step changes in place.
         """
-        name, net, *_ = key
-        known, steady = self.steps.get((name, net), (None, None))
-        if steady is None or known != key:
-            steady = self._steady(step, inputs, state())
-            self.steps[name, net] = (key, steady)
-        return steady(*inputs)
+        if not (self.compile or self.graph):
+            return step(self.forward, *inputs)
+        if key not in self.steps:
+            self.steps[key] = self._steady(step, inputs, state())
+        return self.steps[key](*inputs)
 
     def _steady(self, step, inputs: Sequence[Tensor], state: list[Tensor]) -> Callable[..., Tensor]:
         """Compile and capture, as far as this runtime does; the step is not applied."""
-        eager = partial(step, self.steady_forward)
         if self.compile:
             try:
                 with preserved(state):
-                    eager(*inputs)  # compiles; its own failures are not the step's
+                    step(self.compiled_forward, *inputs)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 self._give_up("compile", error)
+        run = partial(step, self.compiled_forward if self.compile else self.forward)
         if self.graph:
             try:
-                return CapturedStep(eager, inputs, state)
+                return CapturedStep(run, inputs, state, self._place)
             except RuntimeError as error:  # out of memory among them
                 self._give_up("graph", error)
-        return eager
+                self.steps.clear()  # the graphs' memory: the run needs it now
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        return run
 
-    def _give_up(self, what: str, error: Exception) -> None:
+    @cached_property
+    def _place(self) -> Place:
+        return Place()
+
+    def _give_up(self, what: str, error: BaseException) -> None:
         setattr(self, what, False)
+        if what == "graph" and error.__context__ is not None:
+            error = error.__context__  # a capture that fails ends with a second error, which says less
         name = {"compile": "torch.compile", "graph": "the CUDA graph"}[what]
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         warn(f"{name} failed, the run goes on without it, slower ({reason}); --no_{what} leaves it out from the start")
@@ -214,7 +229,7 @@ def start(
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(deterministic)
     native = computes_bf16(chosen)
     if precision == "bf16" and chosen.type == "mps":
         raise DivideMixError("--precision bf16 is not supported on mps: use fp32")
@@ -224,15 +239,16 @@ def start(
     on_card, on_cpu = chosen.type == "cuda", chosen.type == "cpu"
     if on_cpu:
         use_cores()
+    compile, graph = compile and on_card and not deterministic, graph and on_card
     return Runtime(
         chosen,
         precision,
         # On a CPU, channels_last is vectorised over channels: fewer than 16 leave its vector units half empty.
         torch.contiguous_format if on_cpu and width < 16 else torch.channels_last,
-        merge=on_card,  # on a CPU it measured no faster
+        merge=compile or graph,  # on a CPU it measured no faster
         small_convs=on_cpu and precision == "bf16",
-        compile=compile and on_card and not deterministic,
-        graph=graph and on_card,
+        compile=compile,
+        graph=graph,
     )
 
 

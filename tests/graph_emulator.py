@@ -29,7 +29,7 @@ class Recorder(TorchDispatchMode):
                     old.detach().copy_(new)
 
 
-def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def capture(step: Callable[[], Tensor], place: object) -> tuple[Callable[[], None], Tensor]:
     """Stands in for `dividemix.graph.capture`."""
     for _ in range(3):
         step()

@@ -61,10 +61,11 @@ def test_a_wrong_engine_fails_the_check(monkeypatch):
     """A fast engine that computes something else must not be timed."""
     machine = bench_cifar.Runtime(torch.device("cpu"))
     assert "cosine of the updates 1.0000" in bench_cifar.check(machine, 4, 8)
+    machine.eval_limit = 7  # what tells it from the reference
     prepare = bench_cifar.Runtime.prepare
 
     def spoilt(self, net):
-        if self is machine:
+        if self.eval_limit == 7:
             net.linear.weight.data.mul_(-1)
         return prepare(self, net)
 
@@ -79,7 +80,7 @@ def test_each_optimisation_of_a_card_is_ablated():
     off = bench_cifar.variants(card, 1000)
     changed = {name: machine for name, (machine, _) in off.items()}
     assert changed["bf16 (fp32 instead)"].precision == "fp32"
-    assert changed["channels_last"].memory_format == torch.contiguous_format
+    assert changed["channels_last outside compiled code"].memory_format == torch.contiguous_format
     assert not changed["CUDA graphs"].graph and changed["CUDA graphs"].compile
     assert not changed["torch.compile"].compile and changed["torch.compile"].graph
     assert not changed["merged forwards"].merge

@@ -14,13 +14,24 @@ from test_graph import start as start_nets
 from test_graph import state, train
 from test_run import assert_equal, last_state
 from test_run import train as train_script
+from test_runtime import gradients
 
-from dividemix import DivideMixWarning, engine, graph, runtime
+from dividemix import DivideMixError, DivideMixWarning, engine, graph, runtime
 from dividemix.data import DeviceImages
 from dividemix.runtime import Runtime, start
 from PreResNet import ResNet18
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    """No TF32, whatever ran before. A capture or compilation that fails is a warning to the user, and an error here."""
+    start("cuda", precision="fp32")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*the run goes on without it", category=DivideMixWarning)
+        yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -29,24 +40,15 @@ def machine():
 
 
 @pytest.fixture
-def exact():
+def exact(settings):
     """cuDNN's and cuBLAS' deterministic algorithms, so that equal means bit for bit."""
     start("cuda", precision="fp32", deterministic=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def no_fallback():
-    """A capture or compilation that fails is only a warning to the user; here it is what is tested."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", DivideMixWarning)
-        yield
 
 
 @pytest.fixture
 def digits() -> DeviceImages:
-    """167 digits on the card: with batches of 4, over 20 full steps and partial batches in mid-epoch and at the end."""
+    """167 digits on the card, 94 of them labeled by `train`: batches of 4 make 22 full steps, one where the unlabeled
+    set ends, and one of two images."""
     images, labels = colour_digits(167)
     return DeviceImages(images[:, ::2, ::2].copy(), labels, (0.5,) * 3, (0.25,) * 3, flip=True, device="cuda")
 
@@ -68,6 +70,30 @@ def test_golden_step(machine, name, num_class, lr, weight_decay, unlabeled_loss)
     assert terms.loss.item() == pytest.approx(golden["loss"][0], rel=1e-4)
     for key, norm in zip(golden["keys"], golden["param_norm"], strict=True):
         assert net.state_dict()[key].double().norm().item() == pytest.approx(norm, rel=2e-4, abs=1e-12)
+
+
+def test_bf16_gradients_reach_every_parameter():
+    """The card may have an older torch, whose autocast hands the guesses' cast weights to the training forward."""
+    reference, bf16 = gradients("fp32", torch.device("cuda", 0)), gradients("bf16", torch.device("cuda", 0))
+    for name, grad in bf16.items():
+        assert grad is not None and grad.abs().max() > 0, name
+        if grad.dim() > 1:
+            assert (grad - reference[name]).norm() < 0.7 * reference[name].norm(), name
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_four_batches_together_are_four_forwards(compiled):
+    """Also through Inductor's kernels: values, and running statistics in the official order."""
+    torch.manual_seed(0)
+    batches = [scale * torch.randn(6, 3, 16, 16, device="cuda") for scale in (1, 2, 3, 4)]
+    results = []
+    for one in (card(), card(merge=True, compile=compiled)):
+        net = one.prepare(golden_weights(ResNet18(5, width=8), seed=0)).train()
+        with torch.no_grad():
+            logits = (one.compiled_forward if one.compile else one.forward)(net, *batches)
+        results.append((torch.cat(logits), *net.buffers()))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("merge", [False, True])
@@ -119,7 +145,7 @@ def test_graph_equals_eager_step_by_step(exact, digits, merge):
         assert terms[0] == terms[1]
         assert_equal(state(*runs[0]), state(*runs[1]))
     assert len(replayed.steps) == 4
-    assert all(isinstance(step, graph.CapturedStep) for _, step in replayed.steps.values())
+    assert all(isinstance(step, graph.CapturedStep) for step in replayed.steps.values())
 
 
 def test_bf16_graph_and_compiled_step_stay_near_eager_fp32(digits):
@@ -128,7 +154,7 @@ def test_bf16_graph_and_compiled_step_stay_near_eager_fp32(digits):
     terms = [train(one, digits, range(1), *start_nets(one)) for one in (card(), fast)]
     assert fast.compile and fast.graph
     for reference, ours in zip(*terms, strict=True):
-        assert ours.loss == pytest.approx(reference.loss, rel=0.05)
+        assert ours.loss == pytest.approx(reference.loss, rel=0.15)
 
 
 def test_compiled_evaluation_equals_eager(digits):
@@ -143,7 +169,7 @@ def test_augmentation_differs_between_replays(digits):
     """A crop that froze in the graph shows each network the same few views for 300 epochs."""
     rng = np.random.default_rng(0)
     first, second = digits.mixmatch_batches(half(167), 4, rng)[:2]
-    captured = graph.CapturedStep(lambda *batch: torch.cat(digits.mixmatch_views(*batch)[:2]), first, [])
+    captured = graph.CapturedStep(lambda *batch: torch.cat(digits.mixmatch_views(*batch)[:2]), first, [], graph.Place())
     one, same_images = captured(*first).clone(), (*first[:2], second[2], first[3])
     other = captured(*same_images).clone()
     assert not torch.equal(one, other)
@@ -164,7 +190,7 @@ def test_a_capture_leaves_no_trace(digits):
         )
         return torch.stack(terms)
 
-    captured = graph.CapturedStep(step, batch, engine.changed_by_step(nets[0], optimizers[0]))
+    captured = graph.CapturedStep(step, batch, engine.changed_by_step(nets[0], optimizers[0]), graph.Place())
     assert_equal(state(nets, optimizers), before)
     captured(*batch)
     assert not torch.equal(nets[0].conv1.weight, before[0]["conv1.weight"])
@@ -193,10 +219,32 @@ def test_a_non_finite_loss_stops_replayed_updates_too(digits):
     nets, optimizers = start_nets(machine)
     train(machine, digits, [0], nets, optimizers)
     digits.mean.fill_(torch.nan)
-    before = copy.deepcopy(nets[0].conv1.weight.detach())
-    with pytest.raises(engine.DivideMixError, match="batch 1 of"):
+    before = [tensor.detach().clone() for tensor in (*nets[0].parameters(), *momentum(optimizers[0]))]
+    with pytest.raises(DivideMixError, match="batch 1 of"):
         train(machine, digits, [1], nets, optimizers)
-    assert torch.equal(nets[0].conv1.weight, before)
+    for tensor, old in zip((*nets[0].parameters(), *momentum(optimizers[0])), before, strict=True):
+        assert torch.equal(tensor, old)
+
+
+def test_a_failed_capture_leaves_an_eager_run(digits):
+    """What cannot be captured must cost speed, not the run: the next steps are eager, on the usual stream."""
+    machine = card(graph=True)
+    nets, optimizers = start_nets(machine)
+    hook = nets[0].register_forward_hook(lambda _, inputs, logits: logits.sum().item() and None)  # a sync
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DivideMixWarning)
+        terms = train(machine, digits, [0], nets, optimizers)
+    hook.remove()
+    assert not machine.graph and torch.cuda.current_stream() == torch.cuda.default_stream()
+    eager = card()
+    others = start_nets(eager)
+    expected = train(eager, digits, [0], *others)
+    assert np.allclose(terms, expected, rtol=1e-2)
+    assert not engine.per_sample_loss(nets[0], digits, machine=machine).loss.isnan().any()
+
+
+def momentum(optimizer):
+    return [state["momentum_buffer"] for state in optimizer.state.values()]
 
 
 # ---- A run ----

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import tiny
 from make_data import make_cifar10, make_cifar100
+from test_run import assert_equal, last_state
 
 import dataloader_cifar
 import PreResNet
@@ -21,6 +22,7 @@ from dividemix.checkpoint import load_last
 from dividemix.codivide import normalise
 from dividemix.engine import PhaseTerms
 from dividemix.run import seeded
+from dividemix.runtime import Runtime
 
 
 def snapshot(net: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -384,3 +386,14 @@ def test_the_papers_number_stands_alone_only_beside_the_papers_setting(tmp_path)
         with contextlib.redirect_stdout(io.StringIO()) as out:
             Train_cifar.finish(run, row, Train_cifar.parse_args(flags), official)
         assert out.getvalue().splitlines()[0] == f"best 94.00 (epoch 0), mean of the last 10 93.00{expected}"
+
+
+def test_mixtures_fitted_in_the_background_are_those_fitted_in_place(tmp_path, monkeypatch):
+    """On a card net 1's mixture is fitted while net 1 already trains: a draw or a loss that it shares with the training
+    would make the run another one, and another one each time."""
+    states = []
+    for name in ("in place", "background"):
+        Train_cifar.main(tiny(tmp_path / name, "--num_epochs", "3"))
+        states.append(last_state(tmp_path / name / "digits_0.5_sym"))
+        monkeypatch.setattr(Runtime, "background", lambda self, work, *args: self._worker.submit(work, *args).result)
+    assert_equal(*states)
