@@ -19,7 +19,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +134,14 @@ class FastEpoch:
         self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - begin
 
     def now(self) -> float:
-        if self.machine.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return now(self.machine.device)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def check(machine: Runtime, width: int, batch_size: int) -> str:
@@ -183,14 +188,9 @@ def variants(machine: Runtime, eval_batch_size: int) -> dict[str, tuple[Runtime,
             off[name] = without(**{field: False})
     if machine.device.type == "cuda":
         off["overlapped GMM"] = without()
-        off["overlapped GMM"][0].background = at_once
+        off["overlapped GMM"][0].background = runtime.at_once
     off["evaluation in large batches (128)"] = (without()[0], 128)
     return off
-
-
-def at_once(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    result = function(*args)
-    return lambda: result
 
 
 def timed(epochs: dict[str, Any], warmups: int, repeats: int, **kwargs: Any) -> dict[str, list[dict[str, float]]]:
@@ -213,13 +213,9 @@ def measured_peak(device: torch.device) -> float:
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     times = []
     for _ in range(3 + runs):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
+        begin = now(device)
         a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
+        times.append(now(device) - begin)
     return 2 * n**3 / statistics.median(times[3:])
 
 

@@ -146,8 +146,7 @@ class Runtime:
         cores have other work, it is done at once."""
         if self.device.type == "cuda":
             return self._worker.submit(function, *args).result
-        result = function(*args)
-        return lambda: result
+        return at_once(function, *args)
 
     @cached_property
     def _worker(self) -> ThreadPoolExecutor:
@@ -181,6 +180,12 @@ class Runtime:
 
 def call(net: nn.Module, x: Tensor) -> Tensor:
     return net(x)
+
+
+def at_once(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """`Runtime.background` without a background."""
+    result = function(*args)
+    return lambda: result
 
 
 def load_optimizer(optimizer: torch.optim.SGD, state: dict[str, Any]) -> None:

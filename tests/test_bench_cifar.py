@@ -84,7 +84,7 @@ def test_each_optimisation_of_a_card_is_ablated():
     assert not changed["CUDA graphs"].graph and changed["CUDA graphs"].compile
     assert not changed["torch.compile"].compile and changed["torch.compile"].graph
     assert not changed["merged forwards"].merge
-    assert changed["overlapped GMM"].background is bench_cifar.at_once
+    assert changed["overlapped GMM"].background is bench_cifar.runtime.at_once
     assert off["evaluation in large batches (128)"][1] == 128
     assert len({id(machine.steps) for machine in changed.values()} | {id(card.steps)}) == 1 + len(off)
 
