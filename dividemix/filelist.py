@@ -1,0 +1,226 @@
+"""Lists of images with labels: files with a line `path label` or `path` each, and folders of classes.
+
+    lines = read_lines(Path("info/train_filelist_google.txt"), num_class=1000)
+    images = ImageList.build(source, root, "", lines.paths, lines.labels, 1000, lines.numbers)
+    images.path(7), images.labels[7], images.where(7)      # the file, its label, "<list file>, line 8"
+
+A list that is kept for a run holds its paths in one run of bytes, with no Python object per image: a million images
+take about 60 MB, and worker processes share them. Reading a list looks at its text alone and refuses what cannot be
+right (`read_lines`). Whether the files exist, and whether symbolic links lead out of the data folder (`Boundary`), is
+for those who touch the files: `dividemix.check_data`, and whatever opens the images.
+"""
+
+import codecs
+import os
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dividemix import DivideMixError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")  # in class folders
+
+
+@dataclass(frozen=True, eq=False)
+class ImageList:
+    """N images below `root`, each with a label."""
+
+    source: str  # the list file, or the folder that holds the classes
+    root: str  # the data folder: nothing outside it is read
+    folder: str  # where the paths start, below root; '' is root itself
+    num_class: int
+    labels: NDArray[np.int64]  # (N,)
+    numbers: NDArray[np.int64] | None  # (N,), the line of each image in source; None where source is a folder
+    text: bytes  # all paths, one after the other
+    ends: NDArray[np.int64]  # (N + 1,): path i is text[ends[i]:ends[i + 1]]
+
+    @classmethod
+    def build(
+        cls,
+        source: str | Path,
+        root: str | Path,
+        folder: str,
+        paths: Sequence[bytes],
+        labels: Sequence[int] | NDArray,
+        num_class: int,
+        numbers: Sequence[int] | NDArray | None = None,
+    ) -> "ImageList":
+        ends = np.zeros(len(paths) + 1, np.int64)
+        np.cumsum(np.fromiter(map(len, paths), np.int64, len(paths)), out=ends[1:])
+        numbers = None if numbers is None else np.asarray(numbers, np.int64)
+        labels = np.asarray(labels, np.int64)
+        return cls(str(source), str(root), folder, num_class, labels, numbers, b"".join(paths), ends)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, i: int) -> str:
+        """Path i as in the list, below root/folder."""
+        return os.fsdecode(self.text[self.ends[i] : self.ends[i + 1]])
+
+    def path(self, i: int) -> str:
+        return os.path.join(self.root, self.folder, self.name(i))
+
+    def where(self, i: int) -> str:
+        """Where image i is named, for messages."""
+        return self.source if self.numbers is None else f"{self.source}, line {self.numbers[i]}"
+
+    def class_counts(self) -> NDArray[np.int64]:
+        """How many images have each label, (num_class,)."""
+        return np.bincount(self.labels, minlength=self.num_class)
+
+    def select(self, index: NDArray, num_class: int | None = None) -> "ImageList":
+        """The images `index` (M,), in that order, as a list of its own."""
+        paths = [self.text[a:b] for a, b in zip(self.ends[index], self.ends[index + 1], strict=True)]
+        numbers = None if self.numbers is None else self.numbers[index]
+        labels, num_class = self.labels[index], num_class or self.num_class
+        return ImageList.build(self.source, self.root, self.folder, paths, labels, num_class, numbers)
+
+
+# ---- List files ----
+
+
+class Lines(NamedTuple):
+    """The lines of one list file, blank ones left out. Plain lists, for the time of reading."""
+
+    paths: list[bytes]
+    labels: list[int]  # empty where the lines are paths alone
+    numbers: list[int]  # counted from 1, blank lines included
+
+
+def read_lines(path: Path, num_class: int | None = None, drop: bytes = b"") -> Lines:
+    """Reads lines `path label`, or without `num_class` lines `path`; a leading `drop` is taken off each path.
+
+    A path may contain spaces. Raises DivideMixError with the file and the line number: not UTF-8; a missing label or
+    one that is no whole number from 0 to num_class - 1; a path that is absolute, has a part `..`, names a folder, or
+    stood there before. Blank lines, Windows line ends and a byte-order mark are no errors. A list without any path is.
+    """
+    classes = {str(c).encode(): c for c in range(num_class or 0)}
+    paths: list[bytes] = []
+    labels: list[int] = []
+    numbers: list[int] = []
+    for number, line in enumerate(_read_text(path).split(b"\n"), start=1):
+        key = line.strip()
+        if not key:
+            continue
+        if num_class is not None:
+            key, *rest = key.rsplit(None, 1)
+            if not rest:
+                raise _bad(path, number, f"{_show(key)} has no label, expected `path label`")
+            label = classes.get(rest[0])
+            if label is None:
+                raise _bad(path, number, f"label {_show(rest[0])}, expected a whole number from 0 to {num_class - 1}")
+            labels.append(label)
+        if key[0] in b"./" or key[-1] in b"/" or b"/." in key or b"//" in key:  # rare, so worth a closer look
+            key = _tidy(path, number, key)
+        paths.append(key.removeprefix(drop))
+        numbers.append(number)
+    if not paths:
+        raise DivideMixError(f"{path}: not one line with an image: use a good copy")
+    if len(set(paths)) < len(paths):
+        first: dict[bytes, int] = {}
+        for key, number in zip(paths, numbers, strict=True):
+            if first.setdefault(key, number) != number:
+                raise _bad(path, number, f"{_show(key)} is already in line {first[key]}")
+    return Lines(paths, labels, numbers)
+
+
+def _read_text(path: Path) -> bytes:
+    if not path.is_file():
+        raise DivideMixError(f"{path} is missing")
+    try:
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise DivideMixError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        raise _bad(path, data.count(b"\n", 0, error.start) + 1, "not UTF-8 text") from error
+    if (zero := data.find(b"\0")) >= 0:
+        raise _bad(path, data.count(b"\n", 0, zero) + 1, "a zero byte, expected text")
+    return data
+
+
+def _tidy(path: Path, number: int, key: bytes) -> bytes:
+    """The shortest form of a path (`a/./b` and `a//b` are `a/b`, so that repetitions are seen), or its refusal."""
+    if key.startswith(b"/"):
+        raise _bad(path, number, f"{_show(key)} is an absolute path, expected one below the data folder")
+    if b".." in key.split(b"/"):
+        raise _bad(path, number, f"{_show(key)} has a part '..', expected a path that stays in the data folder")
+    tidy = posixpath.normpath(key)
+    if key.endswith((b"/", b"/.")) or tidy == b".":
+        raise _bad(path, number, f"{_show(key)} is a folder, expected an image")
+    return tidy
+
+
+def _bad(path: Path, number: int, what: str) -> DivideMixError:
+    return DivideMixError(f"{path}, line {number}: {what}: correct or remove the line")
+
+
+def _show(key: bytes) -> str:
+    text = key.decode()
+    return repr(text if len(text) <= 100 else f"{text[:100]}...")
+
+
+# ---- Class folders ----
+
+
+def list_folders(root: Path, folder: str, names: Sequence[str]) -> ImageList:
+    """The images in root/folder/<name>/, labelled by the position of <name> in `names`, in the order of their names.
+
+    Hidden files, and files whose ending is not that of an image, are passed over. Raises DivideMixError that names
+    the class folders that are missing or hold no image.
+    """
+    base = root / folder
+    if absent := [name for name in names if not (base / name).is_dir()]:
+        raise DivideMixError(f"{base}: class folders missing: {_some(absent)}")
+    paths, labels, empty = [], [], []
+    for label, name in enumerate(names):
+        try:
+            found = sorted(os.fsencode(file) for file in os.listdir(base / name) if _is_image(file))
+        except OSError as error:
+            raise DivideMixError(f"cannot read {base / name}: {error.strerror or error}") from error
+        if not found:
+            empty.append(name)
+        paths += [os.fsencode(name) + b"/" + file for file in found]
+        labels += [label] * len(found)
+    if empty:
+        raise DivideMixError(f"{base}: class folders without an image: {_some(empty)}")
+    return ImageList.build(base, root, folder, paths, labels, len(names))
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
+
+
+# ---- Symbolic links ----
+
+
+class Boundary:
+    """Tells whether files are inside the data folder once symbolic links are followed. The folder itself may be one.
+
+    Each folder on the way is resolved once, so a file costs a single look at its own entry.
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = os.path.realpath(root)
+        self._inside: dict[str, bool] = {}
+
+    def holds(self, path: str) -> bool:
+        folder = os.path.dirname(path)
+        if folder not in self._inside:
+            self._inside[folder] = self._below(folder)
+        return self._inside[folder] and (not os.path.islink(path) or self._below(path))
+
+    def _below(self, path: str) -> bool:
+        return os.path.commonpath([self.root, os.path.realpath(path)]) == self.root
