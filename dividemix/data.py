@@ -1,15 +1,20 @@
 """Small image sets that live on the device (the CIFAR family): all of a phase's draws first, then batches of indices.
 
-The engine asks a data set for its length, its `device` and these, and a streaming data set can answer as well:
+The engine asks a data set for its length, its `device` and these; `stream` answers them for images that are too large
+for the device:
 
     warmup_batches(batch_size, rng)              -> batches;  warmup_views(*batch)   -> x, labels
     mixmatch_batches(division, batch_size, rng)  -> batches;  mixmatch_views(*batch) -> x1, x2, labels, w, u1, u2
-    eval_batches(batch_size)                     -> (x, labels) in the order of the samples
+    eval_batches(batch_size)                     -> batches of (x, labels) in the order of the samples
 
-A batch is a tuple of device tensors whose first members are the index of the labeled rows and (mixmatch) of the
-unlabeled. `*_views` is pure device work without a host synchronisation. Everything random comes from the host's numpy
-generator `rng`, so the draws do not depend on the device.
+Batches are gone through once, in order, and know their `sizes` beforehand: how many rows each has, labeled and
+(mixmatch) unlabeled. A batch is a tuple of device tensors. `*_views` is pure device work without a host
+synchronisation, the same function for all data that may share a captured step. Everything random comes from the host's
+numpy generator `rng`, so the draws do not depend on the device. batch_size and `rng`'s draws are those of all ranks
+together; the batches are this rank's rows of them (see `ranks`), and for evaluation this rank's share of whole batches.
 """
+
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -18,8 +23,22 @@ from torch import Tensor
 
 from dividemix import augment
 from dividemix.codivide import Division
+from dividemix.ranks import Ranks
 
 Batch = tuple[Tensor, ...]
+
+
+class Batches:
+    """The batches of one phase with their sizes: one tuple of row counts per batch."""
+
+    def __init__(self, sizes: list[tuple[int, ...]], batches: Iterable[Batch]):
+        self.sizes, self.batches = sizes, batches
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
 
 
 class DeviceImages:
@@ -30,9 +49,17 @@ class DeviceImages:
     """
 
     def __init__(
-        self, images: NDArray, labels: NDArray, mean: tuple, std: tuple, flip: bool, device: torch.device | str = "cpu"
+        self,
+        images: NDArray,
+        labels: NDArray,
+        mean: tuple,
+        std: tuple,
+        flip: bool,
+        device: torch.device | str = "cpu",
+        ranks: Ranks = Ranks(),  # noqa: B008
     ):
         self.device = torch.device(device)
+        self.ranks = ranks
         self.padded = augment.pad_images(torch.from_numpy(images).to(self.device))
         self.labels = torch.from_numpy(labels).to(self.device)
         self.mean = torch.tensor(mean, dtype=torch.float32, device=self.device)
@@ -42,29 +69,26 @@ class DeviceImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def warmup_batches(self, batch_size: int, rng: np.random.Generator) -> list[Batch]:
+    def warmup_batches(self, batch_size: int, rng: np.random.Generator) -> Batches:
         """One pass over all samples in a new order: (index, crops) a batch, the partial last one kept."""
-        index = split(rng.permutation(len(self)), batch_size)
-        return self._to_device(index, [augment.draw_crops(rng, len(rows), self.flip) for rows in index])
+        index = plan_warmup(len(self), batch_size, rng, self.ranks)
+        crops = [self._crops(rng, len(rows)) for rows in index]
+        mine = [self.ranks.mine(rows) for rows in index]
+        return self._to_device(mine, [self.ranks.mine(rows) for rows in crops])
 
     def warmup_views(self, index: Tensor, crops: Tensor) -> tuple[Tensor, Tensor]:
         """One augmented view (B, 3, H, W) and the given labels (B,)."""
         return self._views(index, crops), self.labels[index]
 
-    def mixmatch_batches(self, division: Division, batch_size: int, rng: np.random.Generator) -> list[Batch]:
-        """One pass over the labeled set: (labeled index, unlabeled index, crops, w) a batch.
-
-        The unlabeled set is run through alongside and reshuffled when it ends; both keep their partial last batch, so a
-        short unlabeled batch also occurs in mid-epoch. An empty unlabeled set gives empty indices.
-        """
-        labeled = split(rng.permutation(np.flatnonzero(division.labeled)), batch_size)
-        unlabeled_set = np.flatnonzero(~division.labeled)
-        unlabeled: list[NDArray] = [] if len(unlabeled_set) else [unlabeled_set] * len(labeled)
-        while len(unlabeled) < len(labeled):
-            unlabeled += split(rng.permutation(unlabeled_set), batch_size)
-        unlabeled = unlabeled[: len(labeled)]
-        rows = [2 * (len(x) + len(u)) for x, u in zip(labeled, unlabeled, strict=True)]  # two views of each
-        crops = [augment.draw_crops(rng, n, self.flip) for n in rows]
+    def mixmatch_batches(self, division: Division, batch_size: int, rng: np.random.Generator) -> Batches:
+        """One pass over the labeled set: (labeled index, unlabeled index, crops, w) a batch; see `plan_mixmatch`."""
+        labeled, unlabeled = plan_mixmatch(division, batch_size, rng, self.ranks)
+        mine, crops = self.ranks.mine, []
+        for x, u in zip(labeled, unlabeled, strict=True):  # two views of each
+            drawn = self._crops(rng, 2 * (len(x) + len(u)))
+            views = np.split(drawn, np.cumsum([len(x), len(x), len(u)]))
+            crops.append(np.concatenate([mine(view) for view in views]))
+        labeled, unlabeled = [mine(x) for x in labeled], [mine(u) for u in unlabeled]
         w = [division.clean_probability[x].astype(np.float32) for x in labeled]
         return self._to_device(labeled, unlabeled, crops, w)
 
@@ -77,34 +101,67 @@ class DeviceImages:
         return x1, x2, self.labels[labeled], w, u1, u2
 
     def eval_batches(self, batch_size: int) -> "EvalBatches":
-        """All images in order, without augmentation."""
+        """This rank's batches of all images in order, without augmentation."""
         return EvalBatches(self, batch_size)
+
+    def _crops(self, rng: np.random.Generator, n: int) -> NDArray[np.uint8]:
+        return augment.draw_crops(rng, n, self.flip)
 
     def _views(self, index: Tensor, crops: Tensor) -> Tensor:
         return augment.to_float(augment.crop_flip(self.padded, index, crops), self.mean, self.std)
 
-    def _to_device(self, *columns: list[NDArray]) -> list[Batch]:
-        """Columns of per-batch arrays -> batches of tensors, one transfer a column."""
+    def _to_device(self, *columns: list[NDArray]) -> Batches:
+        """Columns of per-batch arrays -> batches of tensors, one transfer a column. The first columns hold indices."""
         moved = []
         for column in columns:
             whole = torch.from_numpy(np.concatenate(column)).to(self.device)
             moved.append(whole.split([len(part) for part in column]))
-        return list(zip(*moved, strict=True))
+        indices = [column for column in columns if column[0].dtype == np.int64]
+        sizes = [tuple(map(len, parts)) for parts in zip(*indices, strict=True)]
+        return Batches(sizes, list(zip(*moved, strict=True)))
 
 
 class EvalBatches:
-    """(x, labels) slices of a `DeviceImages`, made as they are asked for."""
+    """This rank's (x, labels) slices of a `DeviceImages`, made as they are asked for."""
 
     def __init__(self, data: DeviceImages, batch_size: int):
         self.data, self.batch_size = data, batch_size
+        self.mine = data.ranks.deal(-(-len(data) // batch_size))
 
     def __len__(self) -> int:
-        return -(-len(self.data) // self.batch_size)
+        return len(self.mine)
 
     def __iter__(self):
         images = augment.centre(self.data.padded)
-        for x, labels in zip(images.split(self.batch_size), self.data.labels.split(self.batch_size), strict=True):
-            yield augment.to_float(x, self.data.mean, self.data.std), labels
+        for k in self.mine:
+            rows = slice(k * self.batch_size, (k + 1) * self.batch_size)
+            yield augment.to_float(images[rows], self.data.mean, self.data.std), self.data.labels[rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which samples make up the batches of all ranks together
+
+
+def plan_warmup(n: int, batch_size: int, rng: np.random.Generator, ranks: Ranks) -> list[NDArray]:
+    """One pass over n samples in a new order, the partial last batch kept and filled up for the ranks."""
+    return [ranks.fill(rows) for rows in split(rng.permutation(n), batch_size)]
+
+
+def plan_mixmatch(
+    division: Division, batch_size: int, rng: np.random.Generator, ranks: Ranks
+) -> tuple[list[NDArray], list[NDArray]]:
+    """One pass over the labeled set: the labeled and the unlabeled index of each batch.
+
+    The unlabeled set is run through alongside and reshuffled when it ends; both keep their partial last batch, so a
+    short unlabeled batch also occurs in mid-epoch. An empty unlabeled set gives empty indices. Partial batches are
+    filled up for the ranks.
+    """
+    labeled = split(rng.permutation(np.flatnonzero(division.labeled)), batch_size)
+    unlabeled_set = np.flatnonzero(~division.labeled)
+    unlabeled: list[NDArray] = [] if len(unlabeled_set) else [unlabeled_set] * len(labeled)
+    while len(unlabeled) < len(labeled):
+        unlabeled += split(rng.permutation(unlabeled_set), batch_size)
+    return [ranks.fill(x) for x in labeled], [ranks.fill(u) for u in unlabeled[: len(labeled)]]
 
 
 def split(index: NDArray, batch_size: int) -> list[NDArray]:

@@ -1,0 +1,133 @@
+"""Several processes that train one pair of networks together (torchrun): who has which rows, and what is shared.
+
+All ranks make all draws, from the same generators; then each takes its rows. A global batch is dealt out: rank r of K
+has the rows r, r + K, r + 2K ... A batch that K does not divide (the last of a pass, or a short unlabeled one) is
+first filled up with its own rows from the start, so every rank always has equally many, and at least one. Evaluation
+deals out whole batches instead, the same ones that a single process makes, so each sample's loss is the same to the
+bit, and nothing is repeated.
+"""
+
+import datetime
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dividemix import DivideMixError
+
+TIMEOUT = datetime.timedelta(minutes=30)  # how long a rank waits for the others: the first may be fitting a mixture
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world` processes: `rank` of all, `local_rank` of those on this machine. Alone by default."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def fill(self, rows: NDArray) -> NDArray:
+        """A global batch's rows (n, ...), then their own beginning again until `world` divides them; none stay none."""
+        n = len(rows)
+        return rows[np.arange(-(-n // self.world) * self.world) % n] if n and n % self.world else rows
+
+    def mine(self, rows: NDArray) -> NDArray:
+        """This rank's rows of a filled global batch."""
+        return rows[self.rank :: self.world]
+
+    def deal(self, n: int) -> range:
+        """Which of n evaluation batches are this rank's."""
+        return range(self.rank, n, self.world)
+
+    # -- Collectives: every rank must come to each of these, in the same order. Alone they give back what they got.
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def maximum(self, tensor: Tensor) -> Tensor:
+        """Over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The ranks' tensors (...), of one shape -> (world, ...). Without gradients."""
+        if self.world == 1:
+            return tensor.unsqueeze(0)
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.world)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts)
+
+    def from_first(self, function: Callable[..., Any], *args: Any) -> Any:
+        """function(*args) on the first rank alone; its result, which must be picklable, on all. What it raises ends the
+        first rank, and torchrun then ends the others."""
+        if self.world == 1:
+            return function(*args)
+        result = [function(*args) if self.first else None]
+        dist.broadcast_object_list(result, src=0)
+        return result[0]
+
+    def local_first(self, function: Callable[[], Any]) -> Any:
+        """function() on every rank, but on each machine first by one process alone: for downloads."""
+        if self.world == 1:
+            return function()
+        if self.local_rank == 0:
+            result = function()
+        dist.barrier()
+        if self.local_rank != 0:
+            result = function()
+        return result
+
+    def average_buffers(self, net: nn.Module) -> None:
+        """Give all ranks the mean of their BN running statistics: each has seen its own rows only."""
+        if self.world > 1:
+            for buffer in net.buffers():
+                if buffer.is_floating_point():
+                    self.sum(buffer).div_(self.world)
+
+
+def join(device: torch.device) -> Ranks:
+    """The ranks that torchrun started this process among; `Ranks()` for a process that was started alone.
+
+    NCCL on CUDA cards, gloo elsewhere. Raises DivideMixError where the other ranks cannot be reached.
+    """
+    rank, world, local_rank = from_environment()
+    if world == 1:
+        return Ranks()
+    if not dist.is_initialized():
+        on_card = device.type == "cuda"
+        try:
+            dist.init_process_group(
+                "nccl" if on_card else "gloo", timeout=TIMEOUT, device_id=device if on_card else None
+            )
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise DivideMixError(f"rank {rank} of {world} cannot reach the others: {reason}") from error
+    return Ranks(rank, world, local_rank)
+
+
+def leave() -> None:
+    """At the end of a process that `join`ed others."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def from_environment() -> tuple[int, int, int]:
+    """(rank, world, local rank) as torchrun sets them; (0, 1, 0) without it."""
+    return tuple(
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
