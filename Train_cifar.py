@@ -98,10 +98,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         args.precision,
         args.deterministic,
         args.width,
+        batch_size=args.batch_size,
         compile=not args.no_compile,
         graph=not args.no_graph,
     )
-    images = dataloader_cifar.load(args.dataset, args.data_path, args.download)
+    images = machine.ranks.local_first(lambda: dataloader_cifar.load(args.dataset, args.data_path, args.download))
     if args.num_class not in (None, images.num_class):
         raise DivideMixError(
             f"--num_class {args.num_class}: {args.dataset} has {images.num_class} classes; leave it out"
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     suffixes = ["ce" if args.method == "ce" else "", f"seed{args.seed}" if args.seed != 123 else "", args.id]
     folder = folder_for(args.out_dir, args.run_dir, args.dataset, f"{args.r:g}", args.noise_mode, *suffixes)
     with Run(folder, vars(args), args.fresh) as run:
-        train, validation, test, truly_clean, about = prepare_data(args, images, run, machine.device)
+        train, validation, test, truly_clean, about = prepare_data(args, images, run, machine)
         nets = [seeded(args.seed, k, lambda: ARCHITECTURES[args.arch](images.num_class, args.width)) for k in range(2)]
         if args.init_from and not run.state:
             load_weights(nets, load_networks(Path(args.init_from)), args.init_from)
@@ -192,15 +193,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 # Parts of main
 
 
-def prepare_data(args: argparse.Namespace, images: dataloader_cifar.ImageData, run: Run, device):
+def prepare_data(args: argparse.Namespace, images: dataloader_cifar.ImageData, run: Run, machine: runtime.Runtime):
     """Noisy labels, subset and validation part on the device. -> (train, validation or None, test, truly_clean (N,)
     bool, what args.json and the first lines say of the data)."""
     transition, map_name = noise.asym_transition(images.num_class, args.dataset)
     spec = noise.NoiseSpec(args.dataset, args.noise_mode, args.r, args.noise_seed, images.num_class, transition)
     noise_file = Path(args.noise_file) if args.noise_file else None
     begun = bool(run.state)
-    given, origin = noise.noisy_labels(images.train_labels, spec, images.folder, run.folder, noise_file, begun=begun)
+    given, origin = machine.ranks.from_first(
+        lambda: noise.noisy_labels(images.train_labels, spec, images.folder, run.folder, noise_file, begun=begun)
+    )
     labels_sha256 = hashlib.sha256(given.tobytes() + images.train_labels.tobytes()).hexdigest()
+    if machine.ranks.from_first(lambda: labels_sha256) != labels_sha256:
+        raise DivideMixError(f"{args.data_path} holds other data than on the machine of the first rank")
     run.pin("labels_sha256", labels_sha256, f"the labels ({origin}) are not those that {run.folder} began with")
 
     index = np.arange(len(given))
@@ -215,7 +220,7 @@ def prepare_data(args: argparse.Namespace, images: dataloader_cifar.ImageData, r
         raise DivideMixError(f"{len(index)} training samples are left: at least 2 are needed")
 
     def on_device(pixels, labels):
-        return DeviceImages(pixels, labels, images.mean, images.std, images.flip, device)
+        return DeviceImages(pixels, labels, images.mean, images.std, images.flip, machine.device, machine.ranks)
 
     truth = images.train_labels[index]
     np.savez(run.folder / "labels.npz", index=index, given=given[index], true=truth)

@@ -6,6 +6,7 @@ the last axis.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -65,13 +66,27 @@ def linear_rampup(t: Tensor | float, warm_up: int, lambda_u: float, rampup_lengt
     return lambda_u * ramp
 
 
-def prior_penalty(logits: Tensor) -> Tensor:
+def alone(tensor: Tensor) -> Tensor:
+    """The only share there is, (C,) -> (1, C)."""
+    return tensor.unsqueeze(0)
+
+
+def prior_penalty(logits: Tensor, gather: Callable[[Tensor], Tensor] = alone) -> Tensor:
     """Divergence of the mean prediction from a uniform prior, (B, C) -> scalar.  (Eq. 11)
 
     sum_c 1/C * log((1/C) / pbar_c), with log pbar taken by logsumexp, so a class that no row predicts stays finite.
+    `gather`: (C,) -> (K, C), where the rows are one of K equal shares: pbar is then the mean over all of them, and the
+    gradient is K times this share's part of the whole, so that a mean over the K is the gradient.
     """
     rows, classes = logits.shape
-    log_pbar = F.log_softmax(logits, dim=1).logsumexp(dim=0) - math.log(rows)  # (C,)
+    own = F.log_softmax(logits, dim=1).logsumexp(dim=0) - math.log(rows)  # (C,), log pbar of these rows
+    shares = gather(own.detach())
+    if len(shares) == 1:
+        log_pbar = own
+    else:
+        whole = shares.logsumexp(dim=0) - math.log(len(shares))
+        part = (own - whole).exp()  # pbar of these rows / pbar of all; its gradient is that of log pbar
+        log_pbar = whole + part - part.detach()
     return -math.log(classes) - log_pbar.mean()
 
 

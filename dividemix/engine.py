@@ -8,7 +8,7 @@ capture one step and replay it for all others of its shapes. A phase reads its r
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,12 +19,15 @@ from torch.optim import Optimizer
 from dividemix import DivideMixError, runtime, warn
 from dividemix.algorithm import co_guess, co_refine, linear_rampup, mixup, neg_entropy, prior_penalty, semi_loss
 from dividemix.codivide import Division
+from dividemix.data import Batches
+from dividemix.ranks import Ranks
 from dividemix.runtime import Runtime
 
 # forward(net, *batches) -> the logits of each batch, as one call of net after the other would give them
 Forward = Callable[..., list[Tensor]]
 
 PLAIN = Runtime(torch.device("cpu"))
+ALONE = Ranks()
 
 
 def plain_forward(net: nn.Module, *batches: Tensor) -> list[Tensor]:
@@ -78,13 +81,15 @@ def mixmatch_step(
     num_class: int,
     unlabeled_loss: bool = True,
     forward: Forward = plain_forward,
+    ranks: Ranks = ALONE,
 ) -> StepTerms:
     """Co-refine, co-guess, MixMatch and one update of `net`, with `peer` frozen (Algorithm 1, inner loop).
 
     x1, x2 (B, ...) two views of the labeled images, labels int64 (B,), w (B,) their clean probability; u1, u2 (B',
     ...) two views of the unlabeled ones, B' may be 0. lam: already max(lam, 1 - lam); index: a permutation of all 2B
     + 2B' rows; lambda_u: already ramped. unlabeled_loss=False is the Clothing1M / WebVision form: unlabeled images
-    are mix partners only, and just the first 2B rows are forwarded. Sets the nets' modes.
+    are mix partners only, and just the first 2B rows are forwarded. Sets the nets' modes. `ranks`: all come to the same
+    step, each with its own rows; the terms are those of these rows, but for the penalty, which is of all.
     """
     net.train()  # also while guessing: each forward's own batch statistics, and four updates of the running ones
     peer.eval()
@@ -108,9 +113,9 @@ def mixmatch_step(
 
     [logits] = forward(net, mixed)  # all rows in one forward, also where lambda_u is 0: BN and the penalty see them all
     Lx, Lu = semi_loss(logits[:rows_x], mixed_targets[:rows_x], logits[rows_x:], mixed_targets[rows_x:])
-    penalty = prior_penalty(logits)
+    penalty = prior_penalty(logits, ranks.gather)
     loss = Lx + lambda_u * Lu + penalty
-    update(optimizer, loss)
+    update(optimizer, loss, ranks)
     return StepTerms(loss.detach(), Lx.detach(), Lu.detach(), penalty.detach())
 
 
@@ -122,6 +127,7 @@ def warmup_step(
     *,
     conf_penalty: bool,
     forward: Forward = plain_forward,
+    ranks: Ranks = ALONE,
 ) -> StepTerms:
     """Cross-entropy on the given labels, plus the confidence penalty where it is asked for (Sec. 3.1, Eq. 2)."""
     net.train()
@@ -129,20 +135,21 @@ def warmup_step(
     cross_entropy = F.cross_entropy(logits, labels)
     penalty = neg_entropy(logits) if conf_penalty else torch.zeros_like(cross_entropy)
     loss = cross_entropy + penalty
-    update(optimizer, loss)
+    update(optimizer, loss, ranks)
     return StepTerms(loss.detach(), cross_entropy.detach(), torch.zeros_like(loss), penalty.detach())
 
 
-def update(optimizer: Optimizer, loss: Tensor) -> None:
+def update(optimizer: Optimizer, loss: Tensor, ranks: Ranks = ALONE) -> None:
     """Backward and SGD step. Where the optimizer carries a `found_inf` flag (see `runtime.Runtime.optimizer`), the
-    first non-finite loss or gradient raises it, on the device, and neither this update nor any later one is applied."""
+    first non-finite loss or gradient of any rank raises it, on the device, and neither this update nor any later one is
+    applied."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     found_inf = getattr(optimizer, "found_inf", None)
     if found_inf is not None:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         finite = torch.isfinite(torch.nn.utils.get_total_norm(grads)) & torch.isfinite(loss.detach())
-        found_inf.copy_(torch.maximum(found_inf, (~finite).to(found_inf.dtype)))
+        found_inf.copy_(ranks.maximum(torch.maximum(found_inf, (~finite).to(found_inf.dtype))))
     optimizer.step()
 
 
@@ -166,13 +173,15 @@ def warmup_epoch(
     Raises DivideMixError when a loss or gradient was not finite.
     """
     batches = data.warmup_batches(batch_size, rng)
+    views = data.warmup_views  # not `data`: what a machine keeps of a step must not hold on to images
 
     def step(forward: Forward, *batch: Tensor) -> StepTerms:
-        return warmup_step(net, optimizer, *data.warmup_views(*batch), conf_penalty=conf_penalty, forward=forward)
+        return warmup_step(
+            net, optimizer, *views(*batch), conf_penalty=conf_penalty, forward=forward, ranks=machine.ranks
+        )
 
-    full = [len(batch[0]) == batch_size for batch in batches]
-    key = ("warmup", net, optimizer, data, batch_size, conf_penalty)
-    return run_steps(key, step, batches, full, net, optimizer, machine, bar)
+    key = ("warmup", net, optimizer, views, batch_size, conf_penalty)
+    return run_steps(key, step, batches, [()] * len(batches), batch_size, net, optimizer, machine, bar)
 
 
 def train_epoch(
@@ -200,11 +209,13 @@ def train_epoch(
     finite.
     """
     batches = data.mixmatch_batches(division, batch_size, rng)
-    device = data.device
+    views = data.mixmatch_views
+    device, ranks = data.device, machine.ranks
     lam = rng.beta(alpha, alpha, size=len(batches))
     lam = torch.from_numpy(np.maximum(lam, 1 - lam)).float().to(device)
-    rows = [2 * (len(batch[0]) + len(batch[1])) for batch in batches]
-    index = torch.from_numpy(np.concatenate([rng.permutation(n) for n in rows])).to(device).split(rows)
+    rows = [2 * sum(size) for size in batches.sizes]
+    index = [[rng.permutation(n) for _ in range(ranks.world)][ranks.rank] for n in rows]
+    index = torch.from_numpy(np.concatenate(index)).to(device).split(rows)
     num_iter = int(division.labeled.sum()) // batch_size + 1  # as the authors count: one too many when it divides
     t = epoch + torch.arange(len(batches), device=device) / num_iter
     ramp = linear_rampup(t, warm_up, lambda_u)
@@ -214,7 +225,7 @@ def train_epoch(
             net,
             peer,
             optimizer,
-            *data.mixmatch_views(*batch),
+            *views(*batch),
             lam=lam,
             index=index,
             T=T,
@@ -222,47 +233,51 @@ def train_epoch(
             num_class=num_class,
             unlabeled_loss=unlabeled_loss,
             forward=forward,
+            ranks=ranks,
         )
 
-    # A partial batch also occurs in mid-epoch, where the unlabeled set ends and is reshuffled.
-    full = [len(batch[0]) == len(batch[1]) == batch_size for batch in batches]
-    key = ("mixmatch", net, peer, optimizer, data, batch_size, T, num_class, unlabeled_loss)
-    inputs = [(lam[i], index[i], ramp[i], *batch) for i, batch in enumerate(batches)]
-    return run_steps(key, step, inputs, full, net, optimizer, machine, bar)
+    key = ("mixmatch", net, peer, optimizer, views, batch_size, T, num_class, unlabeled_loss)
+    draws = [(lam[i], index[i], ramp[i]) for i in range(len(batches))]
+    return run_steps(key, step, batches, draws, batch_size, net, optimizer, machine, bar)
 
 
 def run_steps(
     key: tuple,
     step: Callable[..., StepTerms],
-    inputs: Sequence[tuple[Tensor, ...]],
-    full: Sequence[bool],
+    batches: Batches,
+    draws: Sequence[tuple[Tensor, ...]],
+    batch_size: int,
     net: nn.Module,
     optimizer: Optimizer,
     machine: Runtime,
     bar: Callable[[Iterable], Iterable],
 ) -> PhaseTerms:
-    """step(forward, *inputs[i]) for every i, on the machine's fast path (see `Runtime.run`) where full[i]; read the
-    summed terms and the count of sound steps back once, at the end."""
+    """step(forward, *draws[i], *batch) for every batch, full ones on the machine's fast path (see `Runtime.run`); read
+    the summed terms and the count of sound steps back once, at the end."""
     found_inf = getattr(optimizer, "found_inf", None)
     state = partial(changed_by_step, net, optimizer)
+    ranks = machine.ranks
+    full = batch_size // ranks.world
 
     def packed(forward: Forward, *tensors: Tensor) -> Tensor:  # (5,): the step's terms, and 1 if it was sound
         terms = torch.stack(step(forward, *tensors))
         sound = torch.isfinite(terms).all() if found_inf is None else found_inf == 0
         return torch.cat([terms, sound.to(terms.dtype).reshape(1)])
 
-    sums: Any = 0
+    sums = torch.zeros(len(StepTerms._fields) + 1, device=machine.device)
     try:
-        for tensors, steady in zip(bar(inputs), full, strict=True):
-            if steady:
-                sums = sums + machine.run(key, packed, tensors, state)
+        for batch, drawn, sizes in zip(bar(batches), draws, batches.sizes, strict=True):
+            # A partial batch also occurs in mid-epoch, where the unlabeled set ends and is reshuffled.
+            if all(size == full for size in sizes):
+                sums = sums + machine.run(key, packed, (*drawn, *batch), state)
             else:
-                sums = sums + packed(machine.forward, *tensors)
-        *totals, sound = sums.tolist()
+                sums = sums + packed(machine.forward, *drawn, *batch)
+        ranks.average_buffers(net)
+        *totals, sound = (ranks.sum(sums) / ranks.world).tolist()
     except torch.OutOfMemoryError as error:
         smaller = "--no_graph, a smaller --width or a smaller --batch_size"
         raise DivideMixError(f"{machine.device}: not enough memory to train; try {smaller}") from error
-    steps = len(inputs)
+    steps = len(batches)
     if sound < steps:
         stopped = "" if found_inf is None else ", and no update was applied from there on"
         raise DivideMixError(
@@ -291,16 +306,17 @@ def per_sample_loss(
     """Cross-entropy of all N samples against their given labels: eval mode, no augmentation (Sec. 3.1)."""
     net.eval()
 
-    def score(forward: Forward, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def score(forward: Forward, x: Tensor, labels: Tensor) -> Tensor:
         [logits] = forward(net, x)
-        return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(dim=1)
+        return torch.stack([F.cross_entropy(logits, labels, reduction="none"), logits.argmax(dim=1).float()])
 
-    losses, predictions = zip(*evaluate(score, data, batch_size, machine, bar), strict=True)
-    loss, prediction = torch.stack([torch.cat(losses), torch.cat(predictions).float()]).cpu()  # one transfer
+    scores = torch.zeros(2, len(data), device=machine.device)
+    for rows, found in evaluate(score, data, batch_size, machine, bar):
+        scores[:, rows] = found
+    loss, prediction = machine.ranks.sum(scores).cpu()  # one transfer
     return Scores(loss, prediction.long())
 
 
-@torch.no_grad()
 def ensemble_accuracy(
     nets: list[nn.Module],
     data,
@@ -310,36 +326,66 @@ def ensemble_accuracy(
     bar: Callable[[Iterable], Iterable] = iter,
 ) -> list[float]:
     """Top-1 accuracy in per cent: [of the summed logits, of each net alone]."""
+    return top_k_accuracy(nets, data, (1,), batch_size=batch_size, machine=machine, bar=bar)[1]
+
+
+@torch.no_grad()
+def top_k_accuracy(
+    nets: list[nn.Module],
+    data,
+    ks: Sequence[int],
+    *,
+    batch_size: int = 1000,
+    machine: Runtime = PLAIN,
+    bar: Callable[[Iterable], Iterable] = iter,
+) -> dict[int, list[float]]:
+    """For each k the part of the samples, in per cent, whose label is among the k largest logits: [of the summed
+    logits, of each net alone]. All of a k beyond the number of classes."""
     for net in nets:
         net.eval()
 
     def score(forward: Forward, x: Tensor, labels: Tensor) -> Tensor:
         logits = torch.stack([logits for net in nets for logits in forward(net, x)])  # (nets, B, C)
-        answers = torch.cat([logits.sum(dim=0, keepdim=True), logits]).argmax(dim=2)  # (1 + nets, B)
-        return (answers == labels).sum(dim=1)
+        logits = torch.cat([logits.sum(dim=0, keepdim=True), logits])  # (1 + nets, B, C)
+        hits = []
+        for k in ks:
+            answers = logits.argmax(dim=2, keepdim=True) if k == 1 else logits.topk(min(k, logits.shape[2]), dim=2)[1]
+            hits.append((answers == labels[:, None]).any(dim=2).sum(dim=1))
+        return torch.stack(hits)
 
-    correct = torch.stack(evaluate(score, data, batch_size, machine, bar)).sum(dim=0)
-    return [100 * count / len(data) for count in correct.tolist()]
+    correct = torch.zeros(len(ks), 1 + len(nets), dtype=torch.int64, device=machine.device)
+    for _, hits in evaluate(score, data, batch_size, machine, bar):
+        correct += hits
+    counts = machine.ranks.sum(correct).tolist()
+    return {k: [100 * count / len(data) for count in row] for k, row in zip(ks, counts, strict=True)}
 
 
-def evaluate(score: Callable[..., Any], data, batch_size: int, machine: Runtime, bar) -> list[Any]:
-    """score(forward, x, labels) of every evaluation batch.
+def evaluate(
+    score: Callable[..., Tensor], data, batch_size: int, machine: Runtime, bar: Callable[[Iterable], Iterable]
+) -> list[tuple[slice, Tensor]]:
+    """score(forward, x, labels) of this rank's evaluation batches, each with the samples it is of.
 
     Where the memory is too small for a batch, its size is halved until it fits, for the rest of the run. Raises
-    DivideMixError where not even one image fits.
+    DivideMixError where not even one image fits, and with several ranks, which must make the same batches.
     """
     while True:
         size = min(batch_size, len(data), machine.eval_limit or batch_size)
         try:
+            mine = machine.ranks.deal(-(-len(data) // size))
+            batches = zip(mine, bar(data.eval_batches(size)), strict=True)
             return [
-                score(machine.evaluation_forward if len(x) == size else machine.forward, x, labels)
-                for x, labels in bar(data.eval_batches(size))
+                (
+                    slice(k * size, k * size + len(x)),
+                    score(machine.evaluation_forward if len(x) == size else machine.forward, x, labels),
+                )
+                for k, (x, labels) in batches
             ]
         except torch.OutOfMemoryError as error:
+            short = f"{machine.device}: no memory for "
+            if machine.ranks.world > 1:
+                raise DivideMixError(f"{short}{size} images at once; use a smaller --eval_batch_size") from error
             if size == 1:
-                raise DivideMixError(
-                    f"{machine.device}: no memory for even one image; use a smaller --width"
-                ) from error
+                raise DivideMixError(f"{short}even one image; use a smaller --width") from error
         machine.eval_limit = size // 2
         torch.cuda.empty_cache()
         warn(f"not enough memory to evaluate {size} images at once: {size // 2} from now on (--eval_batch_size)")

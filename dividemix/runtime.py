@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dividemix import DivideMixError, warn
 from dividemix.graph import CapturedStep, Place, preserved
 from dividemix.layers import GroupedBatchNorm2d, SmallMapConv2d, can_merge, grouped
+from dividemix.ranks import Ranks, from_environment, join
 
 
 @dataclass
@@ -26,7 +28,7 @@ class Runtime:
     go through a network together. small_convs: see `layers.SmallMapConv2d`. compile: torch.compile fuses what stands
     between the convolutions. graph: training steps are captured in CUDA graphs. Compile and graph are for steady
     shapes, the full batches: partial ones run eagerly. Where either fails, that is said once and the run goes on
-    without it.
+    without it. ranks: the processes that train together; each forward with gradients averages them over these.
     """
 
     device: torch.device
@@ -36,8 +38,10 @@ class Runtime:
     small_convs: bool = False
     compile: bool = False
     graph: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
     eval_limit: int | None = None  # the largest evaluation batch, once a larger one did not fit the memory
     steps: dict[tuple, Callable[..., Tensor]] = field(default_factory=dict, repr=False)  # compiled, captured
+    parallel: dict[nn.Module, DistributedDataParallel] = field(default_factory=dict, repr=False)  # with several ranks
 
     def prepare(self, net: nn.Module) -> nn.Module:
         """Move a network to the device and into the memory format, and exchange its layers for those that this runtime
@@ -47,7 +51,11 @@ class Runtime:
                 module.__class__, module.groups = GroupedBatchNorm2d, 1  # its own 1: torch.compile guards on it
             elif self.small_convs and SmallMapConv2d.replaces(module):
                 module.__class__ = SmallMapConv2d
-        return net.to(self.device, memory_format=self.memory_format)
+        net = net.to(self.device, memory_format=self.memory_format)
+        if self.ranks.world > 1:
+            # Running statistics are each rank's own during a phase; `Ranks.average_buffers` ends it.
+            self.parallel[net] = DistributedDataParallel(net, broadcast_buffers=False)
+        return net
 
     def forward(self, net: nn.Module, *batches: Tensor) -> list[Tensor]:
         """The logits of each batch, float32, as from one call of `net` after the other.
@@ -74,6 +82,9 @@ class Runtime:
         return self.forward(net, *batches)
 
     def _forward(self, function: Callable[..., Tensor], net: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
+        if net.training and torch.is_grad_enabled():
+            net = self.parallel.get(net, net)
+
         def logits(x: Tensor) -> Tensor:
             x = x.contiguous(memory_format=self.memory_format)
             bf16 = self.precision == "bf16"
@@ -143,7 +154,9 @@ class Runtime:
 
     def background(self, function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
         """Start host work that a card need not wait for. -> a function that waits and gives its result. On a CPU, whose
-        cores have other work, it is done at once."""
+        cores have other work, it is done at once. Of several ranks the first does it, and all get its result."""
+        if self.ranks.world > 1:  # at once: what is shared in a thread could cross what the ranks share meanwhile
+            return at_once(self.ranks.from_first, function, *args)
         if self.device.type == "cuda":
             return self._worker.submit(function, *args).result
         return at_once(function, *args)
@@ -173,6 +186,8 @@ class Runtime:
             name = torch.cuda.get_device_name(self.device)
         else:
             name = f"{self.device.type}, {torch.get_num_threads()} threads"
+        if self.ranks.world > 1:
+            name = f"{self.ranks.world} ranks, each: {name}"
         arithmetic = "fp32, TF32 off" if self.precision == "fp32" else "bf16 autocast, losses in fp32"
         faster = "".join(f", {text}" for text, on in (("compiled", self.compile), ("CUDA graphs", self.graph)) if on)
         return f"{name}; {arithmetic}{faster}; torch {torch.__version__}"
@@ -217,21 +232,30 @@ def start(
     deterministic: bool = False,
     width: int = 64,
     *,
+    batch_size: int = 1,
     compile: bool = True,
     graph: bool = True,
 ) -> Runtime:
     """The runtime for these flags; `width`: channels of the network's first stage. compile and graph act on a CUDA card
-    only (on a CPU compiled steps measured no faster); deterministic leaves compile out.
+    only (on a CPU compiled steps measured no faster); deterministic leaves compile out. Under torchrun each rank takes
+    the card of its local rank, steps run eagerly, and `batch_size`, that of all ranks together, must divide.
 
-    Raises DivideMixError for a device that is not there; warns of a card that torch cannot use.
+    Raises DivideMixError for a device that is not there and for a batch that does not divide; warns of a card that
+    torch cannot use.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise DivideMixError("more than one rank is not supported yet: start the script with python, not torchrun")
-    chosen = pick_device(device, gpuid)
+    _, world, local_rank = from_environment()
+    if batch_size % world:
+        raise DivideMixError(
+            f"--batch_size {batch_size} is that of all ranks together: {world} ranks do not divide it; "
+            f"the next that they do is {-(-batch_size // world) * world}"
+        )
+    chosen = pick_device(device, local_rank if world > 1 else gpuid, "local rank" if world > 1 else "--gpuid")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = not deterministic
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    if world > 1 and chosen.type == "mps":
+        raise DivideMixError("--device mps has no way to train with several ranks: use --device cpu")
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
@@ -241,10 +265,12 @@ def start(
     if precision == "bf16" and not native:
         warn(f"--precision bf16: {chosen.type} here has no bf16 units, fp32 would be faster")
     precision = ("bf16" if native else "fp32") if precision == "auto" else precision
+    ranks = join(chosen)
     on_card, on_cpu = chosen.type == "cuda", chosen.type == "cpu"
     if on_cpu:
         use_cores()
-    compile, graph = compile and on_card and not deterministic, graph and on_card
+    alone = on_card and ranks.world == 1  # graphs and compiled steps have not been tried with several ranks
+    compile, graph = compile and alone and not deterministic, graph and alone
     return Runtime(
         chosen,
         precision,
@@ -254,6 +280,7 @@ def start(
         small_convs=on_cpu and precision == "bf16",
         compile=compile,
         graph=graph,
+        ranks=ranks,
     )
 
 
@@ -270,13 +297,13 @@ def use_cores(group: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
         torch.set_num_threads(max(cores, 1))
 
 
-def pick_device(device: str, gpuid: int) -> torch.device:
-    """auto: CUDA card `gpuid`, else mps, else the CPU."""
+def pick_device(device: str, gpuid: int, source: str = "--gpuid") -> torch.device:
+    """auto: CUDA card `gpuid`, else mps, else the CPU. source: what gave the number, for messages."""
     if device in ("auto", "cuda"):
         if torch.cuda.is_available():
             if gpuid >= torch.cuda.device_count():
                 raise DivideMixError(
-                    f"--gpuid {gpuid}: this machine has {torch.cuda.device_count()} CUDA cards, 0 is the first"
+                    f"{source} {gpuid}: this machine has {torch.cuda.device_count()} CUDA cards, 0 is the first"
                 )
             return torch.device("cuda", gpuid)
         problem = unusable_card()

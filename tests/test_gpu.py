@@ -103,7 +103,7 @@ def test_no_host_sync_in_a_step(tiny_images, merge):
     net, peer = (machine.prepare(golden_weights(ResNet18(3, width=8), seed)) for seed in (2, 3))
     optimizer = machine.optimizer(net, 0.02, 5e-4)
     data = on_card(tiny_images, machine.device)
-    batch = data.mixmatch_batches(half(24), 4, np.random.default_rng(0))[0]
+    batch = next(iter(data.mixmatch_batches(half(24), 4, np.random.default_rng(0))))
     lam, index = torch.tensor(0.7, device=machine.device), torch.randperm(16).to(machine.device)
     arguments = {"lam": lam, "index": index, "T": 0.5, "lambda_u": lam, "num_class": 3, "forward": machine.forward}
     engine.mixmatch_step(net, peer, optimizer, *data.mixmatch_views(*batch), **arguments)  # first-call set-up may sync
@@ -168,7 +168,7 @@ def test_compiled_evaluation_equals_eager(digits):
 def test_augmentation_differs_between_replays(digits):
     """A crop that froze in the graph shows each network the same few views for 300 epochs."""
     rng = np.random.default_rng(0)
-    first, second = digits.mixmatch_batches(half(167), 4, rng)[:2]
+    first, second = list(digits.mixmatch_batches(half(167), 4, rng))[:2]
     captured = graph.CapturedStep(lambda *batch: torch.cat(digits.mixmatch_views(*batch)[:2]), first, [], graph.Place())
     one, same_images = captured(*first).clone(), (*first[:2], second[2], first[3])
     other = captured(*same_images).clone()
@@ -182,7 +182,7 @@ def test_a_capture_leaves_no_trace(digits):
     machine = card(graph=True)
     nets, optimizers = start_nets(machine)
     before = copy.deepcopy(state(nets, optimizers))
-    batch = digits.warmup_batches(8, np.random.default_rng(0))[0]
+    batch = next(iter(digits.warmup_batches(8, np.random.default_rng(0))))
 
     def step(index, crops):
         terms = engine.warmup_step(

@@ -94,13 +94,11 @@ def test_why_a_card_cannot_be_used(monkeypatch, tmp_path):
     assert "version unknown" in runtime.unusable_card(proc)
 
 
-def test_several_ranks_are_refused(monkeypatch):
-    """Else torchrun would start the same run several times over in one folder."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(DivideMixError, match="more than one rank"):
-        runtime.start("cpu")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert runtime.start("cpu").device == CPU
+def test_a_batch_that_the_ranks_do_not_divide_is_refused(monkeypatch):
+    """Else ranks would take batches of other sizes and wait for each other for ever."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(DivideMixError, match="--batch_size 64 .* 3 ranks do not divide it.* 66"):
+        runtime.start("cpu", batch_size=64)
 
 
 # ---- Precision ----
