@@ -21,12 +21,12 @@ import numpy as np
 
 import dataloader_cifar
 import PreResNet
-from dividemix import DivideMixError, noise, options, runtime, warn
-from dividemix.checkpoint import load_networks
+from dividemix import DivideMixError, noise, options, runtime
+from dividemix.checkpoint import load_networks, load_weights, restore, state_of
 from dividemix.codivide import CoDivide
 from dividemix.data import DeviceImages
 from dividemix.engine import ensemble_accuracy, per_sample_loss, set_learning_rate, train_epoch, warmup_epoch
-from dividemix.run import Run, draws, folder_for, seeded
+from dividemix.run import Run, draws, folder_for, score_arrays, seeded
 
 ARCHITECTURES = {
     "preresnet18": PreResNet.ResNet18,
@@ -218,7 +218,7 @@ def prepare_data(args: argparse.Namespace, images: dataloader_cifar.ImageData, r
         return DeviceImages(pixels, labels, images.mean, images.std, images.flip, device)
 
     truth = images.train_labels[index]
-    np.savez(run.folder / "labels.npz", index=index, given=given[index], true=truth)
+    run.save_labels(index=index, given=given[index], true=truth)
     changed = float((given[index] != truth).mean())
     lines = [
         f"{args.dataset}: {len(index)} training, {len(images.test_labels)} test images, {images.num_class} classes"
@@ -241,47 +241,6 @@ def prepare_data(args: argparse.Namespace, images: dataloader_cifar.ImageData, r
     return train, validation, test, given[index] == truth, about
 
 
-def load_weights(nets, states, source: str) -> None:
-    for net, state in zip(nets, states, strict=True):
-        try:
-            net.load_state_dict(state)
-        except (RuntimeError, AttributeError, TypeError) as error:
-            raise DivideMixError(f"{source} does not fit this network: another --arch, --width or data set?") from error
-
-
-def state_of(nets, optimizers, codivide) -> dict[str, Any]:
-    """What the next epoch depends on, beside the flags: what a checkpoint holds."""
-    return {
-        "nets": [net.state_dict() for net in nets],
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "codivide": [part.state() for part in codivide],
-    }
-
-
-def restore(state: dict[str, Any], nets, optimizers, codivide) -> None:
-    """The inverse of `state_of`, in place; an empty state leaves everything as it is."""
-    if state:
-        load_weights(nets, state["nets"], "the last checkpoint")
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            runtime.load_optimizer(optimizer, saved)
-        for part, saved in zip(codivide, state["codivide"], strict=True):
-            part.load_state(saved)
-
-
-def score_arrays(k: int, scored, division) -> dict[str, np.ndarray]:
-    """What scores/epoch_NNN.npz holds of net k: raw and fitted loss, clean probability, prediction (N,); the mixture
-    (2,). Nothing of an epoch that was not scored."""
-    if scored is None:
-        return {}
-    arrays = {"raw_loss": scored.loss.numpy(), "prediction": scored.prediction.numpy().astype(np.int32)}
-    if division is not None:
-        arrays |= {
-            name: getattr(division, name) for name in ("loss", "clean_probability", "means", "variances", "weights")
-        }
-        arrays["threshold"] = np.float64(division.threshold)
-    return {f"{name}_net{k + 1}": value for name, value in arrays.items()}
-
-
 def epoch_metrics(accuracy, held_out, divisions, terms) -> dict[str, Any]:
     """The record of an epoch, flat. loss_x is the cross-entropy and penalty the confidence penalty in warm-up."""
     metrics = dict(zip(("test_acc", "test_acc_net1", "test_acc_net2"), accuracy, strict=True))
@@ -301,7 +260,7 @@ def epoch_metrics(accuracy, held_out, divisions, terms) -> dict[str, Any]:
 def finish(run: Run, row, args: argparse.Namespace, official: bool) -> dict[str, Any]:
     """Print best and last beside the paper's row, draw the figures, and return the final metrics."""
     final = {**run.records[-1], "run_dir": str(run.folder)}
-    line = f"best {final['best_acc']:.2f} (epoch {run.best_epoch}), mean of the last 10 {final['last10_acc']:.2f}"
+    line = f"best {final['best_acc']:.2f} (epoch {run.best_epochs[0]}), mean of the last 10 {final['last10_acc']:.2f}"
     if args.method == "ce":
         line += f"; net 1 alone: best {max(record['test_acc_net1'] for record in run.records):.2f}"
     if row:
@@ -316,14 +275,8 @@ def finish(run: Run, row, args: argparse.Namespace, official: bool) -> dict[str,
         else:
             line += f"; paper: {row.best} / {row.last}{but}"
             final |= {"paper_best": row.best, "paper_last": row.last}
-    print(line)
-    try:
-        from dividemix import report
-
-        print(f"figures: {', '.join(map(str, report.draw(run.folder)))}")
-    except Exception as error:  # the run is saved: a plot must not lose it
-        warn(f"no figures: {error}")
-    return final
+    run.say(line)
+    return run.finish(final)
 
 
 if __name__ == "__main__":
