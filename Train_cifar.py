@@ -20,19 +20,13 @@ from typing import Any
 import numpy as np
 
 import dataloader_cifar
-import PreResNet
-from dividemix import DivideMixError, noise, options, runtime
+from dividemix import DivideMixError, networks, noise, options, runtime
 from dividemix.checkpoint import load_networks, load_weights, restore, state_of
 from dividemix.codivide import CoDivide
 from dividemix.data import DeviceImages
 from dividemix.engine import ensemble_accuracy, per_sample_loss, set_learning_rate, train_epoch, warmup_epoch
 from dividemix.run import Run, draws, folder_for, score_arrays, seeded
 
-ARCHITECTURES = {
-    "preresnet18": PreResNet.ResNet18,
-    "preresnet34": PreResNet.ResNet34,
-    "preresnet50": PreResNet.ResNet50,
-}
 WEIGHT_DECAY = 5e-4
 PAPER_SETTING = {"num_epochs": 300, "arch": "preresnet18", "width": 64, "batch_size": 64, "limit_train": None}
 
@@ -60,7 +54,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--limit_train", type=options.positive_int, metavar="N", help="train on a seeded subset of N samples"
     )
     group = parser.add_argument_group("network and variants")
-    group.add_argument("--arch", choices=sorted(ARCHITECTURES), default="preresnet18", help="both networks")
+    group.add_argument("--arch", choices=networks.SMALL_IMAGES, default="preresnet18", help="both networks")
     group.add_argument("--width", type=options.positive_int, default=64, help="channels of the first stage")
     group.add_argument(
         "--method",
@@ -117,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     folder = folder_for(args.out_dir, args.run_dir, args.dataset, f"{args.r:g}", args.noise_mode, *suffixes)
     with Run(folder, vars(args), args.fresh) as run:
         train, validation, test, truly_clean, about = prepare_data(args, images, run, machine.device)
-        nets = [seeded(args.seed, k, lambda: ARCHITECTURES[args.arch](images.num_class, args.width)) for k in range(2)]
+        nets = [seeded(args.seed, k, lambda: networks.build(args.arch, images.num_class, args.width)) for k in range(2)]
         if args.init_from and not run.state:
             load_weights(nets, load_networks(Path(args.init_from)), args.init_from)
         nets = [machine.prepare(net) for net in nets]
@@ -264,9 +258,7 @@ def finish(run: Run, row, args: argparse.Namespace, official: bool) -> dict[str,
     if args.method == "ce":
         line += f"; net 1 alone: best {max(record['test_acc_net1'] for record in run.records):.2f}"
     if row:
-        other = [
-            f"--{name} {getattr(args, name)}" for name, paper in PAPER_SETTING.items() if getattr(args, name) != paper
-        ]
+        other = options.departures(args, PAPER_SETTING)
         other += [] if official else [f"not the official {args.dataset}"]
         but = f" (but this run: {', '.join(other)})" if other else ""
         if args.method == "ce":
