@@ -20,19 +20,13 @@ from typing import Any
 import numpy as np
 
 import dataloader_cifar
-import PreResNet
-from dividemix import DivideMixError, noise, options, runtime, warn
-from dividemix.checkpoint import load_networks
+from dividemix import DivideMixError, networks, noise, options, runtime
+from dividemix.checkpoint import load_networks, load_weights, restore, state_of
 from dividemix.codivide import CoDivide
 from dividemix.data import DeviceImages
 from dividemix.engine import ensemble_accuracy, per_sample_loss, set_learning_rate, train_epoch, warmup_epoch
-from dividemix.run import Run, draws, folder_for, seeded
+from dividemix.run import Run, draws, folder_for, score_arrays, seeded
 
-ARCHITECTURES = {
-    "preresnet18": PreResNet.ResNet18,
-    "preresnet34": PreResNet.ResNet34,
-    "preresnet50": PreResNet.ResNet50,
-}
 WEIGHT_DECAY = 5e-4
 PAPER_SETTING = {"num_epochs": 300, "arch": "preresnet18", "width": 64, "batch_size": 64, "limit_train": None}
 
@@ -60,7 +54,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--limit_train", type=options.positive_int, metavar="N", help="train on a seeded subset of N samples"
     )
     group = parser.add_argument_group("network and variants")
-    group.add_argument("--arch", choices=sorted(ARCHITECTURES), default="preresnet18", help="both networks")
+    group.add_argument("--arch", choices=networks.SMALL_IMAGES, default="preresnet18", help="both networks")
     group.add_argument("--width", type=options.positive_int, default=64, help="channels of the first stage")
     group.add_argument(
         "--method",
@@ -116,9 +110,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     suffixes = ["ce" if args.method == "ce" else "", f"seed{args.seed}" if args.seed != 123 else "", args.id]
     folder = folder_for(args.out_dir, args.run_dir, args.dataset, f"{args.r:g}", args.noise_mode, *suffixes)
-    with Run(folder, vars(args), args.fresh) as run:
+    with Run(folder, vars(args), args.fresh, machine.ranks) as run:
         train, validation, test, truly_clean, about = prepare_data(args, images, run, machine)
-        nets = [seeded(args.seed, k, lambda: ARCHITECTURES[args.arch](images.num_class, args.width)) for k in range(2)]
+        nets = [seeded(args.seed, k, lambda: networks.build(args.arch, images.num_class, args.width)) for k in range(2)]
         if args.init_from and not run.state:
             load_weights(nets, load_networks(Path(args.init_from)), args.init_from)
         nets = [machine.prepare(net) for net in nets]
@@ -134,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             }
         )
         recipe_lines = recipe_lines if args.method == "dividemix" else []
-        print(machine.describe(), *about["lines"], *recipe_lines, f"run folder {folder}", sep="\n")
+        run.say(machine.describe(), *about["lines"], *recipe_lines, f"run folder {folder}")
 
         warmup = {"batch_size": 2 * args.batch_size, "conf_penalty": conf_penalty, "machine": machine}
         mixmatch = {
@@ -223,7 +217,7 @@ def prepare_data(args: argparse.Namespace, images: dataloader_cifar.ImageData, r
         return DeviceImages(pixels, labels, images.mean, images.std, images.flip, machine.device, machine.ranks)
 
     truth = images.train_labels[index]
-    np.savez(run.folder / "labels.npz", index=index, given=given[index], true=truth)
+    run.save_labels(index=index, given=given[index], true=truth)
     changed = float((given[index] != truth).mean())
     lines = [
         f"{args.dataset}: {len(index)} training, {len(images.test_labels)} test images, {images.num_class} classes"
@@ -246,47 +240,6 @@ def prepare_data(args: argparse.Namespace, images: dataloader_cifar.ImageData, r
     return train, validation, test, given[index] == truth, about
 
 
-def load_weights(nets, states, source: str) -> None:
-    for net, state in zip(nets, states, strict=True):
-        try:
-            net.load_state_dict(state)
-        except (RuntimeError, AttributeError, TypeError) as error:
-            raise DivideMixError(f"{source} does not fit this network: another --arch, --width or data set?") from error
-
-
-def state_of(nets, optimizers, codivide) -> dict[str, Any]:
-    """What the next epoch depends on, beside the flags: what a checkpoint holds."""
-    return {
-        "nets": [net.state_dict() for net in nets],
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "codivide": [part.state() for part in codivide],
-    }
-
-
-def restore(state: dict[str, Any], nets, optimizers, codivide) -> None:
-    """The inverse of `state_of`, in place; an empty state leaves everything as it is."""
-    if state:
-        load_weights(nets, state["nets"], "the last checkpoint")
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            runtime.load_optimizer(optimizer, saved)
-        for part, saved in zip(codivide, state["codivide"], strict=True):
-            part.load_state(saved)
-
-
-def score_arrays(k: int, scored, division) -> dict[str, np.ndarray]:
-    """What scores/epoch_NNN.npz holds of net k: raw and fitted loss, clean probability, prediction (N,); the mixture
-    (2,). Nothing of an epoch that was not scored."""
-    if scored is None:
-        return {}
-    arrays = {"raw_loss": scored.loss.numpy(), "prediction": scored.prediction.numpy().astype(np.int32)}
-    if division is not None:
-        arrays |= {
-            name: getattr(division, name) for name in ("loss", "clean_probability", "means", "variances", "weights")
-        }
-        arrays["threshold"] = np.float64(division.threshold)
-    return {f"{name}_net{k + 1}": value for name, value in arrays.items()}
-
-
 def epoch_metrics(accuracy, held_out, divisions, terms) -> dict[str, Any]:
     """The record of an epoch, flat. loss_x is the cross-entropy and penalty the confidence penalty in warm-up."""
     metrics = dict(zip(("test_acc", "test_acc_net1", "test_acc_net2"), accuracy, strict=True))
@@ -306,13 +259,11 @@ def epoch_metrics(accuracy, held_out, divisions, terms) -> dict[str, Any]:
 def finish(run: Run, row, args: argparse.Namespace, official: bool) -> dict[str, Any]:
     """Print best and last beside the paper's row, draw the figures, and return the final metrics."""
     final = {**run.records[-1], "run_dir": str(run.folder)}
-    line = f"best {final['best_acc']:.2f} (epoch {run.best_epoch}), mean of the last 10 {final['last10_acc']:.2f}"
+    line = f"best {final['best_acc']:.2f} (epoch {run.best_epochs[0]}), mean of the last 10 {final['last10_acc']:.2f}"
     if args.method == "ce":
         line += f"; net 1 alone: best {max(record['test_acc_net1'] for record in run.records):.2f}"
     if row:
-        other = [
-            f"--{name} {getattr(args, name)}" for name, paper in PAPER_SETTING.items() if getattr(args, name) != paper
-        ]
+        other = options.departures(args, PAPER_SETTING)
         other += [] if official else [f"not the official {args.dataset}"]
         but = f" (but this run: {', '.join(other)})" if other else ""
         if args.method == "ce":
@@ -321,14 +272,8 @@ def finish(run: Run, row, args: argparse.Namespace, official: bool) -> dict[str,
         else:
             line += f"; paper: {row.best} / {row.last}{but}"
             final |= {"paper_best": row.best, "paper_last": row.last}
-    print(line)
-    try:
-        from dividemix import report
-
-        print(f"figures: {', '.join(map(str, report.draw(run.folder)))}")
-    except Exception as error:  # the run is saved: a plot must not lose it
-        warn(f"no figures: {error}")
-    return final
+    run.say(line)
+    return run.finish(final)
 
 
 if __name__ == "__main__":

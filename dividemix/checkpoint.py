@@ -1,4 +1,4 @@
-"""Files that survive a crash: atomic writes, and the checkpoints of a run.
+"""Files that survive a crash: atomic writes, and the checkpoints of a run. What they hold, and how it is put back.
 
 A checkpoint is written under a new name, then the small last.json is pointed at it; the one before is kept. Whatever
 moment the machine dies at, last.json names a file that is whole, and should that file be damaged later, the one
@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from dividemix import DivideMixError, warn
+from dividemix import DivideMixError, runtime, warn
+from dividemix.ranks import Ranks
 
 
 def write_atomically(path: Path, content: bytes, exclusive: bool = False) -> None:
@@ -128,3 +129,43 @@ def load_networks(path: Path) -> list[dict[str, Any]]:
     if not isinstance(nets, list) or len(nets) != 2:
         raise DivideMixError(f"checkpoint {path} does not hold two networks under 'nets'")
     return nets
+
+
+def share(ranks: Ranks, state: dict[str, Any]) -> dict[str, Any]:
+    """The first rank's state on all ranks. It travels as a checkpoint's bytes, and so comes as it would from a file."""
+    if ranks.world == 1:
+        return state
+    content = ranks.from_first(to_bytes, state)
+    return state if ranks.first else from_bytes(content)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a checkpoint holds
+
+
+def state_of(nets, optimizers, codivide) -> dict[str, Any]:
+    """What the next epoch depends on, beside the flags."""
+    return {
+        "nets": [net.state_dict() for net in nets],
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "codivide": [part.state() for part in codivide],
+    }
+
+
+def restore(state: dict[str, Any], nets, optimizers, codivide) -> None:
+    """The inverse of `state_of`, in place; an empty state leaves everything as it is."""
+    if state:
+        load_weights(nets, state["nets"], "the last checkpoint")
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            runtime.load_optimizer(optimizer, saved)
+        for part, saved in zip(codivide, state["codivide"], strict=True):
+            part.load_state(saved)
+
+
+def load_weights(nets, states, source: str) -> None:
+    """Raises DivideMixError, naming `source`, for states that are not those of such networks."""
+    for net, state in zip(nets, states, strict=True):
+        try:
+            net.load_state_dict(state)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise DivideMixError(f"{source} does not fit this network: another --arch, --width or data set?") from error

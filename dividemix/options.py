@@ -3,12 +3,17 @@ default."""
 
 import argparse
 import math
+import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from dividemix import DivideMixError, DivideMixWarning, recipes
+import torch.distributed as dist
+
+from dividemix import DivideMixError, DivideMixWarning, ranks, recipes
+from dividemix.networks import ARCHITECTURES, WIDTH
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -27,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+        self.exit(2, f"{speaker()}{self.prog}: error: {message} (--help lists all flags)\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,8 +74,20 @@ def run_id(text: str) -> str:
 # Groups
 
 
-def add_method(parser: Parser, *, batch_size: int, lr: float, alpha: float, num_epochs: int, lr_drop: int) -> None:
-    """The method's hyper-parameters, names as the authors'. Defaults of None come from `recipes`."""
+def add_method(
+    parser: Parser,
+    *,
+    batch_size: int,
+    lr: float,
+    alpha: float,
+    num_epochs: int,
+    lr_drop: int,
+    lambda_u: float | None = None,
+    p_threshold: float | None = None,
+    warm_up: int | None = None,
+) -> None:
+    """The method's hyper-parameters, names as the authors'. A default of None comes from `resolve_recipe`; lambda_u
+    has one of its own only where it has no effect."""
     group = parser.add_argument_group("method")
     group.add_argument(
         "--batch_size",
@@ -83,34 +100,96 @@ def add_method(parser: Parser, *, batch_size: int, lr: float, alpha: float, num_
         "--lr_drop", type=positive_int, default=lr_drop, help="epoch from which the learning rate is a tenth"
     )
     group.add_argument("--num_epochs", type=positive_int, default=num_epochs, help="epochs in all, warm-up included")
+    papers = {True: " (default: the paper's)", False: ""}
     group.add_argument(
-        "--warm_up", type=count, help="epochs of plain cross-entropy before the first division (default: the paper's)"
+        "--warm_up",
+        type=count,
+        default=warm_up,
+        help=f"epochs of plain cross-entropy before the first division{papers[warm_up is None]}",
     )
     group.add_argument("--alpha", type=positive, default=alpha, help="parameter of mixup's Beta distribution")
     group.add_argument("--T", type=positive, default=0.5, help="sharpening temperature")
     group.add_argument(
-        "--lambda_u", type=non_negative, help="weight of the unlabeled loss (default: the paper's for the setting)"
+        "--lambda_u",
+        type=non_negative,
+        default=lambda_u,
+        help="weight of the unlabeled loss (default: the paper's for the setting)"
+        if lambda_u is None
+        else "accepted and without effect: there is no unlabeled loss, unlabeled images are mixed in",
     )
     group.add_argument(
-        "--p_threshold", type=open_unit, help="clean probability above which a sample is labeled (default: the paper's)"
+        "--p_threshold",
+        type=open_unit,
+        default=p_threshold,
+        help=f"clean probability above which a sample is labeled{papers[p_threshold is None]}",
     )
 
 
-def add_run(parser: Parser) -> None:
-    """Where and how it runs: the same flags for every script."""
+def add_images(
+    parser: Parser,
+    *,
+    arch: str,
+    weights: str,
+    image_size: int,
+    num_class: int,
+    num_batches: int | None = None,
+    keep_images: bool = False,
+    cache_dir: bool = False,
+) -> None:
+    """Network and data of the scripts for large images. num_batches: the epoch's size, where an epoch is a sample;
+    keep_images, cache_dir: whether there is such a flag."""
+    group = parser.add_argument_group("network and images")
+    group.add_argument("--arch", choices=list(ARCHITECTURES), default=arch, help="both networks")
+    group.add_argument("--width", type=positive_int, default=WIDTH, help="channels of a preresnet's first stage")
+    group.add_argument(
+        "--weights",
+        default=weights,
+        metavar="imagenet|none|PATH",
+        help="what both networks start from: torchvision's ImageNet weights (resnet50), nothing, or a state dict's",
+    )
+    group.add_argument(
+        "--image_size", type=positive_int, default=image_size, help="side of the crop; images are resized in proportion"
+    )
+    group.add_argument("--num_class", type=positive_int, default=num_class, help="classes")
+    if num_batches:
+        group.add_argument(
+            "--num_batches", type=positive_int, default=num_batches, help="size of an epoch's sample, in batches"
+        )
+    depths = {"nargs": "?", "choices": ["quick", "full"], "const": "quick"}
+    group.add_argument(
+        "--check_data", **depths, help="say what is wrong with the data folder, and end; full decodes every image"
+    )
+    group.add_argument(
+        "--skip_bad_images", **depths, help="leave damaged images out; full decodes every image to find them"
+    )
+    if keep_images:
+        group.add_argument(
+            "--keep_images",
+            choices=["auto", "device", "host", "no"],
+            default="auto",
+            help="where the images scored for a division stay until they are trained on; auto: where there is room",
+        )
+    if cache_dir:
+        group.add_argument("--cache_dir", help="folder for resized images, so that each is decoded once")
+
+
+def add_run(parser: Parser, *, id: str = "", val_fraction: bool = True, eval_batch_size: int = 1000) -> None:
+    """Where and how it runs: the same flags for every script, but --val_fraction, which a script with a validation set
+    of its own lacks."""
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=seed, default=123, help="every random draw derives from it")
-    group.add_argument("--id", type=run_id, default="", help="suffix of the run folder's name")
+    group.add_argument("--id", type=run_id, default=id, help="suffix of the run folder's name")
     group.add_argument("--out_dir", default="./checkpoint", help="holds the run folders")
     group.add_argument("--run_dir", help="the run folder itself, instead of a name under --out_dir")
     group.add_argument("--fresh", action="store_true", help="start anew: move an existing run folder aside")
     group.add_argument("--init_from", metavar="FILE", help="checkpoint that both networks start from (weights only)")
-    group.add_argument(
-        "--val_fraction",
-        type=part,
-        default=0.0,
-        help="part of the (noisy) training set held out to select the best epoch",
-    )
+    if val_fraction:
+        group.add_argument(
+            "--val_fraction",
+            type=part,
+            default=0.0,
+            help="part of the (noisy) training set held out to select the best epoch",
+        )
     group = parser.add_argument_group("machine")
     group.add_argument(
         "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: a CUDA card, else mps, else cpu"
@@ -127,7 +206,9 @@ def add_run(parser: Parser) -> None:
     )
     group.add_argument("--no_compile", action="store_true", help="on a GPU: do not fuse operators (torch.compile)")
     group.add_argument("--no_graph", action="store_true", help="on a GPU: do not capture steps in CUDA graphs")
-    group.add_argument("--eval_batch_size", type=positive_int, default=1000, help="batch of loss passes and tests")
+    group.add_argument(
+        "--eval_batch_size", type=positive_int, default=eval_batch_size, help="batch of loss passes and tests"
+    )
     group.add_argument(
         "--workers", type=count, default=4, help="image-loading processes; sets that live on the device start none"
     )
@@ -157,17 +238,64 @@ def resolve_recipe(args: argparse.Namespace) -> tuple[recipes.Recipe | None, lis
     return (row if exact else None), lines
 
 
+def notes(args: argparse.Namespace) -> list[str]:
+    """What a user should know of the flags given, for the scripts whose loss has no unlabeled term."""
+    if args.lambda_u == 0:
+        return []
+    return [f"--lambda_u {args.lambda_u:g}: accepted, has no effect; unlabeled images are mix partners only"]
+
+
+def departures(args: argparse.Namespace, setting: dict[str, Any]) -> list[str]:
+    """The flags whose values are not those of `setting`, as the user would write them."""
+    return [f"--{name} {getattr(args, name)}" for name, value in setting.items() if getattr(args, name) != value]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A script's end
+
+
 def command_line(main: Callable[[Sequence[str] | None], Any]) -> NoReturn:
-    """Run a script's main: errors that people can mend are one line and exit status 1, Ctrl-C is 130."""
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    """Run a script's main: errors that people can mend are one line and exit status 1, Ctrl-C is 130. Among several
+    ranks (torchrun) each line says whose it is, and a rank that fails ends at once, so that torchrun ends the
+    others."""
+    who = speaker()
+    warnings.formatwarning = lambda message, *_, **__: f"{who}warning: {message}\n"
     warnings.simplefilter("always", DivideMixWarning)
     try:
         main(None)
+        ranks.leave()
     except DivideMixError as error:
-        sys.exit(f"error: {error}")
+        fail(f"{who}error: {error}")
     except OSError as error:  # a full disk, a folder that went away
-        sys.exit(f"error: {error.filename or 'input or output'}: {error.strerror or error}")
+        fail(f"{who}error: {error.filename or 'input or output'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command continues after the last finished epoch", file=sys.stderr)
-        sys.exit(130)
+        fail(f"\n{who}interrupted: the same command continues after the last finished epoch", 130)
+    except Exception as error:
+        if not who:
+            raise
+        if lost_the_others(error):
+            fail(f"{who}error: another rank ended or cannot be reached: its own line, if there is one, says why")
+        fail(who + traceback.format_exc().rstrip())
     sys.exit(0)
+
+
+def speaker() -> str:
+    """What a line on stderr begins with: the rank, where there are several."""
+    rank, world, _ = ranks.from_environment()
+    return f"rank {rank}: " if world > 1 else ""
+
+
+def fail(message: str, status: int = 1) -> NoReturn:
+    """Say why, and end the process. Among several ranks without the interpreter's clean-up: it frees memory of the
+    card, and would wait there for a collective that the others never come to."""
+    print(message, file=sys.stderr)
+    if speaker():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def lost_the_others(error: Exception) -> bool:
+    """Whether a collective failed because of another rank. gloo has no error class of its own."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))

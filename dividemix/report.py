@@ -3,8 +3,8 @@
     python -m dividemix.report RUN [RUN ...]
 
 Reads run folders only. The figure `report.png`: both networks' loss histograms with the fitted mixture and the
-threshold, coloured by what is truly clean and truly wrong where the truth is known, and the test accuracy over the
-epochs of all runs given.
+threshold, coloured by what is truly clean and truly wrong where the truth is known, and the accuracy over the epochs of
+all runs given: on the test set or, where epochs are not tested (Clothing1M), on the validation set.
 """
 
 import argparse
@@ -27,14 +27,15 @@ CLEAN, WRONG, LINE = "#0072b2", "#d55e00", "#333333"  # told apart by the colour
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What the report needs of a run: a record per epoch, the last epoch's scores and the labels (empty where
-    missing)."""
+    """What the report needs of a run: a record per epoch; the last epoch's scores, the labels and the final metrics
+    (empty where missing)."""
 
     path: Path
     args: dict[str, Any]
     records: list[dict[str, Any]]
     scores: dict[str, NDArray]
     labels: dict[str, NDArray]
+    result: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -44,6 +45,16 @@ class RunFolder:
     def divided(self) -> list[int]:
         """The networks (1, 2) that have a division in the last epoch."""
         return [k for k in (1, 2) if f"clean_probability_net{k}" in self.scores]
+
+    @property
+    def measured(self) -> str:
+        """The accuracy that every epoch has."""
+        return "test_acc" if "test_acc" in self.records[-1] else "val_acc"
+
+    @property
+    def best(self) -> float | None:
+        """Test accuracy of the best epoch; None where it is not known yet."""
+        return self.records[-1].get("best_acc", self.result.get("test_acc"))
 
     @property
     def truly_wrong(self) -> NDArray[np.bool_] | None:
@@ -59,8 +70,12 @@ def read_run(path: Path) -> RunFolder:
         raise DivideMixError(f"{path} is not a run folder ({error})") from error
     if not records:
         raise DivideMixError(f"{path} has no finished epoch yet")
+    try:
+        result = json.loads((path / "result.json").read_text())
+    except (OSError, ValueError):  # not finished yet
+        result = {}
     scores = sorted((path / "scores").glob("epoch_*.npz"), key=lambda file: (len(file.name), file.name))
-    return RunFolder(path, args, records, arrays(scores[-1]) if scores else {}, arrays(path / "labels.npz"))
+    return RunFolder(path, args, records, arrays(scores[-1]) if scores else {}, arrays(path / "labels.npz"), result)
 
 
 def arrays(path: Path) -> dict[str, NDArray]:
@@ -102,18 +117,22 @@ def table(runs: Sequence[RunFolder]) -> str:
     ]
     for run in runs:
         last, issues = run.records[-1], found_wrong(run)
-        both = ["-" if last[f"auc_net{k}"] is None else f"{last[f'auc_net{k}']:.3f}" for k in (1, 2)]
+        both = [cell(last.get(f"auc_net{k}"), ".3f") for k in (1, 2)]
         auc = "-" if both == ["-", "-"] else "/".join(both)
         found = precision = "-"
         if issues and issues["wrong"] and issues["flagged"]:
             found = f"{issues['found']} of {issues['wrong']} ({issues['found'] / issues['wrong']:.1%})"
             precision = f"{issues['found']} of {issues['flagged']} ({issues['found'] / issues['flagged']:.1%})"
-        accuracy = tuple(f"{last[name]:.2f}" for name in ("best_acc", "test_acc", "last10_acc"))
+        accuracy = [cell(value, ".2f") for value in (run.best, last.get("test_acc"), last.get("last10_acc"))]
         rows.append((run.name, str(len(run.records)), *accuracy, auc, found, precision))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def draw(path: Path, compare: Sequence[Path] = ()) -> list[Path]:
@@ -173,19 +192,26 @@ def gaussians(x: NDArray, means: NDArray, variances: NDArray, weights: NDArray) 
 
 
 def draw_accuracy(axes: Axes, runs: Sequence[RunFolder]) -> None:
-    """Test accuracy of the two networks together over the epochs, one curve a run, the run drawn for last and
-    thickest."""
+    """Accuracy of the two networks together over the epochs, on the test set where epochs are tested, else on the
+    validation set; one curve a run, the run drawn for last and thickest. ImageNet's beside WebVision's, thin."""
     styles = [("-", "o", "#009e73"), ("--", "s", "#cc79a7"), (":", "^", "#e69f00"), ("-.", "D", "#56b4e9")]
     for i, run in enumerate(reversed(runs)):
         style, marker, color = styles[i % len(styles)]
         x = [record["epoch"] for record in run.records]
-        y = [record["test_acc"] for record in run.records]
-        label = f"{run.name} (best {run.records[-1]['best_acc']:.1f}, last {y[-1]:.1f})"
+        y = [record[run.measured] for record in run.records]
+        tested = run.measured == "test_acc"
+        best = f"best {run.best:.1f}" if tested else f"validation, best {max(y):.1f}"
+        label = f"{run.name} ({best}, last {y[-1]:.1f})"
         axes.plot(x, y, style, marker=marker, markersize=3, color=color, linewidth=2.2 if i == 0 else 1.5, label=label)
+        if "imagenet_acc" in run.records[-1]:
+            imagenet = [record["imagenet_acc"] for record in run.records]
+            axes.plot(x, imagenet, style, color=color, linewidth=0.8, label=f"{run.name}, ImageNet")
     warm_up = runs[-1].args["warm_up"]
     if runs[-1].divided and len(runs[-1].records) > warm_up:
         axes.axvline(warm_up - 0.5, color=LINE, linestyle="--", linewidth=1, label="end of warm-up")
-    axes.set(xlabel="epoch", ylabel="test accuracy, %", title="test accuracy (both networks)")
+    kinds = sorted({{"test_acc": "test", "val_acc": "validation"}[run.measured] for run in runs})
+    kind = f"{' or '.join(kinds)} accuracy"
+    axes.set(xlabel="epoch", ylabel=f"{kind}, %", title=f"{kind} (both networks)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
 

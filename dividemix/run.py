@@ -22,10 +22,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dividemix import DivideMixError, warn
-from dividemix.checkpoint import load_last, save_last, to_bytes, write_atomically
+from dividemix import DivideMixError, logs, warn
+from dividemix.checkpoint import from_bytes, load_last, load_networks, save_last, share, to_bytes, write_atomically
+from dividemix.logs import Logs
+from dividemix.ranks import Ranks
 
 PHASES = ("init", "subset", "validation", "warmup", "divide", "train")  # a generator's third number; append only
+
+ALONE = Ranks()
 
 # Flags that may change between two starts of one run: they do not change what is computed.
 FREE_FLAGS = frozenset(
@@ -45,6 +49,9 @@ FREE_FLAGS = frozenset(
         "no_compile",
         "no_graph",
         "noise_file",
+        "check_data",
+        "keep_images",
+        "cache_dir",
     ]
 )
 
@@ -63,18 +70,44 @@ def seeded(seed: int, net: int, build: Callable[[], torch.nn.Module]) -> torch.n
 
 
 class Run:
-    """One run folder, open for writing.
+    """One run folder, open for writing, on every rank; the first rank alone reads, locks, writes and prints.
 
-    folder; state: what the last checkpoint holds, {} for a new run; records: one flat dict for each finished epoch.
-    `config` holds the values that may not differ between two starts in one folder. Raises DivideMixError for a folder
-    that cannot be written, is in use by another process, or belongs to a run with another config.
+    folder; state: what the last checkpoint holds, {} for a new run; records: one flat dict for each finished epoch;
+    best_epochs: of each network, [] before the first epoch's end. All ranks have the same of these: the first sends
+    them what it read, so the others need not see the folder.
+
+    `config` holds the values that may not differ between two starts in one folder. `logs`: the script's formats.
+    `best_by`: (record, k) -> what the best epoch of net k (0 or 1) is chosen by. Raises DivideMixError, on the first
+    rank, for a folder that cannot be written, is in use by another process, or belongs to a run with another config.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], fresh: bool = False):
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        fresh: bool = False,
+        ranks: Ranks = ALONE,
+        logs: Logs = logs.CIFAR,
+        best_by: Callable[[dict[str, Any], int], float] = logs.by_ensemble,
+    ):
+        self.folder, self.ranks, self.logs, self.best_by = folder, ranks, logs, best_by
         self.config = {k: v for k, v in config.items() if k not in FREE_FLAGS}
+        self.pins: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+        self.epoch = 0
+        self._board = self._lock = self._aside = None
+        self._new = False
+        self.state: dict[str, Any] = share(ranks, self._open(fresh) if ranks.first else {})
+        self.records: list[dict[str, Any]] = self.state.get("records", [])
+        self.best_epochs: list[int] = self.state.get("best_epochs", [])
+        if "best_epoch" in self.state:  # a checkpoint of before each network had its own
+            self.best_epochs = [self.state["best_epoch"]] * 2
+
+    def _open(self, fresh: bool) -> dict[str, Any]:
+        """Make and lock the folder. -> the state of its last checkpoint."""
+        folder = self.folder
         try:
-            self._new, self._aside = fresh or not folder.exists(), None
+            self._new = fresh or not folder.exists()
             if fresh and folder.exists():
                 with lock(folder):  # not away from under a process that trains in it
                     self._aside = set_aside(folder)
@@ -85,23 +118,18 @@ class Run:
             raise DivideMixError(
                 f"run folder {folder} cannot be written: {error.strerror}; choose --out_dir or --run_dir"
             ) from error
-        self.pins: dict[str, Any] = {}
-        self.seconds: dict[str, float] = {}
-        self.epoch = 0
-        self._board = None
         try:
-            self.state = load_last(folder) or {}
-            self._refuse_other_config()
+            state = load_last(folder) or {}
+            self._refuse_other_config(state)
         except DivideMixError:
             self._lock.close()
             raise
-        self.records: list[dict[str, Any]] = self.state.get("records", [])
-        self.best_epoch: int | None = self.state.get("best_epoch")
         for orphan in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
             orphan.unlink()
+        return state
 
-    def _refuse_other_config(self) -> None:
-        before = self.state.get("config", self.config)
+    def _refuse_other_config(self, state: dict[str, Any]) -> None:
+        before = state.get("config", self.config)
         # Only what both know: a flag that a later version adds does not cut older runs off.
         names = sorted(k for k in before.keys() & self.config.keys() if before[k] != self.config[k])
         if names:
@@ -116,8 +144,23 @@ class Run:
             raise DivideMixError(f"{problem}: put them back, give this run an --id, or --fresh to start anew")
         self.pins[name] = value
 
+    def say(self, *lines: str) -> None:
+        """Print, once for all ranks."""
+        if self.ranks.first:
+            print(*lines, sep="\n", flush=True)
+
+    def save_labels(self, **arrays: np.ndarray) -> None:
+        """labels.npz: what is known of each training sample, (N,) each."""
+        if self.ranks.first:
+            np.savez(self.folder / "labels.npz", **arrays)
+
     def start(self, about: dict[str, Any]) -> None:
-        """Write args.json and bring the logs in line with the checkpoint. `about`: command, arguments, data."""
+        """Write args.json and bring the logs and best.pt in line with the checkpoint. `about`: command, arguments,
+        data."""
+        if self.records:
+            self.best_epochs = self.ranks.from_first(self._write_best, self.state["nets"])
+        if not self.ranks.first:
+            return
         try:
             starts = json.loads((self.folder / "args.json").read_bytes())["starts"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -125,7 +168,7 @@ class Run:
         this = {"epoch": len(self.records), "command": about["command"], "versions": versions(), "commit": commit()}
         about = {**about, "versions": versions(), "commit": commit(), "starts": [*starts, this]}
         write_atomically(self.folder / "args.json", json.dumps(about, indent=1, default=str).encode())
-        for name, lines in (("metrics.jsonl", metric_line), ("acc.txt", acc_line), ("stats.txt", stats_lines)):
+        for name, lines in self._files():
             write_atomically(self.folder / name, "".join(map(lines, self.records)).encode())
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -134,13 +177,20 @@ class Run:
         except (OSError, ImportError) as error:
             warn(f"no TensorBoard events: {error}")
 
+    def _files(self) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+        return [("metrics.jsonl", logs.metric_line), ("acc.txt", self.logs.acc), ("stats.txt", self.logs.stats)]
+
     def epochs(self, num_epochs: int) -> Iterator[int]:
         """The epochs that are still to do."""
         done = len(self.records)
         if done >= num_epochs:
-            print(f"{self.folder} is finished ({done} epochs): a higher --num_epochs continues it, --fresh starts anew")
+            self.say(
+                f"{self.folder} is finished ({done} epochs): a higher --num_epochs continues it, --fresh starts anew"
+            )
         elif done:
-            print(f"continuing {self.folder} with epoch {done} (of 0..{num_epochs - 1})")
+            self.say(f"continuing {self.folder} with epoch {done} (of 0..{num_epochs - 1})")
+        if done < num_epochs and self.ranks.first:
+            (self.folder / "result.json").unlink(missing_ok=True)  # of fewer epochs: no longer this run's result
         for self.epoch in range(done, num_epochs):
             self.num_epochs = num_epochs
             self.seconds = {}
@@ -149,63 +199,108 @@ class Run:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[Callable[[Iterable], Iterable]]:
         """Time a phase as seconds_<name>; yields a function that wraps batches in a progress bar (on a terminal)."""
-        label = f"epoch {self.epoch} {name}"
+        label, hidden = f"epoch {self.epoch} {name}", not (self.ranks.first and sys.stderr.isatty())
         start = time.perf_counter()
-        yield lambda batches: tqdm(batches, label, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
+        yield lambda batches: tqdm(batches, label, leave=False, dynamic_ncols=True, disable=hidden)
         key = f"seconds_{name}"
         self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
 
     def end_epoch(
         self, metrics: dict[str, Any], state: dict[str, Any], scores: dict[str, np.ndarray] | None, keep_scores: bool
     ) -> None:
-        """Log one finished epoch, write its scores and its checkpoint: `metrics` as `record` completes them, `state`
-        with 'nets'."""
-        record = self._record(metrics)
+        """Log one finished epoch, write its scores and its checkpoint: `metrics` as `_record` and `logs.running`
+        complete them, `state` with 'nets'. All ranks go on with the first one's record."""
+        record = self.ranks.from_first(self._record, metrics)
         self.records.append(record)
-        if self.best_epoch is None or selection(record) > selection(self.records[self.best_epoch]):
-            self.best_epoch = record["epoch"]
-        record["best_acc"] = self.records[self.best_epoch]["test_acc"]
-        record["last10_acc"] = last10(self.records)
+        best = self.best_epochs or [record["epoch"]] * 2
+        self.best_epochs = [
+            record["epoch"] if self.best_by(record, k) > self.best_by(self.records[epoch], k) else epoch
+            for k, epoch in enumerate(best)
+        ]
+        record |= logs.running(self.records, self.best_epochs)
+        self.best_epochs = self.ranks.from_first(self._save, record, state, scores, keep_scores)
+        self.say(self.logs.epoch(record, self.num_epochs))
+
+    def _record(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        seconds = {k: round(v, 3) for k, v in self.seconds.items()}
+        return without_nan({"epoch": self.epoch, **metrics, **seconds})
+
+    def _save(
+        self,
+        record: dict[str, Any],
+        state: dict[str, Any],
+        scores: dict[str, np.ndarray] | None,
+        keep_scores: bool,
+    ) -> list[int]:
+        """Everything that an epoch leaves. -> the epochs of the networks in best.pt"""
         if scores:
             save_scores(self.folder / "scores", record["epoch"], scores, keep_scores)
-        self._save(record, state)
-        for name, lines in (("metrics.jsonl", metric_line), ("acc.txt", acc_line), ("stats.txt", stats_lines)):
+        state = {**state, "records": self.records, "best_epochs": self.best_epochs, "versions": versions()}
+        state |= {"config": self.config, "pins": self.pins}
+        try:
+            # best.pt comes last: should the machine die between them, `start` makes it from the checkpoint.
+            save_last(self.folder, record["epoch"], state)
+            best_epochs = self._write_best(state["nets"])
+        except OSError as error:
+            raise DivideMixError(
+                f"the checkpoint of epoch {record['epoch']} could not be written to {self.folder} ({error.strerror}); "
+                "the one before is intact: make room, then the same command continues"
+            ) from error
+        for name, lines in self._files():
             with open(self.folder / name, "a") as file:
                 file.write(lines(record))
         if self._board:
             for key, value in record.items():
                 if isinstance(value, int | float) and key != "epoch":
                     self._board.add_scalar(key, value, record["epoch"])
-        print(epoch_line(record, self.num_epochs), flush=True)
+        return best_epochs
 
-    def _record(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        seconds = {k: round(v, 3) for k, v in self.seconds.items()}
-        record = {"epoch": self.epoch, **metrics, **seconds}
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    def _write_best(self, nets: list[dict[str, Any]]) -> list[int]:
+        """Write best.pt if the last epoch, whose weights `nets` are, is the best of a network; the other network's
+        weights stay those in the file. -> the epochs of the networks in it"""
+        last, path, epochs = self.records[-1]["epoch"], self.folder / "best.pt", list(self.best_epochs)
+        if last not in epochs:
+            return epochs
+        nets = list(nets)
+        for k, epoch in enumerate(epochs):
+            if epoch == last:
+                continue
+            try:
+                saved = from_bytes(path.read_bytes())
+                if saved.get("epochs", [])[k : k + 1] != [epoch]:
+                    raise DivideMixError(f"it does not hold net {k + 1} of epoch {epoch}")
+                nets[k] = saved["nets"][k]
+            except (OSError, DivideMixError) as error:
+                warn(f"{path}: the best weights of net {k + 1} are lost, those of epoch {last} stand in: {error}")
+                epochs[k] = last
+        write_atomically(path, to_bytes({"nets": nets, "epochs": epochs, "config": self.config}))
+        return epochs
 
-    def _save(self, record: dict[str, Any], state: dict[str, Any]) -> None:
-        state = {**state, "records": self.records, "best_epoch": self.best_epoch, "versions": versions()}
-        state |= {"config": self.config, "pins": self.pins}
-        try:
-            if self.best_epoch == record["epoch"]:
-                best = {
-                    "nets": state["nets"],
-                    "epoch": record["epoch"],
-                    "test_acc": record["test_acc"],
-                    "config": self.config,
-                }
-                write_atomically(self.folder / "best.pt", to_bytes(best))
-            save_last(self.folder, record["epoch"], state)
-        except OSError as error:
-            raise DivideMixError(
-                f"the checkpoint of epoch {record['epoch']} could not be written to {self.folder} ({error.strerror}); "
-                "the one before is intact: make room, then the same command continues"
-            ) from error
+    def best_networks(self) -> list[dict[str, Any]]:
+        """The state of each network at its best epoch, the same on all ranks. Raises DivideMixError."""
+        return share(self.ranks, {"nets": load_networks(self.folder / "best.pt")} if self.ranks.first else {})["nets"]
+
+    def finish(self, final: dict[str, Any]) -> dict[str, Any]:
+        """Write result.json, the last line of acc.txt where the script's format has one, and the figures. -> `final`,
+        with null instead of NaN. Called again, it leaves the same."""
+        final = without_nan(final)
+        if self.ranks.first:
+            write_atomically(self.folder / "result.json", json.dumps(final, indent=1, allow_nan=False).encode())
+            lines = [*map(self.logs.acc, self.records), self.logs.final(final)]
+            write_atomically(self.folder / "acc.txt", "".join(lines).encode())
+            try:
+                from dividemix import report
+
+                print(f"figures: {', '.join(map(str, report.draw(self.folder)))}")
+            except Exception as error:  # the run is saved: a plot must not lose it
+                warn(f"no figures: {error}")
+        return final
 
     def close(self) -> None:
         if self._board:
             self._board.close()
-        self._lock.close()
+        if self._lock:
+            self._lock.close()
 
     def __enter__(self) -> "Run":
         return self
@@ -247,57 +342,29 @@ def set_aside(folder: Path) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Numbers of an epoch's record
+# Numbers of an epoch
 
 
-def selection(record: dict[str, Any]) -> float:
-    """What the best epoch is chosen by: accuracy on the validation part where there is one, else, as the authors do,
-    on the test set."""
-    return record.get("val_acc", record["test_acc"])
+def without_nan(record: dict[str, Any]) -> dict[str, Any]:
+    """None, in JSON null, for what is not finite: NaN is no JSON."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
-def last10(records: list[dict[str, Any]]) -> float:
-    """Mean test accuracy of the last 10 epochs (of all while there are fewer), the paper's 'last'."""
-    return float(np.mean([record["test_acc"] for record in records[-10:]]))
-
-
-def metric_line(record: dict[str, Any]) -> str:
-    return json.dumps(record, allow_nan=False) + "\n"
-
-
-def acc_line(record: dict[str, Any]) -> str:
-    """The authors' line."""
-    return f"Epoch:{record['epoch']}   Accuracy:{record['test_acc']:.2f}\n"
-
-
-def stats_lines(record: dict[str, Any]) -> str:
-    """The authors' two lines a divided epoch, their spelling included: net 2's division, on which net 1 trains, then
-    net 1's."""
-    divided = [k for k in (2, 1) if record.get(f"labeled_net{k}") is not None]
-    auc = {k: "null" if record[f"auc_net{k}"] is None else f"{record[f'auc_net{k}']:.3f}" for k in divided}
-    return "".join(f"Numer of labeled samples:{record[f'labeled_net{k}']}   AUC:{auc[k]}\n" for k in divided)
-
-
-def epoch_line(record: dict[str, Any], num_epochs: int) -> str:
-    """One epoch for people, on one line."""
-
-    def pair(name: str, form: str) -> str:
-        return "/".join(
-            "-" if record[f"{name}_net{k}"] is None else format(record[f"{name}_net{k}"], form) for k in (1, 2)
-        )
-
-    parts = [f"epoch {record['epoch']}/{num_epochs - 1} {record['phase']}"]
-    if any(record.get(f"labeled_net{k}") is not None for k in (1, 2)):
-        parts += [f"labeled {pair('labeled', 'd')} unlabeled {pair('unlabeled', 'd')}", f"AUC {pair('auc', '.3f')}"]
-    terms = {"Lx": record.get("loss_x"), "Lu": record.get("loss_u"), "penalty": record.get("penalty")}
-    parts.append(" ".join(f"{name} {value:.4f}" for name, value in terms.items() if value is not None))
-    validation = f"val {record['val_acc']:.2f} " if "val_acc" in record else ""
-    parts.append(f"{validation}test {record['test_acc']:.2f} (nets {pair('test_acc', '.2f')})")
-    parts.append(f"best {record['best_acc']:.2f} last-10 {record['last10_acc']:.2f}")
-    parts.append(
-        " ".join(f"{k.removeprefix('seconds_')} {v:.1f}s" for k, v in record.items() if k.startswith("seconds_"))
-    )
-    return " | ".join(part for part in parts if part)
+def score_arrays(k: int, scored, division, index: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """What scores/epoch_NNN.npz holds of net k (0 or 1): raw and fitted loss, clean probability, prediction (n,); the
+    mixture (2,). index (n,): which of the training list's samples they are, where not all were scored. Nothing of an
+    epoch that was not scored."""
+    if scored is None:
+        return {}
+    arrays = {"raw_loss": scored.loss.numpy(), "prediction": scored.prediction.numpy().astype(np.int32)}
+    if index is not None:
+        arrays["index"] = index
+    if division is not None:
+        arrays |= {
+            name: getattr(division, name) for name in ("loss", "clean_probability", "means", "variances", "weights")
+        }
+        arrays["threshold"] = np.float64(division.threshold)
+    return {f"{name}_net{k + 1}": value for name, value in arrays.items()}
 
 
 def save_scores(folder: Path, epoch: int, scores: dict[str, np.ndarray], keep_all: bool) -> None:

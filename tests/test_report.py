@@ -120,6 +120,51 @@ def test_draw_makes_the_figure_of_every_kind_of_run(tmp_path, kind, panels):
     assert width == pytest.approx(panels * 5.2 * 130, abs=3) and height > 400
 
 
+def make_image_run(folder: Path, accuracy: list[dict]) -> Path:
+    """A run folder as the scripts for large images leave it: no truth, no AUC, each net's own sample."""
+    make_run(folder, truth=False)
+    (folder / "labels.npz").unlink()
+    common = {"loss_x": 1.0, "labeled_net1": 7, "unlabeled_net1": 5}
+    lines = [json.dumps({"epoch": epoch} | common | record) + "\n" for epoch, record in enumerate(accuracy)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    shorter = {name: value[:9] if np.ndim(value) and len(value) == N else value for name, value in scores((1,)).items()}
+    index = {"index_net1": np.arange(9) * 100, "index_net2": np.arange(N)}
+    np.savez(folder / "scores" / "epoch_002.npz", **(scores((1, 2)) | shorter | index))
+    return folder
+
+
+def test_a_run_that_is_validated_only(tmp_path):
+    """Clothing1M's epochs have no test accuracy. Else its run ends without a figure, and a table with it in ends in a
+    stack trace, or calls an accuracy that chose the epoch a test."""
+    epochs = [{"val_acc": 60.0 + e, "best_val_acc_net1": 59.0 + e, "best_val_acc_net2": 58.0 + e} for e in (0, 4, 2)]
+    folder = make_image_run(tmp_path / "clothing1m", epochs)
+    assert report.draw(folder) == [folder / "report.png"]
+    run = report.read_run(folder)
+    assert report.table([run]).splitlines()[1].split() == ["clothing1m", "3", *["-"] * 6]
+    axes = Figure().subplots()
+    report.draw_accuracy(axes, [run])
+    assert axes.get_title() == "validation accuracy (both networks)"
+    assert list(axes.get_lines()[0].get_ydata()) == [60, 64, 62]
+    assert axes.get_lines()[0].get_label() == "clothing1m (validation, best 64.0, last 62.0)"
+    (folder / "result.json").write_text(json.dumps({"test_acc": 74.76}))
+    assert report.table([report.read_run(folder)]).splitlines()[1].split()[:4] == ["clothing1m", "3", "74.76", "-"]
+
+
+def test_a_run_on_two_validation_sets(tmp_path):
+    """Else WebVision's figure lacks ImageNet, half of what the paper reports of it."""
+    epochs = [{"test_acc": 70.0 + e, "imagenet_acc": 65.0, "best_acc": 70.0 + e, "last10_acc": 70.0} for e in range(3)]
+    folder = make_image_run(tmp_path / "webvision", epochs)
+    assert report.draw(folder) == [folder / "report.png"]
+    axes = Figure().subplots()
+    report.draw_accuracy(axes, [report.read_run(folder)])
+    curves = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+    assert curves["webvision (best 72.0, last 72.0)"] == [70, 71, 72]
+    assert curves["webvision, ImageNet"] == [65, 65, 65]
+    assert report.table([report.read_run(folder)]).splitlines()[1].split() == [
+        *("webvision", "3", "72.00", "72.00", "70.00", "-", "-", "-")
+    ]
+
+
 @pytest.mark.parametrize("net", [1, 2])
 def test_a_run_with_one_division(tmp_path, net):
     """A net that finds nothing clean has no division yet. Else such a run ends without a figure, and the report of all
@@ -209,4 +254,4 @@ def test_what_is_no_run_folder_is_named(tmp_path, damage, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report", str(folder)])
     with pytest.raises(SystemExit) as exit_:
         report.command_line(report.main)
-    assert str(exit_.value.code).startswith("error: ")
+    assert exit_.value.code == 1 and capsys.readouterr().err.startswith("error: ")

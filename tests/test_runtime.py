@@ -97,7 +97,7 @@ def test_why_a_card_cannot_be_used(monkeypatch, tmp_path):
 def test_a_batch_that_the_ranks_do_not_divide_is_refused(monkeypatch):
     """Else ranks would take batches of other sizes and wait for each other for ever."""
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(DivideMixError, match="--batch_size 64 .* 3 ranks do not divide it.* 66"):
+    with pytest.raises(DivideMixError, match=r"--batch_size 64 .* 3 ranks do not divide it.* 66"):
         runtime.start("cpu", batch_size=64)
 
 

@@ -127,10 +127,10 @@ def test_checkpoints_are_safe_and_are_the_networks_that_were_tested(done):
     last = torch.load(done.folder / pointer["file"], weights_only=True)
     best = torch.load(done.folder / "best.pt", weights_only=True)
     accuracy = [r["test_acc"] for r in done.records]
-    assert pointer["epoch"] == EPOCHS - 1 and best["epoch"] == accuracy.index(max(accuracy))
+    assert pointer["epoch"] == EPOCHS - 1 and best["epochs"] == [accuracy.index(max(accuracy))] * 2
     data = done.data
     test = DeviceImages(data.test_images, data.test_labels, data.mean, data.std, data.flip)
-    for state, epoch in ((last, EPOCHS - 1), (best, best["epoch"])):
+    for state, epoch in ((last, EPOCHS - 1), (best, best["epochs"][0])):
         nets = load_nets(state["nets"], data.num_class)
         record = done.records[epoch]
         expected = [record[key] for key in ("test_acc", "test_acc_net1", "test_acc_net2")]
@@ -174,7 +174,7 @@ def test_figure_events_and_nothing_else(done):
     assert [event.step for event in board.Scalars("auc_net2")] == [1, 2]
     files = {path.name for path in done.folder.iterdir()} - {".lock", noise.file_name(done.dataset, 0.5, "sym")}
     logs = {"acc.txt", "stats.txt", "metrics.jsonl", "args.json", "tensorboard", "labels.npz", "scores", "report.png"}
-    assert files == logs | {"last.json", "best.pt", "epoch-001.pt", "epoch-002.pt"}
+    assert files == logs | {"last.json", "best.pt", "epoch-001.pt", "epoch-002.pt", "result.json"}
     assert [path.name for path in (done.folder / "scores").iterdir()] == ["epoch_002.npz"]
 
 

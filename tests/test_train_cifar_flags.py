@@ -267,7 +267,7 @@ def test_val_fraction_selects_the_best_epoch_off_the_test_set(tmp_path, phases, 
     monkeypatch.setattr(Train_cifar, "ensemble_accuracy", accuracy)
     final = Train_cifar.main(tiny(tmp_path, *flags, "--val_fraction", "0.25"))
     assert (final["best_acc"], final["val_acc"], final["test_acc"]) == (60.0, 40.0, 60.0)
-    assert torch.load(Path(final["run_dir"], "best.pt"), weights_only=True)["epoch"] == 2
+    assert torch.load(Path(final["run_dir"], "best.pt"), weights_only=True)["epochs"] == [2, 2]
     out = capsys.readouterr().out
     assert "best 60.00 (epoch 2)" in out and "digits: 75 training" in out and "25 held out" in out
     trained = np.load(Path(final["run_dir"], "labels.npz"))["index"]
@@ -368,15 +368,17 @@ def test_main_returns_the_final_metrics(tmp_path, phases):
     final = Train_cifar.main(tiny(tmp_path / "out", *flags, "--r", "0.2"))
     assert (final.pop("paper_best"), final.pop("paper_last")) == (96.1, 95.7)
     last = read_records(final)[-1]
-    del final["run_dir"]
+    folder = Path(final.pop("run_dir"))
     assert final == last and last["epoch"] == 1
+    whole = final | {"run_dir": str(folder), "paper_best": 96.1, "paper_last": 95.7}
+    assert json.loads((folder / "result.json").read_text()) == whole
     assert "paper_best" not in Train_cifar.main(tiny(tmp_path / "out"))  # digits: no row of the paper
 
 
 def test_the_papers_number_stands_alone_only_beside_the_papers_setting(tmp_path):
     """A short run of a narrow net beside "94.6" without a word: its user looks for a mistake that is not there."""
     records = [{"epoch": 0, "best_acc": 94.0, "last10_acc": 93.0, "test_acc": 94.0, "test_acc_net1": 93.0}]
-    run = types.SimpleNamespace(records=records, best_epoch=0, folder=tmp_path)
+    run = types.SimpleNamespace(records=records, best_epochs=[0, 0], folder=tmp_path, say=print, finish=dict)
     row = recipes.nearest("cifar10", "sym", 0.5)[0]
     for flags, official, expected in (
         ([], True, "; paper: 94.6 / 94.4"),

@@ -1,0 +1,149 @@
+"""What the logs say of an epoch: lines made from its record, for each training script.
+
+acc.txt and stats.txt keep the formats of the authors' scripts, so that what people have to plot them goes on working;
+one line an epoch is for people. metrics.jsonl holds the records themselves.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Record = dict[str, Any]  # one epoch, flat
+
+
+@dataclass(frozen=True)
+class Logs:
+    """One script's formats. acc: an epoch's line in acc.txt. stats: its lines in stats.txt. epoch: (record, num_epochs)
+    -> its line for people, without the newline. final: what acc.txt ends with, from the run's final metrics."""
+
+    acc: Callable[[Record], str]
+    stats: Callable[[Record], str]
+    epoch: Callable[[Record, int], str]
+    final: Callable[[Record], str] = lambda final: ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers over the epochs
+
+
+def by_ensemble(record: Record, k: int) -> float:
+    """What net k's (0 or 1) best epoch is chosen by, for both alike: both networks' accuracy together on the validation
+    part where there is one, else, as the authors do, on the test set."""
+    return record.get("val_acc", record["test_acc"])
+
+
+def by_network(record: Record, k: int) -> float:
+    """The same for Clothing1M: each network's (k is 0 or 1) own accuracy on the clean validation set."""
+    return record[f"val_acc_net{k + 1}"]
+
+
+def running(records: list[Record], best_epochs: list[int]) -> Record:
+    """What the last record says of the run so far: best and last-10 test accuracy, or, where epochs are not tested,
+    each network's best validation accuracy."""
+    if "test_acc" in records[-1]:
+        return {"best_acc": records[best_epochs[0]]["test_acc"], "last10_acc": last10(records)}
+    return {f"best_val_acc_net{k}": records[best][f"val_acc_net{k}"] for k, best in enumerate(best_epochs, start=1)}
+
+
+def last10(records: list[Record]) -> float:
+    """Mean test accuracy of the last 10 epochs (of all while there are fewer), the paper's 'last'."""
+    return float(np.mean([record["test_acc"] for record in records[-10:]]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lines of files
+
+
+def metric_line(record: Record) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def cifar_acc(record: Record) -> str:
+    return f"Epoch:{record['epoch']}   Accuracy:{record['test_acc']:.2f}\n"
+
+
+def webvision_acc(record: Record) -> str:
+    """Top-1 (top-5) on both validation sets."""
+    webvision = f"WebVision Acc: {record['test_acc']:.2f}% ({record['test_acc_top5']:.2f}%)"
+    imagenet = f"ImageNet Acc: {record['imagenet_acc']:.2f}% ({record['imagenet_acc_top5']:.2f}%)"
+    return f"Epoch:{record['epoch']} \t {webvision} \t {imagenet}\n"
+
+
+def clothing1m_acc(record: Record) -> str:
+    accuracy = f"Acc1:{record['val_acc_net1']:.2f}  Acc2:{record['val_acc_net2']:.2f}"
+    return f"Validation Epoch:{record['epoch']}      {accuracy}\n"
+
+
+def clothing1m_final(final: Record) -> str:
+    return f"Test Accuracy:{final['test_acc']:.2f}\n"
+
+
+def divided(record: Record) -> list[int]:
+    """The networks (1, 2) whose division was trained on, in the authors' order: net 2's, on which net 1 trains, then
+    net 1's."""
+    return [k for k in (2, 1) if record.get(f"labeled_net{k}") is not None]
+
+
+def cifar_stats(record: Record) -> str:
+    """Two lines a divided epoch, the authors' spelling included."""
+    auc = {k: "null" if record[f"auc_net{k}"] is None else f"{record[f'auc_net{k}']:.3f}" for k in divided(record)}
+    return "".join(f"Numer of labeled samples:{record[f'labeled_net{k}']}   AUC:{auc[k]}\n" for k in divided(record))
+
+
+def labeled_stats(record: Record) -> str:
+    """The same where the truth is not known: WebVision's lines, used for Clothing1M too, where the authors log none."""
+    return "".join(f"Numer of labeled samples:{record[f'labeled_net{k}']} \n" for k in divided(record))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One epoch for people, on one line
+
+
+def cifar_epoch(record: Record, num_epochs: int) -> str:
+    validation = f"val {record['val_acc']:.2f} " if "val_acc" in record else ""
+    accuracy = f"{validation}test {record['test_acc']:.2f} (nets {pair(record, 'test_acc', '.2f')})"
+    return epoch_line(record, num_epochs, accuracy, so_far(record))
+
+
+def webvision_epoch(record: Record, num_epochs: int) -> str:
+    validation = f"val {record['val_acc']:.2f} " if "val_acc" in record else ""
+    webvision = f"webvision {record['test_acc']:.2f} ({record['test_acc_top5']:.2f})"
+    imagenet = f"imagenet {record['imagenet_acc']:.2f} ({record['imagenet_acc_top5']:.2f})"
+    nets = f"nets {pair(record, 'test_acc', '.2f')}"
+    return epoch_line(record, num_epochs, f"{validation}{webvision} {imagenet} {nets}", so_far(record))
+
+
+def clothing1m_epoch(record: Record, num_epochs: int) -> str:
+    accuracy = f"validation {record['val_acc']:.2f} (nets {pair(record, 'val_acc', '.2f')})"
+    return epoch_line(record, num_epochs, accuracy, f"best nets {pair(record, 'best_val_acc', '.2f')}")
+
+
+def epoch_line(record: Record, num_epochs: int, *accuracy: str) -> str:
+    parts = [f"epoch {record['epoch']}/{num_epochs - 1} {record['phase']}"]
+    if divided(record):
+        parts.append(f"labeled {pair(record, 'labeled', 'd')} unlabeled {pair(record, 'unlabeled', 'd')}")
+        parts += [f"AUC {pair(record, 'auc', '.3f')}"] if "auc_net1" in record else []
+    terms = {"Lx": record.get("loss_x"), "Lu": record.get("loss_u"), "penalty": record.get("penalty")}
+    parts.append(" ".join(f"{name} {value:.4f}" for name, value in terms.items() if value is not None))
+    parts += accuracy
+    seconds = {k.removeprefix("seconds_"): v for k, v in record.items() if k.startswith("seconds_")}
+    parts.append(" ".join(f"{name} {value:.1f}s" for name, value in seconds.items()))
+    return " | ".join(part for part in parts if part)
+
+
+def pair(record: Record, name: str, form: str) -> str:
+    """Net 1's and net 2's value, '-' for one that has none."""
+    values = [record[f"{name}_net{k}"] for k in (1, 2)]
+    return "/".join("-" if value is None else format(value, form) for value in values)
+
+
+def so_far(record: Record) -> str:
+    return f"best {record['best_acc']:.2f} last-10 {record['last10_acc']:.2f}"
+
+
+CIFAR = Logs(cifar_acc, cifar_stats, cifar_epoch)
+WEBVISION = Logs(webvision_acc, labeled_stats, webvision_epoch)
+CLOTHING1M = Logs(clothing1m_acc, labeled_stats, clothing1m_epoch, clothing1m_final)
