@@ -1,56 +1,84 @@
-"""What is wrong with a data folder, in one list, before hours of training (`--check_data`).
+"""What is wrong with a data folder, in one list, before hours of training (`--check_data`), or left out of it
+(`--skip_bad_images`).
 
-    lists, problems = dataloader_clothing1M.find(data_path)
-    report = check(lists, problems)
-    print(report)
-    sys.exit(not report.ok)
+    run_check(dataloader_clothing1M.find(data_path))      # prints the report; an error where training could not run
+
+    lists, record = without_bad(lists)                    # checks, and leaves out what is missing or unreadable
+    json.dump(record, file)                               # <run folder>/skipped.json
+    lists = exclude(lists, record)                        # a later start: the same images, without another check
 
 By default the header and the end of every file are read: a file that starts as an image and ends as JPEG and PNG files
 end is taken for sound, any other is decoded and this decides. `full` decodes all. Symbolic links that lead out of the
 data folder count as unreadable.
 """
 
+import contextlib
 import os
 import stat
 import textwrap
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from dividemix import DivideMixError, warn
 from dividemix.filelist import Boundary, ImageList
 
+Record = dict[str, dict[str, Any]]  # list name -> {"total": images in the list, "bad": {name in the list: reason}}
 MISSING = "missing"
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xae\x42\x60\x82"}
 _SHOWN = 10  # bad images named per list
 _CHUNK = 256  # images a thread looks at in one go
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ListReport:
     """One list: how many of its images are there and can be read."""
 
     name: str  # 'train', 'val', ...
-    source: str
-    total: int
-    missing: int
-    unreadable: int  # there, but damaged, not an image, or outside the data folder
-    first_bad: list[str]  # the first ten of both kinds, one line each
-    class_counts: NDArray[np.int64]  # (num_class,), by the labels in the list
+    images: ImageList
+    bad: NDArray[np.int64]  # (M,), which images are missing or unreadable, ascending
+    reasons: list[str]  # M, as `problem` says it
+
+    @property
+    def total(self) -> int:
+        return len(self.images)
+
+    @property
+    def missing(self) -> int:
+        return self.reasons.count(MISSING)
+
+    @property
+    def unreadable(self) -> int:
+        """There, but damaged, not an image, or outside the data folder."""
+        return len(self.bad) - self.missing
 
     @property
     def exist(self) -> int:
         return self.total - self.missing
 
+    @property
+    def first_bad(self) -> list[str]:
+        """The first ten missing or unreadable images, one line each."""
+        first = zip(self.bad[:_SHOWN].tolist(), self.reasons, strict=False)
+        return [f"{_printable(self.images.path(i))}: {what} ({self.images.where(i)})" for i, what in first]
+
+    @property
+    def class_counts(self) -> NDArray[np.int64]:
+        """(num_class,), by the labels in the list, of all its images."""
+        return self.images.class_counts()
+
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.exist} of {self.total} images exist, {self.unreadable} of them unreadable"]
         lines += [f"  {line}" for line in self.first_bad]
-        if (more := self.missing + self.unreadable - len(self.first_bad)) > 0:
+        if (more := len(self.bad) - _SHOWN) > 0:
             lines.append(f"  and {more} more")
         counts = ", ".join(f"{c}: {count}" for c, count in enumerate(self.class_counts))
         lines += textwrap.wrap(f"images of each class: {counts}", 110, initial_indent="  ", subsequent_indent="    ")
@@ -68,11 +96,21 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether training could run as it is, without --skip_bad_images."""
-        return bool(self.lists) and not self.problems and not any(r.missing + r.unreadable for r in self.lists)
+        return bool(self.lists) and not self.problems and not any(len(r.bad) for r in self.lists)
+
+    def record(self) -> Record:
+        """Which images of which list are bad, by their names in it, and why: fit for JSON."""
+        return {
+            r.name: {
+                "total": r.total,
+                "bad": {r.images.name(i): what for i, what in zip(r.bad.tolist(), r.reasons, strict=True)},
+            }
+            for r in self.lists
+        }
 
     def __str__(self) -> str:
         how = "every image decoded" if self.full else "header and end of every image read"
-        verdict = "the data are complete" if self.ok else "training cannot run on these data"
+        verdict = "the data are complete" if self.ok else "training cannot run on these data as they are"
         return "\n".join([*self.problems, *map(str, self.lists), f"{verdict} ({how})"])
 
 
@@ -97,46 +135,170 @@ def _check_list(name: str, images: ImageList, full: bool, pool: ThreadPoolExecut
         part = range(start, min(start + _CHUNK, len(images)))
         return [(i, what) for i in part if (what := problem(images.path(i), boundary, full))]
 
-    missing = unreadable = 0
-    first_bad: list[str] = []
+    bad: list[tuple[int, str]] = []
     starts = range(0, len(images), _CHUNK)
     for found in tqdm(pool.map(look, starts), name, len(starts), leave=False, disable=None, unit_scale=_CHUNK):
-        for i, what in found:
-            missing += what == MISSING
-            unreadable += what != MISSING
-            if len(first_bad) < _SHOWN:
-                first_bad.append(f"{images.path(i)}: {what} ({images.where(i)})")
-    return ListReport(name, images.source, len(images), missing, unreadable, first_bad, images.class_counts())
+        bad += found
+    return ListReport(name, images, np.array([i for i, _ in bad], np.int64), [what for _, what in bad])
+
+
+def run_check(found: tuple[Mapping[str, ImageList], list[str]], full: bool = False, skip: bool = False) -> None:
+    """`--check_data`: prints the report on what a data loader's `find` found, and with `skip` what --skip_bad_images
+    would leave. Raises DivideMixError where training could not run."""
+    lists, problems = found
+    report = check(lists, problems, full)
+    print(report, flush=True)
+    if report.ok:
+        return
+    can_skip = bool(lists) and not problems  # the bad images are all that is wrong
+    if not (skip and can_skip):
+        how = "mend the data folder" + ", or leave the bad images out by --skip_bad_images" * can_skip
+        raise DivideMixError(f"training cannot run on these data, for what the report names: {how}")
+    kept = exclude(lists, report.record())
+    leaves = ", ".join(f"{name}: {len(kept[name])} of {len(lists[name])} images" for name in lists)
+    print(f"with --skip_bad_images it can, on {leaves}", flush=True)
+
+
+# ---- Leaving bad images out ----
+
+
+def without_bad(
+    lists: Mapping[str, ImageList], full: bool = False, threads: int | None = None
+) -> tuple[dict[str, ImageList], Record]:
+    """`--skip_bad_images`: looks at every image -> the lists without the missing and unreadable ones, and the record.
+
+    The record goes to the run folder as JSON: a later start gives it to `exclude`, and so trains on the same images
+    without another check. `left_out` says it in lines. Raises and warns as `exclude`.
+    """
+    record = check(lists, full=full, threads=threads).record()
+    return exclude(lists, record), record
+
+
+def exclude(
+    lists: Mapping[str, ImageList], record: Record, source: str | Path = "skipped.json"
+) -> dict[str, ImageList]:
+    """The lists without the images of a record, which stands in the file `source`.
+
+    Raises DivideMixError where the record is not of these lists, and where a list has no image left; warns of classes
+    of the list 'train' that have none left.
+    """
+    how = "use the data folder that the run began with, or begin it anew with --fresh"
+    try:
+        entries = {name: (entry["total"], dict(entry["bad"])) for name, entry in record.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DivideMixError(f"{source} does not say which images were skipped: {how}") from error
+    if entries.keys() != lists.keys():
+        raise DivideMixError(f"{source} is of the lists {', '.join(entries)}, not of {', '.join(lists)}: {how}")
+    kept = {}
+    for name, images in lists.items():
+        total, bad = entries[name]
+        if total != len(images):
+            raise DivideMixError(
+                f"{source} is of {total} images of {name}, but {images.source} has {len(images)}: {how}"
+            )
+        kept[name] = _without(name, images, bad, f"{source}: {how}")
+    return kept
+
+
+def _without(name: str, images: ImageList, bad: dict[str, str], how: str) -> ImageList:
+    if not bad:
+        return images
+    is_bad = np.array([images.name(i) in bad for i in range(len(images))])
+    if is_bad.sum() != len(bad):
+        known = {images.name(i) for i in np.flatnonzero(is_bad)}
+        strange = next(key for key in bad if key not in known)
+        raise DivideMixError(f"{images.source} has no image {strange!r:.100}, which is in {how}")
+    if is_bad.all():
+        first = f"{_printable(images.path(0))}: {bad[images.name(0)]}"
+        raise DivideMixError(f"{name}: none of its {len(images)} images can be used (the first is {first})")
+    left = images.select(np.flatnonzero(~is_bad))
+    vanished = np.flatnonzero((images.class_counts() > 0) & (left.class_counts() == 0))
+    if name == "train" and len(vanished):
+        warn(f"no training image is left of class {', '.join(map(str, vanished))}: it cannot be learned")
+    return left
+
+
+def left_out(record: Record) -> list[str]:
+    """One line per list: how many of its images a record leaves out."""
+    lines = []
+    for name, entry in record.items():
+        missing = list(entry["bad"].values()).count(MISSING)
+        unreadable = len(entry["bad"]) - missing
+        kinds = f" ({missing} missing, {unreadable} unreadable)" if entry["bad"] else ""
+        lines.append(f"{name}: {len(entry['bad'])} of {entry['total']} images left out{kinds}")
+    return lines
+
+
+# ---- One file ----
+
+
+class BadImage(Exception):
+    """An image file that cannot be used; the message is `problem`'s."""
+
+
+@contextlib.contextmanager
+def opened(path: str, boundary: Boundary) -> Iterator[Image.Image]:
+    """The image in a file, open but not decoded. Its decoding, inside the `with`, is guarded too:
+
+        with opened(path, boundary) as image:
+            pixels = image.convert("RGB")
+
+    Raises BadImage with what is wrong with the file; every other exception inside counts as damage.
+    """
+    with _file(path, boundary) as file, _image(file) as image:
+        yield image
 
 
 def problem(path: str, boundary: Boundary, full: bool = False) -> str:
     """What is wrong with an image file; '' for a sound one."""
     try:
-        if not boundary.holds(path):
-            return "a symbolic link that leads out of the data folder"
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            return "not a file"
-        if status.st_size == 0:
-            return "empty"
-        with open(path, "rb") as file:
-            file.seek(-min(status.st_size, 12), os.SEEK_END)
+        with _file(path, boundary) as file:
+            file.seek(-min(os.fstat(file.fileno()).st_size, 12), os.SEEK_END)
             end = file.read()
             file.seek(0)
-            with Image.open(file) as image:
-                if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                    return f"{image.width} x {image.height} pixels, more than Pillow takes for harmless"
+            with _image(file) as image:
                 if full or image.format not in _ENDS or not end.endswith(_ENDS[image.format]):
                     image.load()
-    except (FileNotFoundError, NotADirectoryError):
-        return MISSING
-    except UnidentifiedImageError:
-        return "not an image"
-    except OSError as error:
-        return error.strerror or _line(error)
-    except Exception as error:  # damage can end in anything: SyntaxError, ValueError, struct.error, bombs ...
-        return _line(error)
+    except BadImage as error:
+        return str(error)
     return ""
+
+
+@contextlib.contextmanager
+def _file(path: str, boundary: Boundary) -> Iterator[BinaryIO]:
+    """A file that may be an image. Whatever is raised, here or inside the `with`, becomes BadImage."""
+    try:
+        if not boundary.holds(path):
+            raise BadImage("a symbolic link that leads out of the data folder")
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImage("not a file")
+        if status.st_size == 0:
+            raise BadImage("empty")
+        with open(path, "rb") as file:
+            yield file
+    except BadImage:
+        raise
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadImage(MISSING) from None
+    except UnidentifiedImageError:
+        raise BadImage("not an image") from None
+    except OSError as error:
+        raise BadImage(error.strerror or _line(error)) from error
+    except Exception as error:  # damage can end in anything: SyntaxError, ValueError, struct.error, bombs ...
+        raise BadImage(_line(error)) from error
+
+
+def _image(file: BinaryIO) -> Image.Image:
+    image = Image.open(file)
+    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise BadImage(f"{image.width} x {image.height} pixels, more than Pillow takes for harmless")
+    return image
+
+
+def _printable(path: str) -> str:
+    """A path whose bytes are no UTF-8 would crash a print."""
+    return path.encode(errors="backslashreplace").decode()
 
 
 def _line(error: Exception) -> str:

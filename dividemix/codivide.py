@@ -13,6 +13,9 @@ from sklearn.mixture import GaussianMixture
 
 from dividemix import DivideMixError, warn
 
+FIT_LIMIT = 1_000_000  # losses that a mixture is fitted to at most: more cost time and change next to nothing
+_CHUNK = 65_536  # losses whose posteriors are computed in one go: in cache, and no (N, 2) temporaries
+
 # Stopping early is part of the method. Not in `fit_gmm`: it may run in a thread, where catching them is not safe.
 warnings.filterwarnings("ignore", category=ConvergenceWarning, module=r"sklearn\.mixture")
 
@@ -76,9 +79,24 @@ def smoothed(losses: NDArray, window: int = 1) -> NDArray[np.float64]:
 
 def fit_gmm(loss: NDArray, random_state: int = 0) -> GaussianMixture:
     """The authors' mixture of a normalised loss (N,). Its few EM steps make the k-means initialisation part of the
-    method."""
+    method.
+
+    Unlike the authors': of more than FIT_LIMIT losses, it is fitted to that many, drawn without replacement by
+    `random_state`. `benchmarks/RESULTS.md` shows what that changes.
+    """
+    if len(loss) > FIT_LIMIT:
+        loss = np.random.default_rng(random_state).choice(loss, FIT_LIMIT, replace=False)
     gmm = GaussianMixture(n_components=2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=random_state)
     return gmm.fit(loss.reshape(-1, 1))
+
+
+def posterior(gmm: GaussianMixture, loss: NDArray, component: int) -> NDArray[np.float64]:
+    """`gmm.predict_proba` of one component, to the bit: normalised loss (N,) -> (N,)."""
+    p = np.empty(len(loss))
+    for start in range(0, len(loss), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        p[rows] = gmm.predict_proba(loss[rows].reshape(-1, 1))[:, component]
+    return p
 
 
 def clean_probability(losses: ArrayLike, window: int = 1, random_state: int = 0) -> NDArray[np.float64]:
@@ -103,7 +121,7 @@ def codivide(
         raise DivideMixError(f"co-divide needs at least 2 training samples, got {loss.size}")
     gmm = fit_gmm(loss, random_state)
     order = np.argsort(gmm.means_.ravel())  # the clean component first
-    probability = gmm.predict_proba(loss.reshape(-1, 1))[:, order[0]]
+    probability = posterior(gmm, loss, order[0])
     return Division(
         clean_probability=probability,
         labeled=probability > threshold,
@@ -125,31 +143,37 @@ def auc(probability: NDArray, truly_clean: NDArray[np.bool_] | None) -> float | 
 
 class CoDivide:
     """One network's co-divide through the epochs: keeps the losses that the window averages, and the last usable
-    division."""
+    division.
+
+    Where every epoch divides other samples (Clothing1M), window must be 1, and a division that was `kept` is of the
+    samples before: the caller trains on those again.
+    """
 
     def __init__(self, threshold: float, window: int = 1):
         self.threshold, self.window = threshold, window
         self.history: list[NDArray[np.float32]] = []  # raw losses of the last `window` divided epochs, (N,) each
         self.division: Division | None = None
+        self.kept = False  # whether the last call found no labeled sample and gave back the division before
 
     def __call__(
         self, losses: torch.Tensor, truly_clean: NDArray[np.bool_] | None, random_state: int, name: str = "net"
     ) -> Division | None:
         """Divide by this epoch's raw losses (N,).
 
-        An empty labeled set leaves nothing to train on: the division before is kept, with a warning; None where there
-        is none yet (one more warm-up epoch is due). An empty unlabeled set is warned of: only labeled images will be
-        mixed.
+        An empty labeled set leaves nothing to train on: the division before is kept and given back, with a warning
+        (`kept` tells); None where there is none yet (one more warm-up epoch is due). An empty unlabeled set is warned
+        of: only labeled images will be mixed.
         """
         self.history = [*self.history, losses.cpu().numpy()][-self.window :]
         division = codivide(np.stack(self.history), self.threshold, self.window, truly_clean, random_state)
         if not division.labeled.any():
             instead = "one more warm-up epoch" if self.division is None else "its division before is kept"
             warn(f"{name} finds no sample clean with p > {self.threshold:g}: {instead}")
+            self.kept = self.division is not None
             return self.division
         if division.labeled.all():
             warn(f"{name} finds every sample clean: no unlabeled images this epoch")
-        self.division = division
+        self.division, self.kept = division, False
         return division
 
     def state(self) -> dict[str, Any]:

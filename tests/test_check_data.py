@@ -1,5 +1,6 @@
 """check_data: what the user is told about a data folder before hours of training."""
 
+import json
 import os
 import warnings
 import zlib
@@ -11,8 +12,9 @@ from make_image_trees import Artist, make_clothing1M
 from PIL import Image
 
 import dataloader_clothing1M
-from dividemix.check_data import check, problem
-from dividemix.filelist import Boundary, list_folders
+from dividemix import DivideMixError
+from dividemix.check_data import BadImage, check, exclude, left_out, opened, problem, run_check, without_bad
+from dividemix.filelist import Boundary, ImageList, list_folders
 
 
 def save(path: Path, kind: str = "JPEG", mode: str = "RGB", side: int = 40, **options: object) -> bytes:
@@ -52,6 +54,8 @@ def test_sound_images(folder, kind, mode, options, full):
     """A data set would be refused for images that can be read, whatever format the name claims."""
     save(folder / "photo.jpg", kind, mode, **options)
     assert verdict(folder / "photo.jpg", full) == ""
+    with opened(str(folder / "photo.jpg"), Boundary(folder)) as image:
+        assert image.convert("RGB").size == (40, 40)
 
 
 def test_bytes_after_the_end_are_no_damage(folder):
@@ -77,6 +81,9 @@ def test_broken_files_are_found_by_a_look_at_their_ends(folder, kind, damage, ex
     path = folder / "photo.jpg"
     path.write_bytes(damage(save(path, kind)))
     assert expected in verdict(path).lower() and expected in verdict(path, full=True).lower()
+    with pytest.raises(BadImage) as caught, opened(str(path), Boundary(folder)) as image:
+        image.convert("RGB")
+    assert str(caught.value) == verdict(path)  # the training run says it in the same words
 
 
 def test_only_full_sees_damage_in_the_middle(folder):
@@ -108,6 +115,8 @@ def test_what_is_not_a_file(folder, tmp_path):
     (folder / "folder.jpg").mkdir()
     assert verdict(folder / "pipe.jpg") == verdict(folder / "folder.jpg") == "not a file"
     assert verdict(folder / "absent.jpg") == verdict(folder / "photo.jpg" / "below.jpg") == "missing"
+    with pytest.raises(BadImage, match="missing"), opened(str(folder / "absent.jpg"), Boundary(folder)):
+        pass
     save(tmp_path / "outside.jpg")
     (folder / "link.jpg").symlink_to(tmp_path / "outside.jpg")
     assert "symbolic link" in verdict(folder / "link.jpg")
@@ -150,6 +159,7 @@ def test_everything_wrong_is_in_one_report(tmp_path, full):
     assert not report.ok and (train.total, train.missing, train.unreadable) == (600, 9, 4)
     assert val.missing == val.unreadable == 0
     assert train.first_bad[0] == f"{lists['train'].path(250)}: missing ({root}/noisy_train_key_list.txt, line 251)"
+    assert train.bad.tolist() == [*range(250, 259), *range(590, 594)] and train.reasons[9] == "not an image"
     assert len(train.first_bad) == 10 and "line 591" in train.first_bad[9]
     text = str(report)
     assert "clean_test_key_list.txt is missing" in text and "train: 591 of 600 images exist, 4 of them" in text
@@ -179,3 +189,141 @@ def test_pillow_still_warns_after_a_check(folder):
     assert warnings.filters == before
     with Image.open(folder / "photo.jpg") as image:
         assert image.size == (40, 40)
+
+
+# ---- --check_data ----
+
+
+@pytest.fixture
+def damaged(tmp_path) -> Path:
+    """Clothing1M, two images of each class to train on: one missing, one empty, and one of the test list cut short."""
+    root = make_clothing1M(tmp_path / "c1m", 28, 14, 14, noise=0)
+    lists = dataloader_clothing1M.find(root)[0]
+    os.remove(lists["train"].path(3))
+    Path(lists["train"].path(20)).write_bytes(b"")
+    Path(lists["test"].path(5)).write_bytes(Path(lists["test"].path(5)).read_bytes()[:-50])
+    return root
+
+
+def lists_of(root: Path) -> dict[str, ImageList]:
+    return dataloader_clothing1M.find(root)[0]
+
+
+def test_check_data_passes_complete_data(tmp_path, capsys):
+    """`--check_data` would exit with an error on a good data folder, or say nothing."""
+    run_check(dataloader_clothing1M.find(make_clothing1M(tmp_path, 14, 14, 14)), full=True)
+    assert capsys.readouterr().out.endswith("the data are complete (every image decoded)\n")
+
+
+def test_check_data_fails_where_training_could_not_run(damaged, capsys):
+    """A job that waits for `--check_data && train` would start on damaged data; the user would not know the way out."""
+    with pytest.raises(DivideMixError, match=r"cannot run on these data.* --skip_bad_images"):
+        run_check(dataloader_clothing1M.find(damaged))
+    assert "train: 27 of 28 images exist, 1 of them unreadable" in capsys.readouterr().out
+    (damaged / "clean_label_kv.txt").unlink()
+    for skip in (False, True):  # leaving images out does not mend a list
+        with pytest.raises(DivideMixError, match=r"mend the data folder$"):
+            run_check(dataloader_clothing1M.find(damaged), skip=skip)
+        assert "clean_label_kv.txt is missing" in capsys.readouterr().out
+
+
+def test_check_data_with_bad_images_skipped(damaged, capsys):
+    """The user would not learn how many images `--skip_bad_images` leaves, or be told that it cannot train."""
+    run_check(dataloader_clothing1M.find(damaged), skip=True)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert (
+        last == "with --skip_bad_images it can, on train: 26 of 28 images, val: 14 of 14 images, test: 13 of 14 images"
+    )
+
+
+def test_check_data_with_a_list_of_bad_images_alone(tmp_path):
+    """A folder without images would pass once bad images are skipped."""
+    root = make_clothing1M(tmp_path, 14, 14, 14)
+    for i in range(14):
+        os.remove(lists_of(root)["val"].path(i))
+    with pytest.raises(DivideMixError, match="val: none of its 14 images can be used"):
+        run_check(dataloader_clothing1M.find(root), skip=True)
+
+
+# ---- --skip_bad_images ----
+
+
+def test_bad_images_are_left_out_of_each_list(damaged):
+    """A million photos would be refused for one; or the labels of those left would move to their neighbours."""
+    lists = lists_of(damaged)
+    left, record = without_bad(lists)
+    assert [len(left[name]) for name in ("train", "val", "test")] == [26, 14, 13]
+    keep = [i for i in range(28) if i not in (3, 20)]
+    assert [left["train"].path(j) for j in range(26)] == [lists["train"].path(i) for i in keep]
+    assert left["train"].labels.tolist() == lists["train"].labels[keep].tolist()
+    assert left["train"].where(3) == lists["train"].where(4) and check(left).ok
+    assert record["train"] == {
+        "total": 28,
+        "bad": {lists["train"].name(3): "missing", lists["train"].name(20): "empty"},
+    }
+    assert left_out(record) == [
+        "train: 2 of 28 images left out (1 missing, 1 unreadable)",
+        "val: 0 of 14 images left out",
+        "test: 1 of 14 images left out (0 missing, 1 unreadable)",
+    ]
+
+
+def test_a_later_start_trains_on_the_same_images(damaged):
+    """Images that came back, or vanished, between two starts would shift every index: another run under one name."""
+    lists = lists_of(damaged)
+    left, record = without_bad(lists, full=True)
+    os.remove(lists["train"].path(0))
+    Path(lists["train"].path(3)).write_bytes(Path(lists["train"].path(4)).read_bytes())
+    again = exclude(lists_of(damaged), json.loads(json.dumps(record)))
+    for name in lists:
+        assert again[name].text == left[name].text and np.array_equal(again[name].labels, left[name].labels)
+
+
+def test_names_of_any_bytes_survive_the_record(folder):
+    """A file name in an old encoding would crash the run that leaves it out, or the report that names it."""
+    (folder / "0").mkdir()
+    save(folder / "0" / "a.jpg")
+    (folder / "0" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
+    lists = {"imagenet": list_folders(folder, "", ["0"])}
+    left, record = without_bad(lists)
+    assert len(left["imagenet"]) == len(exclude(lists, json.loads(json.dumps(record)))["imagenet"]) == 1
+    assert "caf\\udce9.jpg: empty" in str(check(lists)).encode().decode()
+
+
+def entry(total: int = 28, bad: object = ()) -> dict[str, object]:
+    return {"total": total, "bad": dict(bad)}
+
+
+STRANGE_RECORDS = {
+    "other total": ({"train": entry(27), "val": entry(14), "test": entry(14)}, "27 images of train, but .* has 28"),
+    "other name": (
+        {"train": entry(bad={"0/no.jpg": "missing"}), "val": entry(14), "test": entry(14)},
+        "no image '0/no.jpg', which is in .*skipped",
+    ),
+    "other lists": ({"train": entry(), "imagenet": entry(14)}, "of the lists train, imagenet, not of train, val, test"),
+    "no record": ({"train": 3}, "does not say which images"),
+    "no object": ([1, 2], "does not say which images"),
+}
+
+
+@pytest.mark.parametrize(("record", "words"), STRANGE_RECORDS.values(), ids=STRANGE_RECORDS)
+def test_a_record_of_other_data_is_refused(damaged, record, words):
+    """A run that goes on with other data would leave out the wrong images, and mix up which sample is which."""
+    with pytest.raises(DivideMixError, match=words) as caught:
+        exclude(lists_of(damaged), record, "/run/skipped.json")
+    assert "/run/skipped.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_class_that_vanishes_is_warned_of_and_an_empty_list_refused(damaged):
+    """The net would never see one of the classes that it is tested on; or the run would end in a traceback."""
+    lists = lists_of(damaged)
+    os.remove(lists["train"].path(3 + 14))
+    with pytest.warns(UserWarning, match=r"no training image is left of class 3: "):
+        left, _ = without_bad(lists)
+    assert len(left["train"]) == 25
+    for i in range(14):
+        if os.path.exists(lists["test"].path(i)):
+            os.remove(lists["test"].path(i))
+    words = r"test: none of its 14 images can be used \(the first is /.*: missing\)"
+    with pytest.raises(DivideMixError, match=words), pytest.warns(UserWarning, match="no training image"):
+        without_bad(lists)

@@ -6,6 +6,7 @@ import torch
 from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.mixture import GaussianMixture
 
 from dividemix import DivideMixError
 from dividemix.codivide import CoDivide, Division, clean_probability, codivide, normalise, smoothed
@@ -103,3 +104,78 @@ def test_state_round_trip_continues_with_the_same_divisions():
     assert isinstance(resumed.division, Division)
     a, b = straight(rows[6], None, 1), resumed(rows[6], None, 1)
     np.testing.assert_array_equal(a.clean_probability, b.clean_probability)
+
+
+# ---- Many samples ----
+
+
+def real_losses(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Losses (n,) as a network gives them after its warm-up, and which labels are right: 60 % with small losses."""
+    rng = np.random.default_rng(seed)
+    clean = rng.random(n) < 0.6
+    losses = np.where(clean, rng.gamma(1.5, 0.15, n), rng.normal(2.5, 0.9, n).clip(0.01))
+    return losses.astype(np.float32), clean
+
+
+def whole(losses: np.ndarray, random_state: int) -> np.ndarray:
+    """Clean probability as scikit-learn computes it when it is given all losses, to fit and to predict, at once."""
+    loss = normalise(losses).reshape(-1, 1)
+    gmm = GaussianMixture(n_components=2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=random_state).fit(loss)
+    return gmm.predict_proba(loss)[:, gmm.means_.argmin()]
+
+
+@pytest.mark.parametrize("chunk", [1000, 777, 1, 5000])
+def test_up_to_the_limit_nothing_is_left_out(monkeypatch, chunk):
+    """The paper's data sets would be divided otherwise than by the authors' mixture, for a speed they do not need."""
+    losses = real_losses(1000)[0]
+    monkeypatch.setattr("dividemix.codivide.FIT_LIMIT", 1000)
+    monkeypatch.setattr("dividemix.codivide._CHUNK", chunk)
+    np.testing.assert_array_equal(clean_probability(losses, random_state=3), whole(losses, 3))
+
+
+def test_posteriors_of_many_samples_are_those_of_one_call():
+    """A sample at the seam of two chunks, or in the short last one, would get another weight."""
+    losses = real_losses(200_001)[0]
+    np.testing.assert_array_equal(clean_probability(losses), whole(losses, 0))
+
+
+def test_past_the_limit_a_subsample_gives_nearly_the_same_split(monkeypatch):
+    """Large data sets would be divided by a mixture of other losses than their own."""
+    losses, clean = real_losses(100_000)
+    full = codivide(losses, 0.5, truly_clean=clean, random_state=1)
+    monkeypatch.setattr("dividemix.codivide.FIT_LIMIT", 20_000)
+    part = codivide(losses, 0.5, truly_clean=clean, random_state=1)
+    assert not np.array_equal(part.means, full.means)
+    assert (part.labeled != full.labeled).mean() < 0.002
+    assert np.abs(part.clean_probability - full.clean_probability).max() < 0.05
+    assert part.auc == pytest.approx(full.auc, abs=1e-4)
+
+
+def test_the_subsample_is_seeded_and_not_the_first_samples(monkeypatch):
+    """A continued run would divide otherwise; or a list in the order of its classes would be judged by the first."""
+    monkeypatch.setattr("dividemix.codivide.FIT_LIMIT", 5000)
+    losses = np.sort(real_losses(50_000)[0])
+    division, again, other = (codivide(losses, 0.5, random_state=seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(division.clean_probability, again.clean_probability)
+    assert not np.array_equal(division.means, other.means)
+    assert 0.5 < division.labeled.mean() < 0.7
+
+
+# ---- Other samples every epoch ----
+
+
+def test_the_caller_can_tell_a_division_of_the_samples_before():
+    """Clothing1M divides other images every epoch: the old division of the old images would be used on the new."""
+    losses = [torch.from_numpy(two_groups(150, wrong, seed)) for seed, wrong in enumerate((100, 70, 30))]
+    dividing = CoDivide(threshold=0.5)
+    assert len(dividing(losses[0], None, 0).labeled) == 250 and not dividing.kept
+    dividing.threshold = 1 - 1e-16
+    with pytest.warns(UserWarning, match="division before is kept"):
+        assert len(dividing(losses[1], None, 0).labeled) == 250
+    assert dividing.kept
+    dividing.threshold = 0.5
+    assert len(dividing(losses[2], None, 0).labeled) == 180 and not dividing.kept
+    first = CoDivide(threshold=1 - 1e-16)
+    with pytest.warns(UserWarning, match="one more warm-up epoch"):
+        assert first(losses[0], None, 0) is None
+    assert not first.kept
