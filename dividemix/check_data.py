@@ -11,21 +11,20 @@ data folder count as unreadable.
 """
 
 import os
-import stat
 import textwrap
 import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from dividemix.filelist import Boundary, ImageList
+from dividemix.images import MISSING, BadImage, opened
 
-MISSING = "missing"
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xae\x42\x60\x82"}
 _SHOWN = 10  # bad images named per list
 _CHUNK = 256  # images a thread looks at in one go
@@ -112,32 +111,18 @@ def _check_list(name: str, images: ImageList, full: bool, pool: ThreadPoolExecut
 def problem(path: str, boundary: Boundary, full: bool = False) -> str:
     """What is wrong with an image file; '' for a sound one."""
     try:
-        if not boundary.holds(path):
-            return "a symbolic link that leads out of the data folder"
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            return "not a file"
-        if status.st_size == 0:
-            return "empty"
-        with open(path, "rb") as file:
-            file.seek(-min(status.st_size, 12), os.SEEK_END)
-            end = file.read()
-            file.seek(0)
-            with Image.open(file) as image:
-                if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                    return f"{image.width} x {image.height} pixels, more than Pillow takes for harmless"
-                if full or image.format not in _ENDS or not end.endswith(_ENDS[image.format]):
-                    image.load()
-    except (FileNotFoundError, NotADirectoryError):
-        return MISSING
-    except UnidentifiedImageError:
-        return "not an image"
-    except OSError as error:
-        return error.strerror or _line(error)
-    except Exception as error:  # damage can end in anything: SyntaxError, ValueError, struct.error, bombs ...
-        return _line(error)
+        with opened(path, boundary) as (image, file):
+            if full or not _ends_well(file, image.format):
+                image.load()
+    except (BadImage, MemoryError) as error:
+        return str(error) or type(error).__name__
     return ""
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _ends_well(file: BinaryIO, kind: str | None) -> bool:
+    """Whether the file ends as those of its kind do. Where it is read next stays."""
+    at, size = file.tell(), file.seek(0, os.SEEK_END)
+    file.seek(-min(size, 12), os.SEEK_END)
+    end = file.read()
+    file.seek(at)
+    return kind in _ENDS and end.endswith(_ENDS[kind])
