@@ -12,12 +12,10 @@ end is taken for sound, any other is decoded and this decides. `full` decodes al
 data folder count as unreadable.
 """
 
-import contextlib
 import os
-import stat
 import textwrap
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +23,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from dividemix import DivideMixError, warn
 from dividemix.filelist import Boundary, ImageList
+from dividemix.images import MISSING, BadImage, opened
 
 Record = dict[str, dict[str, Any]]  # list name -> {"total": images in the list, "bad": {name in the list: reason}}
-MISSING = "missing"
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xae\x42\x60\x82"}
 _SHOWN = 10  # bad images named per list
 _CHUNK = 256  # images a thread looks at in one go
@@ -232,74 +229,26 @@ def left_out(record: Record) -> list[str]:
 # ---- One file ----
 
 
-class BadImage(Exception):
-    """An image file that cannot be used; the message is `problem`'s."""
-
-
-@contextlib.contextmanager
-def opened(path: str, boundary: Boundary) -> Iterator[Image.Image]:
-    """The image in a file, open but not decoded. Its decoding, inside the `with`, is guarded too:
-
-        with opened(path, boundary) as image:
-            pixels = image.convert("RGB")
-
-    Raises BadImage with what is wrong with the file; every other exception inside counts as damage.
-    """
-    with _file(path, boundary) as file, _image(file) as image:
-        yield image
-
-
 def problem(path: str, boundary: Boundary, full: bool = False) -> str:
     """What is wrong with an image file; '' for a sound one."""
     try:
-        with _file(path, boundary) as file:
-            file.seek(-min(os.fstat(file.fileno()).st_size, 12), os.SEEK_END)
-            end = file.read()
-            file.seek(0)
-            with _image(file) as image:
-                if full or image.format not in _ENDS or not end.endswith(_ENDS[image.format]):
-                    image.load()
-    except BadImage as error:
-        return str(error)
+        with opened(path, boundary) as (image, file):
+            if full or not _ends_well(file, image.format):
+                image.load()
+    except (BadImage, MemoryError) as error:
+        return str(error) or type(error).__name__
     return ""
 
 
-@contextlib.contextmanager
-def _file(path: str, boundary: Boundary) -> Iterator[BinaryIO]:
-    """A file that may be an image. Whatever is raised, here or inside the `with`, becomes BadImage."""
-    try:
-        if not boundary.holds(path):
-            raise BadImage("a symbolic link that leads out of the data folder")
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise BadImage("not a file")
-        if status.st_size == 0:
-            raise BadImage("empty")
-        with open(path, "rb") as file:
-            yield file
-    except BadImage:
-        raise
-    except (FileNotFoundError, NotADirectoryError):
-        raise BadImage(MISSING) from None
-    except UnidentifiedImageError:
-        raise BadImage("not an image") from None
-    except OSError as error:
-        raise BadImage(error.strerror or _line(error)) from error
-    except Exception as error:  # damage can end in anything: SyntaxError, ValueError, struct.error, bombs ...
-        raise BadImage(_line(error)) from error
-
-
-def _image(file: BinaryIO) -> Image.Image:
-    image = Image.open(file)
-    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise BadImage(f"{image.width} x {image.height} pixels, more than Pillow takes for harmless")
-    return image
+def _ends_well(file: BinaryIO, kind: str | None) -> bool:
+    """Whether the file ends as those of its kind do. Where it is read next stays."""
+    at, size = file.tell(), file.seek(0, os.SEEK_END)
+    file.seek(-min(size, 12), os.SEEK_END)
+    end = file.read()
+    file.seek(at)
+    return kind in _ENDS and end.endswith(_ENDS[kind])
 
 
 def _printable(path: str) -> str:
     """A path whose bytes are no UTF-8 would crash a print."""
     return path.encode(errors="backslashreplace").decode()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

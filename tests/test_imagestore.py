@@ -1,0 +1,214 @@
+"""Images kept in memory and in files: the same pixels, found again, and no more room than there is."""
+
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from make_image_trees import make_clothing1M
+
+import dataloader_clothing1M
+from dividemix import DivideMixError, DivideMixWarning, imagestore
+from dividemix.images import Views
+from dividemix.imagestore import Cache, Kept, cache_path, check_space, host_memory, locked, usable, write_cache
+
+CPU = torch.device("cpu")
+
+
+def some_images(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, (16, int(rng.integers(16, 30)), 3), dtype=np.uint8) for _ in range(n)]
+
+
+def part(images):
+    flat = torch.from_numpy(np.concatenate([image.reshape(-1) for image in images]))
+    return flat, np.array([image.shape[:2] for image in images], np.int32)
+
+
+# ---- In memory ----
+
+
+def test_kept_images_are_those_that_came(monkeypatch):
+    """An image cut across the border of two pieces, or in the place of another."""
+    monkeypatch.setattr(imagestore, "CHUNK", 5000)
+    images = some_images(40)
+    kept = Kept(40, CPU)
+    for start in range(0, 40, 7):
+        assert not kept.full
+        kept.add(*part(images[start : start + 7]))
+    assert kept.full
+    assert len(kept._chunks) > 3
+    for i, image in enumerate(images):
+        np.testing.assert_array_equal(kept.image(i).numpy(), image)
+
+
+def test_views_on_a_card_are_those_on_the_host():
+    """The choice of memory would change the training. (The 'meta'-free stand-in for a card is the card's own code.)"""
+    images, views = some_images(9), Views(16, 12)
+    host, card = Kept(9, CPU), Kept(9, CPU)
+    for kept in (host, card):
+        kept.add(*part(images))
+    card.device = namedtuple("Card", "type")("cuda")
+    card_to = torch.Tensor.to
+    index, seeds = np.array([3, 1, 8]), np.arange(6).reshape(3, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", lambda x, *a, **k: x if a[0] is card.device else card_to(x, *a, **k))
+        found = card.train_batch(views, index, seeds)
+    assert torch.equal(found, host.train_batch(views, index, seeds))
+    assert torch.equal(card.eval_batch(views, index), host.eval_batch(views, index))
+
+
+def system(tmp_path: Path, available: int, **limits: tuple[int | str, int, int]) -> dict[str, Path]:
+    proc, groups = tmp_path / "proc", tmp_path / "groups"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text(f"MemTotal:  99999999 kB\nMemAvailable:   {available // 1024} kB\n")
+    (proc / "self/cgroup").write_text("0::/job/step\n")
+    for name, (limit, used, files) in limits.items():
+        folder = groups / {"root": "", "job": "job", "step": "job/step"}[name]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 5\ninactive_file {files}\nactive_file 0\n")
+    return {"proc": proc, "groups": groups}
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({}, 1 << 30),
+        ({"step": ("max", 5, 0), "job": (1 << 29, 1 << 28, 0)}, 1 << 28),
+        ({"step": (1 << 29, 1 << 29, 1 << 20), "job": (1 << 30, 0, 0)}, 1 << 20),
+        ({"root": (1 << 20, 1 << 21, 0)}, 0),
+    ],
+    ids=["no limit", "the job's limit", "files count as free", "beyond the limit"],
+)
+def test_memory_that_is_free(tmp_path, limits, expected):
+    """In a container or a batch job: the run would be killed for the memory of a machine that is not all its own."""
+    assert host_memory(**system(tmp_path, 1 << 30, **limits)) == expected
+
+
+def test_memory_where_the_system_does_not_tell(tmp_path):
+    """A run would end with an error on another system than Linux."""
+    assert host_memory(tmp_path, tmp_path) == 0
+
+
+# ---- In a file ----
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "train")
+
+
+def test_a_cache_is_what_was_written(path):
+    """Training on other pixels than without the cache."""
+    images = some_images(20)
+    write_cache(path, [part(images[:7]), part(images[7:])])
+    assert usable(path, 20)
+    cache = Cache.open(path, 20)
+    for i, image in enumerate(images):
+        np.testing.assert_array_equal(cache.image(i), image)
+    assert sorted(os.listdir(os.path.dirname(path))) == ["train.images", "train.npy"]
+
+
+def spoil(path: str, how: str) -> None:
+    file = Path(f"{path}.npy" if "index" in how else f"{path}.images")
+    if how == "too short":
+        os.truncate(file, 1000)
+    elif how == "too long":
+        file.write_bytes(file.read_bytes() + b"x")
+    elif how == "missing":
+        file.unlink()
+    elif how == "no index":
+        file.write_bytes(b"")
+    elif how == "another index":
+        np.save(file, np.ones((3, 2), np.int32))
+    elif how == "index of objects":
+        np.save(file, np.array([{}], object), allow_pickle=True)
+    elif how == "index of zeros":
+        np.save(file, np.zeros((20, 2), np.int32))
+
+
+@pytest.mark.parametrize(
+    "how", ["too short", "too long", "missing", "no index", "another index", "index of objects", "index of zeros"]
+)
+def test_a_damaged_cache_is_not_used(path, how):
+    """A copy that broke off: workers would die of reading past the end, or train on shifted pixels."""
+    write_cache(path, [part(some_images(20))])
+    spoil(path, how)
+    with pytest.warns(DivideMixWarning, match="built anew"):
+        assert not usable(path, 20)
+
+
+def test_a_build_that_fails_leaves_nothing(path):
+    """27 GB of half a cache on the disk, or half a cache that a later run takes for whole."""
+
+    def broken():
+        yield part(some_images(3))
+        raise DivideMixError("bad image")
+
+    with pytest.raises(DivideMixError, match="bad image"):
+        write_cache(path, broken())
+    assert os.listdir(os.path.dirname(path)) == []
+
+
+def test_the_name_follows_from_the_files(tmp_path):
+    """Pixels of a photo that was exchanged, or of another short side; or a new cache for other labels."""
+    images = dataloader_clothing1M.load(make_clothing1M(tmp_path / "data")).train
+    name = cache_path(tmp_path, "train", images, 256)
+    relabeled = images.select(np.arange(len(images)))
+    relabeled.labels[:] = 0
+    assert cache_path(tmp_path, "train", relabeled, 256) == name
+    assert cache_path(tmp_path, "train", images, 320) != name
+    assert cache_path(tmp_path, "train", images.select(np.arange(len(images))[::-1]), 256) != name
+    os.utime(images.path(5), (1, 1))
+    changed = cache_path(tmp_path, "train", images, 256)
+    assert changed != name
+    os.unlink(images.path(5))
+    assert cache_path(tmp_path, "train", images, 256) not in (name, changed)
+
+
+def test_room_on_the_disk_is_looked_at_first(tmp_path, monkeypatch):
+    """The disk would be full after minutes, for other users as well."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: namedtuple("Usage", "free")(10**9))
+    check_space(tmp_path / "new" / "folder", 10**9)
+    with pytest.raises(DivideMixError, match=r"need about 2\.5 GB, 1\.0 GB are free"):
+        check_space(tmp_path, 5 * 10**9 // 2)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    """A traceback for a mistyped folder."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DivideMixError, match="cannot use"):
+        check_space(tmp_path / "file" / "cache", 1)
+
+
+def test_a_disk_that_refuses(tmp_path):
+    """A traceback that does not name the folder."""
+    with pytest.raises(DivideMixError, match="cannot write"):
+        write_cache(str(tmp_path / "gone" / "train"), [part(some_images(2))])
+    with pytest.raises(DivideMixError, match="cannot write"), locked(str(tmp_path / "gone" / "train")):
+        pass
+
+
+def test_one_builds_at_a_time(path):
+    """Two runs that are started together would write into one file."""
+    import threading
+
+    inside = []
+
+    def other():
+        with pytest.warns(DivideMixWarning, match="waiting"), locked(path):
+            inside.append("other")
+
+    with locked(path):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join(0.3)
+        assert inside == []
+        inside.append("first")
+    thread.join(10)
+    assert inside == ["first", "other"]
