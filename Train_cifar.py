@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 import dataloader_cifar
-from dividemix import DivideMixError, networks, noise, options, runtime
-from dividemix.checkpoint import load_networks, load_weights, restore, state_of
+from dividemix import DivideMixError, logs, networks, noise, options, runtime
+from dividemix.checkpoint import restore, state_of
 from dividemix.codivide import CoDivide
 from dividemix.data import DeviceImages
 from dividemix.engine import ensemble_accuracy, per_sample_loss, set_learning_rate, train_epoch, warmup_epoch
-from dividemix.run import Run, draws, folder_for, score_arrays, seeded
+from dividemix.run import Run, draws, folder_for, hold_out, score_arrays
 
 WEIGHT_DECAY = 5e-4
 PAPER_SETTING = {"num_epochs": 300, "arch": "preresnet18", "width": 64, "batch_size": 64, "limit_train": None}
@@ -70,11 +70,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--conf_penalty", choices=["auto", "on", "off"], default="auto", help="in warm-up; auto: for asymmetric noise"
     )
-    group.add_argument(
-        "--save_scores",
-        action="store_true",
-        help="keep every epoch's loss, clean probability and prediction of each sample, as of its start",
-    )
     options.add_run(parser)
     args = parser.parse_args(argv)
     args.noise_seed = args.seed if args.noise_seed is None else args.noise_seed
@@ -112,10 +107,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     folder = folder_for(args.out_dir, args.run_dir, args.dataset, f"{args.r:g}", args.noise_mode, *suffixes)
     with Run(folder, vars(args), args.fresh, machine.ranks) as run:
         train, validation, test, truly_clean, about = prepare_data(args, images, run, machine)
-        nets = [seeded(args.seed, k, lambda: networks.build(args.arch, images.num_class, args.width)) for k in range(2)]
-        if args.init_from and not run.state:
-            load_weights(nets, load_networks(Path(args.init_from)), args.init_from)
-        nets = [machine.prepare(net) for net in nets]
+        start = {"init_from": args.init_from, "seed": args.seed, "machine": machine, "begun": bool(run.state)}
+        nets = networks.pair(args.arch, args.num_class, args.width, "none", **start)
         optimizers = [machine.optimizer(net, args.lr, WEIGHT_DECAY) for net in nets]
         codivide = [CoDivide(args.p_threshold, args.loss_window) for _ in nets]
         restore(run.state, nets, optimizers, codivide)
@@ -205,13 +198,7 @@ def prepare_data(args: argparse.Namespace, images: dataloader_cifar.ImageData, r
     index = np.arange(len(given))
     if args.limit_train:
         index = np.sort(draws(args.seed, "subset").permutation(index)[: args.limit_train])
-    held_out = np.empty(0, dtype=index.dtype)
-    if args.val_fraction:
-        shuffled = draws(args.seed, "validation").permutation(index)
-        size = max(1, round(args.val_fraction * len(index)))
-        held_out, index = np.sort(shuffled[:size]), np.sort(shuffled[size:])
-    if len(index) < 2:
-        raise DivideMixError(f"{len(index)} training samples are left: at least 2 are needed")
+    index, held_out = hold_out(index, args.val_fraction, args.seed)
 
     def on_device(pixels, labels):
         return DeviceImages(pixels, labels, images.mean, images.std, images.flip, machine.device, machine.ranks)
@@ -241,18 +228,14 @@ def prepare_data(args: argparse.Namespace, images: dataloader_cifar.ImageData, r
 
 
 def epoch_metrics(accuracy, held_out, divisions, terms) -> dict[str, Any]:
-    """The record of an epoch, flat. loss_x is the cross-entropy and penalty the confidence penalty in warm-up."""
+    """The record of an epoch, flat."""
     metrics = dict(zip(("test_acc", "test_acc_net1", "test_acc_net2"), accuracy, strict=True))
     if held_out:
         metrics |= dict(zip(("val_acc", "val_acc_net1", "val_acc_net2"), held_out, strict=True))
-    for k, division in enumerate(divisions, start=1):
-        metrics[f"auc_net{k}"] = division.auc if division else None
-        metrics[f"labeled_net{k}"] = int(division.labeled.sum()) if division else None
-        metrics[f"unlabeled_net{k}"] = int((~division.labeled).sum()) if division else None
-    metrics["loss_x"] = float(np.mean([t.labeled for t in terms]))
+    metrics |= {f"auc_net{k}": division.auc if division else None for k, division in enumerate(divisions, start=1)}
+    metrics |= logs.training(divisions, terms)
     divided = [t.unlabeled for t, division in zip(terms, divisions[::-1], strict=True) if division]
     metrics["loss_u"] = float(np.mean(divided)) if divided else None
-    metrics["penalty"] = float(np.mean([t.penalty for t in terms]))
     return metrics
 
 

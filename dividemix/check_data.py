@@ -3,15 +3,14 @@
 
     run_check(dataloader_clothing1M.find(data_path))      # prints the report; an error where training could not run
 
-    lists, record = without_bad(lists)                    # checks, and leaves out what is missing or unreadable
-    json.dump(record, file)                               # <run folder>/skipped.json
-    lists = exclude(lists, record)                        # a later start: the same images, without another check
+    lists, lines = usable(lists, "quick", run.folder / "skipped.json", ranks, begun=False)   # without the bad ones
 
 By default the header and the end of every file are read: a file that starts as an image and ends as JPEG and PNG files
 end is taken for sound, any other is decoded and this decides. `full` decodes all. Symbolic links that lead out of the
 data folder count as unreadable.
 """
 
+import json
 import os
 import textwrap
 import warnings
@@ -26,8 +25,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dividemix import DivideMixError, warn
+from dividemix.checkpoint import write_atomically
 from dividemix.filelist import Boundary, ImageList
 from dividemix.images import MISSING, BadImage, opened
+from dividemix.ranks import Ranks
 
 Record = dict[str, dict[str, Any]]  # list name -> {"total": images in the list, "bad": {name in the list: reason}}
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xae\x42\x60\x82"}
@@ -159,16 +160,32 @@ def run_check(found: tuple[Mapping[str, ImageList], list[str]], full: bool = Fal
 # ---- Leaving bad images out ----
 
 
-def without_bad(
-    lists: Mapping[str, ImageList], full: bool = False, threads: int | None = None
-) -> tuple[dict[str, ImageList], Record]:
-    """`--skip_bad_images`: looks at every image -> the lists without the missing and unreadable ones, and the record.
+def usable(
+    lists: Mapping[str, ImageList], how: str | None, file: Path, ranks: Ranks, begun: bool
+) -> tuple[dict[str, ImageList], list[str]]:
+    """The lists to train with, and what to say of them. how: None, or the `quick` or `full` of --skip_bad_images; then
+    the first start writes to `file` what is left out, and a run that has `begun` reads it there.
 
-    The record goes to the run folder as JSON: a later start gives it to `exclude`, and so trains on the same images
-    without another check. `left_out` says it in lines. Raises and warns as `exclude`.
+    With several ranks the first one looks, and all leave out the same.
     """
-    record = check(lists, full=full, threads=threads).record()
-    return exclude(lists, record), record
+    if not how:
+        return dict(lists), []
+
+    def find() -> Record:
+        if begun:
+            try:
+                return json.loads(file.read_bytes())
+            except (OSError, ValueError) as error:
+                raise DivideMixError(
+                    f"{file} cannot be read ({error}), and it says which images this run leaves out: --fresh starts "
+                    "anew and looks again"
+                ) from error
+        record = check(lists, full=how == "full").record()
+        write_atomically(file, json.dumps(record, indent=1).encode())
+        return record
+
+    record = ranks.from_first(find)
+    return exclude(lists, record, file), left_out(record)
 
 
 def exclude(

@@ -176,6 +176,12 @@ class CoDivide:
         self.division, self.kept = division, False
         return division
 
+    def divide(
+        self, losses: torch.Tensor, truly_clean: NDArray[np.bool_] | None, random_state: int, name: str = "net"
+    ) -> tuple[Division | None, bool]:
+        """The same, and whether it is of these losses: False where it was `kept`."""
+        return self(losses, truly_clean, random_state, name), not self.kept
+
     def state(self) -> dict[str, Any]:
         return {
             "history": [torch.from_numpy(losses) for losses in self.history],

@@ -48,6 +48,19 @@ def running(records: list[Record], best_epochs: list[int]) -> Record:
     return {f"best_val_acc_net{k}": records[best][f"val_acc_net{k}"] for k, best in enumerate(best_epochs, start=1)}
 
 
+def training(divisions: list, terms: list) -> Record:
+    """What an epoch's record says of training: the sizes of the divisions trained on, net 1's and net 2's (None in
+    warm-up), and means of both networks' `engine.PhaseTerms`. In warm-up loss_x is the cross-entropy and penalty the
+    confidence penalty."""
+    record: Record = {}
+    for k, division in enumerate(divisions, start=1):
+        record[f"labeled_net{k}"] = int(division.labeled.sum()) if division else None
+        record[f"unlabeled_net{k}"] = int((~division.labeled).sum()) if division else None
+    record["loss_x"] = float(np.mean([t.labeled for t in terms]))
+    record["penalty"] = float(np.mean([t.penalty for t in terms]))
+    return record
+
+
 def last10(records: list[Record]) -> float:
     """Mean test accuracy of the last 10 epochs (of all while there are fewer), the paper's 'last'."""
     return float(np.mean([record["test_acc"] for record in records[-10:]]))

@@ -22,8 +22,10 @@ from torchvision.models.resnet import Bottleneck, ResNet
 import InceptionResNetV2
 import PreResNet
 from dividemix import DivideMixError
-from dividemix.checkpoint import from_bytes
+from dividemix.checkpoint import from_bytes, load_networks, load_weights
 from dividemix.ranks import Ranks
+from dividemix.run import seeded
+from dividemix.runtime import Runtime
 
 
 class ResNet50(ResNet):
@@ -94,6 +96,26 @@ def build(arch: str, num_class: int, width: int = WIDTH, weights: dict[str, Any]
         reason = " ".join(str(error).split(":", 1)[-1].split())
         raise DivideMixError(f"--weights does not fit --arch {arch}, --width {width}: {reason:.150}") from error
     return net
+
+
+def pair(
+    arch: str,
+    num_class: int,
+    width: int,
+    weights: str,
+    *,
+    init_from: str | None,
+    seed: int,
+    machine: Runtime,
+    begun: bool,
+) -> list[nn.Module]:
+    """The two networks on the device. A run that has `begun` goes on from its checkpoint, and reads no weights."""
+    weights = "none" if begun or init_from else weights
+    state = read_weights(weights, arch, machine.ranks)
+    nets = [seeded(seed, k, lambda: build(arch, num_class, width, state)) for k in range(2)]
+    if init_from and not begun:
+        load_weights(nets, load_networks(Path(init_from).expanduser()), init_from)
+    return [machine.prepare(net) for net in nets]
 
 
 def read_weights(weights: str, arch: str, ranks: Ranks) -> dict[str, Any] | None:

@@ -12,8 +12,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from dividemix import DivideMixError, DivideMixWarning, ranks, recipes
-from dividemix.networks import ARCHITECTURES, WIDTH
+from dividemix import DivideMixError, DivideMixWarning, networks, ranks, recipes
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -133,19 +132,23 @@ def add_images(
     image_size: int,
     num_class: int,
     num_batches: int | None = None,
+    data_path: str,
     keep_images: bool = False,
     cache_dir: bool = False,
 ) -> None:
     """Network and data of the scripts for large images. num_batches: the epoch's size, where an epoch is a sample;
     keep_images, cache_dir: whether there is such a flag."""
     group = parser.add_argument_group("network and images")
-    group.add_argument("--arch", choices=list(ARCHITECTURES), default=arch, help="both networks")
-    group.add_argument("--width", type=positive_int, default=WIDTH, help="channels of a preresnet's first stage")
+    group.add_argument("--data_path", default=data_path, help="folder of the lists and images")
+    group.add_argument("--arch", choices=list(networks.ARCHITECTURES), default=arch, help="both networks")
+    group.add_argument(
+        "--width", type=positive_int, default=networks.WIDTH, help="channels of a preresnet's first stage"
+    )
     group.add_argument(
         "--weights",
-        default=weights,
         metavar="imagenet|none|PATH",
-        help="what both networks start from: torchvision's ImageNet weights (resnet50), nothing, or a state dict's",
+        help="what both networks start from: torchvision's ImageNet weights (resnet50), nothing, or a state dict's "
+        f"(default: {weights} for {arch}, none for another --arch)",
     )
     group.add_argument(
         "--image_size", type=positive_int, default=image_size, help="side of the crop; images are resized in proportion"
@@ -173,9 +176,11 @@ def add_images(
         group.add_argument("--cache_dir", help="folder for resized images, so that each is decoded once")
 
 
-def add_run(parser: Parser, *, id: str = "", val_fraction: bool = True, eval_batch_size: int = 1000) -> None:
+def add_run(
+    parser: Parser, *, id: str = "", val_fraction: bool = True, save_scores: bool = True, eval_batch_size: int = 1000
+) -> None:
     """Where and how it runs: the same flags for every script, but --val_fraction, which a script with a validation set
-    of its own lacks."""
+    of its own lacks, and --save_scores, which one lacks that always does."""
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=seed, default=123, help="every random draw derives from it")
     group.add_argument("--id", type=run_id, default=id, help="suffix of the run folder's name")
@@ -189,6 +194,12 @@ def add_run(parser: Parser, *, id: str = "", val_fraction: bool = True, eval_bat
             type=part,
             default=0.0,
             help="part of the (noisy) training set held out to select the best epoch",
+        )
+    if save_scores:
+        group.add_argument(
+            "--save_scores",
+            action="store_true",
+            help="keep every epoch's loss, clean probability and prediction of each sample that was scored",
         )
     group = parser.add_argument_group("machine")
     group.add_argument(
@@ -238,11 +249,23 @@ def resolve_recipe(args: argparse.Namespace) -> tuple[recipes.Recipe | None, lis
     return (row if exact else None), lines
 
 
-def notes(args: argparse.Namespace) -> list[str]:
-    """What a user should know of the flags given, for the scripts whose loss has no unlabeled term."""
+def resolve_images(args: argparse.Namespace, paper: recipes.ImageRecipe) -> list[str]:
+    """Fill --weights where it was not given: the paper's for its network, none for others. -> what a user should know
+    of the flags. Raises DivideMixError for flags that do not go together."""
+    if args.weights is None:
+        args.weights = paper.images["weights"] if args.arch == paper.images["arch"] else "none"
+    networks.check(args.arch, args.width, args.image_size, args.weights)
+    if args.warm_up < 1:
+        raise DivideMixError("--warm_up 0: expected 1 or more, since the first division is made at an epoch's end")
     if args.lambda_u == 0:
         return []
     return [f"--lambda_u {args.lambda_u:g}: accepted, has no effect; unlabeled images are mix partners only"]
+
+
+def but(args: argparse.Namespace, paper: recipes.ImageRecipe) -> str:
+    """What stands behind the paper's result where this run is not the paper's setting."""
+    other = departures(args, {**paper.method, **paper.images, **paper.results_with})
+    return f" (but this run: {', '.join(other)})" if other else ""
 
 
 def departures(args: argparse.Namespace, setting: dict[str, Any]) -> list[str]:

@@ -69,6 +69,7 @@ class ImageRecipe:
     resize: int  # short side of the image that the crop of images["image_size"] is taken from
     conf_penalty: bool  # in warm-up
     results: dict[str, float]  # the paper's, by the names of an epoch's record
+    results_with: dict[str, Any]  # the paper's flags for these, where they are not the defaults
 
     def resize_for(self, image_size: int) -> int:
         """The short side for another crop, in the same proportion."""
@@ -86,11 +87,11 @@ CLOTHING1M = ImageRecipe(
     resize=256,
     conf_penalty=True,
     results={"test_acc": 74.76},
+    results_with={},
 )
 WEBVISION = ImageRecipe(
     "WebVision",
     method={
-        # The paper's own run has 100 epochs and drops at 50.
         **{"batch_size": 32, "lr": 0.01, "lr_drop": 40, "num_epochs": 80, "warm_up": 1},
         **{"alpha": 0.5, "lambda_u": 0, "p_threshold": 0.5},
     },
@@ -99,4 +100,5 @@ WEBVISION = ImageRecipe(
     resize=320,
     conf_penalty=False,
     results={"test_acc": 77.32, "test_acc_top5": 91.64, "imagenet_acc": 75.20, "imagenet_acc_top5": 90.84},
+    results_with={"num_epochs": 100, "lr_drop": 50},
 )

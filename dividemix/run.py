@@ -27,7 +27,15 @@ from dividemix.checkpoint import from_bytes, load_last, load_networks, save_last
 from dividemix.logs import Logs
 from dividemix.ranks import Ranks
 
-PHASES = ("init", "subset", "validation", "warmup", "divide", "train")  # a generator's third number; append only
+PHASES = (
+    "init",
+    "subset",
+    "validation",
+    "warmup",
+    "divide",
+    "train",
+    "sample",
+)  # a generator's third number; append only
 
 ALONE = Ranks()
 
@@ -316,6 +324,19 @@ class Run:
 def folder_for(out_dir: str, run_dir: str | None, *parts: str) -> Path:
     """--run_dir, or --out_dir / the non-empty parts joined by '_'."""
     return Path(run_dir) if run_dir else Path(out_dir) / "_".join(part for part in parts if part)
+
+
+def hold_out(index: np.ndarray, part: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split the training samples `index` for --val_fraction: (to train on, held out), each ascending; none are held out
+    at 0. Raises DivideMixError where fewer than 2 are left."""
+    held_out = np.empty(0, dtype=index.dtype)
+    if part:
+        shuffled = draws(seed, "validation").permutation(index)
+        size = max(1, round(part * len(index)))
+        held_out, index = np.sort(shuffled[:size]), np.sort(shuffled[size:])
+    if len(index) < 2:
+        raise DivideMixError(f"{len(index)} training samples are left: at least 2 are needed")
+    return index, held_out
 
 
 def lock(folder: Path) -> TextIO:

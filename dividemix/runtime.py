@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -54,7 +55,10 @@ class Runtime:
         net = net.to(self.device, memory_format=self.memory_format)
         if self.ranks.world > 1:
             # Running statistics are each rank's own during a phase; `Ranks.average_buffers` ends it.
-            self.parallel[net] = DistributedDataParallel(net, broadcast_buffers=False)
+            with warnings.catch_warnings():  # the flag has a new name from torch 2.14 on, 2.11 knows this one
+                warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+                warnings.filterwarnings("ignore", "`broadcast_buffers`", DeprecationWarning)
+                self.parallel[net] = DistributedDataParallel(net, broadcast_buffers=False)
         return net
 
     def forward(self, net: nn.Module, *batches: Tensor) -> list[Tensor]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 import dataloader_clothing1M
 from dividemix import DivideMixError
-from dividemix.check_data import BadImage, check, exclude, left_out, opened, problem, run_check, without_bad
+from dividemix.check_data import BadImage, check, exclude, left_out, opened, problem, run_check
 from dividemix.filelist import Boundary, ImageList, list_folders
 
 
@@ -54,7 +54,7 @@ def test_sound_images(folder, kind, mode, options, full):
     """A data set would be refused for images that can be read, whatever format the name claims."""
     save(folder / "photo.jpg", kind, mode, **options)
     assert verdict(folder / "photo.jpg", full) == ""
-    with opened(str(folder / "photo.jpg"), Boundary(folder)) as image:
+    with opened(str(folder / "photo.jpg"), Boundary(folder)) as (image, _):
         assert image.convert("RGB").size == (40, 40)
 
 
@@ -81,7 +81,7 @@ def test_broken_files_are_found_by_a_look_at_their_ends(folder, kind, damage, ex
     path = folder / "photo.jpg"
     path.write_bytes(damage(save(path, kind)))
     assert expected in verdict(path).lower() and expected in verdict(path, full=True).lower()
-    with pytest.raises(BadImage) as caught, opened(str(path), Boundary(folder)) as image:
+    with pytest.raises(BadImage) as caught, opened(str(path), Boundary(folder)) as (image, _):
         image.convert("RGB")
     assert str(caught.value) == verdict(path)  # the training run says it in the same words
 
@@ -246,6 +246,12 @@ def test_check_data_with_a_list_of_bad_images_alone(tmp_path):
 
 
 # ---- --skip_bad_images ----
+
+
+def without_bad(lists, full=False):
+    """The lists without their bad images, and the record of these."""
+    record = check(lists, full=full).record()
+    return exclude(lists, record), record
 
 
 def test_bad_images_are_left_out_of_each_list(damaged):

@@ -1,0 +1,186 @@
+"""DivideMix on Clothing1M: a million shop photos, about 39 % of their labels wrong (Sec. 4.2, Table 3 of the paper).
+
+    python Train_clothing1M.py --data_path ../../Clothing1M/data                        # the paper's setting: 74.76 %
+    torchrun --nproc_per_node=4 Train_clothing1M.py --data_path ../../Clothing1M/data   # the same batch on four GPUs
+    python Train_clothing1M.py --data_path ../../Clothing1M/data --check_data           # is everything there?
+
+The same command again continues the run. An epoch is no pass over the million: after each epoch each network draws its
+own class-balanced sample, scores it and divides it, and in the next one the other network learns from that. Validated
+on the clean validation set every epoch; the test takes each network as it was at its own best epoch. `main` reads from
+top to bottom: data, two networks, Algorithm 1.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+import dataloader_clothing1M
+from dividemix import DivideMixError, check_data, logs, networks, options, recipes, runtime
+from dividemix.checkpoint import load_weights, restore, state_of
+from dividemix.codivide import CoDivide
+from dividemix.engine import ensemble_accuracy, per_sample_loss, set_learning_rate, train_epoch, warmup_epoch
+from dividemix.images import Views
+from dividemix.run import Run, draws, folder_for, score_arrays
+from dividemix.stream import Pipeline, StreamedImages
+
+PAPER = recipes.CLOTHING1M
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = options.Parser(prog="Train_clothing1M.py", description="DivideMix on Clothing1M.")
+    options.add_method(parser, **PAPER.method)
+    options.add_images(parser, **PAPER.images, data_path="../../Clothing1M/data", keep_images=True)
+    options.add_run(parser, id="clothing1m", val_fraction=False, eval_batch_size=200)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train, or continue. -> the last epoch's metrics with test_acc, test_acc_net1 and _net2, `run_dir` and
+    `paper_test_acc`. After --check_data: {}."""
+    args = parse_args(argv)
+    notes = options.resolve_images(args, PAPER)
+    if args.num_class != dataloader_clothing1M.NUM_CLASS:
+        raise DivideMixError(f"--num_class {args.num_class}: Clothing1M has {dataloader_clothing1M.NUM_CLASS} classes")
+    if args.check_data:
+        found = dataloader_clothing1M.find(args.data_path)
+        check_data.run_check(found, full=args.check_data == "full", skip=bool(args.skip_bad_images))
+        return {}
+    machine = runtime.start(
+        args.device,
+        args.gpuid,
+        args.precision,
+        args.deterministic,
+        args.width,
+        batch_size=args.batch_size,
+        compile=not args.no_compile,
+        graph=not args.no_graph,
+    )
+    data = dataloader_clothing1M.load(args.data_path)
+    folder = folder_for(args.out_dir, args.run_dir, args.id, f"seed{args.seed}" if args.seed != 123 else "")
+    views = Views(PAPER.resize_for(args.image_size), args.image_size, "crop")
+    streams = {"workers": args.workers, "ranks": machine.ranks, "keep": args.keep_images}
+
+    with Run(folder, vars(args), args.fresh, machine.ranks, logs.CLOTHING1M, logs.by_network) as run:
+        begun = bool(run.state)
+        lists, lines = check_data.usable(
+            {"train": data.train, "val": data.val, "test": data.test},
+            args.skip_bad_images,
+            folder / "skipped.json",
+            machine.ranks,
+            begun,
+        )
+        with Pipeline(lists, views, data.mean, data.std, machine.device, **streams) as pipeline:
+            validation, test = pipeline.images("val"), pipeline.images("test")
+            start = {"init_from": args.init_from, "seed": args.seed, "machine": machine, "begun": begun}
+            nets = networks.pair(args.arch, args.num_class, args.width, args.weights, **start)
+            optimizers = [machine.optimizer(net, args.lr, PAPER.weight_decay) for net in nets]
+            codivide = [CoDivide(args.p_threshold) for _ in nets]
+            restore(run.state, nets, optimizers, codivide)
+            divisions = [part.division for part in codivide]
+            samples = [kept(pipeline, index) for index in run.state.get("samples", [None, None])]
+            run.start(
+                {
+                    "command": ["Train_clothing1M.py", *(sys.argv[1:] if argv is None else argv)],
+                    "args": vars(args),
+                    "data": {"classes": data.class_names, **{name: len(images) for name, images in lists.items()}},
+                    "machine": machine.describe(),
+                }
+            )
+            run.save_labels(given=lists["train"].labels)
+            run.say(machine.describe(), *lines, *notes, f"run folder {folder}")
+
+            warmup = {"batch_size": 2 * args.batch_size, "conf_penalty": PAPER.conf_penalty, "machine": machine}
+            mixmatch = {name: getattr(args, name) for name in ("batch_size", "warm_up", "alpha", "T", "num_class")}
+            mixmatch |= {"lambda_u": 0.0, "unlabeled_loss": False, "machine": machine}
+            evaluation = {"batch_size": args.eval_batch_size, "machine": machine}
+
+            for epoch in run.epochs(args.num_epochs):
+                lr = args.lr if epoch < args.lr_drop else args.lr / 10
+                set_learning_rate(optimizers, lr)
+
+                # Co-divide: net 1 learns from the sample that net 2 drew and divided at the end of the last epoch, then
+                # net 2 from net 1's with the updated net 1 as its peer.
+                terms = []
+                for k, (net, peer) in enumerate([nets, nets[::-1]]):
+                    if divisions[1 - k] is None:
+                        with run.phase(f"warmup{k + 1}") as bar:
+                            sample = draw(pipeline, args, epoch, k, 2 * args.num_batches * args.batch_size)
+                            rng = draws(args.seed, "warmup", epoch, k)
+                            terms.append(warmup_epoch(net, optimizers[k], sample, rng=rng, bar=bar, **warmup))
+                    else:
+                        with run.phase("read") as bar:  # after a restart; else they were read to be scored
+                            samples[1 - k].fetch(bar)
+                        with run.phase(f"train{k + 1}") as bar:
+                            step = {"epoch": epoch, "rng": draws(args.seed, "train", epoch, k), "bar": bar, **mixmatch}
+                            terms.append(
+                                train_epoch(net, peer, optimizers[k], samples[1 - k], divisions[1 - k], **step)
+                            )
+                with run.phase("val") as bar:
+                    accuracy = ensemble_accuracy(nets, validation, bar=bar, **evaluation)
+                metrics = {"phase": "train" if any(divisions) else "warmup", "lr": lr}
+                metrics |= dict(zip(("val_acc", "val_acc_net1", "val_acc_net2"), accuracy, strict=True))
+                metrics |= logs.training(divisions, terms)
+
+                # W = GMM(X, Y, theta) for the next epoch, of a fresh sample of each network's own. Net 2 first: on a
+                # GPU its mixture is fitted while the card scores for net 1.
+                scores = {}
+                if epoch + 1 >= args.warm_up:
+                    before = [sample.index if sample else None for sample in samples]
+                    samples, scored, dividing = [None, None], [None, None], [None, None]  # their memory is needed
+                    for k in (1, 0):
+                        with run.phase("loss") as bar:
+                            samples[k] = draw(
+                                pipeline, args, epoch + 1, k, args.num_batches * args.batch_size, keep=True
+                            )
+                            scored[k] = per_sample_loss(nets[k], samples[k], bar=bar, **evaluation)
+                        with run.phase("gmm"):
+                            random_state = int(draws(args.seed, "divide", epoch + 1, k).integers(2**32))
+                            fit = (scored[k].loss, None, random_state, f"net {k + 1}")
+                            dividing[k] = machine.background(codivide[k].divide, *fit)
+                    for k in range(2):
+                        with run.phase("gmm"):
+                            divisions[k], is_new = dividing[k]()
+                        scores |= score_arrays(k, scored[k], divisions[k] if is_new else None, samples[k].index)
+                        if not is_new:  # no sample was clean: the division before is kept, of the sample before
+                            samples[k] = kept(pipeline, before[k])
+                state = state_of(nets, optimizers, codivide)
+                state["samples"] = [torch.from_numpy(sample.index) if sample else None for sample in samples]
+                run.end_epoch(metrics, state, scores, args.save_scores)
+
+            # Each network as it was at its own best epoch on the validation set
+            load_weights(nets, run.best_networks(), "best.pt")
+            accuracy = ensemble_accuracy(nets, test, **evaluation)
+            return finish(run, args, accuracy)
+
+
+def draw(pipeline: Pipeline, args: argparse.Namespace, epoch: int, k: int, n: int, keep: bool = False):
+    """Net k's class-balanced sample of about n images for an epoch."""
+    labels = pipeline.lists["train"].labels
+    rng = draws(args.seed, "sample", epoch, k)
+    index = dataloader_clothing1M.balanced_sample(labels, n, args.num_class, rng)
+    return pipeline.images("train", index, keep=keep)
+
+
+def kept(pipeline: Pipeline, index: NDArray | torch.Tensor | None) -> StreamedImages | None:
+    """The sample of these training images, which are read once more."""
+    return None if index is None else pipeline.images("train", index, keep=True)
+
+
+def finish(run: Run, args: argparse.Namespace, accuracy: list[float]) -> dict[str, Any]:
+    """Print the test accuracy beside the paper's, and return the final metrics."""
+    final = {**run.records[-1], "run_dir": str(run.folder), "paper_test_acc": PAPER.results["test_acc"]}
+    final |= dict(zip(("test_acc", "test_acc_net1", "test_acc_net2"), accuracy, strict=True))
+    epochs = " and ".join(map(str, run.best_epochs))
+    run.say(
+        f"test {final['test_acc']:.2f} (nets {logs.pair(final, 'test_acc', '.2f')}, of epochs {epochs}, chosen on the "
+        f"clean validation set); paper: {final['paper_test_acc']}{options.but(args, PAPER)}"
+    )
+    return run.finish(final)
+
+
+if __name__ == "__main__":
+    options.command_line(main)
