@@ -1,8 +1,8 @@
 """DivideMix (Li, Socher, Hoi, ICLR 2020): what the training scripts share, each thing in one module.
 
 Reading order: `algorithm` (the equations), `codivide` (loss -> clean probability), `engine` (a step and a phase), then
-`Train_cifar.py` (Algorithm 1). Around them: `noise`, `augment`, `data`, `filelist`, `check_data`, `recipes`, `options`,
-`run`, `checkpoint`, `report`; and for speed `runtime`, `graph`, `layers`.
+`Train_cifar.py` (Algorithm 1). Around them: `noise`, `augment`, `data`, `filelist`, `check_data`, `networks`,
+`recipes`, `options`, `run`, `logs`, `checkpoint`, `report`; and for speed `runtime`, `graph`, `layers`.
 """
 
 import warnings

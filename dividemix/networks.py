@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet50_Weights
-from torchvision.models.resnet import Bottleneck, ResNet
 
 import InceptionResNetV2
 import PreResNet
@@ -28,18 +26,25 @@ from dividemix.run import seeded
 from dividemix.runtime import Runtime
 
 
-class ResNet50(ResNet):
-    """torchvision's, with its state-dict keys; as in the other networks, the head is computed in float32 under autocast
-    too. Images (B, 3, S, S) -> logits (B, num_class)."""
-
-    def __init__(self, num_class: int):
-        super().__init__(Bottleneck, [3, 4, 6, 3], num_class)
-
+class MeanInFloat32(nn.Module):  # (B, K, H, W) -> (B, K, 1, 1)
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return x.float().mean(dim=(2, 3), keepdim=True)
+
+
+class LinearInFloat32(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return self.fc(x.float().mean(dim=(2, 3)))
+            return super().forward(x)
+
+
+def resnet50(num_class: int) -> nn.Module:
+    """torchvision's, with its state-dict keys. Images (B, 3, S, S) -> logits (B, num_class), float32 under autocast
+    too: as in the other networks, the head is computed in float32."""
+    from torchvision.models import resnet50  # slow to import, and the other scripts do without
+
+    net = resnet50(num_classes=num_class)
+    net.avgpool, net.fc = MeanInFloat32(), LinearInFloat32(net.fc.in_features, num_class)
+    return net
 
 
 @dataclass(frozen=True)
@@ -56,14 +61,15 @@ ARCHITECTURES = {
     "preresnet18": Architecture(PreResNet.ResNet18, "linear", min_side=16, has_width=True),
     "preresnet34": Architecture(PreResNet.ResNet34, "linear", min_side=16, has_width=True),
     "preresnet50": Architecture(PreResNet.ResNet50, "linear", min_side=16, has_width=True),
-    "resnet50": Architecture(lambda num_class, width: ResNet50(num_class), "fc", min_side=32),
+    "resnet50": Architecture(lambda num_class, width: resnet50(num_class), "fc", min_side=32),
     "inceptionresnetv2": Architecture(
         lambda num_class, width: InceptionResNetV2.InceptionResNetV2(num_class), "last_linear", min_side=75
     ),
 }
 SMALL_IMAGES = [name for name, architecture in ARCHITECTURES.items() if architecture.has_width]
 WIDTH = 64  # of the paper's network, and where --width is not given
-IMAGENET = ResNet50_Weights.IMAGENET1K_V1  # not DEFAULT, which is V2 and gives other results
+# torchvision's IMAGENET1K_V1: not its DEFAULT, which is V2 and gives other results
+IMAGENET = "https://download.pytorch.org/models/resnet50-0676ba61.pth"
 
 
 def check(arch: str, width: int, image_size: int, weights: str) -> None:
@@ -142,16 +148,15 @@ def read_weights(weights: str, arch: str, ranks: Ranks) -> dict[str, Any] | None
 
 def imagenet_file() -> Path:
     """Torch hub's copy of the ImageNet weights (TORCH_HOME says where), fetched if it is not there."""
-    url = IMAGENET.url
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    path = Path(torch.hub.get_dir(), "checkpoints", IMAGENET.rsplit("/", 1)[1])
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             digest = re.search(r"-([0-9a-f]{8,})\.", path.name)[1]
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=sys.stderr.isatty())
+            torch.hub.download_url_to_file(IMAGENET, str(path), hash_prefix=digest, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:  # no network, no such page, a full disk; a file that was cut
             raise DivideMixError(
-                f"the ImageNet weights could not be downloaded ({error}): fetch {url} elsewhere and put it at {path}, "
-                "or give its place as --weights PATH; --weights none starts from random weights"
+                f"the ImageNet weights could not be downloaded ({error}): fetch {IMAGENET} elsewhere and put it at "
+                f"{path}, or give its place as --weights PATH; --weights none starts from random weights"
             ) from error
     return path

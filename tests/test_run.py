@@ -1,13 +1,21 @@
 """The run folder: the same command again continues the run, and ends as an uninterrupted run ends."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import Train_cifar
-from dividemix import DivideMixError, checkpoint
-from dividemix.run import Run, draws, seeded
+from dividemix import DivideMixError, checkpoint, logs, report
+from dividemix.run import Run, draws, score_arrays, seeded
 
 TINY = "--dataset digits --limit_train 96 --width 4 --batch_size 16 --warm_up 1 --lr_drop 3 --device cpu"
 
@@ -208,3 +216,213 @@ def test_initial_weights_follow_from_seed_and_net_and_leave_the_global_stream_al
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
+
+
+# ---- The best epochs and the end ----
+
+
+def clothing1m(folder, **config):
+    return Run(folder, config, logs=logs.CLOTHING1M, best_by=logs.by_network)
+
+
+def weights(epoch):
+    """Two networks' states that tell their epoch."""
+    return {"nets": [{"w": torch.tensor([epoch, k])} for k in (1, 2)]}
+
+
+def validated(net1, net2):
+    return {"phase": "train", "val_acc": 50.0, "val_acc_net1": net1, "val_acc_net2": net2, "loss_x": float("nan")}
+
+
+def go_on(folder, accuracies, last=None):
+    """A run like Clothing1M's through epochs of these accuracies (net 1, net 2), from where the folder is."""
+    with clothing1m(folder) as run:
+        run.start({"command": [], "args": {"warm_up": 1}})
+        for epoch in run.epochs(last or len(accuracies)):
+            run.end_epoch(validated(*accuracies[epoch]), weights(epoch), None, False)
+        return run
+
+
+def best(folder):
+    file = torch.load(folder / "best.pt", weights_only=True)
+    assert [int(state["w"][1]) for state in file["nets"]] == [1, 2]
+    assert [int(state["w"][0]) for state in file["nets"]] == file["epochs"]
+    return file["epochs"]
+
+
+def test_each_network_keeps_the_weights_of_its_own_best_epoch(tmp_path):
+    """Clothing1M's test is of the two best networks: else one of them is tested at an epoch that was worse. The first
+    of equals is kept, as the authors do."""
+    accuracies = [(60.0, 60.0), (70.0, 50.0), (65.0, 80.0), (70.0, 10.0), (71.0, 80.0)]
+    expected = [[0, 0], [1, 0], [1, 2], [1, 2], [4, 2]]
+    for stop, epochs in enumerate(expected, start=1):  # a new process for each epoch
+        run = go_on(tmp_path / "run", accuracies, stop)
+        assert run.best_epochs == best(tmp_path / "run") == epochs
+        assert [int(state["w"][0]) for state in run.best_networks()] == epochs
+    last = run.records[-1]
+    assert (last["best_val_acc_net1"], last["best_val_acc_net2"]) == (71.0, 80.0)
+    assert not last.keys() & {"test_acc", "best_acc", "last10_acc"}
+    assert go_on(tmp_path / "whole", accuracies).best_epochs == expected[-1]
+    assert best(tmp_path / "whole") == expected[-1]
+    assert (tmp_path / "run" / "acc.txt").read_text().splitlines()[
+        1
+    ] == "Validation Epoch:1      Acc1:70.00  Acc2:50.00"
+
+
+def test_a_machine_that_dies_between_checkpoint_and_best(tmp_path):
+    """Else the run goes on with a best.pt that is not of its best epochs, and nobody is told."""
+    go_on(tmp_path / "run", [(60.0, 60.0), (70.0, 50.0)])
+    before = (tmp_path / "run" / "best.pt").read_bytes()
+    go_on(tmp_path / "run", [(60.0, 60.0), (70.0, 50.0), (40.0, 90.0)])
+    (tmp_path / "run" / "best.pt").write_bytes(before)
+    assert go_on(tmp_path / "run", [()] * 3).best_epochs == [1, 2] == best(tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", ["gone", "half", "another run's"])
+def test_best_weights_that_are_lost_are_said_to_be(tmp_path, damage):
+    """Else a damaged best.pt ends a run of days, or the other network's best weights come from nowhere."""
+    go_on(tmp_path / "run", [(60.0, 60.0), (70.0, 50.0)])
+    file = tmp_path / "run" / "best.pt"
+    if damage == "gone":
+        file.unlink()
+    else:
+        torch.save({"nets": weights(7)["nets"], "epochs": [7, 7]}, file)
+        file.write_bytes(file.read_bytes()[: 300 if damage == "half" else None])
+    with clothing1m(tmp_path / "run") as run:
+        for epoch in run.epochs(3):
+            with pytest.warns(UserWarning, match="the best weights of net 1 are lost, those of epoch 2 stand in"):
+                run.end_epoch(validated(65.0, 65.0), weights(epoch), None, False)
+    assert run.best_epochs == best(tmp_path / "run") == [2, 2]
+
+
+def test_a_checkpoint_from_before_each_network_had_its_own_best_epoch_goes_on(copy):
+    """Else an update of the project ends every run that is under way."""
+    state = last_state(copy)
+    epochs = state.pop("best_epochs")
+    checkpoint.save_last(copy, 1, state | {"best_epoch": epochs[0]})
+    with Run(copy, state["config"]) as run:
+        assert run.best_epochs == epochs
+    train(copy, 3)
+    assert len(last_state(copy)["best_epochs"]) == 2
+
+
+def test_the_result_is_left_once_and_the_same_again(tmp_path, monkeypatch):
+    """Else a table of results is made from a run that has not ended, or acc.txt ends in as many test accuracies as the
+    command was given."""
+    monkeypatch.setattr(report, "draw", lambda *_: [])
+    folder = tmp_path / "run"
+    for _ in range(2):
+        final = go_on(folder, [(60.0, 60.0)]).finish({"test_acc": 74.758, "loss_x": float("inf")})
+        assert final == json.loads((folder / "result.json").read_text()) == {"test_acc": 74.758, "loss_x": None}
+        lines = (folder / "acc.txt").read_text().splitlines()
+        assert lines == ["Validation Epoch:0      Acc1:60.00  Acc2:60.00", "Test Accuracy:74.76"]
+    go_on(folder, [(60.0, 60.0), (61.0, 61.0)])  # continued: that was not its result
+    assert not (folder / "result.json").exists() and "Test" not in (folder / "acc.txt").read_text()
+
+
+def test_a_figure_that_fails_loses_nothing(tmp_path, monkeypatch):
+    """A missing font or a full disk: the run of days ends with an error, and its result is not written."""
+
+    def fails(*_):
+        raise ValueError("no font")
+
+    monkeypatch.setattr(report, "draw", fails)
+    with pytest.warns(UserWarning, match="no figures: no font"):
+        go_on(tmp_path / "run", [(60.0, 60.0)]).finish({"test_acc": 1.0})
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_scores_of_a_sample_say_whose_they_are():
+    """Each of Clothing1M's networks scores images of its own: else no loss can be traced to an image."""
+    scored = SimpleNamespace(loss=torch.tensor([1.0, 2.0]), prediction=torch.tensor([3, 4]))
+    arrays = score_arrays(1, scored, None, index=np.array([70, 8]))
+    assert arrays.keys() == {"raw_loss_net2", "prediction_net2", "index_net2"}
+    assert arrays["index_net2"].tolist() == [70, 8]
+    assert "index_net1" not in score_arrays(0, scored, None)
+
+
+# ---- Several ranks ----
+
+RANKS = """
+import sys, torch, types
+from pathlib import Path
+sys.modules["dividemix.report"] = types.SimpleNamespace(draw=lambda _: [])  # a figure takes a second
+from dividemix import DivideMixError, logs, options, ranks, runtime
+from dividemix.run import Run
+
+def main(_):
+    me = ranks.join(torch.device("cpu"))
+    folder, lr = Path(sys.argv[1]), float(sys.argv[2])
+    mine = folder if me.first else Path("/proc/nowhere")  # the others need not see the folder
+    with Run(mine, {"lr": lr}, ranks=me, logs=logs.CLOTHING1M, best_by=logs.by_network) as run:
+        run.pin("labels", 1, "other labels")
+        run.save_labels(given=torch.zeros(2).numpy())
+        run.start({"command": [], "args": {"warm_up": 1}})
+        run.say("once")
+        begun = len(run.records)
+        for epoch in run.epochs(begun + 1):
+            with run.phase("test") as bar:
+                list(bar(range(2)))
+            accuracy = epoch * (1 + me.rank)  # should the ranks ever differ, the first one's counts
+            metrics = {"phase": "train", "val_acc": 1.0, "val_acc_net1": accuracy, "val_acc_net2": -accuracy}
+            run.end_epoch(metrics, {"nets": [{"w": torch.full((2,), float(epoch))}] * 2}, None, False)
+        nets = [float(state["w"][0]) for state in run.best_networks()]
+        run.finish({"test_acc": 5.0})
+        seen = [begun, run.records[-1]["val_acc_net1"], run.best_epochs, nets, len(run.state)]
+        print("rank", me.rank, seen, flush=True)
+        if lr == 2:
+            if not me.first:
+                raise DivideMixError("this one fails")
+            me.sum(torch.zeros(1))
+
+options.command_line(main)
+"""
+
+
+def two_ranks(folder, lr):
+    """Two processes as torchrun starts them. -> [(exit status, stdout, stderr)]"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANKS, str(folder), str(lr)],
+            env=os.environ | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            **{"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def test_two_ranks_have_one_run_folder(tmp_path):
+    """Else several processes write one file at once, each goes on from what it alone could read, or every line is
+    printed by all."""
+    for begun in (0, 1):
+        first, second = two_ranks(tmp_path / "run", 1)
+        assert first[0] == second[0] == 0, first[2] + second[2]
+        seen = f"[{begun}, {begun}, [{begun}, 0], [{begun}.0, 0.0], {0 if begun == 0 else 6}]"
+        assert f"rank 0 {seen}" in first[1] and second[1] == f"rank 1 {seen}\n"
+        assert first[1].count("once") == 1 and first[1].count("epoch ") >= 1
+        assert first[2] == second[2] == ""
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_rank_that_ends_ends_the_others(tmp_path):
+    """A refused run, or one rank's fault, must end the job with a line that says why: else a cluster's nodes wait for
+    each other until their time is up."""
+    with clothing1m(tmp_path / "run", lr=1.0) as run:
+        run.start({"command": [], "args": {}})
+        for _ in run.epochs(1):
+            run.end_epoch(validated(60.0, 60.0), weights(0), None, False)
+    started = time.monotonic()
+    first, second = two_ranks(tmp_path / "run", 3)
+    assert first[0] == second[0] == 1 and time.monotonic() - started < 60
+    assert first[2].startswith("rank 0: error: ") and "--lr was 1.0, now 3.0" in first[2] and first[2].count("\n") == 1
+    assert second[2].splitlines()[-1].startswith("rank 1: error: another rank ended"), second[2]
+    first, second = two_ranks(tmp_path / "other", 2)
+    assert first[0] == second[0] == 1
+    assert second[2] == "rank 1: error: this one fails\n"
+    assert first[2].splitlines()[-1].startswith("rank 0: error: another rank ended"), first[2]

@@ -1,0 +1,87 @@
+"""The lines that the logs hold of an epoch: the authors' formats, typed from FIDELITY.md section 6."""
+
+import numpy as np
+import pytest
+
+from dividemix import logs
+
+DIVIDED = {"labeled_net1": 11, "labeled_net2": 22, "unlabeled_net1": 3, "unlabeled_net2": 4}
+COMMON = {"epoch": 7, "phase": "train", "lr": 0.01, "loss_x": 1.25, "penalty": 0.5, "seconds_test": 2.0}
+WEBVISION = {
+    **COMMON | DIVIDED,
+    **{"test_acc": 77.324, "test_acc_top5": 91.638, "imagenet_acc": 75.2, "imagenet_acc_top5": 90.84},
+    **{"test_acc_net1": 76.0, "test_acc_net2": 75.5, "best_acc": 77.324, "last10_acc": 76.1},
+}
+CLOTHING1M = {
+    **COMMON | DIVIDED,
+    **{"val_acc": 74.5, "val_acc_net1": 73.456, "val_acc_net2": 72.0},
+    **{"best_val_acc_net1": 73.5, "best_val_acc_net2": 72.9},
+}
+UNDIVIDED = dict.fromkeys(DIVIDED) | {"phase": "warmup"}
+
+
+def test_lines_of_webvision_are_the_authors():
+    """Else every script that people have to plot the authors' logs reads nothing, or exchanges the two networks."""
+    line = "Epoch:7 \t WebVision Acc: 77.32% (91.64%) \t ImageNet Acc: 75.20% (90.84%)\n"
+    assert logs.WEBVISION.acc(WEBVISION) == line
+    assert logs.WEBVISION.stats(WEBVISION) == "Numer of labeled samples:22 \nNumer of labeled samples:11 \n"
+    assert logs.WEBVISION.stats(WEBVISION | UNDIVIDED) == ""
+    assert logs.WEBVISION.stats(WEBVISION | {"labeled_net2": None}) == "Numer of labeled samples:11 \n"
+    assert logs.WEBVISION.final(WEBVISION) == ""
+
+
+def test_lines_of_clothing1m_are_the_authors():
+    """The same; the last line is where the authors' users look for the result."""
+    assert logs.CLOTHING1M.acc(CLOTHING1M) == "Validation Epoch:7      Acc1:73.46  Acc2:72.00\n"
+    assert logs.CLOTHING1M.final({"test_acc": 74.758}) == "Test Accuracy:74.76\n"
+
+
+def test_undefined_auc_is_null_in_the_logs():
+    """NaN is no JSON: one epoch of r = 0 would make metrics.jsonl unreadable."""
+    record = {"labeled_net1": 1, "labeled_net2": 2, "auc_net1": None, "auc_net2": 0.5}
+    assert logs.CIFAR.stats(record) == (
+        "Numer of labeled samples:2   AUC:0.500\nNumer of labeled samples:1   AUC:null\n"
+    )
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        logs.metric_line({"loss_x": float("nan")})
+
+
+def test_the_line_for_people_says_what_the_script_measures():
+    """Else a user who watches the run sees a number under another's name, or the run ends at its first line."""
+    assert logs.WEBVISION.epoch(WEBVISION, 80) == (
+        "epoch 7/79 train | labeled 11/22 unlabeled 3/4 | Lx 1.2500 penalty 0.5000 | "
+        "webvision 77.32 (91.64) imagenet 75.20 (90.84) nets 76.00/75.50 | best 77.32 last-10 76.10 | test 2.0s"
+    )
+    assert logs.CLOTHING1M.epoch(CLOTHING1M | UNDIVIDED, 80) == (
+        "epoch 7/79 warmup | Lx 1.2500 penalty 0.5000 | "
+        "validation 74.50 (nets 73.46/72.00) | best nets 73.50/72.90 | test 2.0s"
+    )
+    cifar = COMMON | DIVIDED | {"auc_net1": 0.9, "auc_net2": None, "loss_u": 0.1, "val_acc": 50.0}
+    cifar |= {"test_acc": 90.0, "test_acc_net1": 89.0, "test_acc_net2": 88.0, "best_acc": 91.0, "last10_acc": 87.0}
+    assert logs.CIFAR.epoch(cifar, 10) == (
+        "epoch 7/9 train | labeled 11/22 unlabeled 3/4 | AUC 0.900/- | Lx 1.2500 Lu 0.1000 penalty 0.5000 | "
+        "val 50.00 test 90.00 (nets 89.00/88.00) | best 91.00 last-10 87.00 | test 2.0s"
+    )
+    assert "val 50.00 webvision" in logs.WEBVISION.epoch(WEBVISION | {"val_acc": 50.0}, 80)
+
+
+def test_last10_is_the_mean_of_the_last_ten():
+    """The paper's second number, over other epochs, is another number."""
+    records = [{"test_acc": float(k)} for k in range(13)]
+    assert logs.last10(records) == np.mean(range(3, 13))
+    assert logs.last10(records[:2]) == 0.5
+
+
+def test_what_the_best_epoch_is_chosen_by():
+    """Else --val_fraction selects on the test set after all, or Clothing1M's final test is of the wrong epochs."""
+    assert [logs.by_ensemble({"test_acc": 3.0, "val_acc": 5.0}, k) for k in (0, 1)] == [5.0, 5.0]
+    assert logs.by_ensemble({"test_acc": 3.0}, 0) == 3.0
+    assert [logs.by_network(CLOTHING1M, k) for k in (0, 1)] == [73.456, 72.0]
+
+
+def test_running_numbers_are_of_what_is_measured():
+    """Else Clothing1M's epochs carry a best test accuracy although none is tested."""
+    tested = [{"test_acc": 4.0}, {"test_acc": 2.0}]
+    assert logs.running(tested, [0, 0]) == {"best_acc": 4.0, "last10_acc": 3.0}
+    validated = [{"val_acc_net1": 1.0, "val_acc_net2": 5.0}, {"val_acc_net1": 2.0, "val_acc_net2": 3.0}]
+    assert logs.running(validated, [1, 0]) == {"best_val_acc_net1": 2.0, "best_val_acc_net2": 5.0}
