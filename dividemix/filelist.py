@@ -11,6 +11,7 @@ for those who touch the files: `dividemix.check_data`, and whatever opens the im
 """
 
 import codecs
+import io
 import os
 import posixpath
 from collections.abc import Sequence
@@ -86,11 +87,11 @@ class ImageList:
 
 
 class Lines(NamedTuple):
-    """The lines of one list file, blank ones left out. Plain lists, for the time of reading."""
+    """The n lines of one list file, blank ones left out. An object for each, for the time of reading."""
 
     paths: list[bytes]
     labels: list[int]  # empty where the lines are paths alone
-    numbers: list[int]  # counted from 1, blank lines included
+    numbers: NDArray[np.int64]  # (n,), counted from 1, blank lines included
 
 
 def read_lines(path: Path, num_class: int | None = None, drop: bytes = b"") -> Lines:
@@ -103,28 +104,32 @@ def read_lines(path: Path, num_class: int | None = None, drop: bytes = b"") -> L
     classes = {str(c).encode(): c for c in range(num_class or 0)}
     paths: list[bytes] = []
     labels: list[int] = []
-    numbers: list[int] = []
-    for number, line in enumerate(_read_text(path).split(b"\n"), start=1):
+    blank: list[int] = []
+    number = 0
+    text = _read_text(path)
+    odd = b"/." in text or b"//" in text  # to look for these in each line would take as long as all the rest
+    for number, line in enumerate(io.BytesIO(text), start=1):  # one by one: a list of the lines is as large as `paths`
         key = line.strip()
         if not key:
+            blank.append(number)
             continue
         if num_class is not None:
-            key, *rest = key.rsplit(None, 1)
-            if not rest:
-                raise _bad(path, number, f"{_show(key)} has no label, expected `path label`")
-            label = classes.get(rest[0])
-            if label is None:
-                raise _bad(path, number, f"label {_show(rest[0])}, expected a whole number from 0 to {num_class - 1}")
+            key, space, tail = key.rpartition(b" ")
+            label = classes.get(tail)
+            if label is None or not key or key[-1] in b" \t\v\f\r":  # rare, so worth a closer look, as below
+                key, label = _split(path, number, key + space + tail, classes)
             labels.append(label)
-        if key[0] in b"./" or key[-1] in b"/" or b"/." in key or b"//" in key:  # rare, so worth a closer look
+        if key[0] in b"./" or key[-1] in b"/" or (odd and (b"/." in key or b"//" in key)):
             key = _tidy(path, number, key)
         paths.append(key.removeprefix(drop))
-        numbers.append(number)
+    numbers = np.delete(np.arange(1, number + 1), np.array(blank, np.int64) - 1)
     if not paths:
         raise DivideMixError(f"{path}: not one line with an image: use a good copy")
-    if len(set(paths)) < len(paths):
+    hashes = np.fromiter(map(hash, paths), np.int64, len(paths))  # smaller than a set of the paths
+    hashes.sort()
+    if (hashes[1:] == hashes[:-1]).any():
         first: dict[bytes, int] = {}
-        for key, number in zip(paths, numbers, strict=True):
+        for key, number in zip(paths, numbers.tolist(), strict=True):
             if first.setdefault(key, number) != number:
                 raise _bad(path, number, f"{_show(key)} is already in line {first[key]}")
     return Lines(paths, labels, numbers)
@@ -144,6 +149,17 @@ def _read_text(path: Path) -> bytes:
     if (zero := data.find(b"\0")) >= 0:
         raise _bad(path, data.count(b"\n", 0, zero) + 1, "a zero byte, expected text")
     return data
+
+
+def _split(path: Path, number: int, line: bytes, classes: dict[bytes, int]) -> tuple[bytes, int]:
+    """A line `path label` with any white space between, or its refusal."""
+    key, *rest = line.rsplit(None, 1)
+    if not rest:
+        raise _bad(path, number, f"{_show(key)} has no label, expected `path label`")
+    if rest[0] not in classes:
+        expected = f"expected a whole number from 0 to {len(classes) - 1}"
+        raise _bad(path, number, f"label {_show(rest[0])}, {expected}")
+    return key, classes[rest[0]]
 
 
 def _tidy(path: Path, number: int, key: bytes) -> bytes:

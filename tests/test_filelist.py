@@ -62,7 +62,13 @@ def test_labelled_lines(tmp_path):
     content = b"\xef\xbb\xbfimages/1/a.jpg 3\r\n\r\n  \n images/b c.jpg\t0 \nimages/\xc3\xa9.jpg 13"
     lines = read_lines(written(tmp_path, content), num_class=14)
     assert lines.paths == [b"images/1/a.jpg", b"images/b c.jpg", b"images/\xc3\xa9.jpg"]
-    assert lines.labels == [3, 0, 13] and lines.numbers == [1, 4, 5]
+    assert lines.labels == [3, 0, 13] and lines.numbers.tolist() == [1, 4, 5]
+
+
+def test_any_white_space_before_the_label(tmp_path):
+    """Lists that were made by hand or by another program would be refused, or a space would end up in a path."""
+    lines = read_lines(written(tmp_path, b"a  3\nb \t0\nc\x0b7\nd e \x0c 1\n7 7\n"), num_class=14)
+    assert lines.paths == [b"a", b"b", b"c", b"d e", b"7"] and lines.labels == [3, 0, 7, 1, 7]
 
 
 def test_key_lines(tmp_path):
@@ -70,7 +76,7 @@ def test_key_lines(tmp_path):
     path = written(tmp_path, b"images/0/a.jpg\nimages//1/./b.jpg\n./c.jpg\n.hidden.jpg\n1/images/d..jpg\n")
     lines = read_lines(path, drop=b"images/")
     assert lines.paths == [b"0/a.jpg", b"1/b.jpg", b"c.jpg", b".hidden.jpg", b"1/images/d..jpg"]
-    assert lines.labels == [] and lines.numbers == [1, 2, 3, 4, 5]
+    assert lines.labels == [] and lines.numbers.tolist() == [1, 2, 3, 4, 5]
 
 
 BAD_LABELS = [b"14", b"-1", b"x", b"1.0", b"1e1", b"+1", b"01", b"0x1", b"1_0", b"nan", b"9" * 5000, b"\xd9\xa3"]
