@@ -16,6 +16,7 @@ Use a pipeline in `with`: a worker's death can reach the main process anywhere, 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -242,38 +243,34 @@ class StreamedImages:
         if self._kept is not None:
             return self._from_memory(self._kept.train_batch, jobs)
         parts = [list(zip(_split(rows), _split(seeds), strict=True)) for rows, seeds in jobs]
-        tasks = (self._task(rows, seeds) for each in parts for rows, seeds in each)
-        return self._joined(tasks, [len(each) for each in parts], dim=1)
+        return self._joined(parts, dim=1)
 
     def _eval_views(self, batches: list[NDArray]) -> Iterator[Tensor]:
         """(n, S, S, 3) for each of the batches of rows, which are in order."""
         if self._kept is not None:
-            return self._from_memory(self._kept.eval_batch, [(rows,) for rows in batches])
-        if self.place is not None:
-            return self._eval_while_filling(batches)
-        parts = [_split(rows) for rows in batches]
-        tasks = (self._task(rows) for each in parts for rows in each)
-        return self._joined(tasks, [len(each) for each in parts], dim=0)
+            yield from self._from_memory(self._kept.eval_batch, [(rows,) for rows in batches])
+        elif self.place is None:
+            yield from self._joined([[(part, None) for part in _split(rows)] for rows in batches], dim=0)
+        else:
+            filling = self._filling()
+            kept = next(filling)
+            for rows in batches:
+                while kept.count <= rows[-1]:
+                    next(filling)
+                yield self._to_device(kept.eval_batch(self.pipeline.views, rows))
 
-    def _joined(self, tasks: Iterable[Task], counts: list[int], dim: int) -> Iterator[Tensor]:
-        """The workers' parts on the device, so many for each batch."""
-        parts = self.pipeline.read(tasks)
-        for count in counts:
-            moved = [self._to_device(next(parts).pixels) for _ in range(count)]
-            yield moved[0] if count == 1 else torch.cat(moved, dim)
-
-    def _eval_while_filling(self, batches: list[NDArray]) -> Iterator[Tensor]:
-        filling = self._filling()
-        kept = next(filling)
-        for rows in batches:
-            while kept.count <= rows[-1]:
-                next(filling)
-            yield self._to_device(kept.eval_batch(self.pipeline.views, rows))
+    def _joined(self, batches: list[list[tuple[NDArray, NDArray | None]]], dim: int) -> Iterator[Tensor]:
+        """The views of each batch on the device, from the parts (rows, seeds) that it consists of."""
+        parts = self.pipeline.read(self._tasks(chain.from_iterable(batches)))
+        for batch in batches:
+            moved = [self._to_device(next(parts).pixels) for _ in batch]
+            yield moved[0] if len(moved) == 1 else torch.cat(moved, dim)
 
     def _filling(self) -> Iterator[Kept]:
         """Reads all images; after each part what there is so far, which is kept only when it is all."""
         kept = Kept(len(self), self.place)
-        for part in self.pipeline.read(self._task(rows, whole=True) for rows in _split(np.arange(len(self)))):
+        tasks = self._tasks(((rows, None) for rows in _split(np.arange(len(self)))), whole=True)
+        for part in self.pipeline.read(tasks):
             try:
                 kept.add(part.pixels, part.sizes)
             except torch.OutOfMemoryError as error:
@@ -298,8 +295,10 @@ class StreamedImages:
 
     # -- Small helpers
 
-    def _task(self, rows: NDArray, seeds: NDArray | None = None, whole: bool = False) -> Task:
-        return Task(self.name, self.pipeline.caches.get(self.name), self.index[rows], seeds, whole)
+    def _tasks(self, parts: Iterable[tuple[NDArray, NDArray | None]], whole: bool = False) -> Iterator[Task]:
+        """For parts (rows, seeds). The workers hold on to it until their next pass, so it does not refer to the set."""
+        name, cache, index = self.name, self.pipeline.caches.get(self.name), self.index
+        return (Task(name, cache, index[rows], seeds, whole) for rows, seeds in parts)
 
     def _column(self, parts: list[NDArray]) -> tuple[Tensor, ...]:
         """An array per batch -> a tensor per batch on the device, by one transfer."""

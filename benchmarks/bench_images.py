@@ -1,0 +1,326 @@
+"""Large images: how many a second are decoded, and an epoch of Clothing1M's shape, against the plain way.
+
+    python benchmarks/bench_images.py                                    # 1,000 photos of short side 256 to 600
+    python benchmarks/bench_images.py --arch none --repeats 5 --json out.json                # decoding alone
+    python benchmarks/bench_images.py --images 32000 --workers 16 --device cuda --arch resnet50
+
+An epoch scores all images and then trains on them: two views of each labeled one, and two of as many unlabeled ones.
+The plain way does it with PIL and torchvision as scripts of 2020 do: one decode and one resize per view to train and
+another to score, normalised in the workers, data sets and loaders (one for the labeled, one for the unlabeled images,
+--workers each) made anew for every phase. Here images are decoded once, by --workers processes that stay, and kept in
+host memory. Both do the same work, on the same cores, in turn, in one run; both are first checked to score the same
+pixels. "decode" goes through all batches without a net, "compute" is the net alone on batches that are there, "joint"
+is both. Images a second counts every image scored and every image trained on once, whatever is made of it.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+from bench_cifar import medians, now, timed
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from dividemix import engine, runtime
+from dividemix.codivide import Division
+from dividemix.data import Batches
+from dividemix.filelist import ImageList
+from dividemix.images import Views
+from dividemix.runtime import Runtime
+from dividemix.stream import Pipeline
+from PreResNet import ResNet18
+
+NUM_CLASS = 14
+MEAN, STD = (0.6959, 0.6537, 0.6371), (0.3113, 0.3192, 0.3214)
+TARGET = 2.5  # times the plain way's images a second, decoding
+
+
+def make_photos(folder: Path, n: int, sides: tuple[int, int], seed: int = 0) -> ImageList:
+    """n JPEGs cut from scikit-learn's two photos: short side between `sides`, up to 1.6 times as long as wide."""
+    rng, photos = np.random.default_rng(seed), [Image.fromarray(photo) for photo in load_sample_images().images]
+    names = []
+    for i in range(n):
+        photo = photos[rng.integers(len(photos))]
+        short, ratio = int(rng.integers(sides[0], sides[1] + 1)), rng.uniform(1, 1.6)
+        width, height = (short, round(short * ratio)) if rng.random() < 0.5 else (round(short * ratio), short)
+        scale = rng.uniform(0.5, 1) * min(photo.width / width, photo.height / height)  # of the photo, what is cut out
+        left, top = (
+            rng.uniform(0, whole - scale * part) for whole, part in zip(photo.size, (width, height), strict=True)
+        )
+        box = (left, top, left + scale * width, top + scale * height)
+        names.append(f"{i:07}.jpg")
+        photo.resize((width, height), Image.Resampling.BICUBIC, box).save(folder / names[-1], quality=85)
+    labels = np.arange(n) % NUM_CLASS
+    return ImageList.build("photos", folder, "", [name.encode() for name in names], labels, NUM_CLASS)
+
+
+def divide(n: int, labeled: float) -> Division:
+    mask = np.random.default_rng(1).permutation(n) < round(labeled * n)
+    p, two = np.where(mask, 0.9, 0.1), np.ones(2)
+    return Division(p, mask, p.astype(np.float32), two, two, two, 0.5, None)
+
+
+# ---- The plain way ----
+
+
+class PlainDataset(Dataset):
+    """One sample: the image through `transform`, `views` times, each time from the file; then its label."""
+
+    def __init__(self, paths: list[str], labels: np.ndarray, transform: Callable, views: int):
+        self.paths, self.labels, self.transform, self.views = paths, labels, transform, views
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> tuple:
+        views = [self.transform(Image.open(self.paths[i]).convert("RGB")) for _ in range(self.views)]
+        return *views, int(self.labels[i])
+
+
+class PlainImages:
+    """The engine's data protocol (see `dividemix.data`) answered the plain way."""
+
+    def __init__(self, images: ImageList, views: Views, device: torch.device, workers: int):
+        self.images, self.device, self.workers = images, device, workers
+        last = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+        first = transforms.Resize(views.resize)
+        self.eval_transform = transforms.Compose([first, transforms.CenterCrop(views.crop), *last])
+        mirrored = transforms.RandomHorizontalFlip()
+        self.train_transform = transforms.Compose([first, transforms.RandomCrop(views.crop), mirrored, *last])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def _loader(self, index: np.ndarray, transform: Callable, views: int, batch_size: int) -> DataLoader:
+        dataset = PlainDataset([self.images.path(i) for i in index], self.images.labels[index], transform, views)
+        pin = self.device.type == "cuda"
+        return DataLoader(dataset, batch_size, shuffle=views > 1, num_workers=self.workers, pin_memory=pin)
+
+    def eval_batches(self, batch_size: int) -> Batches:
+        loader = self._loader(np.arange(len(self)), self.eval_transform, 1, batch_size)
+        sizes = [(min(batch_size, len(self) - start),) for start in range(0, len(self), batch_size)]
+        return Batches(sizes, ([tensor.to(self.device) for tensor in batch] for batch in loader))
+
+    def mixmatch_batches(self, division: Division, batch_size: int, rng: np.random.Generator) -> Batches:
+        labeled, unlabeled = np.flatnonzero(division.labeled), np.flatnonzero(~division.labeled)
+        steps = -(-len(labeled) // batch_size)
+
+        def sizes(n: int) -> list[int]:
+            return [min(batch_size, n - start) for start in range(0, n, batch_size)]
+
+        def batches() -> Iterator[tuple]:
+            labeled_loader, unlabeled_loader = (
+                self._loader(index, self.train_transform, 2, batch_size) for index in (labeled, unlabeled)
+            )
+            again = iter(unlabeled_loader)
+            for x1, x2, labels in labeled_loader:
+                try:
+                    u1, u2, _ = next(again)
+                except StopIteration:
+                    again = iter(unlabeled_loader)
+                    u1, u2, _ = next(again)
+                w = torch.full((len(x1),), 0.9)
+                yield tuple(tensor.to(self.device) for tensor in (x1, x2, labels, w, u1, u2))
+
+        pairs = zip(sizes(len(labeled)), sizes(len(unlabeled)) * steps, strict=False)
+        return Batches(list(pairs), batches())
+
+    @staticmethod
+    def mixmatch_views(*batch: torch.Tensor) -> tuple:
+        return batch
+
+
+# ---- What is timed ----
+
+
+class Loaded:
+    """Batches that are there: for the net alone. Made from one batch, over and over."""
+
+    def __init__(self, n: int, views: Views, device: torch.device):
+        self.n, self.device, self.side = n, device, views.crop
+        self.labels = torch.arange(n, device=device) % NUM_CLASS
+
+    def __len__(self) -> int:
+        return self.n
+
+    def _pixels(self, n: int) -> torch.Tensor:
+        return torch.zeros(n, 3, self.side, self.side, device=self.device).normal_()
+
+    def eval_batches(self, batch_size: int) -> Batches:
+        x, starts = self._pixels(min(batch_size, self.n)), range(0, self.n, batch_size)
+        batches = [(x[: self.n - start], self.labels[start : start + batch_size]) for start in starts]
+        return Batches([(len(x),) for x, _ in batches], batches)
+
+    def mixmatch_batches(self, division: Division, batch_size: int, rng: np.random.Generator) -> Batches:
+        x, n = self._pixels(batch_size), int(division.labeled.sum())
+        sizes = [(min(batch_size, n - start),) * 2 for start in range(0, n, batch_size)]
+        ones = torch.ones(batch_size, device=self.device)
+        batches = ((x[:k], x[:k], self.labels[:k], ones[:k], x[:k], x[:k]) for k, _ in sizes)
+        return Batches(sizes, batches)
+
+    mixmatch_views = staticmethod(PlainImages.mixmatch_views)
+
+
+class Epoch:
+    """Scores the images and trains on them: with nets, or going through the batches alone. data: called anew each time,
+    as each epoch of Clothing1M draws new images."""
+
+    def __init__(
+        self, data: Callable[[], Any], division: Division, machine: Runtime, args: argparse.Namespace, nets: bool
+    ):
+        self.data, self.division, self.machine, self.args = data, division, machine, args
+        self.nets = [machine.prepare(make_net(args)) for _ in range(2)] if nets else []
+        self.optimizer = machine.optimizer(self.nets[0], 0.002, 1e-3) if nets else None
+
+    def run(self) -> dict[str, float]:
+        begin = now(self.machine.device)
+        data = self.data()
+        self.score(data)
+        middle = now(self.machine.device)
+        self.train(data)
+        end = now(self.machine.device)
+        return {"score": middle - begin, "train": end - middle}
+
+    def score(self, data: Any) -> None:
+        if self.nets:
+            engine.per_sample_loss(self.nets[0], data, batch_size=self.args.eval_batch_size, machine=self.machine)
+        else:
+            for _ in data.eval_batches(self.args.eval_batch_size):
+                pass
+
+    def train(self, data: Any) -> None:
+        rng = np.random.default_rng(0)
+        if self.nets:
+            how = {"epoch": 2, "warm_up": 1, "batch_size": self.args.batch_size, "alpha": 0.5, "T": 0.5}
+            how |= {"lambda_u": 0.0, "num_class": NUM_CLASS, "unlabeled_loss": False, "machine": self.machine}
+            engine.train_epoch(*self.nets, self.optimizer, data, self.division, rng=rng, **how)
+        else:
+            for batch in data.mixmatch_batches(self.division, self.args.batch_size, rng):
+                data.mixmatch_views(*batch)
+
+
+def make_net(args: argparse.Namespace) -> nn.Module:
+    if args.arch == "resnet50":
+        return torchvision.models.resnet50(num_classes=NUM_CLASS)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(32), ResNet18(NUM_CLASS, args.width))
+
+
+def check(here: Any, plain: PlainImages, batch_size: int) -> str:
+    """Exit if the two do not score the same pixels."""
+    worst = 0.0
+    for (x, labels), (y, plain_labels) in zip(
+        here.eval_batches(batch_size), plain.eval_batches(batch_size), strict=True
+    ):
+        worst = max(worst, float((x - y).abs().max()), float((labels != plain_labels).any()))
+    line = f"pixels to score, here and the plain way: largest difference {worst:.1e}"
+    if worst > 1e-4:
+        sys.exit(f"check failed: {line}")
+    return line
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {"images": 1000, "workers": cores(), "batch_size": 32, "eval_batch_size": 64, "resize": 256}
+    for name, default in (sizes | {"image_size": 224, "width": 8, "repeats": 3, "warmups": 1}).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--sides", type=int, nargs=2, default=(256, 600), help="range of the photos' short side")
+    parser.add_argument("--labeled", type=float, default=0.5, help="part of the images")
+    parser.add_argument(
+        "--arch", default="small", choices=["small", "resnet50", "none"], help="small: PreAct ResNet-18"
+    )
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args(argv)
+    if not 0 < args.labeled < 1 or not 0 < round(args.labeled * args.images) < args.images or args.repeats < 1:
+        parser.error("expected some labeled and some unlabeled images, and 1 repeat or more")
+    return args
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    args = parse_args(argv)
+    machine = runtime.start(args.device, compile=False, graph=False)
+    division, views = divide(args.images, args.labeled), Views(args.resize, args.image_size)
+    print(f"{machine.describe()}; {cores()} cores; Pillow {PIL.__version__}")
+    with tempfile.TemporaryDirectory() as folder:
+        photos = make_photos(Path(folder), args.images, tuple(args.sides))
+        options = {"workers": args.workers, "keep": "host"}
+        with Pipeline({"train": photos}, views, MEAN, STD, machine.device, **options) as pipeline:
+
+            def here():
+                return pipeline.images("train", keep=True)
+
+            def plain():
+                return PlainImages(photos, views, machine.device, args.workers)
+
+            print(check(here(), plain(), args.eval_batch_size), flush=True)
+            epochs = {f"decode {name}": Epoch(data, division, machine, args, False) for name, data in ways(here, plain)}
+            if args.arch != "none":
+                loaded = Loaded(args.images, views, machine.device)
+                epochs["compute"] = Epoch(lambda: loaded, division, machine, args, True)
+                epochs |= {
+                    f"joint {name}": Epoch(data, division, machine, args, True) for name, data in ways(here, plain)
+                }
+            results = timed(epochs, args.warmups, args.repeats)
+    report = summary(results, division, args)
+    report |= {"device": machine.describe(), "date": datetime.date.today().isoformat(), "flags": vars(args)}
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=1))
+    print_table(report, args)
+    return report
+
+
+def ways(here: Callable, plain: Callable) -> tuple[tuple[str, Callable], ...]:
+    return ("here", here), ("plain", plain)
+
+
+def summary(results: dict[str, list[dict[str, float]]], division: Division, args: argparse.Namespace) -> dict[str, Any]:
+    """Medians of the repeats; ratios of the plain way's time to ours, repeat by repeat."""
+    count = args.images + 2 * int(division.labeled.sum())  # scored, and labeled and unlabeled ones trained on
+    report: dict[str, Any] = {"images_of_an_epoch": count, "cores": cores(), "n": args.repeats}
+    report["seconds"] = {name: medians(result, args.warmups) for name, result in results.items()}
+    report["images_per_second"] = {name: count / each["epoch"] for name, each in report["seconds"].items()}
+    report["ratio"] = {}
+    for what in ("decode", "joint"):
+        if f"{what} here" in results:
+            pairs = list(zip(results[f"{what} plain"], results[f"{what} here"], strict=True))[args.warmups :]
+            for phase in ("score", "train", "epoch"):
+                ratios = [plain[phase] / here[phase] for plain, here in pairs]
+                each = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+                report["ratio"][f"{what}, {phase}"] = each
+    return report
+
+
+def print_table(report: dict[str, Any], args: argparse.Namespace) -> None:
+    columns = f"{'score':>9}{'train':>9}{'epoch s':>9}{'images/s':>10}{'per core':>10}"
+    print(f"\n{'medians of ' + str(report['n']):<16}{columns}")
+    for name, seconds in report["seconds"].items():
+        rate = report["images_per_second"][name]
+        columns = "".join(f"{seconds[phase]:>9.2f}" for phase in ("score", "train", "epoch"))
+        print(f"{name:<16}{columns}{rate:>10.1f}{rate / report['cores']:>10.1f}")
+    print(f"\n{'plain / here':<16}{'median':>9}{'min':>9}{'max':>9}")
+    for name, ratio in report["ratio"].items():
+        print(f"{name:<16}" + "".join(f"{value:>9.2f}" for value in ratio.values()))
+    print(f"target for decoding: {TARGET}; {args.images} images, {args.labeled:.0%} labeled, {args.workers} workers")
+
+
+if __name__ == "__main__":
+    main()
