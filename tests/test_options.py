@@ -6,7 +6,7 @@ import re
 import pytest
 
 import Train_cifar
-from dividemix import options, recipes
+from dividemix import DivideMixError, options, recipes
 
 # The paper's Table 7 and results, typed from FIDELITY.md section 6 and not from recipes.py:
 # lambda_u, p_threshold, loss_window, best, last, best of plain cross-entropy.
@@ -214,7 +214,7 @@ def test_help_shows_each_default_once_and_no_none(capsys):
 def image_parser(recipe: recipes.ImageRecipe, **more) -> options.Parser:
     parser = options.Parser(prog="Train_images.py")
     options.add_method(parser, **recipe.method)
-    options.add_images(parser, **recipe.images, **more)
+    options.add_images(parser, **recipe.images, data_path="./images", **more)
     options.add_run(parser, id="clothing1m", val_fraction=False, eval_batch_size=200)
     return parser
 
@@ -242,7 +242,7 @@ def test_flags_of_the_scripts_for_large_images():
     args = vars(image_parser(recipes.CLOTHING1M, keep_images=True).parse_args([]))
     expected = recipes.CLOTHING1M.method | recipes.CLOTHING1M.images
     expected |= {"width": 64, "eval_batch_size": 200, "workers": 4, "id": "clothing1m", "keep_images": "auto"}
-    expected |= {"check_data": None, "skip_bad_images": None}
+    expected |= {"check_data": None, "skip_bad_images": None, "weights": None}
     assert {name: args[name] for name in expected} == expected
     assert not {"val_fraction", "cache_dir", "loss_window"} & args.keys()
     web = image_parser(recipes.WEBVISION, cache_dir=True)
@@ -259,15 +259,52 @@ def test_help_of_a_script_for_large_images_names_its_own_defaults(capsys):
         image_parser(recipes.CLOTHING1M).parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "the paper's)" not in text and "default: None" not in text and ") (default" not in text
-    assert "(default: resnet50)" in text and "(default: 1)" in text and "accepted and without effect" in text
+    assert (
+        "(default: resnet50)" in text
+        and "(default: imagenet for resnet50" in text
+        and "(default: 1)" in text
+        and "accepted and without effect" in text
+    )
 
 
 def test_lambda_u_without_effect_is_said():
     """Else somebody tunes --lambda_u on Clothing1M for a week."""
-    parser = image_parser(recipes.CLOTHING1M)
-    assert options.notes(parser.parse_args([])) == options.notes(parser.parse_args(["--lambda_u", "0"])) == []
-    (line,) = options.notes(parser.parse_args(["--lambda_u", "25"]))
+    parser, recipe = image_parser(recipes.CLOTHING1M), recipes.CLOTHING1M
+    for flags in ([], ["--lambda_u", "0"]):
+        assert options.resolve_images(parser.parse_args(flags), recipe) == []
+    (line,) = options.resolve_images(parser.parse_args(["--lambda_u", "25"]), recipe)
     assert line.startswith("--lambda_u 25: accepted, has no effect")
+
+
+@pytest.mark.parametrize(
+    ("flags", "weights"),
+    [([], "imagenet"), (["--arch", "preresnet18"], "none"), (["--weights", "none"], "none"), (["--weights", "x"], "x")],
+)
+def test_weights_follow_the_network_unless_given(flags, weights):
+    """Else every --arch but the paper's is refused until the user finds out about --weights none, or the paper's starts
+    from random weights and ends ten points lower."""
+    args = image_parser(recipes.CLOTHING1M).parse_args(flags)
+    options.resolve_images(args, recipes.CLOTHING1M)
+    assert args.weights == weights
+
+
+def test_a_warm_up_is_needed_where_divisions_are_made_at_an_epochs_end():
+    """Else --warm_up 0 is taken, and the first epoch warms up all the same."""
+    args = image_parser(recipes.WEBVISION).parse_args(["--warm_up", "0"])
+    with pytest.raises(DivideMixError, match="--warm_up 0: expected 1 or more"):
+        options.resolve_images(args, recipes.WEBVISION)
+
+
+def test_the_papers_number_stands_beside_its_own_setting():
+    """WebVision's number is of 100 epochs, the default 80: else the two are compared without a word."""
+    parser, recipe = image_parser(recipes.WEBVISION), recipes.WEBVISION
+    for flags, expected in (
+        ([], " (but this run: --num_epochs 80, --lr_drop 40)"),
+        (["--num_epochs", "100", "--lr_drop", "50"], ""),
+    ):
+        args = parser.parse_args(flags)
+        options.resolve_images(args, recipe)
+        assert options.but(args, recipe) == expected
 
 
 def test_departures_from_a_setting_are_written_as_flags():
