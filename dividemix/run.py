@@ -146,8 +146,10 @@ class Run:
             raise DivideMixError(f"{self.folder} holds a run with other settings ({listed}): {remedy}")
 
     def pin(self, name: str, value: Any, problem: str) -> None:
-        """Hold a value that must stay what it was when the run began; raises DivideMixError with `problem` if it is
-        not."""
+        """Hold a value that must stay what it was when the run began, and be the same on all ranks; raises
+        DivideMixError with `problem` if it is not."""
+        if self.ranks.from_first(lambda: value) != value:
+            raise DivideMixError(f"{name}: this rank reads other data than the first rank")
         if self.state.get("pins", {}).get(name, value) != value:
             raise DivideMixError(f"{problem}: put them back, give this run an --id, or --fresh to start anew")
         self.pins[name] = value

@@ -299,7 +299,7 @@ def test_the_papers_number_stands_beside_its_own_setting():
     """WebVision's number is of 100 epochs, the default 80: else the two are compared without a word."""
     parser, recipe = image_parser(recipes.WEBVISION), recipes.WEBVISION
     for flags, expected in (
-        ([], " (but this run: --num_epochs 80, --lr_drop 40)"),
+        ([], " (but this run: --lr_drop 40, --num_epochs 80)"),
         (["--num_epochs", "100", "--lr_drop", "50"], ""),
     ):
         args = parser.parse_args(flags)
