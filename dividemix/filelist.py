@@ -56,7 +56,9 @@ class ImageList:
         np.cumsum(np.fromiter(map(len, paths), np.int64, len(paths)), out=ends[1:])
         numbers = None if numbers is None else np.asarray(numbers, np.int64)
         labels = np.asarray(labels, np.int64)
-        return cls(str(source), str(root), folder, num_class, labels, numbers, b"".join(paths), ends)
+        text = io.BytesIO()
+        text.writelines(paths)  # b"".join would take 80 bytes a path beside them
+        return cls(str(source), str(root), folder, num_class, labels, numbers, text.getvalue(), ends)
 
     def __len__(self) -> int:
         return len(self.labels)
