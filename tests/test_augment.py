@@ -1,6 +1,7 @@
 """Batched crop and flip against torchvision's own, image by image."""
 
 import numpy as np
+import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
 from scipy.stats import chisquare
@@ -65,3 +66,14 @@ def test_normalisation_equals_torchvision():
     result = to_float(images, torch.tensor(mean), torch.tensor(std))
     torch.testing.assert_close(result, expected)
     assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7, 3), (0, 5, 7, 3), (3, 1, 1, 3)])
+def test_normalisation_is_the_plain_formula_to_the_bit(shape):
+    """The fast form would move every result that was measured with the plain one."""
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before, (mean, std) = images.clone(), torch.tensor([[0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]])
+    found = to_float(images, mean, std)
+    assert torch.equal(found, ((images.to(torch.float32) / 255 - mean) / std).permute(0, 3, 1, 2))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images, before)

@@ -46,7 +46,7 @@ def test_kept_images_are_those_that_came(monkeypatch):
 
 
 def test_views_on_a_card_are_those_on_the_host():
-    """The choice of memory would change the training. (The 'meta'-free stand-in for a card is the card's own code.)"""
+    """The choice of memory would change the training. Here the card's code runs on the host's tensors."""
     images, views = some_images(9), Views(16, 12)
     host, card = Kept(9, CPU), Kept(9, CPU)
     for kept in (host, card):

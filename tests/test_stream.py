@@ -284,10 +284,11 @@ def test_views_are_cut_ahead_of_the_training_and_abandoned_with_it(clothing):
         assert_same([batch[0] for batch in abandoned], expected[1:])
 
 
-def test_memory_is_freed_with_the_data_set(clothing):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_memory_is_freed_with_the_data_set(clothing, workers):
     """Each epoch draws new images: after a few of them the machine would have no memory left."""
     machine = Runtime(CPU)
-    with pipeline(clothing) as made:
+    with pipeline(clothing, workers=workers) as made:
         data = made.images("train", keep=True)
         nets = [ResNet18(14, width=4) for _ in range(2)]
         optimizer = machine.optimizer(nets[0], 0.01, 5e-4)
