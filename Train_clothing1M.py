@@ -61,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         graph=not args.no_graph,
     )
     data = dataloader_clothing1M.load(args.data_path)
-    folder = folder_for(args.out_dir, args.run_dir, args.id or "clothing1m", f"seed{args.seed}" if args.seed != 123 else "")
+    folder = folder_for(
+        args.out_dir, args.run_dir, args.id or "clothing1m", f"seed{args.seed}" if args.seed != 123 else ""
+    )
     views = Views(PAPER.resize_for(args.image_size), args.image_size, "crop")
     streams = {"workers": args.workers, "ranks": machine.ranks, "keep": args.keep_images}
 
