@@ -11,6 +11,7 @@ for those who touch the files: `dividemix.check_data`, and whatever opens the im
 """
 
 import codecs
+import hashlib
 import io
 import os
 import posixpath
@@ -74,6 +75,11 @@ class ImageList:
     def class_counts(self) -> NDArray[np.int64]:
         """How many images have each label, (num_class,)."""
         return np.bincount(self.labels, minlength=self.num_class)
+
+    def digest(self) -> str:
+        """A hash of the names and labels; the same wherever the data folder is."""
+        parts = (self.text, self.ends.tobytes(), self.labels.tobytes())
+        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
     def select(self, index: NDArray, num_class: int | None = None) -> "ImageList":
         """The images `index` (M,), in that order, as a list of its own."""
