@@ -25,7 +25,7 @@ import dataloader_webvision  # noqa: E402
 import Train_cifar  # noqa: E402
 import Train_clothing1M  # noqa: E402
 import Train_webvision  # noqa: E402
-from dividemix import DivideMixError, engine, networks, options, recipes, run, runtime  # noqa: E402
+from dividemix import DivideMixError, engine, networks, options, recipes, run, runtime, warn  # noqa: E402
 from dividemix.checkpoint import load_last, load_weights  # noqa: E402
 from dividemix.codivide import CoDivide  # noqa: E402
 from dividemix.data import DeviceImages  # noqa: E402
@@ -230,6 +230,7 @@ def small(out: str) -> None:
     weights = [{key: value for key, value in each.items() if "weight" in key} for each in [*after, values(net)]]
     save("bad", [error, weights, float(optimizer.found_inf)])
 
+    warn("the disk is nearly full")
     for line in Path(out, "runs.txt").read_text().splitlines():
         Train_cifar.main(line.split("\t"))
 
