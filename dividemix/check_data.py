@@ -28,7 +28,7 @@ from dividemix import DivideMixError, warn
 from dividemix.checkpoint import write_atomically
 from dividemix.filelist import Boundary, ImageList
 from dividemix.images import MISSING, BadImage, opened
-from dividemix.ranks import Ranks
+from dividemix.ranks import Ranks, from_environment
 
 Record = dict[str, dict[str, Any]]  # list name -> {"total": images in the list, "bad": {name in the list: reason}}
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xae\x42\x60\x82"}
@@ -142,7 +142,9 @@ def _check_list(name: str, images: ImageList, full: bool, pool: ThreadPoolExecut
 
 def run_check(found: tuple[Mapping[str, ImageList], list[str]], full: bool = False, skip: bool = False) -> None:
     """`--check_data`: prints the report on what a data loader's `find` found, and with `skip` what --skip_bad_images
-    would leave. Raises DivideMixError where training could not run."""
+    would leave. Raises DivideMixError where training could not run. Of several ranks the first looks."""
+    if from_environment()[0] != 0:
+        return
     lists, problems = found
     report = check(lists, problems, full)
     print(report, flush=True)
@@ -166,8 +168,13 @@ def usable(
     """The lists to train with, and what to say of them. how: None, or the `quick` or `full` of --skip_bad_images; then
     the first start writes to `file` what is left out, and a run that has `begun` reads it there.
 
-    With several ranks the first one looks, and all leave out the same.
+    With several ranks the first one looks, and all leave out the same. Raises DivideMixError where their lists are not
+    the same: each would train on other images than the division says.
     """
+    own = {name: images.digest() for name, images in lists.items()}
+    for name, digest in ranks.from_first(lambda: own).items():
+        if own[name] != digest:
+            raise DivideMixError(f"{lists[name].source}: other images than on the machine of the first rank")
     if not how:
         return dict(lists), []
 

@@ -78,6 +78,11 @@ class ImageList:
         """How many images have each label, (num_class,)."""
         return np.bincount(self.labels, minlength=self.num_class)
 
+    def digest(self) -> str:
+        """A hash of the names and labels; the same wherever the data folder is."""
+        parts = (self.text, self.ends.tobytes(), self.labels.tobytes())
+        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
     def select(self, index: NDArray, num_class: int | None = None) -> "ImageList":
         """The images `index` (M,), in that order, as a list of its own."""
         paths = [self.text[a:b] for a, b in zip(self.ends[index], self.ends[index + 1], strict=True)]

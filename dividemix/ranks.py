@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from dividemix import DivideMixError
 
-TIMEOUT = datetime.timedelta(minutes=30)  # how long a rank waits for the others: the first may be fitting a mixture
+# How long a rank waits for the others. Long, since the first may be downloading, or looking at a million images; a rank
+# that dies is noticed at once, by the closed connection or by torchrun, so this is for a machine that vanishes.
+TIMEOUT = datetime.timedelta(hours=2)
 
 
 @dataclass(frozen=True)

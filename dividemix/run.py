@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -404,15 +405,12 @@ def save_scores(folder: Path, epoch: int, scores: dict[str, np.ndarray], keep_al
 
 
 def versions() -> dict[str, str]:
-    import sklearn
-    import torchvision
-
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
+        "torchvision": metadata.version("torchvision"),  # to import it takes seconds
         "numpy": np.__version__,
-        "scikit-learn": sklearn.__version__,
+        "scikit-learn": metadata.version("scikit-learn"),
     }
 
 

@@ -67,6 +67,8 @@ class Pipeline:
             raise ValueError(f"keep {keep!r}, expected one of {KEEP}")
         self.lists, self.views, self.ranks, self.keep = dict(lists), views, ranks, keep
         self.device = torch.device(device)
+        if keep in ("host", "device") and ranks.world > 1:
+            warn(f"--keep_images {keep}: with several ranks no images are kept, each pass decodes them")
         if keep == "device" and views.kind != "crop" and self.device.type != "cpu":
             raise DivideMixError("these views are resized by Pillow, so images are kept in host memory, not on a card")
         self.on_card = self.device.type == "cuda"

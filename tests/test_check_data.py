@@ -13,8 +13,9 @@ from PIL import Image
 
 import dataloader_clothing1M
 from dividemix import DivideMixError
-from dividemix.check_data import BadImage, check, exclude, left_out, opened, problem, run_check
+from dividemix.check_data import BadImage, check, exclude, left_out, opened, problem, run_check, usable
 from dividemix.filelist import Boundary, ImageList, list_folders
+from dividemix.ranks import Ranks
 
 
 def save(path: Path, kind: str = "JPEG", mode: str = "RGB", side: int = 40, **options: object) -> bytes:
@@ -245,6 +246,13 @@ def test_check_data_with_a_list_of_bad_images_alone(tmp_path):
         run_check(dataloader_clothing1M.find(root), skip=True)
 
 
+def test_one_of_several_ranks_checks(damaged, capsys, monkeypatch):
+    """Under torchrun eight processes would read the folder at once, and print the report eight times."""
+    monkeypatch.setenv("RANK", "1")
+    run_check(dataloader_clothing1M.find(damaged))
+    assert capsys.readouterr().out == ""
+
+
 # ---- --skip_bad_images ----
 
 
@@ -252,6 +260,21 @@ def without_bad(lists, full=False):
     """The lists without their bad images, and the record of these."""
     record = check(lists, full=full).record()
     return exclude(lists, record), record
+
+
+def test_ranks_with_other_lists_are_refused(tmp_path, monkeypatch):
+    """A machine with an older copy of a list would train on other images than the division says, or stop all others."""
+    one, two = (
+        lists_of(make_clothing1M(tmp_path / name, 14, 14, 14, seed=seed)) for name, seed in (("a", 0), ("b", 1))
+    )
+    assert usable(one, None, tmp_path / "skipped.json", Ranks(), False)[0] == one
+    copied = {name: images.select(np.arange(14)) for name, images in one.items()}
+    assert {name: images.digest() for name, images in copied.items()} == {n: i.digest() for n, i in one.items()}
+    monkeypatch.setattr(Ranks, "from_first", lambda self, function: {n: i.digest() for n, i in one.items()})
+    with pytest.raises(
+        DivideMixError, match=r"b/noisy_train_key_list\.txt: other images than on the machine of the fir"
+    ):
+        usable(two, None, tmp_path / "skipped.json", Ranks(1, 2), False)
 
 
 def test_bad_images_are_left_out_of_each_list(damaged):
