@@ -73,6 +73,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             machine.ranks,
             begun,
         )
+        run.pin(
+            "images_sha256",
+            {name: images.sha256() for name, images in lists.items()},
+            f"the lists of images in {args.data_path} are not those that {folder} began with",
+        )
         with Pipeline(lists, views, data.mean, data.std, machine.device, **streams) as pipeline:
             validation, test = pipeline.images("val"), pipeline.images("test")
             start = {"init_from": args.init_from, "seed": args.seed, "machine": machine, "begun": begun}

@@ -11,6 +11,7 @@ for those who touch the files: `dividemix.check_data`, and whatever opens the im
 """
 
 import codecs
+import hashlib
 import io
 import os
 import posixpath
@@ -74,6 +75,13 @@ class ImageList:
     def class_counts(self) -> NDArray[np.int64]:
         """How many images have each label, (num_class,)."""
         return np.bincount(self.labels, minlength=self.num_class)
+
+    def sha256(self) -> str:
+        """Of all paths and labels in their order; the same wherever the data folder lies."""
+        digest = hashlib.sha256(self.text)
+        digest.update(self.ends.tobytes())
+        digest.update(self.labels.tobytes())
+        return digest.hexdigest()
 
     def select(self, index: NDArray, num_class: int | None = None) -> "ImageList":
         """The images `index` (M,), in that order, as a list of its own."""
