@@ -23,7 +23,6 @@ from dividemix import DivideMixError, check_data, logs, networks, options, recip
 from dividemix.checkpoint import load_weights, restore, state_of
 from dividemix.codivide import CoDivide
 from dividemix.engine import ensemble_accuracy, per_sample_loss, set_learning_rate, train_epoch, warmup_epoch
-from dividemix.filelist import digest
 from dividemix.images import Views
 from dividemix.run import Run, draws, folder_for, score_arrays
 from dividemix.stream import Pipeline, StreamedImages
@@ -76,7 +75,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             machine.ranks,
             begun,
         )
-        run.pin("lists_sha256", digest(lists), f"the image lists are not those that {folder} began with")
+        run.pin(
+            "images_sha256",
+            {name: images.digest() for name, images in lists.items()},
+            f"the lists of images in {args.data_path} are not those that {folder} began with",
+        )
         with Pipeline(lists, views, data.mean, data.std, machine.device, **streams) as pipeline:
             validation, test = pipeline.images("val"), pipeline.images("test")
             start = {"init_from": args.init_from, "seed": args.seed, "machine": machine, "begun": begun}

@@ -30,7 +30,6 @@ from dividemix.engine import (
     train_epoch,
     warmup_epoch,
 )
-from dividemix.filelist import digest
 from dividemix.images import Views
 from dividemix.run import Run, draws, folder_for, hold_out, score_arrays
 from dividemix.stream import Pipeline
@@ -80,7 +79,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             machine.ranks,
             begun,
         )
-        run.pin("lists_sha256", digest(lists), f"the image lists are not those that {folder} began with")
+        run.pin(
+            "images_sha256",
+            {name: images.digest() for name, images in lists.items()},
+            f"the lists of images in {args.data_path} are not those that {folder} began with",
+        )
         with Pipeline(lists, views, data.mean, data.std, machine.device, **streams) as pipeline:
             if args.cache_dir:
                 with run.phase("cache") as bar:

@@ -15,7 +15,7 @@ import hashlib
 import io
 import os
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -89,16 +89,6 @@ class ImageList:
         numbers = None if self.numbers is None else self.numbers[index]
         labels, num_class = self.labels[index], num_class or self.num_class
         return ImageList.build(self.source, self.root, self.folder, paths, labels, num_class, numbers)
-
-
-def digest(lists: Mapping[str, ImageList]) -> str:
-    """Which images with which labels, wherever the data folder is: SHA-256, in hexadecimal."""
-    key = hashlib.sha256()
-    for name, images in lists.items():
-        key.update(f"{name} {len(images)}\n".encode())
-        for part in (images.text, images.ends, images.labels):
-            key.update(part)
-    return key.hexdigest()
 
 
 # ---- List files ----

@@ -1,8 +1,10 @@
 """Shared by the tests: the weights of the golden files, and a tiny device data set."""
 
+import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from dividemix import options
 from dividemix.codivide import Division
 from dividemix.data import DeviceImages
+from dividemix.engine import PhaseTerms
 
 # No timing decides a test, and every machine tries the same examples.
 settings.register_profile("dividemix", deadline=None, derandomize=True)
@@ -70,6 +74,62 @@ def tiny(out_dir: Path, *flags: str) -> list[str]:
     data = ["--dataset", "digits", "--limit_train", "48", "--batch_size", "16"]
     size = ["--width", "4", "--warm_up", "1", "--num_epochs", "2", "--device", "cpu", "--precision", "fp32"]
     return [*data, *size, "--out_dir", str(out_dir), *flags]
+
+
+# Flags of the scripts for large images, the same: a net of width 4 on crops of 16 pixels. Later flags win.
+SMALL_NET = ["--arch", "preresnet18", "--width", "4", "--image_size", "16", "--batch_size", "8"]
+SMALL_NET += ["--device", "cpu", "--precision", "fp32"]
+
+
+def end_of(script, argv: list[str], monkeypatch) -> int:
+    """The exit status of a script's main, in this process; what it prints is as in a process of its own."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *argv])
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # `command_line` sets it
+    with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+        options.command_line(lambda _: script.main(argv))
+    return ended.value.code
+
+
+def read_records(folder) -> list[dict]:
+    """metrics.jsonl; NaN and Infinity, which are no JSON, are an error."""
+
+    def refuse(constant: str):
+        raise AssertionError(f"{constant} in metrics.jsonl")
+
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def snapshot(net: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in net.state_dict().items()}
+
+
+def same(state: dict, other: dict) -> bool:
+    return state.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in state.items())
+
+
+def note_phases(monkeypatch, script) -> list[dict]:
+    """From now on the script trains nothing: every call of warmup_epoch and train_epoch is noted instead, with the
+    net's state, its data and division, the optimizer's settings and the keyword arguments."""
+    calls: list[dict] = []
+
+    def stub(kind: str):
+        def phase(net, *others, **flags) -> PhaseTerms:
+            optimizer = next(other for other in others if isinstance(other, torch.optim.Optimizer))
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            assert {*map(id, parameters)} == {*map(id, net.parameters())}, "another net's optimizer"
+            [group] = optimizer.param_groups
+            settings = {name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")}
+            after = others[others.index(optimizer) + 1 :]
+            given = dict(zip(("data", "division"), after, strict=False))
+            calls.append({"kind": kind, "net": net, "state": snapshot(net), **settings, **given, **flags})
+            return PhaseTerms(1.0, 1.0, 0.0, 0.0)
+
+        return phase
+
+    monkeypatch.setattr(script, "warmup_epoch", stub("warmup"))
+    monkeypatch.setattr(script, "train_epoch", stub("train"))
+    return calls
 
 
 def half(n, labeled=None):

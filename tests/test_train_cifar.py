@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, tiny
+from conftest import read_records, run_script, same, tiny
 from make_data import make_cifar10, make_cifar100, make_fashionmnist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -44,16 +44,6 @@ def done(request, tmp_path_factory):
         **{"dataset": dataset, "folder": folder, "data": data, "noise_file": noise_file},
         **{"out": process.stdout, "err": process.stderr, "records": read_records(folder)},
     )
-
-
-def read_records(folder) -> list[dict]:
-    """metrics.jsonl; NaN and Infinity, which are no JSON, are an error."""
-
-    def refuse(constant: str):
-        raise AssertionError(f"{constant} in metrics.jsonl")
-
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
 def test_output_is_one_line_an_epoch_without_bars(done):
@@ -143,10 +133,6 @@ def load_nets(states, num_class: int) -> list[torch.nn.Module]:
     for net, state in zip(nets, states, strict=True):
         net.load_state_dict(state)
     return nets
-
-
-def same(state: dict, other: dict) -> bool:
-    return state.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in state.items())
 
 
 def test_labels_and_noise_files(done):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import note_phases, read_records, same, snapshot, tiny
 from make_data import make_cifar10, make_cifar100
 from test_run import assert_equal, last_state
 
@@ -20,25 +20,12 @@ import Train_cifar
 from dividemix import DivideMixError, noise, recipes, report
 from dividemix.checkpoint import load_last
 from dividemix.codivide import normalise
-from dividemix.engine import PhaseTerms
 from dividemix.run import seeded
 from dividemix.runtime import Runtime
 
 
-def snapshot(net: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in net.state_dict().items()}
-
-
-def same(state: dict, other: dict) -> bool:
-    return state.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in state.items())
-
-
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def read_records(final: dict) -> list[dict]:
-    return [json.loads(line) for line in Path(final["run_dir"], "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(autouse=True)
@@ -49,24 +36,7 @@ def no_figures(monkeypatch):
 
 @pytest.fixture
 def phases(monkeypatch) -> list[dict]:
-    """Nothing is trained: every call of warmup_epoch and train_epoch is noted instead, with the net's state, the
-    learning rate and the keyword arguments."""
-    calls: list[dict] = []
-
-    def stub(kind: str):
-        def phase(net, *others, **flags) -> PhaseTerms:
-            optimizer = next(other for other in others if isinstance(other, torch.optim.Optimizer))
-            assert {id(p) for group in optimizer.param_groups for p in group["params"]} == set(
-                map(id, net.parameters())
-            )
-            calls.append({"kind": kind, "state": snapshot(net), "lr": optimizer.param_groups[0]["lr"], **flags})
-            return PhaseTerms(1.0, 1.0, 0.0, 0.0)
-
-        return phase
-
-    monkeypatch.setattr(Train_cifar, "warmup_epoch", stub("warmup"))
-    monkeypatch.setattr(Train_cifar, "train_epoch", stub("train"))
-    return calls
+    return note_phases(monkeypatch, Train_cifar)
 
 
 # ---- Algorithm 1 ----
@@ -130,7 +100,7 @@ def test_learning_rate_is_a_tenth_from_lr_drop_on(tmp_path, phases):
     final = Train_cifar.main(tiny(tmp_path, "--num_epochs", "4", "--lr_drop", "2", "--lr", "0.03"))
     assert [call["kind"] for call in phases] == ["warmup"] * 2 + ["train"] * 6
     assert [call["lr"] for call in phases] == pytest.approx([0.03] * 4 + [0.003] * 4)
-    records = read_records(final)
+    records = read_records(final["run_dir"])
     assert [record["lr"] for record in records] == pytest.approx([0.03, 0.03, 0.003, 0.003])
 
 
@@ -174,7 +144,7 @@ def test_cross_entropy_is_the_baseline_of_the_papers_rows(tmp_path, phases, caps
     final = Train_cifar.main(tiny(tmp_path / "out", *flags, "--method", "ce"))
     assert {call["kind"] for call in phases} == {"warmup"} and len(phases) == 6  # also after --warm_up
     assert final["run_dir"] == str(tmp_path / "out" / "cifar10_0.5_sym_ce")
-    records = read_records(final)
+    records = read_records(final["run_dir"])
     assert [record["phase"] for record in records] == ["ce"] * 3
     assert all(record["auc_net1"] is None and record["labeled_net2"] is None for record in records)
     assert not Path(final["run_dir"], "stats.txt").read_text()
@@ -367,7 +337,7 @@ def test_main_returns_the_final_metrics(tmp_path, phases):
     flags = ["--dataset", "cifar10", "--data_path", f"{tmp_path}/data", "--limit_train", "40"]
     final = Train_cifar.main(tiny(tmp_path / "out", *flags, "--r", "0.2"))
     assert (final.pop("paper_best"), final.pop("paper_last")) == (96.1, 95.7)
-    last = read_records(final)[-1]
+    last = read_records(final["run_dir"])[-1]
     folder = Path(final.pop("run_dir"))
     assert final == last and last["epoch"] == 1
     whole = final | {"run_dir": str(folder), "paper_best": 96.1, "paper_last": 95.7}
