@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from PIL import Image
 
 from dividemix import options
 from dividemix.codivide import Division
@@ -130,6 +131,15 @@ def note_phases(monkeypatch, script) -> list[dict]:
     monkeypatch.setattr(script, "warmup_epoch", stub("warmup"))
     monkeypatch.setattr(script, "train_epoch", stub("train"))
     return calls
+
+
+def reference_logits(net, paths, resize: int, crop: int, mean: tuple, std: tuple) -> torch.Tensor:
+    """A network's answers to image files as torchvision would prepare them: by other code than the project's."""
+    from torchvision import transforms as T
+
+    prepare = T.Compose([T.Resize(resize), T.CenterCrop(crop), T.ToTensor(), T.Normalize(mean, std)])
+    with torch.no_grad():
+        return net.eval()(torch.stack([prepare(Image.open(path).convert("RGB")) for path in paths]))
 
 
 def half(n, labeled=None):

@@ -6,7 +6,7 @@ import torch
 from conftest import GOLDEN, golden_weights, half
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dividemix import DivideMixError, DivideMixWarning, engine
+from dividemix import DivideMixError, DivideMixWarning, engine, recipes
 from dividemix.runtime import Runtime
 from PreResNet import ResNet18
 
@@ -39,7 +39,11 @@ def golden_step(name: str, num_class: int, lr: float, weight_decay: float, machi
 
 @pytest.mark.parametrize(
     ("name", "num_class", "lr", "weight_decay", "unlabeled_loss"),
-    [("cifar", 10, 0.02, 5e-4, True), ("webvision", 50, 0.01, 5e-4, False), ("clothing1M", 14, 0.002, 1e-3, False)],
+    [
+        ("cifar", 10, 0.02, 5e-4, True),
+        ("webvision", 50, recipes.WEBVISION.method["lr"], recipes.WEBVISION.weight_decay, False),
+        ("clothing1M", 14, recipes.CLOTHING1M.method["lr"], recipes.CLOTHING1M.weight_decay, False),
+    ],
 )
 def test_golden_step(monkeypatch, name, num_class, lr, weight_decay, unlabeled_loss):
     """One step of ours and one of the authors' from the same weights differ: we train another method."""

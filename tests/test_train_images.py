@@ -1,0 +1,306 @@
+"""What Train_clothing1M.py and Train_webvision.py have in common: the paper's flags, damaged data folders,
+--check_data, --skip_bad_images, and a run folder that is continued with other settings or images."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL_NET, end_of, note_phases, run_script, same
+from make_image_trees import make_clothing1M, make_webvision
+
+import Train_clothing1M
+import Train_webvision
+from dividemix import checkpoint, networks, report
+
+CLOTHING1M = SimpleNamespace(
+    **{"main": Train_clothing1M, "make": make_clothing1M, "name": "clothing1m", "lists": ("train", "val", "test")},
+    **{"size": ["--num_batches", "4"], "paths": "noisy_train_key_list.txt", "labels": "noisy_label_kv.txt"},
+    **{"weight_decay": 1e-3, "lr": 0.002, "conf_penalty": True, "num_class": 14},
+)
+WEBVISION = SimpleNamespace(
+    **{"main": Train_webvision, "make": make_webvision, "name": "webvision", "lists": ("train", "val", "imagenet")},
+    **{"size": ["--num_class", "10"], "paths": "info/train_filelist_google.txt"},
+    **{"labels": "info/train_filelist_google.txt", "weight_decay": 5e-4, "lr": 0.01, "conf_penalty": False},
+    **{"num_class": 10},
+)
+
+
+@pytest.fixture(params=[CLOTHING1M, WEBVISION], ids=["clothing1M", "webvision"])
+def script(request):
+    return request.param
+
+
+@pytest.fixture
+def tree(script, tmp_path) -> Path:
+    return script.make(tmp_path / "data", noise=0, sides=(16, 24))
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *_: [])
+
+
+@pytest.fixture
+def start(script, tree, tmp_path, monkeypatch, capsys):
+    """Runs the command line in-process, as a user would. -> (exit status, stdout, stderr)"""
+
+    def run(*flags: str) -> tuple[int, str, str]:
+        default = ["--data_path", str(tree), *SMALL_NET, *script.size, "--workers", "0", "--num_epochs", "2"]
+        capsys.readouterr()
+        status = end_of(script.main, [*default, "--out_dir", str(tmp_path / "out"), *flags], monkeypatch)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def image_of(script, tree: Path, i: int) -> Path:
+    """Training image i, as its list has it."""
+    return tree / (tree / script.paths).read_text().splitlines()[i].split()[0]
+
+
+# ---- The paper's flags ----
+
+
+def test_what_a_phase_is_given(script, start, monkeypatch):
+    """Another weight decay, penalty, batch or schedule than the paper's trains as well, and ends a point lower."""
+    calls = note_phases(monkeypatch, script.main)
+    status, _, error = start("--num_epochs", "4", "--warm_up", "2", "--lr_drop", "3")
+    assert status == 0 and "error" not in error
+    assert [call["kind"] for call in calls] == ["warmup"] * 4 + ["train"] * 4
+    for i, call in enumerate(calls):
+        assert call["lr"] == pytest.approx(script.lr if i < 6 else script.lr / 10)
+        assert (call["momentum"], call["nesterov"], call["weight_decay"]) == (0.9, False, script.weight_decay)
+        if call["kind"] == "warmup":
+            assert (call["batch_size"], call["conf_penalty"]) == (16, script.conf_penalty)
+        else:
+            given = {name: call[name] for name in ("batch_size", "warm_up", "alpha", "T", "num_class", "epoch")}
+            expected = {"batch_size": 8, "warm_up": 2, "alpha": 0.5, "T": 0.5, "num_class": script.num_class}
+            assert given == {**expected, "epoch": i // 2}
+            assert (call["unlabeled_loss"], call["lambda_u"]) == (False, 0.0)
+    assert not same(calls[0]["state"], calls[1]["state"])  # two networks that start differently
+
+
+def test_the_defaults_are_the_papers(script):
+    """Else `python Train_*.py` alone is another experiment than the README says."""
+    args = vars(script.main.parse_args([]))
+    common = {"batch_size": 32, "num_epochs": 80, "lr_drop": 40, "warm_up": 1, "alpha": 0.5, "T": 0.5, "lambda_u": 0}
+    clothing1m = {"arch": "resnet50", "image_size": 224, "num_class": 14, "num_batches": 1000}
+    webvision = {"arch": "inceptionresnetv2", "image_size": 299, "num_class": 50}
+    expected = common | {"p_threshold": 0.5, "lr": script.lr} | (clothing1m if script is CLOTHING1M else webvision)
+    assert {name: args[name] for name in expected} == expected
+    assert script.main.PAPER.weight_decay == script.weight_decay
+
+
+def test_lambda_u_says_that_it_has_no_effect(script, start, monkeypatch):
+    """Else somebody tunes for a week what nothing depends on."""
+    calls = note_phases(monkeypatch, script.main)
+    status, out, _ = start("--lambda_u", "25")
+    assert status == 0
+    assert "--lambda_u 25: accepted, has no effect; unlabeled images are mix partners only\n" in out
+    assert all(call["lambda_u"] == 0 for call in calls[2:])
+    assert "lambda_u 0" not in start("--fresh")[1]
+
+
+# ---- The run folder ----
+
+
+def test_other_settings_are_refused_and_a_higher_num_epochs_continues(script, start, tmp_path, monkeypatch):
+    """A run that goes on with another seed, network or rate half way is a result of no setting."""
+    calls = note_phases(monkeypatch, script.main)
+    assert start("--num_epochs", "1")[0] == 0
+    for flag, value, before in (("--seed", "5", "123"), ("--lr", "0.5", str(script.lr)), ("--alpha", "4.0", "0.5")):
+        folder = str(tmp_path / "out" / script.name)
+        status, _, error = start(flag, value, "--run_dir", folder)
+        assert status == 1 and error.count("\n") == 1
+        assert f"{folder} holds a run with other settings ({flag} was {before}, now {value}): give this" in error
+    assert len(calls) == 2
+    status, out, _ = start("--eval_batch_size", "7")
+    assert status == 0 and len(calls) == 4 and "with epoch 1 (of 0..1)" in out
+    status, out, _ = start()
+    assert status == 0 and len(calls) == 4 and "is finished (2 epochs)" in out
+
+
+def test_other_images_than_the_run_began_with_are_refused(script, start, tree, tmp_path, monkeypatch):
+    """The rows of samples and divisions would be those of other images: silently another experiment. The same lists in
+    another place are the same run."""
+    note_phases(monkeypatch, script.main)
+    assert start("--num_epochs", "1")[0] == 0
+    moved = tmp_path / "moved"
+    tree.rename(moved)
+    status, out, _ = start("--data_path", str(moved))
+    assert status == 0 and "with epoch 1 (of 0..1)" in out
+    lines = (moved / script.labels).read_text().splitlines()
+    key, label = lines[0].rsplit(" ", 1)
+    (moved / script.labels).write_text("\n".join([f"{key} {(int(label) + 1) % 10}", *lines[1:]]))
+    status, _, error = start("--data_path", str(moved), "--num_epochs", "3")
+    assert status == 1 and error.count("\n") == 1
+    assert f"the lists of images in {moved} are not those that " in error and "--fresh" in error
+
+
+def test_init_from_starts_both_networks_from_a_run(script, start, tmp_path, monkeypatch):
+    """Else an evaluation or a fine-tuning of published weights is one of random ones."""
+    calls = note_phases(monkeypatch, script.main)
+    assert start("--num_epochs", "1")[0] == 0
+    file = tmp_path / "out" / script.name / "best.pt"
+    assert start("--num_epochs", "1", "--init_from", str(file), "--seed", "6", "--run_dir", str(tmp_path / "b"))[0] == 0
+    for call, state in zip(calls[2:], checkpoint.load_networks(file), strict=True):
+        assert same(call["state"], state)
+
+
+# ---- A data folder with faults ----
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    html = b"<!DOCTYPE html><html><head><title>404 Not Found</title></head></html>"
+    path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "html": html}[how])
+
+
+SAID = {"truncated": "truncated", "empty": "empty", "html": "not an image"}
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "html"])
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_bad_image_is_refused_with_its_path(script, start, tree, how, workers):
+    """A grey square, or a silent gap, in its place would train and score without anyone knowing."""
+    if script is CLOTHING1M:  # its samples do not draw every image; it validates with all of these
+        name, i = "clean_val_key_list.txt", 3
+    else:
+        name, i = "info/train_filelist_google.txt", 5
+    image = tree / (tree / name).read_text().splitlines()[i].split()[0]
+    damage(image, how)
+    status, _, error = start("--workers", workers)
+    line = error.splitlines()[-1]
+    assert status == 1 and line.startswith(f"error: {image}: ")
+    assert SAID[how] in line.lower() and f"({tree / name}, line {i + 1})" in line and "--skip_bad_images" in line
+
+
+def test_skip_bad_images_leaves_them_out_counts_them_and_stays_with_it(script, start, tree, tmp_path, monkeypatch):
+    """Else one bad file in a million ends a run of days, or the images of a continued run are others than its rows."""
+    calls = note_phases(monkeypatch, script.main)
+    bad = [image_of(script, tree, i) for i in (0, 2, 5)]  # of images that the lists name
+    for image, how in zip(bad, ("truncated", "empty", "html"), strict=True):
+        damage(image, how)
+    (gone := image_of(script, tree, 8)).unlink()
+    status, out, _ = start("--num_epochs", "1", "--skip_bad_images")
+    total = 56 if script is CLOTHING1M else 40
+    assert status == 0
+    assert f"train: 4 of {total} images left out (1 missing, 3 unreadable)\n" in out
+    for name, n in zip(script.lists[1:], sizes(script), strict=True):
+        assert f"\n{name}: 0 of {n} images left out\n" in out
+    folder = tmp_path / "out" / script.name
+    skipped = json.loads((folder / "skipped.json").read_text())
+    below = tree / "images" if script is CLOTHING1M else tree
+    assert {below / name for name in skipped["train"]["bad"]} == {*bad, gone}
+    pipeline = calls[0]["data"].pipeline
+    left = {pipeline.lists["train"].path(i) for i in range(len(pipeline.lists["train"]))}
+    assert len(left) == total - 4 and not left & {str(path) for path in (*bad, gone)}
+    assert json.loads((folder / "args.json").read_text())["data"]["train"] == total - 4
+
+    good = image_of(script, tree, 1)
+    for image in (*bad, gone):
+        image.write_bytes(good.read_bytes())  # mended meanwhile: the run goes on without them all the same
+    status, out, _ = start("--skip_bad_images")
+    assert status == 0 and "with epoch 1 (of 0..1)" in out
+    assert f"train: 4 of {total} images left out (1 missing, 3 unreadable)\n" in out
+    status, _, error = start("--num_epochs", "3")
+    assert status == 1 and "--skip_bad_images was quick, now None" in error
+
+
+def sizes(script) -> tuple[int, int]:
+    return (28, 28) if script is CLOTHING1M else (20, 20)
+
+
+@pytest.mark.parametrize("fault", ["label", "twice", "outside", "absolute"])
+def test_faults_of_a_list_are_refused_with_file_and_line(script, start, tree, tmp_path, fault):
+    """A label out of range crashes a GPU without a word; an image listed twice counts twice; a path that leads out of
+    the folder reads what a downloaded list should not."""
+    file = tree / (script.labels if fault == "label" else script.paths)
+    lines = file.read_text().splitlines()
+    key, _, label = lines[2].partition(" ")
+    new, said = {
+        "label": (f"{key} 1000", "label '1000', expected a whole number from 0 to"),
+        "twice": (lines[0], "is already in line 1"),
+        "outside": (f"images/../../{key} {label}".strip(), "has a part '..'"),
+        "absolute": (f"/{key} {label}".strip(), "is an absolute path"),
+    }[fault]
+    file.write_text("\n".join([*lines[:2], new, *lines[3:]]))
+    status, _, error = start()
+    assert status == 1 and error.count("\n") == 1
+    assert error.startswith(f"error: {file}, line 3: ") and said in error
+    assert not (tmp_path / "out").exists()
+
+
+# ---- --check_data ----
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """No download, no network, no device: a data folder is checked on a machine that has none."""
+
+    def refuse(*_, **__):
+        raise AssertionError("--check_data asked for more than the data folder")
+
+    for module, name in ((networks, "imagenet_file"), (networks, "pair"), (torch.hub, "download_url_to_file")):
+        monkeypatch.setattr(module, name, refuse)
+    for module in (Train_clothing1M, Train_webvision):
+        monkeypatch.setattr(module.runtime, "start", refuse)
+        monkeypatch.setattr(module, "Run", refuse)
+
+
+@pytest.mark.parametrize("depth", [[], ["full"]])
+def test_check_data_reports_and_ends_with_a_status(script, tree, tmp_path, monkeypatch, capsys, no_weights, depth):
+    """Else hours of download or training pass before it shows that an image is missing; or a script that waits for a
+    good folder is told that a bad one is good. With the paper's flags, whose weights are not looked for."""
+    flags = ["--data_path", str(tree), *script.size[script.size[0] == "--num_batches" and 2 :]]
+    flags += ["--out_dir", str(tmp_path / "out"), "--check_data", *depth]
+
+    def check(*more: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        return end_of(script.main, [*flags, *more], monkeypatch), *capsys.readouterr()
+
+    status, out, error = check()
+    total = 56 if script is CLOTHING1M else 40
+    assert status == 0 and error == ""
+    for name, n in zip(script.lists, (total, *sizes(script)), strict=True):
+        assert f"{name}: {n} of {n} images exist, 0 of them unreadable\n" in out
+    how = "every image decoded" if depth else "header and end of every image read"
+    assert f"the data are complete ({how})\n" in out
+    counts = np.bincount(list_of(script, tree), minlength=script.num_class)
+    assert "images of each class: " + ", ".join(f"{c}: {n}" for c, n in enumerate(counts)) in " ".join(out.split())
+
+    damage(bad := image_of(script, tree, 0), "truncated")
+    (gone := image_of(script, tree, 3)).unlink()
+    status, out, error = check()
+    assert status == 1 and error.count("\n") == 1 and error.startswith("error: training cannot run on these data")
+    assert f"train: {total - 1} of {total} images exist, 1 of them unreadable\n" in out
+    assert f"  {bad}: " in out and f"  {gone}: missing (" in out
+    status, out, error = check("--skip_bad_images")
+    assert status == 0 and f"with --skip_bad_images it can, on train: {total - 2} of {total} images" in out
+
+    (tree / script.paths).unlink()  # and a list that is missing, in the same report
+    status, out, error = check("--skip_bad_images")
+    assert status == 1 and f"{tree / script.paths} is missing" in out
+    assert f"{script.lists[1]}: {sizes(script)[0]} of " in out
+    assert not (tmp_path / "out").exists()
+
+
+def list_of(script, tree: Path) -> np.ndarray:
+    """The labels of the training list, by reading the files anew."""
+    labels = dict(line.rsplit(" ", 1) for line in (tree / script.labels).read_text().splitlines())
+    keys = [line.split()[0] for line in (tree / script.paths).read_text().splitlines()]
+    found = np.array([int(labels[key]) for key in keys])
+    return found[found < script.num_class]
+
+
+def test_check_data_in_a_process_of_its_own(tmp_path):
+    """The exit status that a shell script sees, with every default of the paper's and nothing but the data folder."""
+    tree = make_clothing1M(tmp_path / "data", 14, 14, 14, images_folder=False, sides=(16, 24))
+    (tree / "0/00").rename(tree / "0/elsewhere")
+    process = run_script("--data_path", "data", "--check_data", cwd=tmp_path, script="Train_clothing1M.py")
+    assert process.returncode == 1 and "train: 13 of 14 images exist" in process.stdout
+    assert process.stderr.count("\n") == 1 and "Traceback" not in process.stderr
+    assert not (tmp_path / "checkpoint").exists()
