@@ -342,6 +342,26 @@ def test_clothing1m_and_webvision_score_and_go_on_as_one_process_does(tmp_path):
 
 
 @pytest.mark.slow
+def test_an_image_that_one_rank_cannot_read_ends_the_job_and_can_be_left_out(tmp_path):
+    """One rank meets it, in a worker of its own: the others must not wait for that rank's batch for ever; and all of
+    them must leave out the same images."""
+    data = make_clothing1M(tmp_path / "data", n_train=28, n_val=14, n_test=14)
+    image = next((data / "images/9").rglob("*0000000009,*.jpg"))
+    image.write_bytes(b"no image")
+    flags = ["--data_path", data, "--arch", "preresnet18", "--width", "4", "--weights", "none", "--image_size", "16"]
+    flags += ["--batch_size", "4", "--num_batches", "7", "--num_epochs", "1", "--device", "cpu", "--workers", "1"]
+    flags += ["--run_dir", tmp_path / "run"]
+    result = torchrun("Train_clothing1M.py", *flags)
+    assert result.returncode != 0
+    assert any(f"error: {image}: " in line for line in own_lines(result.stderr)), result.stderr
+    assert "Traceback" not in "".join(own_lines(result.stderr))
+    result = torchrun("Train_clothing1M.py", *flags, "--skip_bad_images", "--fresh")
+    assert result.returncode == 0, result.stderr
+    assert "train: 1 of 28 images left out (0 missing, 1 unreadable)" in result.stdout
+    assert result.stdout.count("moved to") == 1 and len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", networks.ARCHITECTURES)
 def test_every_weight_of_every_network_has_a_gradient(arch):
     """DistributedDataParallel waits for the gradient of each: one without ends the second step of a run on several
