@@ -30,9 +30,10 @@ class Job:
 
     def __init__(self, *arguments, ranks: int = 2):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
+        # The two dashes are part of the documented command: without them torchrun takes --r for one of its own flags.
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         self.process = subprocess.Popen(
-            [*command, *map(str, arguments)],
+            [*command, "--", *map(str, arguments)],
             cwd=ROOT,
             env=environment,
             text=True,
