@@ -297,6 +297,9 @@ def fail(kind: str, stamp: str, *argv: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.modules["dividemix.report"] = SimpleNamespace(draw=lambda _: [])  # a figure takes seconds
+    # To import what draws and what writes TensorBoard events takes seconds.
+    nothing = SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)
+    sys.modules["dividemix.report"] = SimpleNamespace(draw=lambda _: [])
+    sys.modules["torch.utils.tensorboard"] = SimpleNamespace(SummaryWriter=lambda *_, **__: nothing)
     name, *arguments = sys.argv[1:]
     options.command_line(lambda _: {"small": small, "images": images, "fail": fail}[name](*arguments))
