@@ -22,7 +22,7 @@ from dividemix.checkpoint import load_last
 from dividemix.runtime import Runtime
 
 ONE = Runtime(torch.device("cpu"), memory_format=torch.contiguous_format)
-LIMIT = 300  # seconds; none of these takes so long, so one that does is waiting for ever
+LIMIT = 900  # seconds; none of these takes so long on a busy machine, so one that does is waiting for ever
 
 
 class Job:
@@ -298,7 +298,7 @@ def test_a_signal_to_torchrun_ends_the_job(tmp_path, number):
 @pytest.mark.slow
 def test_two_ranks_learn_as_one_process_does(tmp_path):
     """Every collective can be right and the whole still learn worse: half the batch for BN, or half the penalty."""
-    command = "--dataset digits --r 0.5 --width 16 --warm_up 8 --num_epochs 12 --device cpu --precision fp32 --run_dir"
+    command = "--dataset digits --r 0.5 --width 16 --warm_up 8 --num_epochs 10 --device cpu --precision fp32 --run_dir"
     result = torchrun("Train_cifar.py", *command.split(), tmp_path / "run")
     assert result.returncode == 0, result.stderr
     final = load_last(tmp_path / "run")["records"][-1]
