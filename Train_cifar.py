@@ -21,15 +21,13 @@ from typing import Any
 import numpy as np
 
 import dataloader_cifar
-from dividemix import DivideMixError, logs, networks, noise, options, runtime
+from dividemix import DivideMixError, logs, networks, noise, options, recipes, runtime
 from dividemix.checkpoint import restore, state_of
 from dividemix.codivide import CoDivide
 from dividemix.data import DeviceImages
 from dividemix.engine import ensemble_accuracy, per_sample_loss, set_learning_rate, train_epoch, warmup_epoch
-from dividemix.run import Run, draws, folder_for, hold_out, score_arrays
-
-WEIGHT_DECAY = 5e-4
-PAPER_SETTING = {"num_epochs": 300, "arch": "preresnet18", "width": 64, "batch_size": 64, "limit_train": None}
+from dividemix.run import Run, folder_for, score_arrays
+from dividemix.seeds import draws, hold_out
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -82,16 +80,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     and `paper_last`."""
     args = parse_args(argv)
     row, recipe_lines = options.resolve_recipe(args)
-    machine = runtime.start(
-        args.device,
-        args.gpuid,
-        args.precision,
-        args.deterministic,
-        args.width,
-        batch_size=args.batch_size,
-        compile=not args.no_compile,
-        graph=not args.no_graph,
-    )
+    machine = options.machine(args)
     images = machine.ranks.local_first(lambda: dataloader_cifar.load(args.dataset, args.data_path, args.download))
     if args.num_class not in (None, images.num_class):
         raise DivideMixError(
@@ -110,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         train, validation, test, truly_clean, about = prepare_data(args, images, run, machine)
         start = {"init_from": args.init_from, "seed": args.seed, "machine": machine, "begun": bool(run.state)}
         nets = networks.pair(args.arch, args.num_class, args.width, "none", **start)
-        optimizers = [machine.optimizer(net, args.lr, WEIGHT_DECAY) for net in nets]
+        optimizers = [machine.optimizer(net, args.lr, recipes.CIFAR_WEIGHT_DECAY) for net in nets]
         codivide = [CoDivide(args.p_threshold, args.loss_window) for _ in nets]
         restore(run.state, nets, optimizers, codivide)
         run.start(
@@ -245,7 +234,7 @@ def finish(run: Run, row, args: argparse.Namespace, official: bool) -> dict[str,
     if args.method == "ce":
         line += f"; net 1 alone: best {max(record['test_acc_net1'] for record in run.records):.2f}"
     if row:
-        other = options.departures(args, PAPER_SETTING)
+        other = options.departures(args, recipes.CIFAR_SETTING)
         other += [] if official else [f"not the official {args.dataset}"]
         but = f" (but this run: {', '.join(other)})" if other else ""
         if args.method == "ce":

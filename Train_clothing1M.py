@@ -15,16 +15,19 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
 import dataloader_clothing1M
-from dividemix import DivideMixError, check_data, logs, networks, options, recipes, runtime
+from dataloader_clothing1M import balanced_sample
+from dividemix import DivideMixError, check_data, logs, networks, options, recipes
 from dividemix.checkpoint import load_weights, restore, state_of
 from dividemix.codivide import CoDivide
 from dividemix.engine import ensemble_accuracy, per_sample_loss, set_learning_rate, train_epoch, warmup_epoch
 from dividemix.images import Views
-from dividemix.run import Run, draws, folder_for, score_arrays
+from dividemix.run import Run, folder_for, score_arrays
+from dividemix.seeds import draws
 from dividemix.stream import Pipeline, StreamedImages
 
 PAPER = recipes.CLOTHING1M
@@ -49,16 +52,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         found = dataloader_clothing1M.find(args.data_path)
         check_data.run_check(found, full=args.check_data == "full", skip=bool(args.skip_bad_images))
         return {}
-    machine = runtime.start(
-        args.device,
-        args.gpuid,
-        args.precision,
-        args.deterministic,
-        args.width,
-        batch_size=args.batch_size,
-        compile=not args.no_compile,
-        graph=not args.no_graph,
-    )
+    machine = options.machine(args)
     data = dataloader_clothing1M.load(args.data_path)
     folder = folder_for(
         args.out_dir, args.run_dir, args.id or "clothing1m", f"seed{args.seed}" if args.seed != 123 else ""
@@ -67,33 +61,32 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     streams = {"workers": args.workers, "ranks": machine.ranks, "keep": args.keep_images}
 
     with Run(folder, vars(args), args.fresh, machine.ranks, logs.CLOTHING1M, logs.by_network) as run:
-        begun = bool(run.state)
-        lists, lines = check_data.usable(
-            {"train": data.train, "val": data.val, "test": data.test},
-            args.skip_bad_images,
-            folder / "skipped.json",
-            machine.ranks,
-            begun,
-        )
+        lists = {"train": data.train, "val": data.val, "test": data.test}
+        digests = {name: images.digest() for name, images in lists.items()}
         run.pin(
-            "images_sha256",
-            {name: images.digest() for name, images in lists.items()},
-            f"the lists of images in {args.data_path} are not those that {folder} began with",
+            "images_sha256", digests, f"the lists of images in {args.data_path} are not those that {folder} began with"
         )
+        index, lines = check_data.usable(lists, args.skip_bad_images, folder / "skipped.json", machine.ranks)
         with Pipeline(lists, views, data.mean, data.std, machine.device, **streams) as pipeline:
-            validation, test = pipeline.images("val"), pipeline.images("test")
-            start = {"init_from": args.init_from, "seed": args.seed, "machine": machine, "begun": begun}
+            validation, test = (pipeline.images(name, index[name]) for name in ("val", "test"))
+            start = {"init_from": args.init_from, "seed": args.seed, "machine": machine, "begun": bool(run.state)}
             nets = networks.pair(args.arch, args.num_class, args.width, args.weights, **start)
             optimizers = [machine.optimizer(net, args.lr, PAPER.weight_decay) for net in nets]
             codivide = [CoDivide(args.p_threshold) for _ in nets]
             restore(run.state, nets, optimizers, codivide)
+            samples = [None, None]
+            for k, sample in enumerate(run.state.get("samples", samples)):
+                if sample is not None:  # drawn and divided after the last epoch; its images are read once more
+                    sound = np.isin(sample, index["train"])  # but for those that are left out from now on
+                    codivide[k].select(sound)
+                    samples[k] = pipeline.images("train", sample.numpy()[sound], keep=True)
             divisions = [part.division for part in codivide]
-            samples = [kept(pipeline, index) for index in run.state.get("samples", [None, None])]
+            about = {"classes": data.class_names, **{name: len(rows) for name, rows in index.items()}}
             run.start(
                 {
                     "command": ["Train_clothing1M.py", *(sys.argv[1:] if argv is None else argv)],
                     "args": vars(args),
-                    "data": {"classes": data.class_names, **{name: len(images) for name, images in lists.items()}},
+                    "data": about,
                     "machine": machine.describe(),
                 }
             )
@@ -115,12 +108,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 for k, (net, peer) in enumerate([nets, nets[::-1]]):
                     if divisions[1 - k] is None:
                         with run.phase(f"warmup{k + 1}") as bar:
-                            sample = draw(pipeline, args, epoch, k, 2 * args.num_batches * args.batch_size)
+                            size = 2 * args.num_batches * args.batch_size
+                            rng = draws(args.seed, "warmup sample", epoch, k)
+                            sample = draw(pipeline, index["train"], size, args.num_class, rng)
                             rng = draws(args.seed, "warmup", epoch, k)
                             terms.append(warmup_epoch(net, optimizers[k], sample, rng=rng, bar=bar, **warmup))
                     else:
-                        with run.phase("read") as bar:  # after a restart; else they were read to be scored
-                            samples[1 - k].fetch(bar)
+                        if samples[1 - k].unread:  # after a restart; else they were read to be scored
+                            with run.phase("read") as bar:
+                                samples[1 - k].fetch(bar)
                         with run.phase(f"train{k + 1}") as bar:
                             step = {"epoch": epoch, "rng": draws(args.seed, "train", epoch, k), "bar": bar, **mixmatch}
                             terms.append(
@@ -140,9 +136,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     samples, scored, dividing = [None, None], [None, None], [None, None]  # their memory is needed
                     for k in (1, 0):
                         with run.phase("loss") as bar:
-                            samples[k] = draw(
-                                pipeline, args, epoch + 1, k, args.num_batches * args.batch_size, keep=True
-                            )
+                            size = args.num_batches * args.batch_size
+                            rng = draws(args.seed, "sample", epoch + 1, k)
+                            samples[k] = draw(pipeline, index["train"], size, args.num_class, rng, keep=True)
                             scored[k] = per_sample_loss(nets[k], samples[k], bar=bar, **evaluation)
                         with run.phase("gmm"):
                             random_state = int(draws(args.seed, "divide", epoch + 1, k).integers(2**32))
@@ -153,28 +149,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                             divisions[k], is_new = dividing[k]()
                         scores |= score_arrays(k, scored[k], divisions[k] if is_new else None, samples[k].index)
                         if not is_new:  # no sample was clean: the division before is kept, of the sample before
-                            samples[k] = kept(pipeline, before[k])
+                            samples[k] = pipeline.images("train", before[k], keep=True)
                 state = state_of(nets, optimizers, codivide)
                 state["samples"] = [torch.from_numpy(sample.index) if sample else None for sample in samples]
                 run.end_epoch(metrics, state, scores, args.save_scores)
 
             # Each network as it was at its own best epoch on the validation set
             load_weights(nets, run.best_networks(), "best.pt")
-            accuracy = ensemble_accuracy(nets, test, **evaluation)
+            with run.phase("test") as bar:
+                accuracy = ensemble_accuracy(nets, test, bar=bar, **evaluation)
             return finish(run, args, accuracy)
 
 
-def draw(pipeline: Pipeline, args: argparse.Namespace, epoch: int, k: int, n: int, keep: bool = False):
-    """Net k's class-balanced sample of about n images for an epoch."""
-    labels = pipeline.lists["train"].labels
-    rng = draws(args.seed, "sample", epoch, k)
-    index = dataloader_clothing1M.balanced_sample(labels, n, args.num_class, rng)
-    return pipeline.images("train", index, keep=keep)
-
-
-def kept(pipeline: Pipeline, index: NDArray | torch.Tensor | None) -> StreamedImages | None:
-    """The sample of these training images, which are read once more."""
-    return None if index is None else pipeline.images("train", index, keep=True)
+def draw(
+    pipeline: Pipeline, index: NDArray, n: int, num_class: int, rng: np.random.Generator, keep: bool = False
+) -> StreamedImages:
+    """About n of the training images `index`, class-balanced: one network's sample for an epoch."""
+    labels = pipeline.lists["train"].labels[index]
+    return pipeline.images("train", index[balanced_sample(labels, n, num_class, rng)], keep=keep)
 
 
 def finish(run: Run, args: argparse.Namespace, accuracy: list[float]) -> dict[str, Any]:

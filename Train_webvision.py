@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 import dataloader_webvision
-from dividemix import check_data, logs, networks, options, recipes, runtime
+from dividemix import check_data, logs, networks, options, recipes
 from dividemix.checkpoint import restore, state_of
 from dividemix.codivide import CoDivide
 from dividemix.engine import (
@@ -31,7 +32,8 @@ from dividemix.engine import (
     warmup_epoch,
 )
 from dividemix.images import Views
-from dividemix.run import Run, draws, folder_for, hold_out, score_arrays
+from dividemix.run import Run, folder_for, score_arrays
+from dividemix.seeds import draws, hold_out
 from dividemix.stream import Pipeline
 
 PAPER = recipes.WEBVISION
@@ -54,16 +56,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         found = dataloader_webvision.find(args.data_path, args.num_class)
         check_data.run_check(found, full=args.check_data == "full", skip=bool(args.skip_bad_images))
         return {}
-    machine = runtime.start(
-        args.device,
-        args.gpuid,
-        args.precision,
-        args.deterministic,
-        args.width,
-        batch_size=args.batch_size,
-        compile=not args.no_compile,
-        graph=not args.no_graph,
-    )
+    machine = options.machine(args)
     data = dataloader_webvision.load(args.data_path, args.num_class)
     suffixes = [f"seed{args.seed}" if args.seed != 123 else "", args.id]
     folder = folder_for(args.out_dir, args.run_dir, "webvision", *suffixes)
@@ -71,37 +64,35 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     streams = {"workers": args.workers, "ranks": machine.ranks, "cache_dir": args.cache_dir}
 
     with Run(folder, vars(args), args.fresh, machine.ranks, logs.WEBVISION) as run:
-        begun = bool(run.state)
-        lists, lines = check_data.usable(
-            {"train": data.train, "val": data.val, "imagenet": data.imagenet},
-            args.skip_bad_images,
-            folder / "skipped.json",
-            machine.ranks,
-            begun,
-        )
+        lists = {"train": data.train, "val": data.val, "imagenet": data.imagenet}
+        digests = {name: images.digest() for name, images in lists.items()}
         run.pin(
-            "images_sha256",
-            {name: images.digest() for name, images in lists.items()},
-            f"the lists of images in {args.data_path} are not those that {folder} began with",
+            "images_sha256", digests, f"the lists of images in {args.data_path} are not those that {folder} began with"
         )
+        usable, lines = check_data.usable(lists, args.skip_bad_images, folder / "skipped.json", machine.ranks)
+        index, held_out = hold_out(np.arange(len(data.train)), args.val_fraction, args.seed)
+        index, held_out = (rows[np.isin(rows, usable["train"])] for rows in (index, held_out))
         with Pipeline(lists, views, data.mean, data.std, machine.device, **streams) as pipeline:
             if args.cache_dir:
                 with run.phase("cache") as bar:
                     pipeline.build_cache(bar)
-            index, held_out = hold_out(np.arange(len(lists["train"])), args.val_fraction, args.seed)
             train, validation = (pipeline.images("train", rows) for rows in (index, held_out))
-            webvision, imagenet = pipeline.images("val"), pipeline.images("imagenet")
-            start = {"init_from": args.init_from, "seed": args.seed, "machine": machine, "begun": begun}
+            webvision, imagenet = (pipeline.images(name, usable[name]) for name in ("val", "imagenet"))
+            start = {"init_from": args.init_from, "seed": args.seed, "machine": machine, "begun": bool(run.state)}
             nets = networks.pair(args.arch, args.num_class, args.width, args.weights, **start)
             optimizers = [machine.optimizer(net, args.lr, PAPER.weight_decay) for net in nets]
             codivide = [CoDivide(args.p_threshold) for _ in nets]
             restore(run.state, nets, optimizers, codivide)
+            if run.state:  # images that are left out from now on are no longer in the divisions
+                for part in codivide:
+                    part.select(np.isin(run.state["index"], index))
             divisions = [part.division for part in codivide]
+            about = {"classes": data.class_names, **{name: len(rows) for name, rows in usable.items()}}
             run.start(
                 {
                     "command": ["Train_webvision.py", *(sys.argv[1:] if argv is None else argv)],
                     "args": vars(args),
-                    "data": {"classes": data.class_names, **{name: len(images) for name, images in lists.items()}},
+                    "data": about,
                     "machine": machine.describe(),
                 }
             )
@@ -139,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     metrics |= {f"{name}_acc": accuracy[1][0], f"{name}_acc_top5": accuracy[5][0]}
                     metrics |= {f"{name}_acc_net{k + 1}": accuracy[1][1 + k] for k in range(2)}
                 if len(held_out):
-                    accuracy = ensemble_accuracy(nets, validation, **evaluation)
+                    with run.phase("val") as bar:
+                        accuracy = ensemble_accuracy(nets, validation, bar=bar, **evaluation)
                     metrics |= dict(zip(("val_acc", "val_acc_net1", "val_acc_net2"), accuracy, strict=True))
                 metrics |= logs.training(divisions, terms)
 
@@ -159,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                         with run.phase("gmm"):
                             divisions[k] = dividing[k]()
                     scores |= score_arrays(k, scored[k], divisions[k])
-                run.end_epoch(metrics, state_of(nets, optimizers, codivide), scores, keep_scores=True)
+                state = state_of(nets, optimizers, codivide) | {"index": torch.from_numpy(index)}
+                run.end_epoch(metrics, state, scores, keep_scores=True)
 
             return finish(run, args)
 

@@ -45,8 +45,10 @@ def mixup(inputs: Tensor, targets: Tensor, lam: Tensor | float, index: Tensor) -
     """Each row with a partner row: lam * row + (1 - lam) * row[index].  (Eq. 7, 8; lam is Eq. 5, 6)
 
     inputs (B, ...), targets (B, C), index a permutation of the B rows; lam >= 0.5 keeps a mix nearer to its own row.
+    An index that is shorter mixes the first rows alone.
     """
-    return lam * inputs + (1 - lam) * inputs[index], lam * targets + (1 - lam) * targets[index]
+    n = len(index)
+    return lam * inputs[:n] + (1 - lam) * inputs[index], lam * targets[:n] + (1 - lam) * targets[index]
 
 
 def semi_loss(logits_x: Tensor, targets_x: Tensor, logits_u: Tensor, targets_u: Tensor) -> tuple[Tensor, Tensor]:

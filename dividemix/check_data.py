@@ -3,7 +3,7 @@
 
     run_check(dataloader_clothing1M.find(data_path))      # prints the report; an error where training could not run
 
-    lists, lines = usable(lists, "quick", run.folder / "skipped.json", ranks, begun=False)   # without the bad ones
+    index, lines = usable(lists, "quick", run.folder / "skipped.json", ranks)   # all but the bad ones
 
 By default the header and the end of every file are read: a file that starts as an image and ends as JPEG and PNG files
 end is taken for sound, any other is decoded and this decides. `full` decodes all. Symbolic links that lead out of the
@@ -29,6 +29,7 @@ from dividemix.checkpoint import write_atomically
 from dividemix.filelist import Boundary, ImageList
 from dividemix.images import MISSING, BadImage, opened
 from dividemix.ranks import Ranks, from_environment
+from dividemix.runtime import available_cores
 
 Record = dict[str, dict[str, Any]]  # list name -> {"total": images in the list, "bad": {name in the list: reason}}
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xae\x42\x60\x82"}
@@ -119,7 +120,7 @@ def check(
 
     threads: default 4 per core, as most of the time goes into waiting for the disk. Shows progress on a terminal.
     """
-    threads = threads or 4 * (os.cpu_count() or 1)
+    threads = threads or min(4 * available_cores(), 64)
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         warnings.simplefilter("ignore")  # Pillow's remarks on metadata; what it cannot read is an exception
         reports = [_check_list(name, images, full, pool) for name, images in lists.items()]
@@ -154,8 +155,8 @@ def run_check(found: tuple[Mapping[str, ImageList], list[str]], full: bool = Fal
     if not (skip and can_skip):
         how = "mend the data folder" + ", or leave the bad images out by --skip_bad_images" * can_skip
         raise DivideMixError(f"training cannot run on these data, for what the report names: {how}")
-    kept = exclude(lists, report.record())
-    leaves = ", ".join(f"{name}: {len(kept[name])} of {len(lists[name])} images" for name in lists)
+    left = sound(lists, report.record())
+    leaves = ", ".join(f"{name}: {len(left[name])} of {len(lists[name])} images" for name in lists)
     print(f"with --skip_bad_images it can, on {leaves}", flush=True)
 
 
@@ -163,67 +164,68 @@ def run_check(found: tuple[Mapping[str, ImageList], list[str]], full: bool = Fal
 
 
 def usable(
-    lists: Mapping[str, ImageList], how: str | None, file: Path, ranks: Ranks, begun: bool
-) -> tuple[dict[str, ImageList], list[str]]:
-    """The lists to train with, and what to say of them. how: None, or the `quick` or `full` of --skip_bad_images; then
-    the first start writes to `file` what is left out, and a run that has `begun` reads it there.
+    lists: Mapping[str, ImageList], how: str | None, file: Path, ranks: Ranks
+) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
+    """Which images of each list to use, ascending indices, and what to say of it.
 
-    With several ranks the first one looks, and all leave out the same. Raises DivideMixError where their lists are not
-    the same: each would train on other images than the division says.
+    how: the `quick` or `full` of --skip_bad_images: looks at all images and writes to `file` which are left out; a
+    later start finds it there and does not look again. None: all images, but for those that `file` names, if it is
+    there. With several ranks the first one looks, and all leave out the same. Raises and warns as `sound`.
     """
-    own = {name: images.digest() for name, images in lists.items()}
-    for name, digest in ranks.from_first(lambda: own).items():
-        if own[name] != digest:
-            raise DivideMixError(f"{lists[name].source}: other images than on the machine of the first rank")
-    if not how:
-        return dict(lists), []
 
-    def find() -> Record:
-        if begun:
-            try:
-                return json.loads(file.read_bytes())
-            except (OSError, ValueError) as error:
-                raise DivideMixError(
-                    f"{file} cannot be read ({error}), and it says which images this run leaves out: --fresh starts "
-                    "anew and looks again"
-                ) from error
+    def find() -> dict[str, Any]:
+        try:
+            found = json.loads(file.read_bytes())
+            if how in (None, found["how"]):
+                return {"lists": found["lists"], "old": True}
+        except FileNotFoundError:
+            if how is None:
+                return {"lists": None}
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise DivideMixError(
+                f"{file} cannot be read ({error}), and it says which images this run leaves out: delete it, and give "
+                "--skip_bad_images to look again"
+            ) from error
         record = check(lists, full=how == "full").record()
-        write_atomically(file, json.dumps(record, indent=1).encode())
-        return record
+        write_atomically(file, json.dumps({"how": how, "lists": record}, indent=1).encode())
+        return {"lists": record}
 
-    record = ranks.from_first(find)
-    return exclude(lists, record, file), left_out(record)
+    found = ranks.from_first(find)
+    if found["lists"] is None:
+        return {name: np.arange(len(images)) for name, images in lists.items()}, []
+    lines = left_out(found["lists"]) + [f"as {file} says: without it, they are looked at again"] * ("old" in found)
+    return sound(lists, found["lists"], file), lines
 
 
-def exclude(
+def sound(
     lists: Mapping[str, ImageList], record: Record, source: str | Path = "skipped.json"
-) -> dict[str, ImageList]:
-    """The lists without the images of a record, which stands in the file `source`.
+) -> dict[str, NDArray[np.int64]]:
+    """The indices, ascending, of each list's images that are not in a record, which stands in the file `source`.
 
     Raises DivideMixError where the record is not of these lists, and where a list has no image left; warns of classes
     of the list 'train' that have none left.
     """
-    how = "use the data folder that the run began with, or begin it anew with --fresh"
+    how = f"use the data folder that the run began with, or delete {source} and give --skip_bad_images to look again"
     try:
         entries = {name: (entry["total"], dict(entry["bad"])) for name, entry in record.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DivideMixError(f"{source} does not say which images were skipped: {how}") from error
     if entries.keys() != lists.keys():
         raise DivideMixError(f"{source} is of the lists {', '.join(entries)}, not of {', '.join(lists)}: {how}")
-    kept = {}
+    left = {}
     for name, images in lists.items():
         total, bad = entries[name]
         if total != len(images):
             raise DivideMixError(
                 f"{source} is of {total} images of {name}, but {images.source} has {len(images)}: {how}"
             )
-        kept[name] = _without(name, images, bad, f"{source}: {how}")
-    return kept
+        left[name] = _without(name, images, bad, f"{source}: {how}")
+    return left
 
 
-def _without(name: str, images: ImageList, bad: dict[str, str], how: str) -> ImageList:
+def _without(name: str, images: ImageList, bad: dict[str, str], how: str) -> NDArray[np.int64]:
     if not bad:
-        return images
+        return np.arange(len(images))
     is_bad = np.array([images.name(i) in bad for i in range(len(images))])
     if is_bad.sum() != len(bad):
         known = {images.name(i) for i in np.flatnonzero(is_bad)}
@@ -232,8 +234,10 @@ def _without(name: str, images: ImageList, bad: dict[str, str], how: str) -> Ima
     if is_bad.all():
         first = f"{_printable(images.path(0))}: {bad[images.name(0)]}"
         raise DivideMixError(f"{name}: none of its {len(images)} images can be used (the first is {first})")
-    left = images.select(np.flatnonzero(~is_bad))
-    vanished = np.flatnonzero((images.class_counts() > 0) & (left.class_counts() == 0))
+    left = np.flatnonzero(~is_bad)
+    vanished = np.flatnonzero(
+        (images.class_counts() > 0) & (np.bincount(images.labels[left], minlength=images.num_class) == 0)
+    )
     if name == "train" and len(vanished):
         warn(f"no training image is left of class {', '.join(map(str, vanished))}: it cannot be learned")
     return left

@@ -1,5 +1,6 @@
 """Co-divide: per-sample losses -> a two-component Gaussian mixture -> labeled and unlabeled set (paper, Sec. 3.1)."""
 
+import dataclasses
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,11 @@ class Division:
         """Plain tensors and numbers for a checkpoint."""
         arrays = {k: torch.from_numpy(v) for k, v in vars(self).items() if isinstance(v, np.ndarray)}
         return arrays | {"threshold": self.threshold, "auc": self.auc}
+
+    def select(self, rows: NDArray) -> "Division":
+        """The same of some samples alone: rows (N,) bool or indices."""
+        parts = {name: getattr(self, name)[rows] for name in ("clean_probability", "labeled", "loss")}
+        return dataclasses.replace(self, **parts)
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Division":
@@ -181,6 +187,13 @@ class CoDivide:
     ) -> tuple[Division | None, bool]:
         """The same, and whether it is of these losses: False where it was `kept`."""
         return self(losses, truly_clean, random_state, name), not self.kept
+
+    def select(self, rows: NDArray) -> None:
+        """Forget all samples but `rows`, (N,) bool or indices; without a labeled one left, the division too."""
+        self.history = [losses[rows] for losses in self.history]
+        if self.division is not None:
+            division = self.division.select(rows)
+            self.division = division if division.labeled.any() else None
 
     def state(self) -> dict[str, Any]:
         return {

@@ -106,10 +106,8 @@ def mixmatch_step(
 
     inputs = torch.cat([x1, x2, u1, u2])
     targets = torch.cat([targets_x, targets_x, targets_u, targets_u])
-    mixed, mixed_targets = mixup(inputs, targets, lam, index)
     rows_x = 2 * len(x1)
-    if not unlabeled_loss:
-        mixed, mixed_targets = mixed[:rows_x], mixed_targets[:rows_x]
+    mixed, mixed_targets = mixup(inputs, targets, lam, index if unlabeled_loss else index[:rows_x])
 
     [logits] = forward(net, mixed)  # all rows in one forward, also where lambda_u is 0: BN and the penalty see them all
     Lx, Lu = semi_loss(logits[:rows_x], mixed_targets[:rows_x], logits[rows_x:], mixed_targets[rows_x:])

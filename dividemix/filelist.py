@@ -231,20 +231,25 @@ def _some(names: Sequence[str]) -> str:
 
 
 class Boundary:
-    """Tells whether files are inside the data folder once symbolic links are followed. The folder itself may be one.
+    """Tells whether files are inside the data folder once symbolic links are followed.
 
-    Each folder on the way is resolved once, so a file costs a single look at its own entry.
+    The data folder may be a link, and so may the folders directly in it: whoever put it together said by this where the
+    parts are, on other disks perhaps. Each folder on the way is resolved once, so a file costs a single look at its own
+    entry.
     """
 
     def __init__(self, root: str | Path):
-        self.root = os.path.realpath(root)
+        self.root = os.path.abspath(root)
         self._inside: dict[str, bool] = {}
 
     def holds(self, path: str) -> bool:
+        """Whether a path below the data folder, as `ImageList.path` gives it, is so in the end."""
         folder = os.path.dirname(path)
         if folder not in self._inside:
             self._inside[folder] = self._below(folder)
         return self._inside[folder] and (not os.path.islink(path) or self._below(path))
 
     def _below(self, path: str) -> bool:
-        return os.path.commonpath([self.root, os.path.realpath(path)]) == self.root
+        part = os.path.join(self.root, os.path.relpath(path, self.root).split(os.sep)[0])
+        base = os.path.realpath(part if os.path.isdir(part) and os.path.islink(part) else self.root)
+        return os.path.commonpath([base, os.path.realpath(path)]) == base

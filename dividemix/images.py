@@ -118,7 +118,7 @@ class Views:
 
     def train(self, image: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
         """(S, S, 3): the training view number `seed` of a resized image (H, W, 3)."""
-        return self.cut(image, self.draw(*image.shape[:2], seed))
+        return self.train_batch([image], np.array([[seed]]))[0, 0]
 
     def eval(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """(S, S, 3): the centre of a resized image (H, W, 3)."""
@@ -129,7 +129,12 @@ class Views:
         views = np.empty((*seeds.T.shape, self.crop, self.crop, 3), np.uint8)
         for k, (image, row) in enumerate(zip(images, seeds.tolist(), strict=True)):
             for v, seed in enumerate(row):
-                views[v, k] = self.train(image, seed)
+                box = self.draw(*image.shape[:2], seed)
+                view, into = self.cut(image, box), views[v, k]
+                if not box.flip:
+                    into[:] = view
+                for channel in range(3 if box.flip else 0):  # all in one go, numpy would copy three bytes at a time
+                    into[..., channel] = view[:, ::-1, channel]
         return views
 
     def eval_batch(self, images: Iterable[NDArray[np.uint8]], n: int) -> NDArray[np.uint8]:
@@ -166,9 +171,9 @@ class Views:
         return None
 
     def cut(self, image: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
-        """(S, S, 3); of the size S x S, a part of the image itself, not a copy."""
+        """(S, S, 3), not flipped; of the size S x S, a part of the image itself, not a copy."""
         view = image[box.top : box.top + box.height, box.left : box.left + box.width]
         if view.shape[:2] != (self.crop, self.crop):  # cut first: pixels beside the box have no part in its edge
             cut = Image.fromarray(np.ascontiguousarray(view))
             view = np.asarray(cut.resize((self.crop, self.crop), Image.Resampling.BILINEAR))
-        return view[:, ::-1] if box.flip else view
+        return view

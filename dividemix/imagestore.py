@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import PIL
@@ -235,7 +236,14 @@ def locked(path: str) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:  # a file system without locks
                 pass
+            # Said outright: workers that were started in the block have the file open too, so closing it frees nothing.
+            stack.callback(release, file)
         yield
+
+
+def release(file: IO) -> None:
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _ends(sizes: NDArray[np.int32]) -> NDArray[np.int64]:

@@ -22,8 +22,8 @@ import PreResNet
 from dividemix import DivideMixError
 from dividemix.checkpoint import from_bytes, load_networks, load_weights
 from dividemix.ranks import Ranks
-from dividemix.run import seeded
 from dividemix.runtime import Runtime
+from dividemix.seeds import seeded
 
 
 class MeanInFloat32(nn.Module):  # (B, K, H, W) -> (B, K, 1, 1)
@@ -49,7 +49,8 @@ def resnet50(num_class: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Architecture:
-    """make: (num_class, width) -> network. classifier: its name in the state dict. min_side: the smallest image, px."""
+    """make: (num_class, width) -> network. classifier: its name in the state dict. min_side: the smallest image, px,
+    whose last maps have more than one: BN cannot normalise a batch of one image with one pixel."""
 
     make: Callable[[int, int], nn.Module]
     classifier: str
@@ -61,9 +62,9 @@ ARCHITECTURES = {
     "preresnet18": Architecture(PreResNet.ResNet18, "linear", min_side=16, has_width=True),
     "preresnet34": Architecture(PreResNet.ResNet34, "linear", min_side=16, has_width=True),
     "preresnet50": Architecture(PreResNet.ResNet50, "linear", min_side=16, has_width=True),
-    "resnet50": Architecture(lambda num_class, width: resnet50(num_class), "fc", min_side=32),
+    "resnet50": Architecture(lambda num_class, width: resnet50(num_class), "fc", min_side=33),
     "inceptionresnetv2": Architecture(
-        lambda num_class, width: InceptionResNetV2.InceptionResNetV2(num_class), "last_linear", min_side=75
+        lambda num_class, width: InceptionResNetV2.InceptionResNetV2(num_class), "last_linear", min_side=107
     ),
 }
 SMALL_IMAGES = [name for name, architecture in ARCHITECTURES.items() if architecture.has_width]

@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from dividemix import DivideMixError, DivideMixWarning, networks, ranks, recipes
+from dividemix import DivideMixError, DivideMixWarning, networks, ranks, recipes, runtime
+from dividemix.runtime import Runtime, available_cores
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -221,7 +222,10 @@ def add_run(
         "--eval_batch_size", type=positive_int, default=eval_batch_size, help="batch of loss passes and tests"
     )
     group.add_argument(
-        "--workers", type=count, default=4, help="image-loading processes; sets that live on the device start none"
+        "--workers",
+        type=count,
+        default=min(16, max(1, available_cores() // ranks.on_this_machine())),
+        help="image-loading processes of each rank, 16 at most unless given; sets that live on the device start none",
     )
 
 
@@ -247,6 +251,20 @@ def resolve_recipe(args: argparse.Namespace) -> tuple[recipes.Recipe | None, lis
             origin = f"given; {row.name} has {value:g}"
         lines.append(f"{name} {getattr(args, name):g} ({origin})")
     return (row if exact else None), lines
+
+
+def machine(args: argparse.Namespace) -> Runtime:
+    """The runtime that the flags of `add_run` ask for."""
+    return runtime.start(
+        args.device,
+        args.gpuid,
+        args.precision,
+        args.deterministic,
+        args.width,
+        batch_size=args.batch_size,
+        compile=not args.no_compile,
+        graph=not args.no_graph,
+    )
 
 
 def resolve_images(args: argparse.Namespace, paper: recipes.ImageRecipe) -> list[str]:

@@ -128,6 +128,11 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def on_this_machine() -> int:
+    """How many ranks torchrun started on this machine, 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def from_environment() -> tuple[int, int, int]:
     """(rank, world, local rank) as torchrun sets them; (0, 1, 0) without it."""
     return tuple(

@@ -38,6 +38,10 @@ ROWS = (
     Recipe("cifar100", "sym", 0.9, lambda_u=150, p_threshold=0.6, loss_window=5, best=31.5, last=31.0, ce_best=10.1),
 )
 
+# What these results were made with, beside the rows: flags of Train_cifar.py
+CIFAR_SETTING = {"num_epochs": 300, "arch": "preresnet18", "width": 64, "batch_size": 64, "limit_train": None}
+CIFAR_WEIGHT_DECAY = 5e-4
+
 WARM_UP = {"cifar100": 30}  # epochs; 10 for every other small set
 
 

@@ -9,6 +9,7 @@ import datetime
 import fcntl
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -27,16 +28,6 @@ from dividemix import DivideMixError, logs, warn
 from dividemix.checkpoint import from_bytes, load_last, load_networks, save_last, share, to_bytes, write_atomically
 from dividemix.logs import Logs
 from dividemix.ranks import Ranks
-
-PHASES = (
-    "init",
-    "subset",
-    "validation",
-    "warmup",
-    "divide",
-    "train",
-    "sample",
-)  # a generator's third number; append only
 
 ALONE = Ranks()
 
@@ -57,25 +48,13 @@ FREE_FLAGS = frozenset(
         "deterministic",
         "no_compile",
         "no_graph",
+        "skip_bad_images",
         "noise_file",
         "check_data",
         "keep_images",
         "cache_dir",
     ]
 )
-
-
-def draws(seed: int, phase: str, epoch: int = 0, net: int = 0) -> np.random.Generator:
-    """The generator of one phase: a function of these four alone, so a continued run draws what the uninterrupted one
-    did."""
-    return np.random.default_rng([seed, PHASES.index(phase), epoch, net])
-
-
-def seeded(seed: int, net: int, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """Build a network whose initial weights depend on (seed, net) alone; the global stream is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(draws(seed, "init", net=net).integers(2**63)))
-        return build()
 
 
 class Run:
@@ -170,6 +149,7 @@ class Run:
         data."""
         if self.records:
             self.best_epochs = self.ranks.from_first(self._write_best, self.state["nets"])
+        self.state = {}  # restored by now; for large networks about a gigabyte
         if not self.ranks.first:
             return
         try:
@@ -318,7 +298,10 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-        if self._new and not self.records and not (self.folder / "args.json").exists():  # refused: leave nothing behind
+        begun = any(
+            (self.folder / name).exists() for name in ("args.json", "skipped.json")
+        )  # hours of looking, the latter
+        if self._new and not self.records and not begun:  # refused: leave nothing behind
             shutil.rmtree(self.folder, ignore_errors=True)
             if self._aside:
                 self._aside.rename(self.folder)
@@ -329,29 +312,18 @@ def folder_for(out_dir: str, run_dir: str | None, *parts: str) -> Path:
     return Path(run_dir) if run_dir else Path(out_dir) / "_".join(part for part in parts if part)
 
 
-def hold_out(index: np.ndarray, part: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split the training samples `index` for --val_fraction: (to train on, held out), each ascending; none are held out
-    at 0. Raises DivideMixError where fewer than 2 are left."""
-    held_out = np.empty(0, dtype=index.dtype)
-    if part:
-        shuffled = draws(seed, "validation").permutation(index)
-        size = max(1, round(part * len(index)))
-        held_out, index = np.sort(shuffled[:size]), np.sort(shuffled[size:])
-    if len(index) < 2:
-        raise DivideMixError(f"{len(index)} training samples are left: at least 2 are needed")
-    return index, held_out
-
-
 def lock(folder: Path) -> TextIO:
     """The folder's lock file, held until it is closed. Raises DivideMixError where another process holds it."""
     file = open(folder / ".lock", "w")  # noqa: SIM115
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when the process dies
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when the last that has it open dies
     except OSError as error:
         file.close()
         raise DivideMixError(
             f"another process is training in {folder}: wait for it, or give this run another --id"
         ) from error
+    # Worker processes must not hold it on when this one was killed: they notice only after some seconds.
+    os.register_at_fork(after_in_child=file.close)
     return file
 
 

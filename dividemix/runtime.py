@@ -288,17 +288,22 @@ def start(
     )
 
 
-def use_cores(group: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
-    """No more threads than this process has cores: torch counts the machine's, also inside a container that may use
-    two of them. OMP_NUM_THREADS wins."""
+def available_cores(group: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores that this process may use, also inside a container that has a share of the machine's."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = group.read_text().split()
         cores = min(cores, math.ceil(int(quota) / int(period)))
     except (OSError, ValueError):  # no such file, or 'max': no limit
         pass
+    return max(cores, 1)
+
+
+def use_cores(group: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
+    """No more threads than this process has cores: torch counts the machine's. OMP_NUM_THREADS wins."""
+    cores = available_cores(group)
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores:
-        torch.set_num_threads(max(cores, 1))
+        torch.set_num_threads(cores)
 
 
 def pick_device(device: str, gpuid: int, source: str = "--gpuid") -> torch.device:

@@ -193,9 +193,14 @@ class StreamedImages:
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def unread(self) -> bool:
+        """Whether `fetch` has something to do."""
+        return self.place is not None and self._kept is None
+
     def fetch(self, bar: Callable[[Iterable], Iterable] = iter) -> None:
         """Read the images that are to be kept, if that has not been done; `bar` goes around the parts."""
-        if self.place is not None and self._kept is None:
+        if self.unread:
             for _ in bar(Batches([(PART,)] * -(-len(self) // PART), self._filling())):
                 pass
 
@@ -308,7 +313,7 @@ class StreamedImages:
         return whole.to(self.device).split([len(part) for part in parts])
 
     def _to_device(self, pixels: Tensor) -> Tensor:
-        return pixels.to(self.device, non_blocking=True)
+        return pixels.to(self.device, non_blocking=self.pipeline.on_card)  # pinned there, and there alone
 
 
 def _draw_seeds(rng: np.random.Generator, n: int, views: int) -> NDArray[np.int64]:

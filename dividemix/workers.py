@@ -28,7 +28,7 @@ from dividemix.imagestore import Cache
 
 # Images of a task. Small, so that the results on their way are few megabytes: containers often have 64 MB of shared
 # memory for them, and a step need not wait until one worker has read a whole batch.
-PART = 16
+PART = 8
 
 
 class Task(NamedTuple):

@@ -13,7 +13,7 @@ from PIL import Image
 
 import dataloader_clothing1M
 from dividemix import DivideMixError
-from dividemix.check_data import BadImage, check, exclude, left_out, opened, problem, run_check, usable
+from dividemix.check_data import BadImage, check, left_out, opened, problem, run_check, sound, usable
 from dividemix.filelist import Boundary, ImageList, list_folders
 from dividemix.ranks import Ranks
 
@@ -257,24 +257,34 @@ def test_one_of_several_ranks_checks(damaged, capsys, monkeypatch):
 
 
 def without_bad(lists, full=False):
-    """The lists without their bad images, and the record of these."""
+    """The indices of the lists' sound images, and the record of the others."""
     record = check(lists, full=full).record()
-    return exclude(lists, record), record
+    return sound(lists, record), record
 
 
-def test_ranks_with_other_lists_are_refused(tmp_path, monkeypatch):
-    """A machine with an older copy of a list would train on other images than the division says, or stop all others."""
-    one, two = (
-        lists_of(make_clothing1M(tmp_path / name, 14, 14, 14, seed=seed)) for name, seed in (("a", 0), ("b", 1))
-    )
-    assert usable(one, None, tmp_path / "skipped.json", Ranks(), False)[0] == one
-    copied = {name: images.select(np.arange(14)) for name, images in one.items()}
-    assert {name: images.digest() for name, images in copied.items()} == {n: i.digest() for n, i in one.items()}
-    monkeypatch.setattr(Ranks, "from_first", lambda self, function: {n: i.digest() for n, i in one.items()})
-    with pytest.raises(
-        DivideMixError, match=r"b/noisy_train_key_list\.txt: other images than on the machine of the fir"
-    ):
-        usable(two, None, tmp_path / "skipped.json", Ranks(1, 2), False)
+def test_usable_looks_once_and_stays_with_it(damaged, tmp_path):
+    """Else each start of a run looks at a million files again, or trains on other images than the start before."""
+    lists, file = lists_of(damaged), tmp_path / "skipped.json"
+    index, lines = usable(lists, None, file, Ranks())
+    assert [len(rows) for rows in index.values()] == [28, 14, 14] and not lines and not file.exists()
+    index, lines = usable(lists, "quick", file, Ranks())
+    assert [len(rows) for rows in index.values()] == [26, 14, 13] and lines[0].startswith("train: 2 of 28")
+    Path(lists["train"].path(3)).write_bytes(Path(lists["train"].path(4)).read_bytes())  # mended meanwhile
+    for how in ("quick", None):
+        again, lines = usable(lists, how, file, Ranks())
+        assert {name: rows.tolist() for name, rows in again.items()} == {n: rows.tolist() for n, rows in index.items()}
+        assert str(file) in lines[-1]
+    index, _ = usable(lists, "full", file, Ranks())  # asked for a closer look, it looks
+    assert len(index["train"]) == 27 and json.loads(file.read_text())["how"] == "full"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"how": "quick"', '{"how": "quick"}'])
+def test_a_damaged_record_is_refused(damaged, tmp_path, content):
+    """Taken for empty, it would put images into the run that it was to leave out."""
+    file = tmp_path / "skipped.json"
+    file.write_text(content)
+    with pytest.raises(DivideMixError, match=r"skipped\.json cannot be read .* delete it, and give --skip_bad_images"):
+        usable(lists_of(damaged), "quick", file, Ranks())
 
 
 def test_bad_images_are_left_out_of_each_list(damaged):
@@ -283,9 +293,8 @@ def test_bad_images_are_left_out_of_each_list(damaged):
     left, record = without_bad(lists)
     assert [len(left[name]) for name in ("train", "val", "test")] == [26, 14, 13]
     keep = [i for i in range(28) if i not in (3, 20)]
-    assert [left["train"].path(j) for j in range(26)] == [lists["train"].path(i) for i in keep]
-    assert left["train"].labels.tolist() == lists["train"].labels[keep].tolist()
-    assert left["train"].where(3) == lists["train"].where(4) and check(left).ok
+    assert left["train"].tolist() == keep
+    assert check({name: lists[name].select(rows) for name, rows in left.items()}).ok
     assert record["train"] == {
         "total": 28,
         "bad": {lists["train"].name(3): "missing", lists["train"].name(20): "empty"},
@@ -303,9 +312,9 @@ def test_a_later_start_trains_on_the_same_images(damaged):
     left, record = without_bad(lists, full=True)
     os.remove(lists["train"].path(0))
     Path(lists["train"].path(3)).write_bytes(Path(lists["train"].path(4)).read_bytes())
-    again = exclude(lists_of(damaged), json.loads(json.dumps(record)))
+    again = sound(lists_of(damaged), json.loads(json.dumps(record)))
     for name in lists:
-        assert again[name].text == left[name].text and np.array_equal(again[name].labels, left[name].labels)
+        assert again[name].tolist() == left[name].tolist()
 
 
 def test_names_of_any_bytes_survive_the_record(folder):
@@ -315,7 +324,7 @@ def test_names_of_any_bytes_survive_the_record(folder):
     (folder / "0" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
     lists = {"imagenet": list_folders(folder, "", ["0"])}
     left, record = without_bad(lists)
-    assert len(left["imagenet"]) == len(exclude(lists, json.loads(json.dumps(record)))["imagenet"]) == 1
+    assert len(left["imagenet"]) == len(sound(lists, json.loads(json.dumps(record)))["imagenet"]) == 1
     assert "caf\\udce9.jpg: empty" in str(check(lists)).encode().decode()
 
 
@@ -339,7 +348,7 @@ STRANGE_RECORDS = {
 def test_a_record_of_other_data_is_refused(damaged, record, words):
     """A run that goes on with other data would leave out the wrong images, and mix up which sample is which."""
     with pytest.raises(DivideMixError, match=words) as caught:
-        exclude(lists_of(damaged), record, "/run/skipped.json")
+        sound(lists_of(damaged), record, "/run/skipped.json")
     assert "/run/skipped.json" in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -180,10 +180,21 @@ def test_symbolic_links_out_of_the_data_folder(tmp_path):
     links = {"file_out": outside / "x.jpg", "folder_out": outside, "file_in": root / "in/x.jpg", "folder_in": "in"}
     for name, target in links.items():
         (root / name).symlink_to(target)
+    (root / "in/file_out").symlink_to(outside / "x.jpg")
+    (root / "in/folder_out").symlink_to(outside)
+    (tmp_path / "secret.jpg").touch()
+    (outside / "away.jpg").symlink_to(tmp_path / "secret.jpg")
     (tmp_path / "link").symlink_to(root)
     for start in (root, tmp_path / "link"):  # the data folder itself may be a link
         boundary = Boundary(start)
-        for name in ("in/x.jpg", "file_in", "folder_in/x.jpg", "absent/x.jpg"):
+        # "folder_out": a folder directly in the data folder may be a link, as for a part of the data on another disk
+        for name in ("in/x.jpg", "file_in", "folder_in/x.jpg", "absent/x.jpg", "folder_out/x.jpg"):
             assert boundary.holds(str(start / name)), name
-        for name in ("file_out", "folder_out/x.jpg", "folder_out/absent.jpg"):
+        for name in (
+            "file_out",
+            "in/file_out",
+            "in/folder_out/x.jpg",
+            "in/folder_out/absent.jpg",
+            "folder_out/away.jpg",
+        ):
             assert not boundary.holds(str(start / name)), name

@@ -9,7 +9,7 @@ from torch import nn
 
 from dividemix import DivideMixError, networks
 from dividemix.ranks import Ranks
-from dividemix.run import seeded
+from dividemix.seeds import seeded
 
 ALONE = Ranks()
 FILE = "resnet50-0676ba61.pth"

@@ -6,7 +6,7 @@ import re
 import pytest
 
 import Train_cifar
-from dividemix import DivideMixError, options, recipes
+from dividemix import DivideMixError, options, recipes, runtime
 
 # The paper's Table 7 and results, typed from FIDELITY.md section 6 and not from recipes.py:
 # lambda_u, p_threshold, loss_window, best, last, best of plain cross-entropy.
@@ -51,7 +51,6 @@ DEFAULTS = {
     "no_compile": False,
     "no_graph": False,
     "eval_batch_size": 1000,
-    "workers": 4,
     "noise_seed": 123,  # the seed's
     "noise_file": None,
     "val_fraction": 0.0,
@@ -148,7 +147,8 @@ def test_given_flags_win_and_are_named_as_given():
 
 def test_flags_and_defaults_are_the_documented_ones():
     """Else a command from the paper's time, or from the README, means something else here."""
-    assert vars(Train_cifar.parse_args([])) == DEFAULTS
+    workers = {"workers": min(16, runtime.available_cores())}
+    assert vars(Train_cifar.parse_args([])) == DEFAULTS | workers
 
 
 def test_the_authors_long_name_of_the_learning_rate_works():
@@ -241,7 +241,7 @@ def test_flags_of_the_scripts_for_large_images():
     """Else a default differs from the documented one, or a flag is accepted by a script that has no use for it."""
     args = vars(image_parser(recipes.CLOTHING1M, keep_images=True).parse_args([]))
     expected = recipes.CLOTHING1M.method | recipes.CLOTHING1M.images
-    expected |= {"width": 64, "eval_batch_size": 200, "workers": 4, "id": "clothing1m", "keep_images": "auto"}
+    expected |= {"width": 64, "eval_batch_size": 200, "id": "clothing1m", "keep_images": "auto"}
     expected |= {"check_data": None, "skip_bad_images": None, "weights": None}
     assert {name: args[name] for name in expected} == expected
     assert not {"val_fraction", "cache_dir", "loss_window"} & args.keys()
@@ -310,6 +310,7 @@ def test_the_papers_number_stands_beside_its_own_setting():
 def test_departures_from_a_setting_are_written_as_flags():
     """Else the paper's number stands beside a run of another setting without a word."""
     args = image_parser(recipes.CLOTHING1M).parse_args(["--arch", "preresnet18", "--lr", "0.1"])
+    args.weights = "imagenet"
     assert options.departures(args, recipes.CLOTHING1M.method) == ["--lr 0.1"]
     assert options.departures(args, recipes.CLOTHING1M.images) == ["--arch preresnet18"]
 

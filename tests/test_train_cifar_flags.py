@@ -20,8 +20,8 @@ import Train_cifar
 from dividemix import DivideMixError, noise, recipes, report
 from dividemix.checkpoint import load_last
 from dividemix.codivide import normalise
-from dividemix.run import seeded
 from dividemix.runtime import Runtime
+from dividemix.seeds import seeded
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:

@@ -30,7 +30,7 @@ from dividemix.checkpoint import load_last, load_weights  # noqa: E402
 from dividemix.codivide import CoDivide  # noqa: E402
 from dividemix.data import DeviceImages  # noqa: E402
 from dividemix.images import Views  # noqa: E402
-from dividemix.run import draws  # noqa: E402
+from dividemix.seeds import draws, seeded  # noqa: E402
 from dividemix.stream import Pipeline  # noqa: E402
 
 STEP = {"lam": 0.8, "T": 0.5, "lambda_u": 3.0, "num_class": 4}
@@ -52,7 +52,7 @@ def digits(n: int, ranks=runtime.Ranks()) -> DeviceImages:  # noqa: B008
 
 
 def network(machine: runtime.Runtime, seed: int) -> nn.Module:
-    return machine.prepare(run.seeded(seed, 0, lambda: networks.build("preresnet18", 4, 4)))
+    return machine.prepare(seeded(seed, 0, lambda: networks.build("preresnet18", 4, 4)))
 
 
 def without_bn(machine: runtime.Runtime, seed: int) -> nn.Module:
@@ -61,7 +61,7 @@ def without_bn(machine: runtime.Runtime, seed: int) -> nn.Module:
     def build():
         return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 7 * 7, 4))
 
-    return machine.prepare(run.seeded(seed, 0, build))
+    return machine.prepare(seeded(seed, 0, build))
 
 
 def values(net: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,0 +1,38 @@
+"""One seed, every draw: each phase of each epoch has a generator of its own, so that a continued run needs the epoch's
+number and no generator's state."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from dividemix import DivideMixError
+
+# A generator's third number; append only
+PHASES = ("init", "subset", "validation", "warmup", "divide", "train", "sample", "warmup sample")
+
+
+def draws(seed: int, phase: str, epoch: int = 0, net: int = 0) -> np.random.Generator:
+    """The generator of one phase: a function of these four alone, so a continued run draws what the uninterrupted one
+    did."""
+    return np.random.default_rng([seed, PHASES.index(phase), epoch, net])
+
+
+def seeded(seed: int, net: int, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """Build a network whose initial weights depend on (seed, net) alone; the global stream is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(draws(seed, "init", net=net).integers(2**63)))
+        return build()
+
+
+def hold_out(index: np.ndarray, part: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split the training samples `index` for --val_fraction: (to train on, held out), each ascending; none are held out
+    at 0. Raises DivideMixError where fewer than 2 are left."""
+    held_out = np.empty(0, dtype=index.dtype)
+    if part:
+        shuffled = draws(seed, "validation").permutation(index)
+        size = max(1, round(part * len(index)))
+        held_out, index = np.sort(shuffled[:size]), np.sort(shuffled[size:])
+    if len(index) < 2:
+        raise DivideMixError(f"{len(index)} training samples are left: at least 2 are needed")
+    return index, held_out
