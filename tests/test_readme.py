@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 from conftest import ROOT
+from torch.distributed.run import get_args_parser
 
 import Train_cifar
 from dividemix import DivideMixError, report
@@ -61,6 +62,9 @@ def runs_python_or_make(command: list[str]) -> bool:
 def check(command: list[str]) -> None:
     """Fails, or raises, for a command that would not start."""
     program, *arguments = command
+    if program == "torchrun":  # by its own parser, which takes a script's flag for one of its own where it can
+        parsed = get_args_parser().parse_args(arguments)
+        arguments = [parsed.training_script, *parsed.training_script_args]
     if program == "make":
         targets = [*filter(lambda word: not word.startswith("-") and "=" not in word, arguments)]
         assert targets, "make without a target"
