@@ -1,7 +1,10 @@
 """Images kept in memory and in files: the same pixels, found again, and no more room than there is."""
 
+import fcntl
+import multiprocessing
 import os
 import shutil
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -212,3 +215,18 @@ def test_one_builds_at_a_time(path):
         inside.append("first")
     thread.join(10)
     assert inside == ["first", "other"]
+
+
+def test_a_lock_ends_with_its_block_whatever_was_started_in_it(tmp_path):
+    """Workers start while the cache is built and live as long as the run: a second run, or another machine's rank, would
+    wait for the end of the first."""
+    path = str(tmp_path / "cache")
+    with locked(path):
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker.start()
+    try:
+        with open(f"{path}.lock", "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        worker.kill()
+        worker.join()

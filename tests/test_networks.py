@@ -142,7 +142,7 @@ def test_weights_that_do_not_fit_or_cannot_be_read_are_refused_in_one_line(tmp_p
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (("inceptionresnetv2", 64, 74, "none"), "--image_size 74: inceptionresnetv2 needs 75 pixels"),
+        (("inceptionresnetv2", 64, 106, "none"), "--image_size 106: inceptionresnetv2 needs 107 pixels"),
         (("preresnet18", 16, 15, "none"), "--image_size 15"),
         (("resnet50", 32, 224, "none"), "--width 32: resnet50 has one width"),
         (("inceptionresnetv2", 64, 299, "imagenet"), "--weights none.*--arch resnet50"),
@@ -158,7 +158,7 @@ def test_flags_that_go_together():
     """Else the defaults of the scripts are refused."""
     for flags in (
         ("resnet50", 64, 224, "imagenet"),
-        ("inceptionresnetv2", 64, 75, "none"),
+        ("inceptionresnetv2", 64, 107, "none"),
         ("preresnet18", 8, 16, "w.pt"),
     ):
         networks.check(*flags)

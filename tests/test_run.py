@@ -1,6 +1,7 @@
 """The run folder: the same command again continues the run, and ends as an uninterrupted run ends."""
 
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -15,7 +16,8 @@ from conftest import ROOT
 
 import Train_cifar
 from dividemix import DivideMixError, checkpoint, logs, report
-from dividemix.run import Run, score_arrays
+from dividemix.ranks import Ranks
+from dividemix.run import Run, lock, score_arrays
 from dividemix.seeds import draws, seeded
 
 TINY = "--dataset digits --limit_train 96 --width 4 --batch_size 16 --warm_up 1 --lr_drop 3 --device cpu"
@@ -340,6 +342,30 @@ def test_scores_of_a_sample_say_whose_they_are():
     assert arrays.keys() == {"raw_loss_net2", "prediction_net2", "index_net2"}
     assert arrays["index_net2"].tolist() == [70, 8]
     assert "index_net1" not in score_arrays(0, scored, None)
+
+
+def test_a_run_folders_lock_is_not_held_on_by_workers(tmp_path):
+    """Killed, the main process leaves its workers alive for some seconds: the same command again would be refused, since
+    another process was still training."""
+    file = lock(tmp_path)
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    worker.start()
+    try:
+        file.close()
+        lock(tmp_path).close()
+    finally:
+        worker.kill()
+        worker.join()
+
+
+def test_ranks_that_read_other_data_are_refused(tmp_path, monkeypatch):
+    """A machine with an older copy of a list would train on other images than the division says."""
+    monkeypatch.setattr(Ranks, "from_first", lambda self, function, *args: "the first rank's")
+    run = Run.__new__(Run)
+    run.ranks, run.state, run.pins = Ranks(1, 2), {}, {}
+    run.pin("images_sha256", "the first rank's", "")
+    with pytest.raises(DivideMixError, match="images_sha256: this rank reads other data than the first rank"):
+        run.pin("images_sha256", "mine", "")
 
 
 # ---- Several ranks ----

@@ -99,7 +99,7 @@ def test_metrics_are_one_flat_object_an_epoch(done):
     """Else notebooks that read metrics.jsonl break, or a test accuracy of each epoch invites to choose by it."""
     both = {f"{name}_net{k}" for name in ("val_acc", "best_val_acc", "labeled", "unlabeled") for k in (1, 2)}
     keys = both | {"epoch", "phase", "lr", "val_acc", "loss_x", "penalty"}
-    seconds = {"warmup": {"warmup1", "warmup2"}, "train": {"read", "train1", "train2"}}
+    seconds = {"warmup": {"warmup1", "warmup2"}, "train": {"train1", "train2"}}
     assert [(r["epoch"], r["phase"]) for r in done.records] == [(0, "warmup"), (1, "train"), (2, "train")]
     for record in done.records:
         phases = seconds[record["phase"]] | {"val", "loss", "gmm"}

@@ -334,7 +334,7 @@ def test_val_fraction_selects_off_the_test_set(tree, tmp_path, monkeypatch):
 def test_inceptionresnetv2_runs(tmp_path):
     """The tests' small network says nothing of the paper's: its input, its head, its memory."""
     tree = make_webvision(tmp_path / "data", n_train=4, n_val=2, n_imagenet=2, noise=0, num_class=2, sides=(80, 96))
-    flags = ["--num_class", "2", "--image_size", "80", "--batch_size", "2", "--num_epochs", "2", "--lr", "0.001"]
+    flags = ["--num_class", "2", "--image_size", "112", "--batch_size", "2", "--num_epochs", "2", "--lr", "0.001"]
     machine = ["--device", "cpu", "--workers", "0", "--out_dir", str(tmp_path)]
     final = Train_webvision.main(["--data_path", str(tree), *flags, *machine])
     assert final["phase"] == "train" and final["labeled_net1"] + final["unlabeled_net1"] == 4
