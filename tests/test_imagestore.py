@@ -218,8 +218,8 @@ def test_one_builds_at_a_time(path):
 
 
 def test_a_lock_ends_with_its_block_whatever_was_started_in_it(tmp_path):
-    """Workers start while the cache is built and live as long as the run: a second run, or another machine's rank, would
-    wait for the end of the first."""
+    """Workers start while the cache is built and live as long as the run: a second run, or another machine's rank,
+    would wait for the end of the first."""
     path = str(tmp_path / "cache")
     with locked(path):
         worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))

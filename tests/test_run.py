@@ -345,11 +345,18 @@ def test_scores_of_a_sample_say_whose_they_are():
 
 
 def test_a_run_folders_lock_is_not_held_on_by_workers(tmp_path):
-    """Killed, the main process leaves its workers alive for some seconds: the same command again would be refused, since
-    another process was still training."""
-    file = lock(tmp_path)
-    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    """Killed, the main process leaves its workers alive for some seconds: the same command again would be refused, as
+    if another process was still training."""
+    file, context = lock(tmp_path), multiprocessing.get_context("fork")
+    running = context.Event()
+
+    def work():
+        running.set()
+        time.sleep(60)
+
+    worker = context.Process(target=work)
     worker.start()
+    assert running.wait(30)
     try:
         file.close()
         lock(tmp_path).close()
