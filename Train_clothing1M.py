@@ -1,7 +1,7 @@
 """DivideMix on Clothing1M: a million shop photos, about 39 % of their labels wrong (Sec. 4.2, Table 3 of the paper).
 
     python Train_clothing1M.py --data_path ../../Clothing1M/data                        # the paper's setting: 74.76 %
-    torchrun --nproc_per_node=4 Train_clothing1M.py --data_path ../../Clothing1M/data   # the same batch on four GPUs
+    torchrun --nproc_per_node=2 Train_clothing1M.py --data_path ../../Clothing1M/data   # the same batch on two GPUs
     python Train_clothing1M.py --data_path ../../Clothing1M/data --check_data           # is everything there?
 
 The same command again continues the run. An epoch is no pass over the million: after each epoch each network draws its
