@@ -72,12 +72,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         usable, lines = check_data.usable(lists, args.skip_bad_images, folder / "skipped.json", machine.ranks)
         index, held_out = hold_out(np.arange(len(data.train)), args.val_fraction, args.seed)
         index, held_out = (rows[np.isin(rows, usable["train"])] for rows in (index, held_out))
+        lists = {name: images.select(usable[name]) for name, images in lists.items()}  # a cache holds all of a list
         with Pipeline(lists, views, data.mean, data.std, machine.device, **streams) as pipeline:
             if args.cache_dir:
                 with run.phase("cache") as bar:
                     pipeline.build_cache(bar)
-            train, validation = (pipeline.images("train", rows) for rows in (index, held_out))
-            webvision, imagenet = (pipeline.images(name, usable[name]) for name in ("val", "imagenet"))
+            where = (np.searchsorted(usable["train"], rows) for rows in (index, held_out))
+            train, validation = (pipeline.images("train", rows) for rows in where)
+            webvision, imagenet = pipeline.images("val"), pipeline.images("imagenet")
             start = {"init_from": args.init_from, "seed": args.seed, "machine": machine, "begun": bool(run.state)}
             nets = networks.pair(args.arch, args.num_class, args.width, args.weights, **start)
             optimizers = [machine.optimizer(net, args.lr, PAPER.weight_decay) for net in nets]
@@ -87,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 for part in codivide:
                     part.select(np.isin(run.state["index"], index))
             divisions = [part.division for part in codivide]
-            about = {"classes": data.class_names, **{name: len(rows) for name, rows in usable.items()}}
+            about = {"classes": data.class_names, **{name: len(images) for name, images in lists.items()}}
             run.start(
                 {
                     "command": ["Train_webvision.py", *(sys.argv[1:] if argv is None else argv)],
@@ -145,12 +147,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                         with run.phase("gmm"):
                             random_state = int(draws(args.seed, "divide", epoch + 1, k).integers(2**32))
                             fit = (scored[k].loss, None, random_state, f"net {k + 1}")
-                            dividing[k] = machine.background(codivide[k], *fit)
+                            dividing[k] = machine.background(codivide[k].divide, *fit)
                 for k in range(2):
+                    is_new = True  # or, where no sample was clean, the division before is kept
                     if dividing[k]:
                         with run.phase("gmm"):
-                            divisions[k] = dividing[k]()
-                    scores |= score_arrays(k, scored[k], divisions[k])
+                            divisions[k], is_new = dividing[k]()
+                    scores |= score_arrays(k, scored[k], divisions[k] if is_new else None)
                 state = state_of(nets, optimizers, codivide) | {"index": torch.from_numpy(index)}
                 run.end_epoch(metrics, state, scores, keep_scores=True)
 

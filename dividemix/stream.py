@@ -37,7 +37,7 @@ from dividemix.workers import PART, Failure, Part, Reader, Task, Workers, explai
 KEEP = ("auto", "host", "device", "no")  # where images with keep=True are kept
 _ALIVE = 2  # data sets kept at the same time: one of each network
 _SHARE = 0.6  # of the memory that is there, for them
-_AHEAD = 3  # batches cut from memory before they are asked for
+_AHEAD, _THREADS = 4, 3  # batches cut from memory before they are asked for, and by how many threads
 
 
 class Pipeline:
@@ -289,7 +289,7 @@ class StreamedImages:
             yield kept
 
     def _from_memory(self, cut: Callable[..., Tensor], jobs: list[tuple]) -> Iterator[Tensor]:
-        """cut(views, *job) of each job. From host memory by a thread, some jobs ahead of the training."""
+        """cut(views, *job) of each job. From host memory by threads, some jobs ahead of the training."""
         views = self.pipeline.views
         if self.place.type != "cpu":
             return (cut(views, *job) for job in jobs)
@@ -326,8 +326,8 @@ def _split(rows: NDArray) -> list[NDArray]:
 
 
 def _ahead(function: Callable[[Any], Tensor], jobs: Iterable[Any]) -> Iterator[Tensor]:
-    """function(job) of each job, by a thread that is some jobs ahead. Abandoned, it ends with the jobs begun."""
-    with ThreadPoolExecutor(1) as pool:
+    """function(job) of each job, in order, by threads some jobs ahead. Abandoned, it ends with the jobs begun."""
+    with ThreadPoolExecutor(_THREADS) as pool:
         waiting: deque = deque()
         for job in jobs:
             waiting.append(pool.submit(function, job))
