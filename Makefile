@@ -1,7 +1,7 @@
 # make demo     the environment, then cross-entropy and DivideMix on digits with 50 % wrong labels (under 3 minutes on 2 cores)
 # make test     the environment, then the tests (under 10 minutes on 2 cores)
 # make test-all the tests with the long ones (under 50 minutes)
-# make gpu      on a machine with a CUDA card, with its own Python: the tests that need one, then the benchmark and its ablation (gpu*.json)
+# make gpu      on a machine with a CUDA card, with its own Python: the tests that need one, then the benchmarks and an ablation (gpu*.json)
 # make lint     ruff
 
 PYTHON ?= python3
@@ -36,6 +36,7 @@ gpu:
 	$(PYTHON) -m pytest -m gpu
 	$(PYTHON) benchmarks/bench_cifar.py --device cuda --against_plain --json gpu.json
 	$(PYTHON) benchmarks/bench_cifar.py --device cuda --ablate --repeats 2 --warmups 1 --json gpu-ablation.json
+	$(PYTHON) benchmarks/bench_images.py --device cuda --arch resnet50 --json gpu-images.json
 
 lint: .venv/.installed
 	$(PY) -m ruff check .

@@ -2,13 +2,17 @@
 and a run continues exactly."""
 
 import copy
+import json
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from conftest import golden_weights, half
+from conftest import ROOT, golden_weights, half
 from make_data import colour_digits
+from make_image_trees import make_clothing1M, make_webvision
 from test_engine import golden_step, train_arguments
 from test_graph import start as start_nets
 from test_graph import state, train
@@ -16,9 +20,14 @@ from test_run import assert_equal, last_state
 from test_run import train as train_script
 from test_runtime import gradients
 
+import dataloader_webvision
+import Train_clothing1M
+import Train_webvision
 from dividemix import DivideMixError, DivideMixWarning, engine, graph, runtime
 from dividemix.data import DeviceImages
+from dividemix.images import Views
 from dividemix.runtime import Runtime, start
+from dividemix.stream import Pipeline
 from PreResNet import ResNet18
 
 pytestmark = pytest.mark.gpu
@@ -265,6 +274,77 @@ def test_a_run_as_users_start_it(tmp_path, capsys):
     final = train_script(tmp_path / "run", 3, "--device", "cuda")
     assert "bf16 autocast, losses in fp32, compiled, CUDA graphs" in capsys.readouterr().out
     assert np.isfinite(final["loss_x"])
+
+
+# ---- Large images ----
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """56 JPEGs of 10 classes."""
+    return dataloader_webvision.load(make_webvision(tmp_path_factory.mktemp("photos"), n_train=56, num_class=10), 10)
+
+
+def streams(data, device, **options) -> Pipeline:
+    return Pipeline({"train": data.train}, Views(40, 32), data.mean, data.std, device, workers=1, **options)
+
+
+@pytest.mark.parametrize("keep", ["host", "device", "no"])
+def test_streamed_batches_are_those_of_a_cpu(photos, keep):
+    """Pinned memory that is used again before its copy has ended, or a crop that is cut otherwise on the card."""
+    found, expected = [], []
+    for device, where, into in (("cpu", "no", expected), ("cuda", keep, found)):
+        with streams(photos, device, keep=where) as pipeline:
+            data = pipeline.images("train", keep=True)
+            for _ in range(3):
+                passes = data.eval_batches(20), data.mixmatch_batches(half(56, 40), 8, np.random.default_rng(0))
+                into += [tensor.cpu() for batches in passes for batch in batches for tensor in batch]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep", ["host", "device", "no"])
+def test_a_captured_step_takes_streamed_batches(photos, exact, keep):
+    """Batches that come from workers are other tensors each time: a graph that reads the first one's memory trains on
+    one batch all epoch long. Each epoch draws new images: a step captured for each of them fills the card."""
+    results = {}
+    for how in ("eager", "graph"):
+        machine = card(graph=how == "graph")
+        nets, optimizers = start_nets(machine)
+        with streams(photos, "cuda", keep=keep) as pipeline:
+            for epoch in range(2):
+                data = pipeline.images("train", np.arange(epoch, 54 + epoch), keep=True)
+                terms = train(machine, data, [epoch], nets, optimizers)
+        results[how] = state(nets, optimizers)
+        assert np.isfinite(terms).all()
+    assert len(machine.steps) == 4  # each net's two steps, captured once
+    assert_equal(results["graph"], results["eager"])
+
+
+@pytest.mark.parametrize("script", [Train_clothing1M, Train_webvision])
+@pytest.mark.parametrize("arch", ["preresnet18", "resnet50", "inceptionresnetv2"])
+def test_the_image_scripts_as_users_start_them(tmp_path, script, arch, capsys):
+    """Compiled, captured and in bf16, without a fallback, with the paper's networks too."""
+    if script is Train_clothing1M:
+        flags = ["--data_path", str(make_clothing1M(tmp_path / "data")), "--num_batches", "4"]
+    else:
+        flags = ["--data_path", str(make_webvision(tmp_path / "data")), "--num_class", "10"]
+    flags += ["--arch", arch, "--weights", "none", "--image_size", "112", "--batch_size", "8", "--num_epochs", "3"]
+    final = script.main([*flags, "--device", "cuda", "--workers", "2", "--out_dir", str(tmp_path)])
+    assert "bf16 autocast, losses in fp32, compiled, CUDA graphs" in capsys.readouterr().out
+    assert np.isfinite(final["loss_x"])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
+def test_two_cards_train_together(tmp_path):
+    """NCCL: from one start, two cards make the first division of one."""
+    flags = ["--dataset", "digits", "--width", "16", "--warm_up", "1", "--num_epochs", "2", "--precision", "fp32"]
+    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc_per_node=2"])):
+        command = [sys.executable, *launcher, str(ROOT / "Train_cifar.py"), *flags, "--run_dir", str(tmp_path / name)]
+        subprocess.run(command, check=True, timeout=600)
+    records = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    assert len(records[0]) == len(records[1]) == 2
+    assert json.loads(records[1][1])["test_acc"] > 0
 
 
 def on_card(images: DeviceImages, device: torch.device) -> DeviceImages:

@@ -8,12 +8,16 @@ import pytest
 import torch
 from conftest import half
 from make_data import colour_digits
+from make_image_trees import make_webvision
 from test_engine import train_arguments
 from test_run import assert_equal
 
+import dataloader_webvision
 from dividemix import DivideMixError, DivideMixWarning, engine, graph, runtime
 from dividemix.data import DeviceImages
+from dividemix.images import Views
 from dividemix.runtime import Runtime
+from dividemix.stream import Pipeline
 from PreResNet import ResNet18
 
 CPU = torch.device("cpu")
@@ -66,6 +70,24 @@ def test_replayed_steps_equal_eager_ones(digits, merge, precision):
     assert all(isinstance(step, graph.CapturedStep) for step in replayed.steps.values())
     assert terms[0] == terms[1]
     for optimizer in runs[0][1]:  # eager has numbers where the graph has tensors
+        optimizer.param_groups[0]["lr"] = torch.tensor(optimizer.param_groups[0]["lr"])
+    assert_equal(state(*runs[0]), state(*runs[1]))
+
+
+@pytest.mark.parametrize("keep", ["host", "no"])
+def test_streamed_batches_are_replayed_too(tmp_path, keep):
+    """They are other tensors each time: a graph that reads the first one's memory trains on one batch all epoch long.
+    And each epoch draws new images: a step captured for each of them fills the card."""
+    data = dataloader_webvision.load(make_webvision(tmp_path, n_train=56, num_class=10), 10)
+    eager, replayed = (Runtime(CPU, graph=on) for on in (False, True))
+    runs = [start(eager), start(replayed)]
+    for machine, run in zip((eager, replayed), runs, strict=True):
+        lists = {"train": data.train}
+        with Pipeline(lists, Views(20, 16), data.mean, data.std, "cpu", workers=0, keep=keep) as pipeline:
+            for epoch in range(2):
+                train(machine, pipeline.images("train", np.arange(epoch, 54 + epoch), keep=True), [epoch], *run)
+    assert len(replayed.steps) == 4  # each net's two steps, captured once
+    for optimizer in runs[0][1]:
         optimizer.param_groups[0]["lr"] = torch.tensor(optimizer.param_groups[0]["lr"])
     assert_equal(state(*runs[0]), state(*runs[1]))
 
