@@ -16,7 +16,6 @@ is both. Images a second counts every image scored and every image trained on on
 import argparse
 import datetime
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -36,17 +35,17 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from dataloader_clothing1M import MEAN, STD
 from dividemix import engine, runtime
 from dividemix.codivide import Division
 from dividemix.data import Batches
 from dividemix.filelist import ImageList
 from dividemix.images import Views
-from dividemix.runtime import Runtime
+from dividemix.runtime import Runtime, available_cores
 from dividemix.stream import Pipeline
 from PreResNet import ResNet18
 
 NUM_CLASS = 14
-MEAN, STD = (0.6959, 0.6537, 0.6371), (0.3113, 0.3192, 0.3214)
 TARGET = 2.5  # times the plain way's images a second, decoding
 
 
@@ -235,7 +234,7 @@ def check(here: Any, plain: PlainImages, batch_size: int) -> str:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"images": 1000, "workers": cores(), "batch_size": 32, "eval_batch_size": 64, "resize": 256}
+    sizes = {"images": 1000, "workers": available_cores(), "batch_size": 32, "eval_batch_size": 64, "resize": 256}
     for name, default in (sizes | {"image_size": 224, "width": 8, "repeats": 3, "warmups": 1}).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--sides", type=int, nargs=2, default=(256, 600), help="range of the photos' short side")
@@ -251,15 +250,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     machine = runtime.start(args.device, compile=False, graph=False)
     division, views = divide(args.images, args.labeled), Views(args.resize, args.image_size)
-    print(f"{machine.describe()}; {cores()} cores; Pillow {PIL.__version__}")
+    print(f"{machine.describe()}; {available_cores()} cores; Pillow {PIL.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         photos = make_photos(Path(folder), args.images, tuple(args.sides))
         options = {"workers": args.workers, "keep": "host"}
@@ -295,7 +290,7 @@ def ways(here: Callable, plain: Callable) -> tuple[tuple[str, Callable], ...]:
 def summary(results: dict[str, list[dict[str, float]]], division: Division, args: argparse.Namespace) -> dict[str, Any]:
     """Medians of the repeats; ratios of the plain way's time to ours, repeat by repeat."""
     count = args.images + 2 * int(division.labeled.sum())  # scored, and labeled and unlabeled ones trained on
-    report: dict[str, Any] = {"images_of_an_epoch": count, "cores": cores(), "n": args.repeats}
+    report: dict[str, Any] = {"images_of_an_epoch": count, "cores": available_cores(), "n": args.repeats}
     report["seconds"] = {name: medians(result, args.warmups) for name, result in results.items()}
     report["images_per_second"] = {name: count / each["epoch"] for name, each in report["seconds"].items()}
     report["ratio"] = {}

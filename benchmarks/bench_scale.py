@@ -15,7 +15,6 @@ import ctypes
 import datetime
 import json
 import multiprocessing
-import os
 import platform
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from dividemix import codivide
 from dividemix.data import plan_mixmatch
 from dividemix.filelist import ImageList, read_lines
 from dividemix.ranks import Ranks
+from dividemix.runtime import available_cores
 
 SAMPLE = 32_000  # images of a Clothing1M epoch
 NUM_CLASS = dataloader_clothing1M.NUM_CLASS
@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             sizes.append(pool.apply(measure, (n, args.batch_size, args.fit_limit)))
         print(f"{n:,} samples done", file=sys.stderr, flush=True)
     versions = {m.__name__: m.__version__ for m in (torch, np, sklearn)} | {"python": platform.python_version()}
-    report = {"sizes": sizes, "cores": os.cpu_count(), "versions": versions}
+    report = {"sizes": sizes, "cores": available_cores(), "versions": versions}
     report |= {"date": datetime.date.today().isoformat(), "flags": vars(args)}
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1))

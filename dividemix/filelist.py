@@ -5,7 +5,7 @@
     images.path(7), images.labels[7], images.where(7)      # the file, its label, "<list file>, line 8"
 
 A list that is kept for a run holds its paths in one run of bytes, with no Python object per image: a million images
-take about 60 MB, and worker processes share them. Reading a list looks at its text alone and refuses what cannot be
+take about 60 MB, which forked worker processes share. Reading a list looks at its text alone and refuses what cannot be
 right (`read_lines`). Whether the files exist, and whether symbolic links lead out of the data folder (`Boundary`), is
 for those who touch the files: `dividemix.check_data`, and whatever opens the images.
 """

@@ -168,7 +168,7 @@ def _file_states(images: ImageList) -> NDArray[np.int64]:
         return np.array([state for part in parts for state in part], np.int64)
 
 
-def usable(path: str, n: int) -> bool:
+def is_whole(path: str, n: int) -> bool:
     """Whether there is a whole cache of n images at `path`; warns of a damaged one."""
     if not os.path.exists(f"{path}.npy"):  # written last
         return False

@@ -107,14 +107,14 @@ class Pipeline:
         paths = {
             name: imagestore.cache_path(folder, name, each, self.views.resize) for name, each in self.lists.items()
         }
-        absent = [name for name in paths if not imagestore.usable(paths[name], len(self.lists[name]))]
+        absent = [name for name in paths if not imagestore.is_whole(paths[name], len(self.lists[name]))]
         need = sum(imagestore.estimate(len(self.lists[name]), self.views.resize) for name in absent)
         if absent:
             imagestore.check_space(folder, need)
         for name in absent:
             with imagestore.locked(paths[name]):
                 n = len(self.lists[name])
-                if not imagestore.usable(paths[name], n):  # else another run has built it meanwhile
+                if not imagestore.is_whole(paths[name], n):  # else another run has built it meanwhile
                     parts = self.read(Task(name, None, part, whole=True) for part in _split(np.arange(n)))
                     imagestore.write_cache(paths[name], bar(Batches([(PART,)] * -(-n // PART), parts)))
         self.caches = paths

@@ -16,7 +16,7 @@ from make_image_trees import make_clothing1M
 import dataloader_clothing1M
 from dividemix import DivideMixError, DivideMixWarning, imagestore
 from dividemix.images import Views
-from dividemix.imagestore import Cache, Kept, cache_path, check_space, host_memory, locked, usable, write_cache
+from dividemix.imagestore import Cache, Kept, cache_path, check_space, host_memory, is_whole, locked, write_cache
 
 CPU = torch.device("cpu")
 
@@ -110,7 +110,7 @@ def test_a_cache_is_what_was_written(path):
     """Training on other pixels than without the cache."""
     images = some_images(20)
     write_cache(path, [part(images[:7]), part(images[7:])])
-    assert usable(path, 20)
+    assert is_whole(path, 20)
     cache = Cache.open(path, 20)
     for i, image in enumerate(images):
         np.testing.assert_array_equal(cache.image(i), image)
@@ -143,7 +143,7 @@ def test_a_damaged_cache_is_not_used(path, how):
     write_cache(path, [part(some_images(20))])
     spoil(path, how)
     with pytest.warns(DivideMixWarning, match="built anew"):
-        assert not usable(path, 20)
+        assert not is_whole(path, 20)
 
 
 def test_a_build_that_fails_leaves_nothing(path):
