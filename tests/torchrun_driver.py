@@ -125,7 +125,8 @@ def clothing1m_scores(machine: runtime.Runtime, argv: list[str]) -> dict:
         found = {"val": engine.ensemble_accuracy(nets, pipeline.images("val"), batch_size=3, machine=machine)}
         for k, net in enumerate(nets):
             epoch = len(state["records"])
-            sample = Train_clothing1M.draw(pipeline, args, epoch, k, args.num_batches * args.batch_size)
+            size, rng = args.num_batches * args.batch_size, draws(args.seed, "sample", epoch, k)
+            sample = Train_clothing1M.draw(pipeline, np.arange(len(data.train)), size, args.num_class, rng)
             random_state = int(draws(args.seed, "divide", epoch, k).integers(2**32))
             loss = engine.per_sample_loss(net, sample, batch_size=3, machine=machine).loss
             division, _ = machine.background(CoDivide(args.p_threshold).divide, loss, None, random_state)()
