@@ -13,6 +13,10 @@ class DivideMixError(Exception):
     """Something the user can mend: the message is one line that names the file, flag or value, and what to do."""
 
 
+class Diverged(DivideMixError):
+    """Losses, gradients or weights that nothing can be learnt from; `Run.phase` adds the epoch."""
+
+
 class DivideMixWarning(UserWarning):
     """Training goes on, but not quite as the user may think. Shown each time, not once."""
 

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from dividemix import DivideMixError, logs, warn
+from dividemix import Diverged, DivideMixError, logs, warn
 from dividemix.checkpoint import from_bytes, load_last, load_networks, save_last, share, to_bytes, write_atomically
 from dividemix.logs import Logs
 from dividemix.provenance import commit, versions
@@ -198,7 +198,10 @@ class Run:
         """Time a phase as seconds_<name>; yields a function that wraps batches in a progress bar (on a terminal)."""
         label, hidden = f"epoch {self.epoch} {name}", not (self.ranks.first and sys.stderr.isatty())
         start = time.perf_counter()
-        yield lambda batches: tqdm(batches, label, leave=False, dynamic_ncols=True, disable=hidden)
+        try:
+            yield lambda batches: tqdm(batches, label, leave=False, dynamic_ncols=True, disable=hidden)
+        except Diverged as error:
+            raise Diverged(f"epoch {self.epoch}: {error}") from error
         key = f"seconds_{name}"
         self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
 
