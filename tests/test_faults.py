@@ -111,10 +111,12 @@ def temporary(folder: Path) -> list[Path]:
 
 
 def assert_logs_are_not_ahead(folder: Path) -> None:
-    """Of the checkpoint, which a run goes on from: else a number is published that no weights belong to."""
-    pointer = checkpoint.read_pointer(folder)
+    """Of the checkpoint that a run goes on from: else a number is published that no weights belong to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DivideMixWarning)
+        state = checkpoint.load_last(folder) or {"records": []}
     epochs = [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert epochs == list(range(len(epochs))) and len(epochs) <= pointer.get("epoch", -1) + 1
+    assert epochs == list(range(len(epochs))) and len(epochs) <= len(state["records"])
     assert len((folder / "acc.txt").read_text().splitlines()) <= len(epochs) + 1
 
 
@@ -332,8 +334,8 @@ def test_a_signal_before_the_first_epoch_is_done(tmp_path):
 @pytest.mark.slow
 def test_a_signal_ends_the_workers(tmp_path):
     """Processes that live on hold the memory of the card's machine, and of the next job's."""
-    tree = make_webvision(tmp_path / "data", classes=3)
-    flags = ["--data_path", str(tree), "--num_class", "3", "--workers", "2", "--run_dir", str(tmp_path / "run")]
+    tree = make_webvision(tmp_path / "data", n_train=60, sides=(16, 32))
+    flags = ["--data_path", str(tree), "--num_class", "10", "--workers", "2", "--run_dir", str(tmp_path / "run")]
     command = [sys.executable, str(ROOT / "Train_webvision.py"), *SMALL_NET, *flags, "--num_epochs", "500"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -344,7 +346,8 @@ def test_a_signal_ends_the_workers(tmp_path):
     assert len(children) >= 2
     process.send_signal(signal.SIGTERM)
     status, _, err = end(process)
-    assert status == 143 and err.count("\n") == 2 and "continues" in err, err
+    assert status == 143 and err.splitlines()[-1].startswith("interrupted: the same command continues"), err
+    assert "Traceback" not in err, err
     assert not [child for child in children if Path(f"/proc/{child}").exists()]
 
 
