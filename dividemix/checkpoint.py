@@ -118,7 +118,8 @@ def from_bytes(content: bytes) -> dict[str, Any]:
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail in many ways: zip, pickle, storage sizes
-        raise DivideMixError(f"not a loadable checkpoint ({str(error).splitlines()[0][:120]})") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]  # some have no text
+        raise DivideMixError(f"not a loadable checkpoint ({reason[:120]})") from error
     if not isinstance(state, dict):
         raise DivideMixError("not a checkpoint of this project (no dictionary)")
     return state
