@@ -2,8 +2,8 @@
 
 Reading order: `algorithm` (the equations), `codivide` (loss -> clean probability), `engine` (a step and a phase), then
 `Train_cifar.py` (Algorithm 1). Around them: `noise`, `augment`, `data`, `filelist`, `check_data`, `networks`,
-`recipes`, `options`, `run`, `logs`, `checkpoint`, `report`; for large images `stream` (the data sets), `workers`,
-`images`, `imagestore`; and for speed `runtime`, `graph`, `layers`.
+`recipes`, `options`, `signals`, `run`, `logs`, `checkpoint`, `saving`, `report`; for large images `stream` (the data
+sets), `workers`, `images`, `imagestore`; and for speed `runtime`, `graph`, `layers`.
 """
 
 import warnings
@@ -11,6 +11,10 @@ import warnings
 
 class DivideMixError(Exception):
     """Something the user can mend: the message is one line that names the file, flag or value, and what to do."""
+
+
+class Diverged(DivideMixError):
+    """Losses, gradients or weights that nothing can be learnt from; `Run.phase` adds the epoch."""
 
 
 class DivideMixWarning(UserWarning):

@@ -19,7 +19,7 @@ from dividemix import DivideMixError, runtime, warn
 from dividemix.ranks import Ranks
 
 
-def write_atomically(path: Path, content: bytes, exclusive: bool = False) -> None:
+def write_atomically(path: Path, content: bytes | memoryview, exclusive: bool = False) -> None:
     """Write a file so that a reader finds the old content or the new one, never a part: temporary file, fsync,
     rename, fsync.
 
@@ -59,23 +59,29 @@ def save_last(folder: Path, epoch: int, state: dict[str, Any]) -> None:
     file = folder / f"epoch-{epoch:03d}.pt"
     write_atomically(file, content)
     entry = {"file": file.name, "sha256": hashlib.sha256(content).hexdigest(), "epoch": epoch}
-    previous = (
-        {k: before[k] for k in entry if k in before} if before.get("file") != file.name else before.get("previous")
-    )
-    write_atomically(folder / "last.json", json.dumps(entry | {"previous": previous or None}, indent=1).encode())
-    keep = {file.name, (previous or {}).get("file")}
+    previous = before.get("previous")
+    if before and before["file"] != file.name:
+        previous = {k: before[k] for k in entry if k in before}
+    write_atomically(folder / "last.json", json.dumps(entry | {"previous": previous}, indent=1).encode())
+    keep = {file.name, previous["file"] if previous else ""}
     for old in folder.glob("epoch-*.pt"):
         if old.name not in keep:
             old.unlink()
 
 
 def read_pointer(folder: Path) -> dict[str, Any]:
-    """The content of last.json, {} where it is missing or damaged."""
+    """The content of last.json, {} where it is missing or damaged; its 'previous' is None where that one is."""
+
+    def sound(entry: Any) -> bool:
+        return isinstance(entry, dict) and isinstance(entry.get("file"), str) and "\0" not in entry["file"]
+
     try:
         pointer = json.loads((folder / "last.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return pointer if isinstance(pointer, dict) and isinstance(pointer.get("file"), str) else {}
+    if not sound(pointer):
+        return {}
+    return pointer | {"previous": pointer["previous"] if sound(pointer.get("previous")) else None}
 
 
 def load_last(folder: Path) -> dict[str, Any] | None:
@@ -84,7 +90,7 @@ def load_last(folder: Path) -> dict[str, Any] | None:
     A damaged one is passed over with a warning. Raises DivideMixError where there are checkpoints but none that loads.
     """
     pointer = read_pointer(folder)
-    entries = [entry for entry in (pointer, pointer.get("previous")) if isinstance(entry, dict) and "file" in entry]
+    entries = [entry for entry in (pointer, pointer.get("previous")) if entry]
     known = {entry["file"] for entry in entries}
     # Files that last.json does not vouch for (it is damaged, or a kill came between a checkpoint and it) are tried
     # last.
@@ -112,7 +118,8 @@ def from_bytes(content: bytes) -> dict[str, Any]:
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail in many ways: zip, pickle, storage sizes
-        raise DivideMixError(f"not a loadable checkpoint ({str(error).splitlines()[0][:120]})") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]  # some have no text
+        raise DivideMixError(f"not a loadable checkpoint ({reason[:120]})") from error
     if not isinstance(state, dict):
         raise DivideMixError("not a checkpoint of this project (no dictionary)")
     return state

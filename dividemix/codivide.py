@@ -12,7 +12,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import roc_auc_score
 from sklearn.mixture import GaussianMixture
 
-from dividemix import DivideMixError, warn
+from dividemix import Diverged, DivideMixError, warn
 
 FIT_LIMIT = 1_000_000  # losses that a mixture is fitted to at most: more cost time and change next to nothing
 _CHUNK = 65_536  # losses whose posteriors are computed in one go: in cache, and no (N, 2) temporaries
@@ -57,16 +57,16 @@ class Division:
 def normalise(losses: NDArray) -> NDArray[np.float64]:
     """Min-max to [0, 1] along the last axis, (..., N) -> (..., N).
 
-    Raises DivideMixError for non-finite losses and for a row whose losses are all equal: nothing could be divided.
+    Raises Diverged for non-finite losses and for a row whose losses are all equal: nothing could be divided.
     """
     losses = np.asarray(losses, dtype=np.float64)
     if not np.isfinite(losses).all():
-        raise DivideMixError(
+        raise Diverged(
             f"{int((~np.isfinite(losses)).sum())} of {losses.size} per-sample losses are not finite: lower --lr"
         )
     low, high = losses.min(axis=-1, keepdims=True), losses.max(axis=-1, keepdims=True)
     if (high <= low).any():
-        raise DivideMixError(
+        raise Diverged(
             "all per-sample losses are equal, so clean and wrong labels cannot be told apart: the network has learned "
             "nothing (--lr or --warm_up too small?) or every image is the same"
         )

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dividemix import DivideMixError, runtime, warn
+from dividemix import Diverged, DivideMixError, runtime, warn
 from dividemix.algorithm import co_guess, co_refine, linear_rampup, mixup, neg_entropy, prior_penalty, semi_loss
 from dividemix.codivide import Division
 from dividemix.data import Batches
@@ -278,7 +278,7 @@ def run_steps(
     steps = len(batches)
     if sound < steps:
         stopped = "" if found_inf is None else ", and no update was applied from there on"
-        raise DivideMixError(
+        raise Diverged(
             f"the loss or a gradient was not finite at batch {int(sound) + 1} of {steps}{stopped}. "
             "Likely causes: --lr too high, damaged images, or a weight file that does not fit"
         )

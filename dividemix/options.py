@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from dividemix import DivideMixError, DivideMixWarning, networks, ranks, recipes, runtime
+from dividemix import DivideMixError, DivideMixWarning, networks, ranks, recipes, runtime, signals
 from dividemix.runtime import Runtime, available_cores
 
 
@@ -296,22 +296,24 @@ def departures(args: argparse.Namespace, setting: dict[str, Any]) -> list[str]:
 
 
 def command_line(main: Callable[[Sequence[str] | None], Any]) -> NoReturn:
-    """Run a script's main: errors that people can mend are one line and exit status 1, Ctrl-C is 130. Among several
-    ranks (torchrun) each line says whose it is, and a rank that fails ends at once, so that torchrun ends the
-    others."""
+    """Run a script's main: errors that people can mend are one line and exit status 1, Ctrl-C is 130, SIGTERM 143.
+    Among several ranks (torchrun) each line says whose it is, and a rank that fails ends at once, so that torchrun ends
+    the others."""
     who = speaker()
     warnings.formatwarning = lambda message, *_, **__: f"{who}warning: {message}\n"
     # Of the ranks on one machine all would say the same.
     warnings.simplefilter("always" if ranks.from_environment()[2] == 0 else "ignore", DivideMixWarning)
     try:
-        main(None)
+        with signals.stoppable():
+            main(None)
         ranks.leave()
     except DivideMixError as error:
         fail(f"{who}error: {error}")
     except OSError as error:  # a full disk, a folder that went away
         fail(f"{who}error: {error.filename or 'input or output'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        fail(f"\n{who}interrupted: the same command continues after the last finished epoch", 130)
+    except KeyboardInterrupt as stopped:
+        how = getattr(stopped, "__notes__", ["the same command continues after the last finished epoch"])
+        fail(f"\n{who}interrupted: {'; '.join(how)}", getattr(stopped, "status", 130))
     except Exception as error:
         if not who:
             raise

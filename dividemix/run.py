@@ -1,7 +1,9 @@
 """The run folder: the same command again continues the run. Seeds, logs, progress, checkpoints.
 
 A run's whole history is the list of its epochs' records, kept in the checkpoint. The log files are written from it,
-line by line, and anew when a run continues: they cannot disagree with the weights.
+line by line, and anew when a run continues: they cannot disagree with the weights. An epoch is written while the next
+one trains (`saving`), in the order checkpoint, last.json, best.pt, logs: whenever the process dies, the logs are not
+ahead of the checkpoint.
 """
 
 import contextlib
@@ -10,24 +12,22 @@ import fcntl
 import json
 import math
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from dividemix import DivideMixError, logs, warn
+from dividemix import Diverged, DivideMixError, logs, warn
 from dividemix.checkpoint import from_bytes, load_last, load_networks, save_last, share, to_bytes, write_atomically
 from dividemix.logs import Logs
+from dividemix.provenance import commit, versions
 from dividemix.ranks import Ranks
+from dividemix.saving import Background, save_scores, to_host
 
 ALONE = Ranks()
 
@@ -83,10 +83,12 @@ class Run:
         self.pins: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self.epoch = 0
-        self._board = self._lock = self._aside = None
+        self._board = self._lock = self._aside = self._copy = None
+        self._saving = Background()
         self._new = False
         self.state: dict[str, Any] = share(ranks, self._open(fresh) if ranks.first else {})
         self.records: list[dict[str, Any]] = self.state.get("records", [])
+        self._saved = len(self.records)
         self.best_epochs: list[int] = self.state.get("best_epochs", [])
         if "best_epoch" in self.state:  # a checkpoint of before each network had its own
             self.best_epochs = [self.state["best_epoch"]] * 2
@@ -112,7 +114,7 @@ class Run:
         except DivideMixError:
             self._lock.close()
             raise
-        for orphan in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+        for orphan in [*folder.glob(".*.tmp"), *folder.glob("scores/.*.tmp")]:  # of a process killed while it wrote
             orphan.unlink()
         return state
 
@@ -148,13 +150,16 @@ class Run:
         """Write args.json and bring the logs and best.pt in line with the checkpoint. `about`: command, arguments,
         data."""
         if self.records:
-            self.best_epochs = self.ranks.from_first(self._write_best, self.state["nets"])
+            self.best_epochs = self.ranks.from_first(
+                self._write_best, self.records[-1]["epoch"], self.best_epochs, self.state["nets"]
+            )
         self.state = {}  # restored by now; for large networks about a gigabyte
         if not self.ranks.first:
             return
         try:
             starts = json.loads((self.folder / "args.json").read_bytes())["starts"]
-        except (OSError, ValueError, KeyError, TypeError):
+            starts = starts if isinstance(starts, list) else []
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             starts = []
         this = {"epoch": len(self.records), "command": about["command"], "versions": versions(), "commit": commit()}
         about = {**about, "versions": versions(), "commit": commit(), "starts": [*starts, this]}
@@ -172,7 +177,7 @@ class Run:
         return [("metrics.jsonl", logs.metric_line), ("acc.txt", self.logs.acc), ("stats.txt", self.logs.stats)]
 
     def epochs(self, num_epochs: int) -> Iterator[int]:
-        """The epochs that are still to do."""
+        """The epochs that are still to do. After them everything is written."""
         done = len(self.records)
         if done >= num_epochs:
             self.say(
@@ -186,21 +191,31 @@ class Run:
             self.num_epochs = num_epochs
             self.seconds = {}
             yield self.epoch
+        self._wait()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[Callable[[Iterable], Iterable]]:
         """Time a phase as seconds_<name>; yields a function that wraps batches in a progress bar (on a terminal)."""
         label, hidden = f"epoch {self.epoch} {name}", not (self.ranks.first and sys.stderr.isatty())
         start = time.perf_counter()
-        yield lambda batches: tqdm(batches, label, leave=False, dynamic_ncols=True, disable=hidden)
+        try:
+            yield lambda batches: tqdm(batches, label, leave=False, dynamic_ncols=True, disable=hidden)
+        except Diverged as error:
+            raise Diverged(f"epoch {self.epoch}: {error}") from error
         key = f"seconds_{name}"
         self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
 
     def end_epoch(
         self, metrics: dict[str, Any], state: dict[str, Any], scores: dict[str, np.ndarray] | None, keep_scores: bool
     ) -> None:
-        """Log one finished epoch, write its scores and its checkpoint: `metrics` as `_record` and `logs.running`
-        complete them, `state` with 'nets'. All ranks go on with the first one's record."""
+        """One finished epoch: `metrics` as `_record` and `logs.running` complete them, `state` with 'nets'. It is
+        written while training goes on: what an epoch's end waits for, the epoch before and a copy of the state, is
+        seconds_save. All ranks go on with the first one's record. Raises DivideMixError where the epoch before could
+        not be written."""
+        with self.phase("save"):
+            self._wait()
+            if self.ranks.first:
+                self._copy = to_host(state, self._copy)
         record = self.ranks.from_first(self._record, metrics)
         self.records.append(record)
         best = self.best_epochs or [record["epoch"]] * 2
@@ -209,12 +224,19 @@ class Run:
             for k, epoch in enumerate(best)
         ]
         record |= logs.running(self.records, self.best_epochs)
-        self.best_epochs = self.ranks.from_first(self._save, record, state, scores, keep_scores)
+        if self.ranks.first:
+            about = {"records": list(self.records), "best_epochs": self.best_epochs, "versions": versions()}
+            about |= {"config": self.config, "pins": dict(self.pins)}
+            self._saving.start(self._save, record, self._copy | about, scores, keep_scores)
         self.say(self.logs.epoch(record, self.num_epochs))
 
     def _record(self, metrics: dict[str, Any]) -> dict[str, Any]:
         seconds = {k: round(v, 3) for k, v in self.seconds.items()}
         return without_nan({"epoch": self.epoch, **metrics, **seconds})
+
+    def _wait(self) -> None:
+        """Until the last finished epoch is written."""
+        self.best_epochs = self.ranks.from_first(self._saving.wait, self.best_epochs)
 
     def _save(
         self,
@@ -223,33 +245,39 @@ class Run:
         scores: dict[str, np.ndarray] | None,
         keep_scores: bool,
     ) -> list[int]:
-        """Everything that an epoch leaves. -> the epochs of the networks in best.pt"""
-        if scores:
-            save_scores(self.folder / "scores", record["epoch"], scores, keep_scores)
-        state = {**state, "records": self.records, "best_epochs": self.best_epochs, "versions": versions()}
-        state |= {"config": self.config, "pins": self.pins}
+        """Write everything that an epoch leaves, beside training. -> the epochs of the networks in best.pt"""
         try:
-            # best.pt comes last: should the machine die between them, `start` makes it from the checkpoint.
+            if scores:
+                save_scores(self.folder / "scores", record["epoch"], scores, keep_scores)
             save_last(self.folder, record["epoch"], state)
-            best_epochs = self._write_best(state["nets"])
+            self._saved = record["epoch"] + 1
+            # best.pt comes after it: should the machine die between them, `start` makes it from the checkpoint.
+            best_epochs = self._write_best(record["epoch"], state["best_epochs"], state["nets"])
+            for name, lines in self._files():
+                with open(self.folder / name, "a") as file:
+                    file.write(lines(record))
         except OSError as error:
             raise DivideMixError(
                 f"the checkpoint of epoch {record['epoch']} could not be written to {self.folder} ({error.strerror}); "
                 "the one before is intact: make room, then the same command continues"
             ) from error
-        for name, lines in self._files():
-            with open(self.folder / name, "a") as file:
-                file.write(lines(record))
-        if self._board:
-            for key, value in record.items():
-                if isinstance(value, int | float) and key != "epoch":
-                    self._board.add_scalar(key, value, record["epoch"])
+        self._show(record)
         return best_epochs
 
-    def _write_best(self, nets: list[dict[str, Any]]) -> list[int]:
-        """Write best.pt if the last epoch, whose weights `nets` are, is the best of a network; the other network's
+    def _show(self, record: dict[str, Any]) -> None:
+        """In TensorBoard, whose failure is no reason to end."""
+        try:
+            for key, value in record.items() if self._board else ():
+                if isinstance(value, int | float) and key != "epoch":
+                    self._board.add_scalar(key, value, record["epoch"])
+        except OSError as error:
+            warn(f"no more TensorBoard events: {error}")
+            self._board = None
+
+    def _write_best(self, last: int, best: list[int], nets: list[dict[str, Any]]) -> list[int]:
+        """Write best.pt if epoch `last`, whose weights `nets` are, is the `best` of a network; the other network's
         weights stay those in the file. -> the epochs of the networks in it"""
-        last, path, epochs = self.records[-1]["epoch"], self.folder / "best.pt", list(self.best_epochs)
+        path, epochs = self.folder / "best.pt", list(best)
         if last not in epochs:
             return epochs
         nets = list(nets)
@@ -288,16 +316,26 @@ class Run:
         return final
 
     def close(self) -> None:
+        self._saving.close()
         if self._board:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
         if self._lock:
             self._lock.close()
 
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        """What was begun to be written is completed, also after an error or a signal."""
+        try:
+            self._saving.wait()
+        except DivideMixError as failed:
+            if error is None:
+                raise
+            warn(str(failed))
+        finally:
+            self.close()
         begun = any(
             (self.folder / name).exists() for name in ("args.json", "skipped.json")
         )  # hours of looking, the latter
@@ -305,6 +343,9 @@ class Run:
             shutil.rmtree(self.folder, ignore_errors=True)
             if self._aside:
                 self._aside.rename(self.folder)
+        if isinstance(error, KeyboardInterrupt) and self.ranks.first:
+            how = f"continues {self.folder} with epoch {self._saved}" if self._saved else "starts again"
+            error.add_note(f"the same command {how}")
 
 
 def folder_for(out_dir: str, run_dir: str | None, *parts: str) -> Path:
@@ -361,41 +402,3 @@ def score_arrays(k: int, scored, division, index: np.ndarray | None = None) -> d
         }
         arrays["threshold"] = np.float64(division.threshold)
     return {f"{name}_net{k + 1}": value for name, value in arrays.items()}
-
-
-def save_scores(folder: Path, epoch: int, scores: dict[str, np.ndarray], keep_all: bool) -> None:
-    """scores/epoch_NNN.npz; without keep_all the last epoch's alone is kept, for the report."""
-    folder.mkdir(exist_ok=True)
-    for old in [] if keep_all else folder.glob("epoch_*.npz"):
-        old.unlink()
-    with open(folder / f"epoch_{epoch:03d}.npz", "wb") as file:
-        np.savez(file, **scores)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What args.json says of the world
-
-
-def versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": metadata.version("torchvision"),  # to import it takes seconds
-        "numpy": np.__version__,
-        "scikit-learn": metadata.version("scikit-learn"),
-    }
-
-
-def commit() -> str | None:
-    """The project's git commit, with '+changes' where the working tree differs; None outside a git checkout."""
-
-    def git(*arguments: str) -> str:
-        here = Path(__file__).resolve().parent.parent
-        return subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

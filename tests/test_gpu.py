@@ -27,6 +27,7 @@ from dividemix import DivideMixError, DivideMixWarning, engine, graph, runtime
 from dividemix.data import DeviceImages
 from dividemix.images import Views
 from dividemix.runtime import Runtime, start
+from dividemix.saving import to_host
 from dividemix.stream import Pipeline
 from PreResNet import ResNet18
 
@@ -351,3 +352,14 @@ def on_card(images: DeviceImages, device: torch.device) -> DeviceImages:
     """The same data set on the card."""
     raw = images.padded[:, 4:-4, 4:-4].contiguous().numpy()
     return DeviceImages(raw, images.labels.numpy(), images.mean.tolist(), images.std.tolist(), images.flip, device)
+
+
+def test_a_state_is_copied_to_pinned_memory_and_again_to_the_same():
+    """Else each epoch's end waits for a copy that is several times slower; or, asynchronous, for none at all."""
+    state = {"w": torch.randn(64, 3, 3, 3, device="cuda").to(memory_format=torch.channels_last)}
+    first = to_host(state)
+    expected = state["w"].cpu()
+    assert first["w"].is_pinned() and torch.equal(first["w"], expected) and first["w"].stride() == state["w"].stride()
+    state["w"].add_(1)
+    second = to_host(state, first)
+    assert second["w"] is first["w"] and torch.equal(second["w"], expected + 1)

@@ -291,10 +291,10 @@ def test_best_weights_that_are_lost_are_said_to_be(tmp_path, damage):
     else:
         torch.save({"nets": weights(7)["nets"], "epochs": [7, 7]}, file)
         file.write_bytes(file.read_bytes()[: 300 if damage == "half" else None])
-    with clothing1m(tmp_path / "run") as run:
+    lost = pytest.warns(UserWarning, match="the best weights of net 1 are lost, those of epoch 2 stand in")
+    with clothing1m(tmp_path / "run") as run, lost:
         for epoch in run.epochs(3):
-            with pytest.warns(UserWarning, match="the best weights of net 1 are lost, those of epoch 2 stand in"):
-                run.end_epoch(validated(65.0, 65.0), weights(epoch), None, False)
+            run.end_epoch(validated(65.0, 65.0), weights(epoch), None, False)
     assert run.best_epochs == best(tmp_path / "run") == [2, 2]
 
 

@@ -268,7 +268,8 @@ def test_a_rank_s_death_ends_the_job(job, tmp_path, kind):
     else:
         assert "Signal 9 (SIGKILL)" in result.stderr
     assert sum("Traceback" in line for line in lines) == (kind == "bug"), result.stderr
-    assert len((tmp_path / "run/acc.txt").read_text().splitlines()) == 1
+    done = (tmp_path / "run/acc.txt").read_text().splitlines()  # the first epoch may still have been on its way to it
+    assert len(done) == 1 or (len(done) == 0 and kind != "disk")
     if kind == "kill_first":
         assert torchrun("Train_cifar.py", *flags).returncode == 0
         assert same_state(load_last(tmp_path / "run"), load_last(out / "whole"))

@@ -87,7 +87,7 @@ def test_metrics_are_one_flat_object_an_epoch(done):
     seconds = {"warmup": {"warmup1", "warmup2", "test"}, "train": {"loss", "gmm", "train1", "train2", "test"}}
     assert [(r["epoch"], r["phase"]) for r in done.records] == [(0, "warmup"), (1, "train"), (2, "train")]
     for record in done.records:
-        assert record.keys() == keys | {f"seconds_{name}" for name in seconds[record["phase"]]}
+        assert record.keys() == keys | {f"seconds_{name}" for name in [*seconds[record["phase"]], "save"]}
         assert all(value is None or isinstance(value, int | float | str) for value in record.values())
         divided = record["phase"] == "train"
         assert all((record[key] is None) != divided for key in (*(both - {"test_acc_net1", "test_acc_net2"}), "loss_u"))

@@ -112,7 +112,7 @@ def test_metrics_are_one_flat_object_an_epoch(done):
     seconds = {"warmup": {"warmup1", "warmup2"}, "train": {"train1", "train2"}}
     assert [(r["epoch"], r["phase"]) for r in done.records] == [(0, "warmup"), (1, "train"), (2, "train")]
     for record in done.records:
-        phases = seconds[record["phase"]] | {"test", "imagenet", "loss", "gmm"}
+        phases = seconds[record["phase"]] | {"test", "imagenet", "loss", "gmm", "save"}
         assert record.keys() == keys | {f"seconds_{name}" for name in phases}
         assert all(value is None or isinstance(value, int | float | str) for value in record.values())
         for k in (1, 2):

@@ -1,0 +1,129 @@
+"""What saving an epoch costs: seconds of its parts, bytes, and what training waits for it, in one command.
+
+    python benchmarks/bench_checkpoint.py                                     # two networks as on CIFAR-10
+    python benchmarks/bench_checkpoint.py --folder /mnt/slow --json out.json  # on another disk
+
+The parts are timed one after the other; then a run folder gets --repeats epochs, each --epoch_seconds long, in which
+this process sleeps, as one that waits for a card does. Its seconds_save, of every epoch but the first, is what training
+waited: the copy to host memory, and what was left of the save before. Figures are medians.
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dividemix import runtime
+from dividemix.checkpoint import state_of, to_bytes, write_atomically
+from dividemix.codivide import CoDivide
+from dividemix.run import Run
+from dividemix.runtime import Runtime
+from dividemix.saving import to_host
+from PreResNet import ResNet18
+
+
+def made(machine: Runtime, width: int, samples: int) -> tuple[list, list, list[CoDivide]]:
+    """What a run's state is of, random: networks, optimizers, divisions."""
+    rng = np.random.default_rng(0)
+    nets = [machine.prepare(ResNet18(10, width)) for _ in range(2)]
+    optimizers = [machine.optimizer(net, 0.02, 5e-4) for net in nets]
+    codivide = [CoDivide(0.5) for _ in nets]
+    for k, part in enumerate(codivide):
+        part(torch.from_numpy(rng.gamma(1 + rng.integers(0, 2, samples) * 9).astype(np.float32)), None, k)
+    return nets, optimizers, codivide
+
+
+def seconds(function: Callable[[], Any], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def parts(state: dict[str, Any], folder: Path, repeats: int) -> tuple[dict[str, float], dict[str, int]]:
+    """Seconds of each part of a save, and the bytes of its files."""
+    begin = time.perf_counter()
+    host = to_host(state)
+    first = time.perf_counter() - begin
+    content, best = to_bytes(host), to_bytes({"nets": host["nets"]})
+    timed = {
+        "copy to host memory": lambda: to_host(state, host),
+        "serialise": lambda: to_bytes(host),
+        "sha256": lambda: hashlib.sha256(content).hexdigest(),
+        "write and fsync": lambda: write_atomically(folder / "epoch-000.pt", content),
+        "best.pt": lambda: write_atomically(folder / "best.pt", to_bytes({"nets": host["nets"]})),
+    }
+    found = {"copy to new memory": first} | {name: seconds(part, repeats) for name, part in timed.items()}
+    return found, {"checkpoint": len(content), "best": len(best)}
+
+
+def waited(run_folder: Path, made_of: tuple[list, list, list], epoch_seconds: float, repeats: int) -> float:
+    """Median seconds_save of a run's epochs but the first; each is the best yet, so best.pt is written too."""
+    with Run(run_folder, {}) as run:
+        run.start({"command": [], "args": {}})
+        for epoch in run.epochs(1 + repeats):
+            time.sleep(epoch_seconds)
+            accuracy = {name: float(epoch) for name in ("test_acc", "test_acc_net1", "test_acc_net2")}
+            run.end_epoch({"phase": "warmup", **accuracy}, state_of(*made_of), None, False)
+    return statistics.median(record["seconds_save"] for record in run.records[1:])
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {"width": 64, "samples": 50000, "repeats": 5}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--epoch_seconds", type=float, default=5.0, help="length of an epoch; an H100's is about this")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--folder", help="where to write (default: the system's folder for temporary files)")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args(argv)
+    if args.repeats < 1 or args.samples < 2 or args.epoch_seconds < 0:
+        parser.error("expected 1 or more repeats, 2 or more samples, and epochs of 0 seconds or more")
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    args = parse_args(argv)
+    machine = runtime.start(args.device, width=args.width)
+    made_of = made(machine, args.width, args.samples)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        of_parts, sizes = parts(state_of(*made_of), Path(folder), args.repeats)
+        wait = waited(Path(folder, "run"), made_of, args.epoch_seconds, args.repeats)
+    report = {
+        "part_seconds": of_parts,
+        "save_seconds": sum(of_parts[name] for name in of_parts if not name.startswith("copy")),
+        "bytes": sizes,
+        "waited_seconds": wait,
+        "share_of_epoch": wait / args.epoch_seconds if args.epoch_seconds else None,
+        "device": machine.describe(),
+        "date": datetime.date.today().isoformat(),
+        "flags": vars(args),
+    }
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=1))
+    print(machine.describe())
+    for name, value in (*of_parts.items(), ("a save, beside training", report["save_seconds"])):
+        print(f"{name:<28}{value:>9.3f} s")
+    share = f", {wait / args.epoch_seconds:.1%} of an epoch of {args.epoch_seconds:g} s" if args.epoch_seconds else ""
+    print(f"{'training waited':<28}{wait:>9.3f} s{share}")
+    print(f"an epoch writes {sizes['checkpoint'] / 1e6:.1f} MB, and {sizes['best'] / 1e6:.1f} MB where it is the best")
+    print(f"medians of {args.repeats}; {report['date']}")
+    return report
+
+
+if __name__ == "__main__":
+    main()

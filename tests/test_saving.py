@@ -1,0 +1,92 @@
+"""Saving beside training: what is written is the state as it was, and nothing that fails is passed over."""
+
+import threading
+
+import pytest
+import torch
+from conftest import read_records
+from test_run import assert_equal, clothing1m, validated
+
+from dividemix import DivideMixError, checkpoint, run
+from dividemix.saving import Background, to_host
+
+
+def state_of_a_net() -> dict:
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    net(torch.randn(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    return {"nets": [net.state_dict()], "optimizers": [optimizer.state_dict()], "divisions": [None, 1.5, "text"]}
+
+
+def test_the_copy_is_the_state_and_shares_nothing_with_it():
+    """Else the next epoch's first steps get into the checkpoint of this one: a run that goes on from it is another."""
+    state = state_of_a_net()
+    copied = to_host(state)
+    before = checkpoint.from_bytes(checkpoint.to_bytes(state))
+    assert checkpoint.to_bytes(copied) == checkpoint.to_bytes(state)  # memory layout and a state dict's metadata too
+    for tensor in state["nets"][0].values():
+        tensor.zero_()
+    state["optimizers"][0]["param_groups"][0]["lr"] = 7.0
+    state["divisions"].append(3)
+    assert_equal(checkpoint.from_bytes(checkpoint.to_bytes(copied)), before)
+
+
+def test_a_copy_is_made_in_the_memory_of_the_one_before():
+    """New memory for each epoch's copy costs more time than the copying; another shape must not be pressed into it."""
+    first = to_host({"a": torch.ones(3, 4), "b": [torch.ones(2)], "c": torch.ones(4)})
+    second = to_host({"a": torch.zeros(3, 4), "b": [torch.zeros(5), torch.zeros(2)], "c": torch.zeros(4).long()}, first)
+    assert second["a"] is first["a"] and not second["a"].any()
+    assert [len(tensor) for tensor in second["b"]] == [5, 2] and second["c"].dtype == torch.int64
+    assert first["b"][0].all() and first["c"].all()
+    assert to_host([torch.ones(2), {"d": 1}], {"a": 3})[1] == {"d": 1}
+
+
+def test_a_failure_is_said_once_and_after_it_goes_on():
+    """An error that nobody asks for is lost with its thread; one that is said again hides the next."""
+    background = Background()
+    assert background.wait("nothing was started") == "nothing was started"
+    background.start(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        background.wait()
+    assert background.wait() is None
+    background.start(lambda a, b: a + b, 1, 2)
+    background.close()
+    assert background.wait() == 3
+
+
+def test_training_goes_on_while_an_epoch_is_written(tmp_path, monkeypatch):
+    """Else the card idles at each epoch's end; or what is written is a mixture of two epochs; or the logs are ahead of
+    the weights."""
+    go, saved, folder, weights = threading.Event(), run.save_last, tmp_path / "run", torch.zeros(2)
+    monkeypatch.setattr(run, "save_last", lambda *rest: go.wait(60) and saved(*rest))
+    with clothing1m(folder) as this:
+        this.start({"command": [], "args": {}})
+        for epoch in this.epochs(2):
+            weights += 1  # in place, as a step does; in epoch 1 nothing of epoch 0 is written yet
+            assert checkpoint.load_last(folder) is None and (folder / "metrics.jsonl").read_text() == ""
+            if epoch == 1:
+                go.set()
+            this.end_epoch(validated(60.0, 60.0), {"nets": [{"w": weights}, {"w": weights}]}, None, False)
+    states = [checkpoint.from_bytes((folder / f"epoch-00{epoch}.pt").read_bytes()) for epoch in range(2)]
+    assert [state["nets"][0]["w"].tolist() for state in states] == [[1, 1], [2, 2]]
+    assert [len(state["records"]) for state in states] == [1, 2]
+    assert [record["epoch"] for record in read_records(folder)] == [0, 1]
+
+
+def test_what_could_not_be_written_is_said_at_the_next_epoch_s_end(tmp_path, monkeypatch):
+    """Else a run goes on for days on a full disk, and nothing of it is kept."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "save_last", full)
+    with clothing1m(tmp_path / "run") as this:
+        this.start({"command": [], "args": {}})
+        epochs = this.epochs(9)
+        next(epochs)
+        this.end_epoch(validated(60.0, 60.0), {"nets": [{}, {}]}, None, False)
+        next(epochs)
+        with pytest.raises(DivideMixError, match=r"checkpoint of epoch 0 could not be written .*No space left"):
+            this.end_epoch(validated(60.0, 60.0), {"nets": [{}, {}]}, None, False)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
