@@ -4,6 +4,7 @@ one line and a non-zero exit status. Faults of image folders are in test_image_f
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,22 @@ def start(tmp_path, monkeypatch, capsys):
         return status, capsys.readouterr().err.splitlines()
 
     return run
+
+
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory) -> Path:
+    """The folder of a run of one epoch, to be copied."""
+    out = tmp_path_factory.mktemp("begun")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "draw", lambda *_: [])
+        return Path(Train_cifar.main(tiny(out, "--num_epochs", "1"))["run_dir"])
+
+
+@pytest.fixture
+def begun(start, one_epoch, tmp_path):
+    """The same for a run that has one epoch behind it."""
+    shutil.copytree(one_epoch, tmp_path / "run")
+    return start
 
 
 def records_of(tmp_path: Path) -> list[dict]:
@@ -222,24 +239,29 @@ def test_a_card_that_is_not_there(start, monkeypatch, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+CARD = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you ...")
+
+
+@pytest.mark.parametrize("error", [CARD, HOST], ids=["card", "host"])
 @pytest.mark.parametrize(
     ("owner", "function", "said"),
     [
         (engine, "mixmatch_step", "not enough memory to train; try --no_graph, a smaller --width or a smaller --batch"),
         (runtime.Runtime, "evaluation_forward", "no memory for even one image; use a smaller --width"),
+        (runtime.Runtime, "prepare", "not enough memory for two networks of --arch preresnet18; is another job using"),
     ],
+    ids=["train", "evaluate", "build"],
 )
-def test_out_of_memory_names_the_flags_and_loses_nothing(start, tmp_path, monkeypatch, owner, function, said):
+def test_out_of_memory_names_the_flags_and_loses_nothing(begun, monkeypatch, owner, function, said, error):
     """A card that another job fills up in the night: the epochs before must stay, and the user learn what to make
     smaller."""
 
     def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise error
 
-    assert start("--num_epochs", "1")[0] == 0
     with monkeypatch.context() as patch:
         patch.setattr(owner, function, full)
-        status, [line] = start("--eval_batch_size", "1")
+        status, [line] = begun("--eval_batch_size", "1")
     assert status == 1 and line.startswith(f"error: cpu: {said}")
-    assert len(records_of(tmp_path)) == 1
-    assert start()[0] == 0 and len(records_of(tmp_path)) == 2
+    assert begun("--num_epochs", "1") == (0, [])  # as it was: finished, as far as that
