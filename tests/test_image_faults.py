@@ -107,6 +107,15 @@ def test_odd_data_sets_are_trained_on(start, script, tmp_path, odd):
     assert last["phase"] == "train" and np.isfinite([last["loss_x"], last["penalty"]]).all()
 
 
+@BOTH
+def test_one_training_image_is_refused(start, script, tmp_path):
+    """A mixture of two cannot be fitted to one loss: better to hear of it at the start than after an epoch."""
+    script.make(tmp_path / "data", 1, 14, 14, noise=0, sides=(16, 24))
+    status, error = start(script)
+    assert (status, error) == (1, "error: 1 training samples are left: at least 2 are needed\n")
+    assert not (tmp_path / "run").exists()
+
+
 # ---- Images of hostile sizes ----
 
 
