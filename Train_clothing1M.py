@@ -27,7 +27,7 @@ from dividemix.codivide import CoDivide
 from dividemix.engine import ensemble_accuracy, per_sample_loss, set_learning_rate, train_epoch, warmup_epoch
 from dividemix.images import Views
 from dividemix.run import Run, folder_for, score_arrays
-from dividemix.seeds import draws
+from dividemix.seeds import draws, hold_out
 from dividemix.stream import Pipeline, StreamedImages
 
 PAPER = recipes.CLOTHING1M
@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "images_sha256", digests, f"the lists of images in {args.data_path} are not those that {folder} began with"
         )
         index, lines = check_data.usable(lists, args.skip_bad_images, folder / "skipped.json", machine.ranks)
+        hold_out(index["train"], 0, args.seed)  # nothing; but too few images are refused
         with Pipeline(lists, views, data.mean, data.std, machine.device, **streams) as pipeline:
             validation, test = (pipeline.images(name, index[name]) for name in ("val", "test"))
             start = {"init_from": args.init_from, "seed": args.seed, "machine": machine, "begun": bool(run.state)}

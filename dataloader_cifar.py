@@ -87,6 +87,10 @@ def load(dataset: str, data_path: str | Path, download: bool = False) -> ImageDa
             raise DivideMixError(f"unknown dataset {dataset!r}: expected cifar10, cifar100, fashionmnist or digits")
     except OSError as error:
         raise DivideMixError(f"cannot read {error.filename or root}: {error.strerror or error}") from error
+    if len(class_names) < 2:
+        raise DivideMixError(
+            f"{dataset} in {folder} has one class alone, expected 2 or more: nothing can be told apart"
+        )
     mean, std = _MEAN_STD.get(dataset) or [(float(value / 255),) * 3 for value in (train[0].mean(), train[0].std())]
     return ImageData(dataset, *train, *test, class_names, mean, std, dataset != "digits", folder, official)
 

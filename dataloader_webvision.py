@@ -57,8 +57,8 @@ def load(data_path: str | Path, num_class: int = 50) -> WebVision:
 def find(data_path: str | Path, num_class: int = 50) -> tuple[dict[str, ImageList], list[str]]:
     """The lists that can be read, train, val and imagenet, and what is wrong with the others (for
     `check_data.check`)."""
-    if not 1 <= num_class <= ALL_CLASSES:
-        raise DivideMixError(f"--num_class {num_class}: WebVision has {ALL_CLASSES} classes, expected 1 to that number")
+    if not 2 <= num_class <= ALL_CLASSES:  # of one class alone all losses are 0
+        raise DivideMixError(f"--num_class {num_class}: WebVision has {ALL_CLASSES} classes, expected 2 to that number")
     root = _root(data_path)
     readers: dict[str, Callable[[], ImageList]] = {
         "train": lambda: _read_list(root, "info/train_filelist_google.txt", "", num_class),
@@ -107,7 +107,8 @@ def _synsets(root: Path) -> list[tuple[str, str]]:
     if not path.is_file():
         return []
     lines = read_lines(path)
-    parts = [line.decode().split(None, 1) for line in lines.paths]
+    # Split as bytes: text also ends at white space that a line may consist of, such as a wide or a fixed one.
+    parts = [[part.decode() for part in line.split(None, 1)] for line in lines.paths]
     first: dict[str, int] = {}
     for (wnid, *_), number in zip(parts, lines.numbers, strict=True):
         if "/" in wnid or wnid.startswith("."):

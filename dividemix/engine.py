@@ -272,7 +272,9 @@ def run_steps(
                 sums = sums + packed(machine.forward, *drawn, *batch)
         ranks.average_buffers(net)
         *totals, sound = (ranks.sum(sums) / ranks.world).tolist()
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not runtime.is_out_of_memory(error):
+            raise
         smaller = "--no_graph, a smaller --width or a smaller --batch_size"
         raise DivideMixError(f"{machine.device}: not enough memory to train; try {smaller}") from error
     steps = len(batches)
@@ -378,7 +380,9 @@ def evaluate(
                 )
                 for k, (x, labels) in batches
             ]
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not runtime.is_out_of_memory(error):
+                raise
             short = f"{machine.device}: no memory for "
             if machine.ranks.world > 1:
                 raise DivideMixError(f"{short}{size} images at once; use a smaller --eval_batch_size") from error

@@ -201,7 +201,7 @@ def list_folders(root: Path, folder: str, names: Sequence[str]) -> ImageList:
     the class folders that are missing or hold no image.
     """
     base = root / folder
-    if absent := [name for name in names if not (base / name).is_dir()]:
+    if absent := [name for name in names if not os.path.isdir(base / name)]:  # Path.is_dir: OSError for a long name
         raise DivideMixError(f"{base}: class folders missing: {_some(absent)}")
     paths, labels, empty = [], [], []
     for label, name in enumerate(names):
@@ -224,7 +224,7 @@ def _is_image(name: str) -> bool:
 
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more
+    return ", ".join(name if name.isprintable() else repr(name) for name in names[:10]) + more
 
 
 # ---- Symbolic links ----

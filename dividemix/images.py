@@ -26,6 +26,9 @@ from dividemix import DivideMixError
 from dividemix.filelist import Boundary
 
 MISSING = "missing"
+# Pillow knows far more, and for one of them, EPS, starts a program: a file of any name can be one.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+MAX_RATIO = 200  # of an image's sides: resized to a short side of 256 pixels, it takes 40 MB
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a resized crop: its share of the area, width to height
 
 # ---- Files ----
@@ -46,9 +49,11 @@ def opened(path: str, boundary: Boundary) -> Iterator[tuple[Image.Image, BinaryI
             raise BadImage("not a file")
         if status.st_size == 0:
             raise BadImage("empty")
-        with open(path, "rb") as file, Image.open(file) as image:
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise BadImage(f"{image.width} x {image.height} pixels, more than Pillow takes for harmless")
+            if max(image.size) > MAX_RATIO * min(image.size):
+                raise BadImage(f"{image.width} x {image.height} pixels, one side over {MAX_RATIO} times the other")
             yield image, file
     except (BadImage, MemoryError):
         raise

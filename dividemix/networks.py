@@ -22,7 +22,7 @@ import PreResNet
 from dividemix import DivideMixError
 from dividemix.checkpoint import from_bytes, load_networks, load_weights
 from dividemix.ranks import Ranks
-from dividemix.runtime import Runtime
+from dividemix.runtime import Runtime, is_out_of_memory
 from dividemix.seeds import seeded
 
 
@@ -119,10 +119,18 @@ def pair(
     """The two networks on the device. A run that has `begun` goes on from its checkpoint, and reads no weights."""
     weights = "none" if begun or init_from else weights
     state = read_weights(weights, arch, machine.ranks)
-    nets = [seeded(seed, k, lambda: build(arch, num_class, width, state)) for k in range(2)]
-    if init_from and not begun:
-        load_weights(nets, load_networks(Path(init_from).expanduser()), init_from)
-    return [machine.prepare(net) for net in nets]
+    try:
+        nets = [seeded(seed, k, lambda: build(arch, num_class, width, state)) for k in range(2)]
+        if init_from and not begun:
+            load_weights(nets, load_networks(Path(init_from).expanduser()), init_from)
+        return [machine.prepare(net) for net in nets]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DivideMixError(
+            f"{machine.device}: not enough memory for two networks of --arch {arch}; is another job using it, or is "
+            f"--width {width} too large?"
+        ) from error
 
 
 def read_weights(weights: str, arch: str, ranks: Ranks) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from dividemix import DivideMixError
 from dividemix.checkpoint import write_atomically
 
 MODES = ("sym", "asym")
+_SURELY_DRAWN = 50  # labels that a class gets on average: the odds that it gets none are e^-50
 
 # CIFAR-10 (paper, Sec. 4.1): truck -> automobile, bird -> airplane, cat <-> dog, deer -> horse.
 CIFAR10_MAP = {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
@@ -164,8 +165,8 @@ def write_labels(path: Path, labels: NDArray[np.int64], exclusive: bool = False)
 
 
 def read(path: Path, truth: NDArray[np.int64], spec: NoiseSpec) -> NDArray[np.int64]:
-    """A JSON list of N labels -> (N,) int64, checked against the truth (N,): type, length, range and share of changed
-    labels.
+    """A JSON list of N labels -> (N,) int64, checked against the truth (N,): type, length, range, share of changed
+    labels, and whether each class is drawn.
 
     Raises DivideMixError naming the file and what is wrong with it.
     """
@@ -192,6 +193,13 @@ def read(path: Path, truth: NDArray[np.int64], spec: NoiseSpec) -> NDArray[np.in
         raise DivideMixError(
             f"noise file {path} changes {changed:.1%} of the labels, --noise_mode {spec.mode} --r {spec.r:g} should "
             f"change {low:.1%} to {high:.1%}: it is another rate's or data set's; {advice}"
+        )
+    # Near rate 1 the share says nothing any more: CIFAR-10's file changes 99 % of CIFAR-100's labels, as it should.
+    absent = np.flatnonzero(np.bincount(noisy, minlength=spec.num_class) == 0)
+    if len(absent) and spec.mode == "sym" and spec.r * n / spec.num_class >= _SURELY_DRAWN:
+        raise DivideMixError(
+            f"noise file {path} gives no sample the label {absent[0]}, --noise_mode sym draws all {spec.num_class} "
+            f"classes: it is another data set's; {advice}"
         )
     return noisy
 

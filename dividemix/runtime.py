@@ -342,6 +342,11 @@ def unusable_card(proc: Path = Path("/proc/driver/nvidia/version")) -> str | Non
     )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a card, or of the host, whose allocator in torch has no error class of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def computes_bf16(device: torch.device) -> bool:
     """Whether bf16 runs on the device's own units: CUDA sm80 and later, CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":

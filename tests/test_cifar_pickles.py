@@ -1,6 +1,5 @@
 """CIFAR pickles that are damaged or want to run code: loaded, or refused by name, and nothing is run."""
 
-import io
 import os
 import pickle
 import struct
@@ -8,20 +7,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from make_data import (
-    Pickler,
-    Python2Pickler,
-    colour_digits,
-    make_cifar10,
-    rows_of,
-)
+from make_data import make_cifar10
 from test_dataloader_cifar import batch, refused
 
 import dataloader_cifar
-from dataloader_cifar import load
-from dividemix import DivideMixError
 
 
 class Evil:
@@ -182,57 +171,3 @@ def test_memory_and_recursion_errors_are_damage(tmp_path, monkeypatch):
     for error in (MemoryError(), RecursionError("maximum recursion depth\nexceeded"), KeyError("x"), SystemError()):
         monkeypatch.setattr(dataloader_cifar, "_value", lambda item, error=error: (_ for _ in ()).throw(error))
         refused("cifar10", tmp_path, folder / "data_batch_1", "damaged")
-
-
-@pytest.fixture(scope="module")
-def fuzz_folder(tmp_path_factory):
-    return make_cifar10(tmp_path_factory.mktemp("fuzz"), n_train=2, n_test=2, batches=1, side=16)
-
-
-def small_pickle(protocol: int, python2: bool) -> bytes:
-    """A batch file of two 16x16 images."""
-    file = io.BytesIO()
-    (Python2Pickler if python2 else Pickler)(file, protocol).dump(batch(2, data=rows_of(colour_digits(2, side=16)[0])))
-    return file.getvalue()
-
-
-SMALL = [small_pickle(*kind) for kind in ((0, False), (2, False), (4, False), (5, False), (0, True), (2, True))]
-
-
-def damage_and_load(folder, data) -> None:
-    """Change a real pickle in up to six places: it loads, or it is refused by name."""
-    content = bytearray(data.draw(st.sampled_from(SMALL)))
-    # pixels are most of a file and say nothing: strike near both ends, where the structure is
-    change = st.sampled_from(["set", "set", "set", "insert", "delete", "cut"])
-    place = st.one_of(st.integers(0, 300), st.integers(-300, -1), st.integers(0, len(content) - 1))
-    for at, value, how in data.draw(st.lists(st.tuples(place, st.integers(0, 255), change), max_size=6)):
-        if how == "insert":
-            content.insert(at, value)
-        elif how == "cut":
-            del content[at:]
-        elif how == "delete":
-            del content[at : at + 1]
-        elif -len(content) <= at < len(content):
-            content[at] = value
-    (folder / "data_batch_1").write_bytes(content)
-    try:
-        assert load("cifar10", folder).train_images.dtype == np.uint8
-    except DivideMixError as error:
-        assert "\n" not in str(error) and str(folder) in str(error)
-
-
-@pytest.mark.filterwarnings("ignore:invalid escape")  # of codecs.escape_decode, in Python 2 strings
-@settings(max_examples=150)
-@given(data=st.data())
-def test_fuzz_success_or_one_error(fuzz_folder, data):
-    """Else: some damaged file exists that ends in a traceback, a crash or a hang."""
-    damage_and_load(fuzz_folder, data)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:invalid escape")
-@settings(max_examples=5000, derandomize=False)
-@given(data=st.data())
-def test_long_fuzz_success_or_one_error(fuzz_folder, data):
-    """The same with other files each time: what 150 fixed examples do not reach."""
-    damage_and_load(fuzz_folder, data)

@@ -100,6 +100,16 @@ def test_bad_synsets_are_refused(tmp_path, line):
     refused(root, "info/synsets.txt, line 3: ")
 
 
+@pytest.mark.parametrize("line", ["\u3000", "\x1c", "n" * 300])
+def test_odd_synsets_are_class_folders_that_are_missing(tmp_path, line):
+    """A line of white space that only some programs take for such, or a name that no disk holds, would end in a
+    traceback."""
+    root = make_webvision(tmp_path, 20, 10, 10, wnid_folders=True)
+    lines = (root / "info/synsets.txt").read_text().splitlines()
+    (root / "info/synsets.txt").write_text("\n".join([*lines[:2], line, *lines[3:]]))
+    refused(root, "imagenet/val: class folders missing: ")
+
+
 def test_labels_out_of_range_and_empty_selections_are_refused(tmp_path):
     """A damaged list would pass as one without images of the wanted classes."""
     root = make_webvision(tmp_path, 20, 10, 10)
@@ -111,7 +121,7 @@ def test_labels_out_of_range_and_empty_selections_are_refused(tmp_path):
     refused(root, f"{path}: no image of the classes 0 to 9")
 
 
-@pytest.mark.parametrize("num_class", [0, 1001])
+@pytest.mark.parametrize("num_class", [0, 1, 1001])
 def test_impossible_numbers_of_classes_are_refused(tmp_path, num_class):
-    """A network would be built whose last classes no image has."""
+    """A network would be built whose last classes no image has, or one that has nothing to tell apart."""
     refused(tmp_path, "--num_class", num_class=num_class)

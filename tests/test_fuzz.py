@@ -1,0 +1,248 @@
+"""Damaged and hostile files of every kind that the scripts read: each is read, or refused by a DivideMixError of one
+line. No traceback, no crash, no hang.
+
+`make test` tries a few files of each kind, always the same; `make test-all` 1,000 of each kind, others each time, or as
+many as the environment variable FUZZ says.
+"""
+
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from make_data import Pickler, Python2Pickler, colour_digits, make_cifar10, rows_of
+from make_image_trees import make_clothing1M, make_webvision
+from test_dataloader_cifar import batch
+
+import dataloader_cifar
+import dataloader_clothing1M
+import dataloader_webvision
+from dividemix import DivideMixError, checkpoint, noise
+from dividemix.codivide import CoDivide
+from dividemix.runtime import Runtime
+
+CASES = int(os.environ.get("FUZZ", "1000"))  # of each kind
+
+
+class Target(NamedTuple):
+    """wholes: what the files hold when they are sound. read(content, k): reads it in the place of the k-th of them."""
+
+    wholes: list[bytes]
+    read: Callable[[bytes, int], None]
+
+    def __repr__(self) -> str:  # hypothesis prints it: not all the bytes
+        return self.read.__qualname__
+
+
+# ---- What is read ----
+
+
+def cifar(root: Path) -> Target:
+    """A batch of two images of 16x16 pixels, as Python 2 and 3 write it."""
+    folder = make_cifar10(root, n_train=2, n_test=2, batches=1, side=16)
+    entry = batch(2, data=rows_of(colour_digits(2, side=16)[0]))
+    wholes = []
+    for protocol, pickler in ((0, Pickler), (2, Pickler), (4, Pickler), (5, Pickler), (0, Python2Pickler)):
+        file = io.BytesIO()
+        pickler(file, protocol).dump(entry)
+        wholes.append(file.getvalue())
+    wholes.append((folder / "data_batch_1").read_bytes())
+
+    def read(content: bytes, _: int) -> None:
+        (folder / "data_batch_1").write_bytes(content)
+        images = dataloader_cifar.load("cifar10", folder)
+        assert images.train_images.dtype == np.uint8 and len(images.train_images) == len(images.train_labels)
+        assert 0 <= images.train_labels.min() <= images.train_labels.max() < images.num_class
+
+    return Target(wholes, read)
+
+
+def noise_file(root: Path) -> Target:
+    """40 labels of 5 classes, 20 % of them redrawn: a changed one may pass, as other noise would."""
+    truth = np.arange(40) % 5
+    spec = noise.NoiseSpec("digits", "sym", 0.2, 0, 5, noise.next_class(5))
+    labels = noise.inject(truth.tolist(), "sym", 0.2, 5, 0)
+
+    def read(content: bytes, _: int) -> None:
+        (root / "noise.json").write_bytes(content)
+        given = noise.read(root / "noise.json", truth, spec)
+        assert given.dtype == np.int64 and given.shape == (40,) and 0 <= given.min() <= given.max() < 5
+
+    return Target([json.dumps(labels).encode(), json.dumps(labels, indent=1).encode("utf-16")], read)
+
+
+def lists(root: Path, names: list[str], find: Callable[[], tuple[dict, list[str]]]) -> Target:
+    """The list files of a data folder, one of which is damaged. What `find` says of it, it says in one line."""
+    wholes = [(root / name).read_bytes() for name in names]
+
+    def read(content: bytes, k: int) -> None:
+        (root / names[k]).write_bytes(content)
+        try:
+            found, problems = find()
+        finally:
+            (root / names[k]).write_bytes(wholes[k])
+        for images in found.values():
+            paths = [os.path.normpath(images.path(i)) for i in range(len(images))]
+            assert paths and all(path.startswith(f"{root}/") for path in paths) and len(set(paths)) == len(paths)
+            assert 0 <= images.labels.min() <= images.labels.max() < images.num_class
+        if problems:
+            raise DivideMixError("; ".join(problems))
+
+    return Target(wholes, read)
+
+
+def clothing1m(root: Path) -> Target:
+    names = [f"{name}_key_list.txt" for name in ("noisy_train", "clean_val")]
+    names += ["noisy_label_kv.txt", "clean_label_kv.txt"]
+    make_clothing1M(root, 6, 3, 3)
+    return lists(root, names, lambda: dataloader_clothing1M.find(root))
+
+
+def webvision(root: Path) -> Target:
+    names = [f"info/{name}.txt" for name in ("train_filelist_google", "val_filelist", "synsets")]
+    make_webvision(root, 4, 2, 2, num_class=2, wnid_folders=True)
+    return lists(root, names, lambda: dataloader_webvision.find(root, 2))
+
+
+def tiny_state() -> dict:
+    """What a checkpoint holds, of two networks of one layer."""
+    nets = [torch.nn.Linear(2, 2) for _ in range(2)]
+    optimizers = [Runtime(torch.device("cpu")).optimizer(net, 0.1, 0.0) for net in nets]
+    parts = [CoDivide(0.5, 2) for _ in nets]
+    for part in parts:
+        part(torch.tensor([0.0, 0.1, 0.2, 0.9, 1.0]), None, 0)
+    records = [{"epoch": 0, "phase": "train", "lr": 0.1, "test_acc": 50.0, "auc_net1": None}]
+    more = {"records": records, "best_epochs": [0, 0], "config": {"r": 0.5, "id": ""}, "pins": {"labels_sha256": "0"}}
+    return checkpoint.state_of(nets, optimizers, parts) | more
+
+
+def checkpoint_file(root: Path) -> Target:
+    """Read as `--init_from` reads it, into networks that it fits; as now and as old versions of torch write it."""
+    old = io.BytesIO()
+    torch.save(tiny_state(), old, _use_new_zipfile_serialization=False)
+
+    def read(content: bytes, _: int) -> None:
+        (root / "best.pt").write_bytes(content)
+        nets = [torch.nn.Linear(2, 2) for _ in range(2)]
+        checkpoint.load_weights(nets, checkpoint.load_networks(root / "best.pt"), "best.pt")
+
+    return Target([checkpoint.to_bytes(tiny_state()), old.getvalue()], read)
+
+
+def last_checkpoint(root: Path) -> Target:
+    """The last of two checkpoints in a run folder, with last.json and, as after a kill, without; or last.json itself.
+    In each case the checkpoint before it is sound."""
+    pointed, killed = root / "pointed", root / "killed"
+    for folder in (pointed, killed):
+        folder.mkdir()
+        for epoch in range(2):
+            checkpoint.save_last(folder, epoch, tiny_state())
+    (killed / "last.json").unlink()
+    files = [pointed / "epoch-001.pt", killed / "epoch-001.pt", pointed / "last.json"]
+    wholes = [file.read_bytes() for file in files]
+
+    def read(content: bytes, k: int) -> None:
+        files[k].write_bytes(content)
+        try:
+            assert isinstance(checkpoint.load_last(files[k].parent), dict)
+        finally:
+            files[k].write_bytes(wholes[k])
+
+    return Target(wholes, read)
+
+
+TARGETS = [cifar, noise_file, clothing1m, webvision, checkpoint_file, last_checkpoint]
+
+# ---- Damage ----
+
+TOKENS = [
+    b"\n",
+    b" ",
+    b"/",
+    b"..",
+    b"../",
+    b"/etc/passwd 0",
+    b"\0",
+    b"\xff",
+    b"\r",
+    b"-1",
+    b"1e9",
+    b"NaN",
+    b"null",
+    b"{",
+]
+TOKENS += [b"[" * 3000, b"9" * 5000, b"\x1c", "\u3000".encode(), b"images/", b"a" * 300, b"\x80\x02.", b"PK\x03\x04"]
+
+
+@st.composite
+def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
+    """The content of a sound file, changed in up to six places; or bytes that were never a file."""
+    if draw(st.integers(0, 9)) == 0:
+        return draw(st.one_of(st.binary(max_size=200), st.lists(st.sampled_from(TOKENS), max_size=8).map(b"".join)))
+    content = bytearray(whole)
+    change = st.sampled_from(["set", "set", "set", "insert", "delete", "cut", "repeat"])
+    # Most of a file is numbers that say nothing: strike near both ends, where the structure is.
+    place = st.one_of(st.integers(0, 300), st.integers(-300, -1), st.integers(0, len(content) - 1))
+    for at, how in draw(st.lists(st.tuples(place, change), max_size=6)):
+        if how == "insert":
+            content[at:at] = draw(st.sampled_from(TOKENS))
+        elif how == "cut":
+            del content[at:]
+        elif how == "delete":
+            del content[at : at + draw(st.integers(1, 20))]
+        elif how == "repeat":
+            content[at:at] = content[at : at + 40]
+        elif -len(content) <= at < len(content):
+            content[at] = draw(st.integers(0, 255))
+    return bytes(content)
+
+
+@pytest.fixture(scope="module", params=TARGETS, ids=lambda make: make.__name__)
+def target(request, tmp_path_factory) -> Target:
+    return request.param(tmp_path_factory.mktemp("fuzz"))
+
+
+def attack(target: Target, data: st.DataObject) -> None:
+    k = data.draw(st.integers(0, len(target.wholes) - 1))
+    content = data.draw(damaged(target.wholes[k]))
+    try:
+        target.read(content, k)
+    except DivideMixError as error:
+        assert str(error) and "\n" not in str(error)
+
+
+ignored = pytest.mark.filterwarnings(
+    "ignore::dividemix.DivideMixWarning",  # a checkpoint that is passed over
+    "ignore:invalid escape",  # of codecs.escape_decode, in Python 2 strings
+    "ignore::UserWarning:torch",
+)
+
+
+def test_sound_files_are_read(target):
+    """Nothing would be tested if the files were refused before they are damaged."""
+    for k, whole in enumerate(target.wholes):
+        target.read(whole, k)
+
+
+@ignored
+@settings(max_examples=40)
+@given(data=st.data())
+def test_a_few_damaged_files(target, data):
+    """Some damaged file ends in a traceback, a crash or a hang: its user does not learn which it is."""
+    attack(target, data)
+
+
+@pytest.mark.slow
+@ignored
+@settings(max_examples=CASES, derandomize=False)
+@given(data=st.data())
+def test_many_damaged_files(target, data):
+    """The same with other files each time: what a few fixed examples do not reach."""
+    attack(target, data)
