@@ -22,12 +22,12 @@ import numpy as np
 
 import dataloader_cifar
 from dividemix import DivideMixError, logs, networks, noise, options, recipes, runtime
-from dividemix.checkpoint import restore, state_of
 from dividemix.codivide import CoDivide
 from dividemix.data import DeviceImages
 from dividemix.engine import ensemble_accuracy, per_sample_loss, set_learning_rate, train_epoch, warmup_epoch
 from dividemix.run import Run, folder_for, score_arrays
 from dividemix.seeds import draws, hold_out
+from dividemix.state import restore, state_of
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         nets = networks.pair(args.arch, args.num_class, args.width, "none", **start)
         optimizers = [machine.optimizer(net, args.lr, recipes.CIFAR_WEIGHT_DECAY) for net in nets]
         codivide = [CoDivide(args.p_threshold, args.loss_window) for _ in nets]
-        restore(run.state, nets, optimizers, codivide)
+        restore(run.state, nets, optimizers, codivide, len(train))
         run.start(
             {
                 "command": ["Train_cifar.py", *(sys.argv[1:] if argv is None else argv)],

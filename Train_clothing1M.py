@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 import dataloader_clothing1M
 from dataloader_clothing1M import balanced_sample
 from dividemix import DivideMixError, check_data, logs, networks, options, recipes
-from dividemix.checkpoint import load_weights, restore, state_of
 from dividemix.codivide import CoDivide
 from dividemix.engine import ensemble_accuracy, per_sample_loss, set_learning_rate, train_epoch, warmup_epoch
 from dividemix.images import Views
 from dividemix.run import Run, folder_for, score_arrays
 from dividemix.seeds import draws, hold_out
+from dividemix.state import load_weights, restore, state_of
 from dividemix.stream import Pipeline, StreamedImages
 
 PAPER = recipes.CLOTHING1M

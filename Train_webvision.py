@@ -21,7 +21,6 @@ import torch
 
 import dataloader_webvision
 from dividemix import check_data, logs, networks, options, recipes
-from dividemix.checkpoint import restore, state_of
 from dividemix.codivide import CoDivide
 from dividemix.engine import (
     ensemble_accuracy,
@@ -34,6 +33,7 @@ from dividemix.engine import (
 from dividemix.images import Views
 from dividemix.run import Run, folder_for, score_arrays
 from dividemix.seeds import draws, hold_out
+from dividemix.state import restore, state_of, still_in
 from dividemix.stream import Pipeline
 
 PAPER = recipes.WEBVISION
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             restore(run.state, nets, optimizers, codivide)
             if run.state:  # images that are left out from now on are no longer in the divisions
                 for part in codivide:
-                    part.select(np.isin(run.state["index"], index))
+                    part.select(still_in(run.state["index"], index))
             divisions = [part.division for part in codivide]
             about = {"classes": data.class_names, **{name: len(images) for name, images in lists.items()}}
             run.start(

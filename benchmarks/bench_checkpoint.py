@@ -26,11 +26,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dividemix import runtime
-from dividemix.checkpoint import state_of, to_bytes, write_atomically
+from dividemix.checkpoint import to_bytes, write_atomically
 from dividemix.codivide import CoDivide
 from dividemix.run import Run
 from dividemix.runtime import Runtime
 from dividemix.saving import to_host
+from dividemix.state import state_of
 from PreResNet import ResNet18
 
 

@@ -1,4 +1,4 @@
-"""Files that survive a crash: atomic writes, and the checkpoints of a run. What they hold, and how it is put back.
+"""Files that survive a crash: atomic writes, and the checkpoints of a run.
 
 A checkpoint is written under a new name, then the small last.json is pointed at it; the one before is kept. Whatever
 moment the machine dies at, last.json names a file that is whole, and should that file be damaged later, the one
@@ -10,12 +10,13 @@ import io
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dividemix import DivideMixError, runtime, warn
+from dividemix import DivideMixError, warn
 from dividemix.ranks import Ranks
 
 
@@ -73,7 +74,8 @@ def read_pointer(folder: Path) -> dict[str, Any]:
     """The content of last.json, {} where it is missing or damaged; its 'previous' is None where that one is."""
 
     def sound(entry: Any) -> bool:
-        return isinstance(entry, dict) and isinstance(entry.get("file"), str) and "\0" not in entry["file"]
+        # Path.name: the file is in this folder
+        return isinstance(entry, dict) and isinstance(entry.get("file"), str) and entry["file"].isprintable()
 
     try:
         pointer = json.loads((folder / "last.json").read_bytes())
@@ -84,10 +86,11 @@ def read_pointer(folder: Path) -> dict[str, Any]:
     return pointer | {"previous": pointer["previous"] if sound(pointer.get("previous")) else None}
 
 
-def load_last(folder: Path) -> dict[str, Any] | None:
+def load_last(folder: Path, check: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any] | None:
     """The state of the last checkpoint whose file is whole, None where there is no checkpoint yet.
 
-    A damaged one is passed over with a warning. Raises DivideMixError where there are checkpoints but none that loads.
+    A damaged one, or one whose state `check` refuses with DivideMixError, is passed over with a warning. Raises
+    DivideMixError where there are checkpoints but none that loads.
     """
     pointer = read_pointer(folder)
     entries = [entry for entry in (pointer, pointer.get("previous")) if entry]
@@ -105,7 +108,10 @@ def load_last(folder: Path) -> dict[str, Any] | None:
             content = path.read_bytes()
             if "sha256" in entry and hashlib.sha256(content).hexdigest() != entry["sha256"]:
                 raise DivideMixError("its content is not what was written (sha256 differs)")
-            return from_bytes(content)
+            state = from_bytes(content)
+            if check:
+                check(state)
+            return state
         except (OSError, DivideMixError) as error:
             warn(f"checkpoint {path} is passed over: {error}")
     if entries:
@@ -144,35 +150,3 @@ def share(ranks: Ranks, state: dict[str, Any]) -> dict[str, Any]:
         return state
     content = ranks.from_first(to_bytes, state)
     return state if ranks.first else from_bytes(content)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a checkpoint holds
-
-
-def state_of(nets, optimizers, codivide) -> dict[str, Any]:
-    """What the next epoch depends on, beside the flags."""
-    return {
-        "nets": [net.state_dict() for net in nets],
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "codivide": [part.state() for part in codivide],
-    }
-
-
-def restore(state: dict[str, Any], nets, optimizers, codivide) -> None:
-    """The inverse of `state_of`, in place; an empty state leaves everything as it is."""
-    if state:
-        load_weights(nets, state["nets"], "the last checkpoint")
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            runtime.load_optimizer(optimizer, saved)
-        for part, saved in zip(codivide, state["codivide"], strict=True):
-            part.load_state(saved)
-
-
-def load_weights(nets, states, source: str) -> None:
-    """Raises DivideMixError, naming `source`, for states that are not those of such networks."""
-    for net, state in zip(nets, states, strict=True):
-        try:
-            net.load_state_dict(state)
-        except (RuntimeError, AttributeError, TypeError) as error:
-            raise DivideMixError(f"{source} does not fit this network: another --arch, --width or data set?") from error

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 import InceptionResNetV2
 import PreResNet
 from dividemix import DivideMixError
-from dividemix.checkpoint import from_bytes, load_networks, load_weights
+from dividemix.checkpoint import from_bytes, load_networks
 from dividemix.ranks import Ranks
 from dividemix.runtime import Runtime, is_out_of_memory
 from dividemix.seeds import seeded
+from dividemix.state import load_weights
 
 
 class MeanInFloat32(nn.Module):  # (B, K, H, W) -> (B, K, 1, 1)

@@ -315,6 +315,8 @@ def command_line(main: Callable[[Sequence[str] | None], Any]) -> NoReturn:
         how = getattr(stopped, "__notes__", ["the same command continues after the last finished epoch"])
         fail(f"\n{who}interrupted: {'; '.join(how)}", getattr(stopped, "status", 130))
     except Exception as error:
+        if runtime.is_out_of_memory(error):
+            fail(f"{who}error: not enough memory ({str(error).splitlines()[0][:120] if str(error) else 'of the host'})")
         if not who:
             raise
         if lost_the_others(error):

@@ -28,6 +28,7 @@ from dividemix.logs import Logs
 from dividemix.provenance import commit, versions
 from dividemix.ranks import Ranks
 from dividemix.saving import Background, save_scores, to_host
+from dividemix.state import check
 
 ALONE = Ranks()
 
@@ -109,14 +110,26 @@ class Run:
                 f"run folder {folder} cannot be written: {error.strerror}; choose --out_dir or --run_dir"
             ) from error
         try:
-            state = load_last(folder) or {}
+            state = load_last(folder, self._check) or {}
             self._refuse_other_config(state)
-        except DivideMixError:
+        except BaseException:
             self._lock.close()
             raise
         for orphan in [*folder.glob(".*.tmp"), *folder.glob("scores/.*.tmp")]:  # of a process killed while it wrote
             orphan.unlink()
         return state
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """Raises DivideMixError where this script cannot go on from `state`, and write its logs."""
+        check(state)
+        try:
+            for record in state["records"]:
+                for _, line in self._files():
+                    line(record)
+                for k in range(2):
+                    float(self.best_by(record, k))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DivideMixError(f"record {record['epoch']} is not one of this script ({error!r})") from error
 
     def _refuse_other_config(self, state: dict[str, Any]) -> None:
         before = state.get("config", self.config)

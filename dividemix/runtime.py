@@ -209,16 +209,23 @@ def at_once(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
 
 def load_optimizer(optimizer: torch.optim.SGD, state: dict[str, Any]) -> None:
     """Restore an optimizer from its state dict, also one that another device wrote: momentum takes its parameter's
-    memory layout; which SGD kernel runs, and whether the learning rate is a tensor, stay this machine's choice."""
+    memory layout; which SGD kernel runs, and whether the learning rate is a tensor, stay this machine's choice. Raises
+    DivideMixError for a state that is not one of this optimizer."""
     own = [(group["fused"], group["lr"]) for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, (fused, lr) in zip(optimizer.param_groups, own, strict=True):
-        saved, group["fused"], group["lr"] = float(group["lr"]), fused, lr
-        set_learning_rate(group, saved)
-        for parameter in group["params"]:
-            momentum = optimizer.state[parameter].get("momentum_buffer")
-            if momentum is not None:
+    try:
+        optimizer.load_state_dict(state)
+        for group, (fused, lr) in zip(optimizer.param_groups, own, strict=True):
+            saved, group["fused"], group["lr"] = float(group["lr"]), fused, lr
+            set_learning_rate(group, saved)
+            for parameter in group["params"]:
+                momentum = optimizer.state[parameter]["momentum_buffer"]
+                if momentum.shape != parameter.shape:
+                    raise ValueError("momentum of another shape")
                 optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise DivideMixError("the last checkpoint's optimizer is not that of this network") from error
 
 
 def set_learning_rate(group: dict[str, Any], lr: float) -> None:

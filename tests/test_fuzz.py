@@ -24,7 +24,7 @@ from test_dataloader_cifar import batch
 import dataloader_cifar
 import dataloader_clothing1M
 import dataloader_webvision
-from dividemix import DivideMixError, checkpoint, noise
+from dividemix import DivideMixError, checkpoint, noise, state
 from dividemix.codivide import CoDivide
 from dividemix.runtime import Runtime
 
@@ -120,7 +120,7 @@ def tiny_state() -> dict:
         part(torch.tensor([0.0, 0.1, 0.2, 0.9, 1.0]), None, 0)
     records = [{"epoch": 0, "phase": "train", "lr": 0.1, "test_acc": 50.0, "auc_net1": None}]
     more = {"records": records, "best_epochs": [0, 0], "config": {"r": 0.5, "id": ""}, "pins": {"labels_sha256": "0"}}
-    return checkpoint.state_of(nets, optimizers, parts) | more
+    return state.state_of(nets, optimizers, parts) | more
 
 
 def checkpoint_file(root: Path) -> Target:
@@ -131,7 +131,7 @@ def checkpoint_file(root: Path) -> Target:
     def read(content: bytes, _: int) -> None:
         (root / "best.pt").write_bytes(content)
         nets = [torch.nn.Linear(2, 2) for _ in range(2)]
-        checkpoint.load_weights(nets, checkpoint.load_networks(root / "best.pt"), "best.pt")
+        state.load_weights(nets, checkpoint.load_networks(root / "best.pt"), "best.pt")
 
     return Target([checkpoint.to_bytes(tiny_state()), old.getvalue()], read)
 
@@ -151,7 +151,7 @@ def last_checkpoint(root: Path) -> Target:
     def read(content: bytes, k: int) -> None:
         files[k].write_bytes(content)
         try:
-            assert isinstance(checkpoint.load_last(files[k].parent), dict)
+            assert isinstance(checkpoint.load_last(files[k].parent, state.check), dict)
         finally:
             files[k].write_bytes(wholes[k])
 

@@ -229,8 +229,12 @@ def clothing1m(folder, **config):
 
 
 def weights(epoch):
-    """Two networks' states that tell their epoch."""
-    return {"nets": [{"w": torch.tensor([epoch, k])} for k in (1, 2)]}
+    """The state of two networks that tell their epoch."""
+    nothing = {
+        "optimizers": [{"state": {}, "param_groups": [{}]}] * 2,
+        "codivide": [{"history": [], "division": None}] * 2,
+    }
+    return nothing | {"nets": [{"w": torch.tensor([epoch, k])} for k in (1, 2)]}
 
 
 def validated(net1, net2):
@@ -400,7 +404,9 @@ def main(_):
                 list(bar(range(2)))
             accuracy = epoch * (1 + me.rank)  # should the ranks ever differ, the first one's counts
             metrics = {"phase": "train", "val_acc": 1.0, "val_acc_net1": accuracy, "val_acc_net2": -accuracy}
-            run.end_epoch(metrics, {"nets": [{"w": torch.full((2,), float(epoch))}] * 2}, None, False)
+            state = {"optimizers": [{"state": {}, "param_groups": [{}]}] * 2}
+            state |= {"codivide": [{"history": [], "division": None}] * 2}
+            run.end_epoch(metrics, state | {"nets": [{"w": torch.full((2,), float(epoch))}] * 2}, None, False)
         nets = [float(state["w"][0]) for state in run.best_networks()]
         run.finish({"test_acc": 5.0})
         seen = [begun, run.records[-1]["val_acc_net1"], run.best_epochs, nets, read]
@@ -438,7 +444,7 @@ def test_two_ranks_have_one_run_folder(tmp_path):
     for begun in (0, 1):
         first, second = two_ranks(tmp_path / "run", 1)
         assert first[0] == second[0] == 0, first[2] + second[2]
-        seen = f"[{begun}, {begun}, [{begun}, 0], [{begun}.0, 0.0], {0 if begun == 0 else 6}]"
+        seen = f"[{begun}, {begun}, [{begun}, 0], [{begun}.0, 0.0], {0 if begun == 0 else 8}]"
         assert f"rank 0 {seen}" in first[1] and second[1] == f"rank 1 {seen}\n"
         assert first[1].count("once") == 1 and first[1].count("epoch ") >= 1
         assert first[2] == second[2] == ""

@@ -26,11 +26,12 @@ import Train_cifar  # noqa: E402
 import Train_clothing1M  # noqa: E402
 import Train_webvision  # noqa: E402
 from dividemix import DivideMixError, engine, networks, options, recipes, run, runtime, warn  # noqa: E402
-from dividemix.checkpoint import load_last, load_weights  # noqa: E402
+from dividemix.checkpoint import load_last  # noqa: E402
 from dividemix.codivide import CoDivide  # noqa: E402
 from dividemix.data import DeviceImages  # noqa: E402
 from dividemix.images import Views  # noqa: E402
 from dividemix.seeds import draws, seeded  # noqa: E402
+from dividemix.state import load_weights  # noqa: E402
 from dividemix.stream import Pipeline  # noqa: E402
 
 STEP = {"lam": 0.8, "T": 0.5, "lambda_u": 3.0, "num_class": 4}
