@@ -6,6 +6,7 @@
 
 PYTHON ?= python3
 PY := .venv/bin/python
+PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The tests start processes of their own: idle OpenMP threads that spin would take the cores from them.
 test test-all: export OMP_WAIT_POLICY = PASSIVE
@@ -27,10 +28,10 @@ demo: .venv/.installed
 	$(PY) -m dividemix.report checkpoint/digits_0.5_sym_ce_demo checkpoint/digits_0.5_sym_demo
 
 test: .venv/.installed
-	$(PY) -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: .venv/.installed
-	$(PY) -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 gpu:
 	$(PYTHON) -m pytest -m gpu

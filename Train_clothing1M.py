@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     notes = options.resolve_images(args, PAPER)
     if args.num_class != dataloader_clothing1M.NUM_CLASS:
         raise DivideMixError(f"--num_class {args.num_class}: Clothing1M has {dataloader_clothing1M.NUM_CLASS} classes")
+    if args.num_batches * args.batch_size < 2:
+        raise DivideMixError("--num_batches 1 --batch_size 1: a sample of 1 image; a division needs 2 or more")
     if args.check_data:
         found = dataloader_clothing1M.find(args.data_path)
         check_data.run_check(found, full=args.check_data == "full", skip=bool(args.skip_bad_images))

@@ -227,6 +227,13 @@ def test_one_training_sample_is_refused(start, tmp_path):
     assert status == 1 and "at least 2" in line and not (tmp_path / "run").exists()
 
 
+def test_a_sample_of_one_image(tmp_path, monkeypatch, capsys):
+    """The same for Clothing1M's samples, whose size is a flag: the data need not be there to tell."""
+    argv = ["--num_batches", "1", "--batch_size", "1", "--out_dir", str(tmp_path), "--device", "cpu"]
+    assert end_of(Train_clothing1M, argv, monkeypatch) == 1
+    assert "--num_batches 1 --batch_size 1: a sample of 1 image" in capsys.readouterr().err
+
+
 # ---- Devices ----
 
 
