@@ -64,8 +64,8 @@ part = number(float, "a part of at least 0 and less than 1", lambda v: 0 <= v < 
 
 
 def run_id(text: str) -> str:
-    """A suffix of the run folder's name."""
-    if not all(c.isalnum() or c in "._-" for c in text):
+    """A suffix of the run folder's name, or (Clothing1M) the name itself."""
+    if text in (".", "..") or not all(c.isalnum() or c in "._-" for c in text):
         raise argparse.ArgumentTypeError(f"expected letters, digits, '.', '_' and '-', got '{text}'")
     return text
 

@@ -63,7 +63,7 @@ CASES = [
     *[("--val_fraction", value, PART) for value in ("1", "-0.1", "nan")],
     *[("--lambda_u", value, "a number of 0 or more") for value in ("-1", "nan")],
     *[(flag, "-1", "a whole number of 0 or more") for flag in ("--warm_up", "--gpuid", "--workers")],
-    *[("--id", value, "expected letters, digits, '.', '_' and '-'") for value in ("a/b", "../x", "a b")],
+    *[("--id", value, "expected letters, digits, '.', '_' and '-'") for value in ("a/b", "../x", "a b", ".", "..")],
     ("--noise_mode", "symmetric", "sym"),
     ("--dataset", "cifar", "cifar10"),
     ("--device", "gpu", "cuda"),
