@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -64,10 +65,19 @@ def save_last(folder: Path, epoch: int, state: dict[str, Any]) -> None:
     if before and before["file"] != file.name:
         previous = {k: before[k] for k in entry if k in before}
     write_atomically(folder / "last.json", json.dumps(entry | {"previous": previous}, indent=1).encode())
-    keep = {file.name, previous["file"] if previous else ""}
-    for old in folder.glob("epoch-*.pt"):
-        if old.name not in keep:
+    # Where last.json was lost, so was the name of the one before: it is the last of an earlier epoch.
+    there = checkpoints(folder)
+    earlier = there[: there.index(file)]
+    keep = previous["file"] if previous else earlier[-1].name if earlier else ""
+    for old in there:
+        if old.name not in (file.name, keep):
             old.unlink()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The files that `save_last` wrote, in the order of their epochs. Copies under other names are the user's."""
+    files = [file for file in folder.iterdir() if re.fullmatch(r"epoch-\d+\.pt", file.name) and file.is_file()]
+    return sorted(files, key=lambda file: (len(file.name), file.name))
 
 
 def read_pointer(folder: Path) -> dict[str, Any]:
@@ -97,11 +107,7 @@ def load_last(folder: Path, check: Callable[[dict[str, Any]], None] | None = Non
     known = {entry["file"] for entry in entries}
     # Files that last.json does not vouch for (it is damaged, or a kill came between a checkpoint and it) are tried
     # last.
-    entries += [
-        {"file": file.name}
-        for file in sorted(folder.glob("epoch-*.pt"), key=lambda file: (len(file.name), file.name), reverse=True)
-        if file.name not in known
-    ]
+    entries += [{"file": file.name} for file in reversed(checkpoints(folder)) if file.name not in known]
     for entry in entries:
         path = folder / Path(entry["file"]).name
         try:

@@ -126,7 +126,7 @@ def noisy_labels(
     `file` that is missing or holds other labels than the run began with.
     """
     name = file_name(spec.dataset, spec.r, spec.mode)
-    if file is not None and not file.is_file():
+    if file is not None and not file.exists():
         raise DivideMixError(f"noise file {file} does not exist: mend --noise_file, or leave it out to make the noise")
     if begun and (run_folder / name).exists():
         own = read(run_folder / name, truth, spec)
@@ -172,6 +172,8 @@ def read(path: Path, truth: NDArray[np.int64], spec: NoiseSpec) -> NDArray[np.in
     """
     advice = "delete it to have it made anew, or name another with --noise_file"
     n = len(truth)
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise DivideMixError(f"noise file {path} is not a file: move it away, or name another with --noise_file")
     try:
         if path.stat().st_size > 64 + 32 * n:
             raise DivideMixError(f"noise file {path} is far too large for {n} labels: {advice}")

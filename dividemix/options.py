@@ -55,6 +55,7 @@ def number(kind: type, expected: str, accept: Callable[[Any], bool]) -> Callable
 
 positive_int = number(int, "a whole number of 1 or more", lambda v: 1 <= v < 2**31)
 count = number(int, "a whole number of 0 or more", lambda v: 0 <= v < 2**31)
+processes = number(int, "a whole number from 0 to 256", lambda v: 0 <= v <= 256)  # thousands stop the machine
 seed = number(int, "a whole number from 0 to 2^32 - 1", lambda v: 0 <= v < 2**32)
 positive = number(float, "a number above 0", lambda v: v > 0)
 non_negative = number(float, "a number of 0 or more", lambda v: v >= 0)
@@ -64,8 +65,8 @@ part = number(float, "a part of at least 0 and less than 1", lambda v: 0 <= v < 
 
 
 def run_id(text: str) -> str:
-    """A suffix of the run folder's name."""
-    if not all(c.isalnum() or c in "._-" for c in text):
+    """A suffix of the run folder's name, or (Clothing1M) the name itself."""
+    if text in (".", "..") or not all(c.isalnum() or c in "._-" for c in text):
         raise argparse.ArgumentTypeError(f"expected letters, digits, '.', '_' and '-', got '{text}'")
     return text
 
@@ -223,7 +224,7 @@ def add_run(
     )
     group.add_argument(
         "--workers",
-        type=count,
+        type=processes,
         default=min(16, max(1, available_cores() // ranks.on_this_machine())),
         help="image-loading processes of each rank, 16 at most unless given; sets that live on the device start none",
     )

@@ -8,7 +8,10 @@ all runs given: on the test set or, where epochs are not tested (Clothing1M), on
 """
 
 import argparse
+import io
 import json
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from dividemix import DivideMixError
+from dividemix.checkpoint import write_atomically
 from dividemix.options import Parser, command_line
 
 CLEAN, WRONG, LINE = "#0072b2", "#d55e00", "#333333"  # told apart by the colour-blind, too
@@ -64,26 +68,36 @@ class RunFolder:
 def read_run(path: Path) -> RunFolder:
     """Raises DivideMixError where there is no run, or none with a finished epoch."""
     try:
-        args = json.loads((path / "args.json").read_text())["args"]
-        records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError, KeyError) as error:
+        args = dict(json.loads((path / "args.json").read_text())["args"])
+        lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
+        # Half a line at the end is being written, or was when the run was killed.
+        records = [dict(json.loads(line)) for line in lines if line.endswith("\n")]
+        numbers = [args["warm_up"]]
+        for record in records:
+            numbers += [record["epoch"], record["test_acc" if "test_acc" in records[-1] else "val_acc"]]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError("text where a number is expected")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DivideMixError(f"{path} is not a run folder ({error})") from error
     if not records:
         raise DivideMixError(f"{path} has no finished epoch yet")
     try:
-        result = json.loads((path / "result.json").read_text())
-    except (OSError, ValueError):  # not finished yet
+        result = dict(json.loads((path / "result.json").read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):  # not finished yet
         result = {}
     scores = sorted((path / "scores").glob("epoch_*.npz"), key=lambda file: (len(file.name), file.name))
     return RunFolder(path, args, records, arrays(scores[-1]) if scores else {}, arrays(path / "labels.npz"), result)
 
 
 def arrays(path: Path) -> dict[str, NDArray]:
-    """An .npz without pickles as a dict, {} where there is none."""
+    """An .npz without pickles as a dict, {} where there is none. Raises DivideMixError for a damaged one."""
     if not path.exists():
         return {}
-    with np.load(path, allow_pickle=False) as file:
-        return dict(file)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DivideMixError(f"{path} is damaged ({error})") from error
 
 
 def found_wrong(run: RunFolder) -> dict[str, int] | None:
@@ -148,7 +162,9 @@ def draw(path: Path, compare: Sequence[Path] = ()) -> list[Path]:
     draw_accuracy(accuracy, [*others, run])
     figure.suptitle(f"{run.name}: epoch {run.records[-1]['epoch']}")
     file = path / "report.png"
-    figure.savefig(file, dpi=130)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=130)
+    write_atomically(file, content.getbuffer())
     return [file]
 
 

@@ -9,6 +9,7 @@ ahead of the checkpoint.
 import contextlib
 import datetime
 import fcntl
+import io
 import json
 import math
 import os
@@ -83,7 +84,7 @@ class Run:
         self.config = {k: v for k, v in config.items() if k not in FREE_FLAGS}
         self.pins: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
-        self.epoch = 0
+        self.epoch, self.num_epochs = 0, math.inf
         self._board = self._lock = self._aside = self._copy = None
         self._saving = Background()
         self._new = False
@@ -157,7 +158,9 @@ class Run:
     def save_labels(self, **arrays: np.ndarray) -> None:
         """labels.npz: what is known of each training sample, (N,) each."""
         if self.ranks.first:
-            np.savez(self.folder / "labels.npz", **arrays)
+            content = io.BytesIO()
+            np.savez(content, **arrays)
+            write_atomically(self.folder / "labels.npz", content.getbuffer())
 
     def start(self, about: dict[str, Any]) -> None:
         """Write args.json and bring the logs and best.pt in line with the checkpoint. `about`: command, arguments,
@@ -183,7 +186,7 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=len(self.records))
-        except (OSError, ImportError) as error:
+        except (OSError, ImportError, ValueError) as error:  # ValueError: a path that is not UTF-8
             warn(f"no TensorBoard events: {error}")
 
     def _files(self) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
@@ -191,7 +194,7 @@ class Run:
 
     def epochs(self, num_epochs: int) -> Iterator[int]:
         """The epochs that are still to do. After them everything is written."""
-        done = len(self.records)
+        done, self.num_epochs = len(self.records), num_epochs
         if done >= num_epochs:
             self.say(
                 f"{self.folder} is finished ({done} epochs): a higher --num_epochs continues it, --fresh starts anew"
@@ -201,7 +204,6 @@ class Run:
         if done < num_epochs and self.ranks.first:
             (self.folder / "result.json").unlink(missing_ok=True)  # of fewer epochs: no longer this run's result
         for self.epoch in range(done, num_epochs):
-            self.num_epochs = num_epochs
             self.seconds = {}
             yield self.epoch
         self._wait()
@@ -270,9 +272,14 @@ class Run:
                 with open(self.folder / name, "a") as file:
                     file.write(lines(record))
         except OSError as error:
+            if self._saved > record["epoch"]:
+                what, left = "best.pt and the logs", "; the checkpoint is whole"
+            else:
+                what, left = "the checkpoint", "; the one before is intact" if self._saved else ""
+            how = "continues" if self._saved else "starts again"
             raise DivideMixError(
-                f"the checkpoint of epoch {record['epoch']} could not be written to {self.folder} ({error.strerror}); "
-                "the one before is intact: make room, then the same command continues"
+                f"{what} of epoch {record['epoch']} could not be written to {self.folder} ({error.strerror}){left}: "
+                f"make room, then the same command {how}"
             ) from error
         self._show(record)
         return best_epochs
@@ -358,6 +365,8 @@ class Run:
                 self._aside.rename(self.folder)
         if isinstance(error, KeyboardInterrupt) and self.ranks.first:
             how = f"continues {self.folder} with epoch {self._saved}" if self._saved else "starts again"
+            if self._saved >= self.num_epochs:  # in the final test, or while the figures were drawn
+                how = f"makes the result and figures of {self.folder}"
             error.add_note(f"the same command {how}")
 
 
@@ -368,21 +377,31 @@ def folder_for(out_dir: str, run_dir: str | None, *parts: str) -> Path:
 
 def lock(folder: Path) -> TextIO:
     """The folder's lock file, held until it is closed. Raises DivideMixError where another process holds it."""
-    file = open(folder / ".lock", "w")  # noqa: SIM115
+    path = folder / ".lock"
+    # Unlike open(path, "w"), this empties no file that a link in a folder of unknown origin leads to.
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when the last that has it open dies
-    except OSError as error:
+    except BlockingIOError as error:
         file.close()
         raise DivideMixError(
             f"another process is training in {folder}: wait for it, or give this run another --id"
         ) from error
+    except OSError as error:  # some network file systems
+        warn(f"{folder} cannot be locked ({error.strerror}): see to it that no other process trains in it")
+    if not (path.exists() and os.path.samefile(file.fileno(), path)):  # opened, and locked too late
+        file.close()
+        raise DivideMixError(f"another process has just moved {folder} aside: give the same command again")
     # Worker processes must not hold it on when this one was killed: they notice only after some seconds.
     os.register_at_fork(after_in_child=file.close)
     return file
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a folder to <name>.<time>, never deleting anything. -> its new name."""
+    """Rename a folder to <name>.<time>, never deleting anything. -> its new name. Raises DivideMixError for a path
+    that ends in no name."""
+    if folder.name in ("", ".."):
+        raise DivideMixError(f"--fresh cannot move {folder} aside: give --run_dir with the folder's name")
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     aside, k = folder.with_name(f"{folder.name}.{stamp}"), 1
     while aside.exists():

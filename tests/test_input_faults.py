@@ -62,6 +62,7 @@ NO_NUMBERS = ["nan", "inf", "-inf", "1e999", "text", "", "0x10", "1,5"]
 OUTSIDE = {  # values outside each type's range, which its message states
     options.positive_int: ["0", "-1", "1.5", "2147483648"],
     options.count: ["-1", "1.5", "2147483648"],
+    options.processes: ["-1", "1.5", "257", "100000"],
     options.seed: ["-1", "1.5", "4294967296"],
     options.positive: ["0", "-0.1"],
     options.non_negative: ["-0.1"],

@@ -243,7 +243,7 @@ def test_what_is_no_run_folder_is_named(tmp_path, damage, capsys, monkeypatch):
     if damage == "no args":
         (folder / "args.json").write_text("{}")
     elif damage == "broken json":
-        (folder / "metrics.jsonl").write_text('{"epoch": 0, "tes')
+        (folder / "metrics.jsonl").write_text('{"epoch": 0, "tes\n')
     elif damage == "no epoch":
         (folder / "metrics.jsonl").write_text("")
     expected = "no finished epoch" if damage == "no epoch" else "is not a run folder"
@@ -255,3 +255,49 @@ def test_what_is_no_run_folder_is_named(tmp_path, damage, capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         report.command_line(report.main)
     assert exit_.value.code == 1 and capsys.readouterr().err.startswith("error: ")
+
+
+# ---- Damaged run folders ----
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *[("args.json", text) for text in (b"[]", b"null", b"[" * 10**5, b'{"args": 3}', b'{"args": {}}', b"\xff")],
+        *[("metrics.jsonl", text) for text in (b"[]\n", b"3\n", b"{}\n", b'{"epoch": 0, "test_acc": "x"}\n', b"{\n")],
+        *[("labels.npz", text) for text in (b"", b"PK\3\4junk", b"\x93NUMPY")],
+        *[("scores/epoch_002.npz", text) for text in (b"", b"text")],
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content):
+    """One bad folder among twenty ends the table of all in a stack trace that does not say which."""
+    folder = make_run(tmp_path / "run")
+    (folder / name).write_bytes(content)
+    with pytest.raises(DivideMixError, match=str(folder / name) if name.endswith("npz") else str(folder)) as error:
+        report.read_run(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"3", b"[" * 10**5, b"{"])
+def test_a_damaged_result_is_as_none(tmp_path, content):
+    """The epochs are all there."""
+    folder = make_run(tmp_path / "run")
+    (folder / "result.json").write_bytes(content)
+    assert report.read_run(folder).result == {} and len(report.read_run(folder).records) == 3
+
+
+def test_half_a_line_is_left_out(tmp_path):
+    """Killed while it wrote a line, or watched while it does: a run has no report until it is started again."""
+    folder = make_run(tmp_path / "run")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 3, "test_')
+    assert [record["epoch"] for record in report.read_run(folder).records] == [0, 1, 2]
+
+
+def test_the_figure_is_written_over_no_other_file(tmp_path):
+    """A link in a run folder from somebody else: its user's own file is overwritten."""
+    folder = make_run(tmp_path / "run")
+    (tmp_path / "thesis").write_text("precious")
+    (folder / "report.png").symlink_to(tmp_path / "thesis")
+    [file] = report.draw(folder)
+    assert (tmp_path / "thesis").read_text() == "precious" and file.read_bytes()[:4] == b"\x89PNG"

@@ -1,0 +1,204 @@
+"""Odd things in and about a run folder: links, pipes, other people's files, paths without a name, file systems without
+locks. A run does not overwrite what is not its own, and does not wait for ever."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import end_of, tiny
+
+import Train_cifar
+from dividemix import DivideMixError, checkpoint, noise, report, run
+from dividemix.run import Run, lock, set_aside
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *_: [])
+
+
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory) -> Path:
+    """A run of one epoch, to be copied."""
+    out = tmp_path_factory.mktemp("begun")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "draw", lambda *_: [])
+        return Path(Train_cifar.main(tiny(out, "--num_epochs", "1"))["run_dir"])
+
+
+@pytest.fixture
+def begun(one_epoch, tmp_path) -> Path:
+    return shutil.copytree(one_epoch, tmp_path / "run")
+
+
+@pytest.fixture
+def start(begun, monkeypatch, capsys):
+    """Runs the command line in-process on `begun`. -> (exit status, stderr)"""
+
+    def start(*flags: str) -> tuple[int, str]:
+        capsys.readouterr()
+        status = end_of(Train_cifar, tiny(begun.parent, "--run_dir", str(begun), *flags), monkeypatch)
+        return status, capsys.readouterr().err
+
+    return start
+
+
+# ---- Files that are not what their names say ----
+
+
+def test_links_in_a_run_folder_lead_to_no_other_file(begun, start):
+    """A run folder from somebody else, to be continued: links in it overwrite its user's own files."""
+    (begun.parent / "thesis").write_text("precious")
+    for name in ("labels.npz", "args.json", "metrics.jsonl", "last.json", "best.pt", "epoch-001.pt"):
+        (begun / name).unlink(missing_ok=True)
+        (begun / name).symlink_to(begun.parent / "thesis")
+    assert start()[0] == 0 and (begun.parent / "thesis").read_text() == "precious"
+    assert len((begun / "metrics.jsonl").read_text().splitlines()) == 2
+    (begun / ".lock").unlink()
+    (begun / ".lock").symlink_to(begun.parent / "thesis")
+    status, error = start()
+    assert status == 1 and error.startswith(f"error: run folder {begun} cannot be written: ")
+    assert (begun.parent / "thesis").read_text() == "precious"
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_a_noise_file_that_is_no_file(begun, start, make):
+    """A pipe is waited for without a word; or a folder is said not to be there, or to be deleted."""
+    make(file := begun.parent / "noise.json")
+    said = "is not a file: move it away, or name another with --noise_file\n"
+    assert start("--noise_file", str(file)) == (1, f"error: noise file {file} {said}")
+    own = begun / noise.file_name("digits", 0.5, "sym")
+    own.unlink()
+    make(own)
+    assert start() == (1, f"error: noise file {own} {said}")
+
+
+def test_a_path_that_is_not_utf_8(tmp_path):
+    """A folder named on an old system: TensorBoard, an extra, ends the run with a stack trace."""
+    with Run(tmp_path / os.fsdecode(b"caf\xe9"), {}) as this, pytest.warns(UserWarning, match="no TensorBoard events"):
+        this.start({"command": [], "args": {}})
+
+
+# ---- Checkpoints that are kept ----
+
+
+def test_a_user_s_own_copies_are_left_alone(tmp_path):
+    """`cp epoch-100.pt epoch-100-before-drop.pt`, and the next epoch deletes it; or ends the run at a folder."""
+    checkpoint.save_last(tmp_path, 0, {"epoch": 0})
+    shutil.copy(tmp_path / "epoch-000.pt", tmp_path / "epoch-000-mine.pt")
+    (tmp_path / "epoch-007.pt").mkdir()
+    for epoch in (1, 2):
+        checkpoint.save_last(tmp_path, epoch, {"epoch": epoch})
+    left = {file.name for file in tmp_path.iterdir()}
+    assert left == {"epoch-000-mine.pt", "epoch-007.pt", "epoch-001.pt", "epoch-002.pt", "last.json"}
+
+
+@pytest.mark.parametrize("junk", [False, True])
+def test_the_checkpoint_before_is_kept_though_last_json_was_lost(tmp_path, junk):
+    """The first epoch after the loss deletes all but its own: a fault in that one file, and nothing is left."""
+    for epoch in (0, 1):
+        checkpoint.save_last(tmp_path, epoch, {"epoch": epoch})
+    (tmp_path / "last.json").unlink()
+    if junk:  # of a later epoch, as a run leaves it that went back to one before: it could not be read
+        (tmp_path / "epoch-010.pt").write_bytes(b"")
+    checkpoint.save_last(tmp_path, 2, {"epoch": 2})
+    assert sorted(file.name for file in tmp_path.glob("*.pt")) == ["epoch-001.pt", "epoch-002.pt"]
+    (tmp_path / "epoch-002.pt").write_bytes(b"")
+    with pytest.warns(UserWarning, match="passed over"):
+        assert checkpoint.load_last(tmp_path) == {"epoch": 1}
+
+
+# ---- Locks ----
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """Lustre without flock, some network folders: every run is refused, for another process that does not exist."""
+
+    def no_lock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run.fcntl, "flock", no_lock)
+    with pytest.warns(UserWarning, match=r"cannot be locked \(No locks available\)"):
+        lock(tmp_path).close()
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_folder_that_is_moved_aside_before_it_is_locked(tmp_path, monkeypatch, new):
+    """Two jobs start at once, one of them with --fresh: the other would hold the lock of the folder that was moved
+    aside, and both would train in the new one."""
+    (folder := tmp_path / "run").mkdir()
+    flock = run.fcntl.flock
+
+    def late(*args):
+        folder.rename(tmp_path / "aside")
+        if new:
+            folder.mkdir()
+            (folder / ".lock").write_text("")
+        flock(*args)
+
+    monkeypatch.setattr(run.fcntl, "flock", late)
+    with pytest.raises(DivideMixError, match=r"another process has just moved .* aside"):
+        lock(folder)
+
+
+# ---- Paths ----
+
+
+@pytest.mark.parametrize("path", [".", "/", "a/.."])
+def test_fresh_needs_a_folder_with_a_name(path):
+    """`--run_dir . --fresh` ends in a stack trace; or the folder above, with all that is in it, is moved."""
+    with pytest.raises(DivideMixError, match=rf"--fresh cannot move {path} aside"):
+        set_aside(Path(path))
+
+
+def test_fresh_in_the_folder_itself(begun, start, monkeypatch):
+    monkeypatch.chdir(begun)
+    before = sorted(begun.iterdir())
+    status, error = start("--run_dir", ".", "--fresh")
+    assert (status, error.count("\n")) == (1, 1) and sorted(begun.iterdir()) == before
+
+
+# ---- What is said ----
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("function", "done", "what", "left"),
+    [
+        ("save_last", 0, "the checkpoint of epoch 0", ": make room, then the same command starts again"),
+        ("save_last", 1, "the checkpoint of epoch 1", "; the one before is intact: make room, then the same command"),
+        ("write_atomically", 0, "best.pt and the logs of epoch 0", "; the checkpoint is whole: make room, then the"),
+    ],
+    ids=["first checkpoint", "checkpoint", "after it"],
+)
+def test_a_full_disk_is_told_as_it_is(tmp_path, begun, monkeypatch, function, done, what, left):
+    """A user who is told of an intact checkpoint that does not exist deletes the wrong files to make room."""
+    folder = begun if done else tmp_path / "new"
+    record = {"phase": "warmup", "test_acc": 1.0, "test_acc_net1": 1.0, "test_acc_net2": 1.0, "loss_x": 1.0}
+    config = checkpoint.load_last(begun)["config"]
+    with pytest.raises(DivideMixError) as error, Run(folder, config) as this:
+        this.start({"command": [], "args": {}})
+        monkeypatch.setattr(run, function, full)
+        for _ in this.epochs(done + 1):
+            this.end_epoch(record | {"lr": 0.1}, {"nets": [{"w": torch.zeros(1)}] * 2}, None, False)
+    assert str(error.value).startswith(f"{what} could not be written to {folder} (No space left on device){left}")
+    assert checkpoint.read_pointer(folder).get("epoch") == (None if "again" in left else 0)
+
+
+def test_ctrl_c_while_the_figures_are_drawn(begun, start, monkeypatch):
+    """A run that is done is said to continue with an epoch that there is not."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "draw", interrupted)
+    said = f"\ninterrupted: the same command makes the result and figures of {begun}\n"
+    assert start("--num_epochs", "2") == (130, said)
+    assert json.loads((begun / "result.json").read_text())["epoch"] == 1
