@@ -5,6 +5,7 @@ moment the machine dies at, last.json names a file that is whole, and should tha
 before is used.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -48,6 +49,13 @@ def write_atomically(path: Path, content: bytes | memoryview, exclusive: bool = 
         os.close(folder)
 
 
+def read_file(path: Path) -> bytes:
+    """The content of a regular file. Raises OSError, also for a pipe, which would be waited for."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return path.read_bytes()
+
+
 def to_bytes(state: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -88,7 +96,7 @@ def read_pointer(folder: Path) -> dict[str, Any]:
         return isinstance(entry, dict) and isinstance(entry.get("file"), str) and entry["file"].isprintable()
 
     try:
-        pointer = json.loads((folder / "last.json").read_bytes())
+        pointer = json.loads(read_file(folder / "last.json"))
     except (OSError, ValueError, RecursionError):
         return {}
     if not sound(pointer):
@@ -111,7 +119,7 @@ def load_last(folder: Path, check: Callable[[dict[str, Any]], None] | None = Non
     for entry in entries:
         path = folder / Path(entry["file"]).name
         try:
-            content = path.read_bytes()
+            content = read_file(path)
             if "sha256" in entry and hashlib.sha256(content).hexdigest() != entry["sha256"]:
                 raise DivideMixError("its content is not what was written (sha256 differs)")
             state = from_bytes(content)

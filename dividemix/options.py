@@ -301,6 +301,7 @@ def command_line(main: Callable[[Sequence[str] | None], Any]) -> NoReturn:
     Among several ranks (torchrun) each line says whose it is, and a rank that fails ends at once, so that torchrun ends
     the others."""
     who = speaker()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path that is not UTF-8 can be printed
     warnings.formatwarning = lambda message, *_, **__: f"{who}warning: {message}\n"
     # Of the ranks on one machine all would say the same.
     warnings.simplefilter("always" if ranks.from_environment()[2] == 0 else "ignore", DivideMixWarning)
@@ -311,7 +312,8 @@ def command_line(main: Callable[[Sequence[str] | None], Any]) -> NoReturn:
     except DivideMixError as error:
         fail(f"{who}error: {error}")
     except OSError as error:  # a full disk, a folder that went away
-        fail(f"{who}error: {error.filename or 'input or output'}: {error.strerror or error}")
+        # filename2: of two, the one that the user knows, not the temporary one
+        fail(f"{who}error: {error.filename2 or error.filename or 'input or output'}: {error.strerror or error}")
     except KeyboardInterrupt as stopped:
         how = getattr(stopped, "__notes__", ["the same command continues after the last finished epoch"])
         fail(f"\n{who}interrupted: {'; '.join(how)}", getattr(stopped, "status", 130))

@@ -7,24 +7,31 @@ ahead of the checkpoint.
 """
 
 import contextlib
-import datetime
-import fcntl
 import io
 import json
 import math
-import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from dividemix import Diverged, DivideMixError, logs, warn
-from dividemix.checkpoint import from_bytes, load_last, load_networks, save_last, share, to_bytes, write_atomically
+from dividemix.checkpoint import (
+    from_bytes,
+    load_last,
+    load_networks,
+    read_file,
+    save_last,
+    share,
+    to_bytes,
+    write_atomically,
+)
+from dividemix.lock import lock, set_aside
 from dividemix.logs import Logs
 from dividemix.provenance import commit, versions
 from dividemix.ranks import Ranks
@@ -113,11 +120,12 @@ class Run:
         try:
             state = load_last(folder, self._check) or {}
             self._refuse_other_config(state)
+            for orphan in [*folder.glob(".*.tmp"), *folder.glob("scores/.*.tmp")]:  # of a process killed in writing
+                if orphan.is_file():
+                    orphan.unlink()
         except BaseException:
             self._lock.close()
             raise
-        for orphan in [*folder.glob(".*.tmp"), *folder.glob("scores/.*.tmp")]:  # of a process killed while it wrote
-            orphan.unlink()
         return state
 
     def _check(self, state: dict[str, Any]) -> None:
@@ -173,7 +181,7 @@ class Run:
         if not self.ranks.first:
             return
         try:
-            starts = json.loads((self.folder / "args.json").read_bytes())["starts"]
+            starts = json.loads(read_file(self.folder / "args.json"))["starts"]
             starts = starts if isinstance(starts, list) else []
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             starts = []
@@ -305,7 +313,7 @@ class Run:
             if epoch == last:
                 continue
             try:
-                saved = from_bytes(path.read_bytes())
+                saved = from_bytes(read_file(path))
                 if saved.get("epochs", [])[k : k + 1] != [epoch]:
                     raise DivideMixError(f"it does not hold net {k + 1} of epoch {epoch}")
                 nets[k] = saved["nets"][k]
@@ -373,41 +381,6 @@ class Run:
 def folder_for(out_dir: str, run_dir: str | None, *parts: str) -> Path:
     """--run_dir, or --out_dir / the non-empty parts joined by '_'."""
     return Path(run_dir) if run_dir else Path(out_dir) / "_".join(part for part in parts if part)
-
-
-def lock(folder: Path) -> TextIO:
-    """The folder's lock file, held until it is closed. Raises DivideMixError where another process holds it."""
-    path = folder / ".lock"
-    # Unlike open(path, "w"), this empties no file that a link in a folder of unknown origin leads to.
-    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when the last that has it open dies
-    except BlockingIOError as error:
-        file.close()
-        raise DivideMixError(
-            f"another process is training in {folder}: wait for it, or give this run another --id"
-        ) from error
-    except OSError as error:  # some network file systems
-        warn(f"{folder} cannot be locked ({error.strerror}): see to it that no other process trains in it")
-    if not (path.exists() and os.path.samefile(file.fileno(), path)):  # opened, and locked too late
-        file.close()
-        raise DivideMixError(f"another process has just moved {folder} aside: give the same command again")
-    # Worker processes must not hold it on when this one was killed: they notice only after some seconds.
-    os.register_at_fork(after_in_child=file.close)
-    return file
-
-
-def set_aside(folder: Path) -> Path:
-    """Rename a folder to <name>.<time>, never deleting anything. -> its new name. Raises DivideMixError for a path
-    that ends in no name."""
-    if folder.name in ("", ".."):
-        raise DivideMixError(f"--fresh cannot move {folder} aside: give --run_dir with the folder's name")
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    aside, k = folder.with_name(f"{folder.name}.{stamp}"), 1
-    while aside.exists():
-        aside, k = folder.with_name(f"{folder.name}.{stamp}-{k}"), k + 1
-    folder.rename(aside)
-    return aside
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ from conftest import end_of, tiny
 
 import Train_cifar
 from dividemix import DivideMixError, checkpoint, noise, report, run
-from dividemix.run import Run, lock, set_aside
+from dividemix import lock as locking
+from dividemix.lock import lock, set_aside
+from dividemix.run import Run
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +123,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     def no_lock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run.fcntl, "flock", no_lock)
+    monkeypatch.setattr(locking.fcntl, "flock", no_lock)
     with pytest.warns(UserWarning, match=r"cannot be locked \(No locks available\)"):
         lock(tmp_path).close()
 
@@ -131,7 +133,7 @@ def test_a_folder_that_is_moved_aside_before_it_is_locked(tmp_path, monkeypatch,
     """Two jobs start at once, one of them with --fresh: the other would hold the lock of the folder that was moved
     aside, and both would train in the new one."""
     (folder := tmp_path / "run").mkdir()
-    flock = run.fcntl.flock
+    flock = locking.fcntl.flock
 
     def late(*args):
         folder.rename(tmp_path / "aside")
@@ -140,7 +142,7 @@ def test_a_folder_that_is_moved_aside_before_it_is_locked(tmp_path, monkeypatch,
             (folder / ".lock").write_text("")
         flock(*args)
 
-    monkeypatch.setattr(run.fcntl, "flock", late)
+    monkeypatch.setattr(locking.fcntl, "flock", late)
     with pytest.raises(DivideMixError, match=r"another process has just moved .* aside"):
         lock(folder)
 
@@ -202,3 +204,22 @@ def test_ctrl_c_while_the_figures_are_drawn(begun, start, monkeypatch):
     said = f"\ninterrupted: the same command makes the result and figures of {begun}\n"
     assert start("--num_epochs", "2") == (130, said)
     assert json.loads((begun / "result.json").read_text())["epoch"] == 1
+
+
+def test_a_folder_and_a_pipe_where_files_are_expected(one_epoch, tmp_path):
+    """A pipe is waited for until a queue kills the job; a folder's name that ends like a temporary file's is an error
+    that holds the lock on."""
+    folder = shutil.copytree(one_epoch, tmp_path / "run")
+    (folder / ".x.tmp").mkdir()
+    for name in ("args.json", "last.json"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+    Train_cifar.main(tiny(tmp_path, "--run_dir", str(folder), "--num_epochs", "2"))
+    assert (folder / ".x.tmp").is_dir() and json.loads((folder / "last.json").read_text())["epoch"] == 1
+
+
+def test_a_path_that_is_not_utf8(tmp_path, monkeypatch):
+    """A folder of another age or language: its name can be used, but not printed as it is."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    assert end_of(Train_cifar, tiny(tmp_path, "--run_dir", str(folder), "--num_epochs", "1"), monkeypatch) == 0
+    assert (folder / "last.json").exists()

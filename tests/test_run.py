@@ -16,8 +16,9 @@ from conftest import ROOT
 
 import Train_cifar
 from dividemix import DivideMixError, checkpoint, logs, report
+from dividemix.lock import lock
 from dividemix.ranks import Ranks
-from dividemix.run import Run, lock, score_arrays
+from dividemix.run import Run, score_arrays
 from dividemix.seeds import draws, seeded
 
 TINY = "--dataset digits --limit_train 96 --width 4 --batch_size 16 --warm_up 1 --lr_drop 3 --device cpu"
