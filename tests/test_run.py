@@ -84,6 +84,27 @@ def trained(tmp_path_factory):
     return folder
 
 
+def test_a_checkpoint_holds_all_that_a_run_goes_on_from(trained):
+    """What is missing there is lost with the process: a run goes on without its momentum, or under other settings."""
+    state = last_state(trained)
+    assert [len(state[name]) for name in ("nets", "optimizers", "codivide", "best_epochs")] == [2] * 4
+    for net, optimizer, part in zip(state["nets"], state["optimizers"], state["codivide"], strict=True):
+        assert optimizer["state"][0]["momentum_buffer"].shape == net["conv1.weight"].shape
+        assert len(part["history"][0]) == len(part["division"]["clean_probability"]) == 96
+    assert [record["epoch"] for record in state["records"]] == [0, 1] and state["records"][1]["best_acc"] > 0
+    flags = {
+        "seed": 123,
+        "dataset": "digits",
+        "r": 0.5,
+        "noise_mode": "sym",
+        "width": 4,
+        "lambda_u": 25,
+        "num_class": 10,
+    }
+    assert flags.items() <= state["config"].items()
+    assert len(state["pins"]["labels_sha256"]) == 64 and state["versions"]["torch"] == torch.__version__
+
+
 @pytest.fixture
 def copy(trained, tmp_path):
     import shutil
