@@ -31,7 +31,6 @@ def add(parser: options.Parser) -> None:
     )
     group.add_argument(
         "--noise_file",
-        type=Path,
         help="JSON list of noisy labels (default: <r>_<noise_mode>.json with the data); with human the published .pt "
         "file (default: CIFAR-10_human.pt or CIFAR-100_human.pt with the data)",
     )
@@ -43,7 +42,7 @@ def add(parser: options.Parser) -> None:
 
 def resolve(parser: options.Parser, args: argparse.Namespace) -> None:
     """Fill what was not given, and refuse flags that have no meaning together. r is None for human, noise_definition
-    None but for sym."""
+    None but for sym; noise_file becomes a Path."""
     mode, choices = args.noise_mode, ", ".join(noise_human.keys(args.dataset))
     if mode == "human" and args.noise_key is None:
         parser.error(f"--noise_mode human needs --noise_key: choose one of {choices}")
@@ -51,6 +50,7 @@ def resolve(parser: options.Parser, args: argparse.Namespace) -> None:
         parser.error(f"--r {args.r:g}: --noise_mode human has the rate of its labels; leave --r out")
     if mode != "human" and args.noise_key is not None:
         parser.error(f"--noise_key {args.noise_key}: only with --noise_mode human, one of {choices}; leave it out")
+    args.noise_file = Path(args.noise_file) if args.noise_file else None
     if mode != "human" and args.noise_file and args.noise_file.suffix == ".pt":
         parser.error(f"--noise_file {args.noise_file}: a .pt file needs --noise_mode human and --noise_key")
     if mode != "sym" and args.noise_definition is not None:
