@@ -33,7 +33,7 @@ from dividemix import (
     runtime,
     transition,
 )
-from dividemix.checkpoint import restore, state_of, write_atomically
+from dividemix.checkpoint import restore, state_of
 from dividemix.codivide import CoDivide
 from dividemix.data import DeviceImages
 from dividemix.engine import ensemble_accuracy, per_sample_loss, set_learning_rate, train_epoch, warmup_epoch
@@ -208,8 +208,8 @@ def prepare_data(
     run.save_labels(index=index, given=given[index], true=truth)
     changed = float((given[index] != truth).mean())
     matrix, matrix_csv = transition.describe(truth, given[index], images.class_names)
-    if matrix_csv and run.ranks.first:
-        write_atomically(run.folder / transition.FILE, matrix_csv)
+    if matrix_csv:
+        run.save_file(transition.FILE, matrix_csv)
     lines = [
         f"{args.dataset}: {len(index)} training, {len(images.test_labels)} test images, {images.num_class} classes"
         + (f", {len(held_out)} held out with their noisy labels to select the best epoch" if len(held_out) else "")
