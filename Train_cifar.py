@@ -3,6 +3,7 @@
     python Train_cifar.py --data_path ./cifar-10 --r 0.5                          # CIFAR-10, 50 % symmetric (Table 1)
     python Train_cifar.py --data_path ./cifar-10 --noise_mode asym --r 0.4        # 40 % asymmetric noise (Table 2)
     python Train_cifar.py --dataset cifar100 --data_path ./cifar-100 --r 0.8      # CIFAR-100, 80 % symmetric noise
+    python Train_cifar.py --noise_mode human --noise_key worse_label              # CIFAR-10N; --noise_mode idn, too
     python Train_cifar.py --dataset digits --width 16 --warm_up 8 --num_epochs 20 # no download, minutes on a CPU
     python Train_cifar.py ... --method ce                                         # plain cross-entropy, to compare
     torchrun --nproc_per_node=2 -- Train_cifar.py --r 0.5                         # two GPUs (-- shields --r)
@@ -15,13 +16,23 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import dataloader_cifar
-from dividemix import DivideMixError, logs, networks, noise, options, recipes, runtime
+from dividemix import (
+    DivideMixError,
+    logs,
+    networks,
+    noise,
+    noise_file,
+    noise_flags,
+    options,
+    recipes,
+    runtime,
+    transition,
+)
 from dividemix.codivide import CoDivide
 from dividemix.data import DeviceImages
 from dividemix.engine import ensemble_accuracy, per_sample_loss, set_learning_rate, train_epoch, warmup_epoch
@@ -33,7 +44,7 @@ from dividemix.state import restore, state_of
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = options.Parser(prog="Train_cifar.py", description="DivideMix on small images with noisy labels.")
     options.add_method(parser, batch_size=64, lr=0.02, alpha=4, num_epochs=300, lr_drop=150)
-    group = parser.add_argument_group("data and noise")
+    group = parser.add_argument_group("data")
     names = ["cifar10", "cifar100", "fashionmnist", "digits"]
     group.add_argument("--dataset", choices=names, default="cifar10", help="digits come with scikit-learn")
     group.add_argument("--data_path", default="./cifar-10", help="folder of the data set's files; digits needs none")
@@ -41,17 +52,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--num_class", type=options.positive_int, help="refused when it contradicts the data (default: from the data)"
     )
-    group.add_argument("--noise_mode", choices=noise.MODES, default="sym", help="symmetric or asymmetric label noise")
-    group.add_argument(
-        "--r", type=options.rate, default=0.5, help="noise rate: the part of the training samples that is drawn"
-    )
-    group.add_argument("--noise_file", help="JSON list of noisy labels (default: <r>_<noise_mode>.json with the data)")
-    group.add_argument(
-        "--noise_seed", type=options.seed, help="seed of the noise, where no file exists (default: --seed)"
-    )
     group.add_argument(
         "--limit_train", type=options.positive_int, metavar="N", help="train on a seeded subset of N samples"
     )
+    noise_flags.add(parser)
     group = parser.add_argument_group("network and variants")
     group.add_argument("--arch", choices=networks.SMALL_IMAGES, default="preresnet18", help="both networks")
     group.add_argument("--width", type=options.positive_int, default=64, help="channels of the first stage")
@@ -71,7 +75,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     options.add_run(parser)
     args = parser.parse_args(argv)
-    args.noise_seed = args.seed if args.noise_seed is None else args.noise_seed
+    noise_flags.resolve(parser, args)
     return args
 
 
@@ -79,7 +83,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, or continue. -> the last epoch's metrics, with `run_dir` and, where the paper has this row, `paper_best`
     and `paper_last`."""
     args = parse_args(argv)
-    row, recipe_lines = options.resolve_recipe(args)
     machine = options.machine(args)
     images = machine.ranks.local_first(lambda: dataloader_cifar.load(args.dataset, args.data_path, args.download))
     if args.num_class not in (None, images.num_class):
@@ -94,9 +97,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
 
     suffixes = ["ce" if args.method == "ce" else "", f"seed{args.seed}" if args.seed != 123 else "", args.id]
-    folder = folder_for(args.out_dir, args.run_dir, args.dataset, f"{args.r:g}", args.noise_mode, *suffixes)
+    spec = noise_flags.spec(args)
+    folder = folder_for(args.out_dir, args.run_dir, args.dataset, *spec.folder_parts, *suffixes)
+    sources = images.folder, folder, args.noise_file
+    wrong = machine.ranks.from_first(noise_file.wrong_share, images.train_labels, spec, *sources)
+    row, recipe_lines = options.resolve_recipe(args, wrong)
     with Run(folder, vars(args), args.fresh, machine.ranks) as run:
-        train, validation, test, truly_clean, about = prepare_data(args, images, run, machine)
+        train, validation, test, truly_clean, about = prepare_data(args, images, spec, run, machine)
         start = {"init_from": args.init_from, "seed": args.seed, "machine": machine, "begun": bool(run.state)}
         nets = networks.pair(args.arch, args.num_class, args.width, "none", **start)
         optimizers = [machine.optimizer(net, args.lr, recipes.CIFAR_WEIGHT_DECAY) for net in nets]
@@ -170,15 +177,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 # Parts of main
 
 
-def prepare_data(args: argparse.Namespace, images: dataloader_cifar.ImageData, run: Run, machine: runtime.Runtime):
+def prepare_data(
+    args: argparse.Namespace,
+    images: dataloader_cifar.ImageData,
+    spec: noise_file.NoiseSpec,
+    run: Run,
+    machine: runtime.Runtime,
+):
     """Noisy labels, subset and validation part on the device. -> (train, validation or None, test, truly_clean (N,)
     bool, what args.json and the first lines say of the data)."""
-    transition, map_name = noise.asym_transition(images.num_class, args.dataset)
-    spec = noise.NoiseSpec(args.dataset, args.noise_mode, args.r, args.noise_seed, images.num_class, transition)
-    noise_file = Path(args.noise_file) if args.noise_file else None
-    begun = bool(run.state)
     given, origin = machine.ranks.from_first(
-        lambda: noise.noisy_labels(images.train_labels, spec, images.folder, run.folder, noise_file, begun=begun)
+        lambda: noise_file.noisy_labels(
+            *(images.train_labels, spec, images.folder, run.folder, args.noise_file),
+            begun=bool(run.state),
+            images=images.train_images,
+        )
     )
     labels_sha256 = hashlib.sha256(given.tobytes() + images.train_labels.tobytes()).hexdigest()
     run.pin("labels_sha256", labels_sha256, f"the labels ({origin}) are not those that {run.folder} began with")
@@ -194,16 +207,19 @@ def prepare_data(args: argparse.Namespace, images: dataloader_cifar.ImageData, r
     truth = images.train_labels[index]
     run.save_labels(index=index, given=given[index], true=truth)
     changed = float((given[index] != truth).mean())
+    matrix, matrix_csv = transition.describe(truth, given[index], images.class_names)
+    if matrix_csv:
+        run.save_file(transition.FILE, matrix_csv)
     lines = [
         f"{args.dataset}: {len(index)} training, {len(images.test_labels)} test images, {images.num_class} classes"
         + (f", {len(held_out)} held out with their noisy labels to select the best epoch" if len(held_out) else "")
         + (f" (official {args.dataset})" if images.official else ""),
-        f"noise {args.noise_mode} {args.r:g}: {changed:.1%} of the training labels are wrong; {origin}",
+        f"noise {spec.name}: {changed:.1%} of the training labels are wrong; {origin}",
     ]
     if args.noise_mode == "asym":
-        lines.append(f"asymmetric map: {map_name}")
+        lines.append(f"asymmetric map: {noise.asym_transition(images.num_class, args.dataset)[1]}")
     about = {
-        "lines": lines,
+        "lines": [*lines, *matrix],
         "classes": images.class_names,
         "train": len(index),
         "test": len(images.test_labels),

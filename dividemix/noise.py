@@ -1,24 +1,16 @@
-"""Noisy labels: making them, and reading and checking the file that holds them.
+"""Making noisy labels that depend on the true label alone: symmetric and asymmetric noise.
 
-Symmetric and asymmetric noise as the authors inject it, to the label: with seed 123 this is their noise. The file is a
-JSON list of N labels; one that exists wins over the seed, so that several runs and several codes share their noise.
+As the authors inject it, to the label: with seed 123 this is their noise. Noise that depends on the image is in
+`noise_instance`, the labels that people gave in `noise_human`, the file that holds noisy labels in `noise_file`.
 """
 
-import json
-import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from dividemix import DivideMixError
-from dividemix.checkpoint import write_atomically
 
 MODES = ("sym", "asym")
-_SURELY_DRAWN = 50  # labels that a class gets on average: the odds that it gets none are e^-50
+DEFINITIONS = ("with_self", "exclude_self")  # of symmetric noise: what a drawn label can become
 
 # CIFAR-10 (paper, Sec. 4.1): truck -> automobile, bird -> airplane, cat <-> dog, deer -> horse.
 CIFAR10_MAP = {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
@@ -69,16 +61,25 @@ def asym_transition(num_class: int, dataset: str | None = None) -> tuple[list[in
 
 
 def inject(
-    labels: Sequence[int], mode: str, r: float, num_class: int, seed: int, transition: Sequence[int] | None = None
+    labels: Sequence[int],
+    mode: str,
+    r: float,
+    num_class: int,
+    seed: int,
+    transition: Sequence[int] | None = None,
+    definition: str = "with_self",
 ) -> list[int]:
     """Noisy copy of `labels` (N): exactly int(r * N) samples are drawn, and each of them gets a new label.
 
-    sym: uniform over all num_class classes, the true one included (so 50 % nominal is 45 % real with 10 classes).
-    asym: transition[label], by default `asym_transition(num_class)`. The same seed gives the same list, and for sym a
-    larger r draws a superset of samples. Raises DivideMixError for an unknown mode.
+    sym: uniform over all num_class classes, the true one included (so 50 % nominal is 45 % real with 10 classes), as in
+    the paper; with the `definition` exclude_self uniform over the other classes (50 % real). asym: transition[label],
+    by default `asym_transition(num_class)`. The same seed gives the same list, and for sym a larger r draws a superset
+    of samples. Raises DivideMixError for an unknown mode or definition.
     """
     if mode not in MODES:
         raise DivideMixError(f"noise_mode '{mode}' is unknown: use {' or '.join(MODES)}")
+    if definition not in DEFINITIONS:
+        raise DivideMixError(f"noise_definition '{definition}' is unknown: use {' or '.join(DEFINITIONS)}")
     rng = random.Random(seed)
     order = list(range(len(labels)))
     rng.shuffle(order)
@@ -87,139 +88,10 @@ def inject(
         transition = asym_transition(num_class)[0] if transition is None else transition
         return [transition[int(label)] if i in noisy else int(label) for i, label in enumerate(labels)]
     # randint once for each noisy sample in the order of the samples: the authors' stream.
-    return [rng.randint(0, num_class - 1) if i in noisy else int(label) for i, label in enumerate(labels)]
-
-
-def file_name(dataset: str, r: float, mode: str) -> str:
-    """`<r>_<mode>.json` as the authors write it (r with one decimal, more where it needs more), for other sets with a
-    prefix."""
-    rate = f"{r:.1f}" if round(r, 1) == r else repr(r)
-    return f"{rate}_{mode}.json" if dataset.startswith("cifar") else f"{dataset}_{rate}_{mode}.json"
-
-
-@dataclass(frozen=True)
-class NoiseSpec:
-    """The noise that was asked for: what a file is checked against, and what is injected where there is no file."""
-
-    dataset: str
-    mode: str
-    r: float
-    seed: int
-    num_class: int
-    transition: Sequence[int]
-
-
-def noisy_labels(
-    truth: NDArray[np.int64],
-    spec: NoiseSpec,
-    data_folder: Path | None,
-    run_folder: Path,
-    file: Path | None = None,
-    *,
-    begun: bool,
-) -> tuple[NDArray[np.int64], str]:
-    """Noisy labels (N,) int64 of the true labels (N,), and one sentence saying where they come from.
-
-    A run that has `begun` goes on with its own copy in the run folder. Otherwise, in this order: `file`; `file_name`
-    beside the data; else noise is injected, and saved beside the data where that folder can be written. The labels
-    used are always copied to the run folder. Raises DivideMixError for a file that cannot be this noise, and for a
-    `file` that is missing or holds other labels than the run began with.
-    """
-    name = file_name(spec.dataset, spec.r, spec.mode)
-    if file is not None and not file.exists():
-        raise DivideMixError(f"noise file {file} does not exist: mend --noise_file, or leave it out to make the noise")
-    if begun and (run_folder / name).exists():
-        own = read(run_folder / name, truth, spec)
-        if file is not None and not np.array_equal(read(file, truth, spec), own):
-            raise DivideMixError(
-                f"noise file {file} holds other labels than {run_folder} began with: leave --noise_file out, give this "
-                "run an --id, or --fresh to start anew"
-            )
-        return own, f"read from {run_folder / name}, this run's own copy"
-    if file is not None:
-        labels, origin = read(file, truth, spec), f"read from {file}"
-    elif data_folder and (data_folder / name).exists():
-        path = data_folder / name
-        labels, origin = read(path, truth, spec), f"read from {path} (an existing file wins over --noise_seed)"
-    else:
-        made = inject(truth.tolist(), spec.mode, spec.r, spec.num_class, spec.seed, spec.transition)
-        labels, origin = np.array(made, dtype=np.int64), f"made with seed {spec.seed}, saved as {run_folder / name}"
-        if data_folder:
-            path = data_folder / name
-            try:
-                write_labels(path, labels, exclusive=True)
-                origin = f"made with seed {spec.seed}, saved as {path}"
-            except FileExistsError:  # another run, started at the same time, was quicker: share its noise
-                labels, origin = read(path, truth, spec), f"read from {path} (another run has just made it)"
-            except OSError:
-                pass  # a read-only data folder is fine: the run folder has its copy
-    try:
-        write_labels(run_folder / name, labels)
-    except OSError as error:
-        raise DivideMixError(f"noise file {run_folder / name} cannot be written: {error.strerror}") from error
-    return labels, origin
-
-
-def write_labels(path: Path, labels: NDArray[np.int64], exclusive: bool = False) -> None:
-    write_atomically(path, json.dumps(labels.tolist()).encode(), exclusive)
-
-
-def read(path: Path, truth: NDArray[np.int64], spec: NoiseSpec) -> NDArray[np.int64]:
-    """A JSON list of N labels -> (N,) int64, checked against the truth (N,): type, length, range, share of changed
-    labels, and whether each class is drawn.
-
-    Raises DivideMixError naming the file and what is wrong with it.
-    """
-    advice = "delete it to have it made anew, or name another with --noise_file"
-    n = len(truth)
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise DivideMixError(f"noise file {path} is not a file: move it away, or name another with --noise_file")
-    try:
-        if path.stat().st_size > 64 + 32 * n:
-            raise DivideMixError(f"noise file {path} is far too large for {n} labels: {advice}")
-        labels = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DivideMixError(f"noise file {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DivideMixError(f"noise file {path} is not a complete JSON file ({error}): {advice}") from error
-    if not isinstance(labels, list) or not all(type(label) is int for label in labels):
-        raise DivideMixError(f"noise file {path} must hold one flat JSON list of whole numbers: {advice}")
-    if len(labels) != n:
-        raise DivideMixError(f"noise file {path} has {len(labels)} labels, the data set {n} training samples: {advice}")
-    if n and not 0 <= min(labels) <= max(labels) < spec.num_class:
-        raise DivideMixError(f"noise file {path} has labels outside 0..{spec.num_class - 1}: {advice}")
-    noisy = np.array(labels, dtype=np.int64)
-    changed = float((noisy != truth).mean())
-    low, high = expected_changed(truth, spec)
-    if not low <= changed <= high:
-        raise DivideMixError(
-            f"noise file {path} changes {changed:.1%} of the labels, --noise_mode {spec.mode} --r {spec.r:g} should "
-            f"change {low:.1%} to {high:.1%}: it is another rate's or data set's; {advice}"
-        )
-    # Near rate 1 the share says nothing any more: CIFAR-10's file changes 99 % of CIFAR-100's labels, as it should.
-    absent = np.flatnonzero(np.bincount(noisy, minlength=spec.num_class) == 0)
-    if len(absent) and spec.mode == "sym" and spec.r * n / spec.num_class >= _SURELY_DRAWN:
-        raise DivideMixError(
-            f"noise file {path} gives no sample the label {absent[0]}, --noise_mode sym draws all {spec.num_class} "
-            f"classes: it is another data set's; {advice}"
-        )
-    return noisy
-
-
-def expected_changed(truth: NDArray[np.int64], spec: NoiseSpec) -> tuple[float, float]:
-    """Bounds on the share of changed labels that this noise can have.
-
-    sym: r (C-1)/C, up to r for files that never draw the true class; asym: r times the share of samples whose class
-    the map moves. Each with 1 point to spare, or 4 standard deviations of the draw where the set is so small that
-    these are more.
-    """
-    n, r = max(len(truth), 1), spec.r
-    if spec.mode == "sym":
-        kept = 1 / spec.num_class
-        low, high, variance = r * (1 - kept), r, r * kept * (1 - kept)
-    else:
-        moved = float((np.asarray(spec.transition)[truth] != truth).mean())
-        low = high = r * moved
-        variance = r * (1 - r) * moved * (1 - moved)
-    slack = max(0.01, 4 * math.sqrt(variance / n) + 1 / n)
-    return max(low - slack, 0.0), min(high + slack, 1.0)
+    if definition == "with_self":
+        return [rng.randint(0, num_class - 1) if i in noisy else int(label) for i, label in enumerate(labels)]
+    # 1 to num_class - 1 classes further on, past the last from the first: each other class is as likely.
+    return [
+        (int(label) + rng.randint(1, num_class - 1)) % num_class if i in noisy else int(label)
+        for i, label in enumerate(labels)
+    ]

@@ -230,11 +230,12 @@ def add_run(
     )
 
 
-def resolve_recipe(args: argparse.Namespace) -> tuple[recipes.Recipe | None, list[str]]:
-    """Fill lambda_u, p_threshold, loss_window and warm_up that were not given. -> (the paper's row if there is one
-    for this setting, lines that say where each value comes from)."""
-    row, exact = recipes.nearest(args.dataset, args.noise_mode, args.r)
-    source = f"paper, Table 7: {row.name}" if exact else f"not in the paper; nearest row, Table 7: {row.name}"
+def resolve_recipe(args: argparse.Namespace, wrong: float | None = None) -> tuple[recipes.Recipe | None, list[str]]:
+    """Fill lambda_u, p_threshold, loss_window and warm_up that were not given. `wrong`: see `recipes.nearest`. -> (the
+    paper's row if there is one for this setting, lines that say where each value comes from)."""
+    row, exact = recipes.nearest(args.dataset, args.noise_mode, args.r, wrong)
+    by = "" if wrong is None else f" by {wrong:.1%} wrong labels"
+    source = f"paper, Table 7: {row.name}" if exact else f"not in the paper; nearest row{by}, Table 7: {row.name}"
     found = {
         "lambda_u": (row.lambda_u, source),
         "p_threshold": (row.p_threshold, source),

@@ -25,6 +25,11 @@ class Recipe:
     def name(self) -> str:
         return f"{self.dataset} {self.mode} {self.r:.0%}"
 
+    @property
+    def wrong(self) -> float:
+        """The share of labels that are wrong where the mode is sym: a drawn label may be the true one."""
+        return self.r * (1 - 1 / (100 if self.dataset == "cifar100" else 10))
+
 
 ROWS = (
     Recipe("cifar10", "sym", 0.2, lambda_u=0, best=96.1, last=95.7, ce_best=86.8),
@@ -49,13 +54,17 @@ def warm_up(dataset: str) -> int:
     return WARM_UP.get(dataset, 10)
 
 
-def nearest(dataset: str, mode: str, r: float) -> tuple[Recipe, bool]:
+def nearest(dataset: str, mode: str, r: float | None, wrong: float | None = None) -> tuple[Recipe, bool]:
     """The row for this setting and True, or else the nearest row and False.
 
     Nearest: CIFAR-100's rows for CIFAR-100, CIFAR-10's for every other set; of these the same mode where there is
-    one; of these the closest rate, the lower of two as close.
+    one; of these the closest rate, the lower of two as close. For noise of which r does not say what it says in the
+    paper, `wrong` is the share of wrong labels: then the symmetric row with the closest such share.
     """
     rows = [row for row in ROWS if row.dataset == (dataset if dataset == "cifar100" else "cifar10")]
+    if wrong is not None:
+        symmetric = [row for row in rows if row.mode == "sym"]
+        return min(symmetric, key=lambda row: (round(abs(row.wrong - wrong), 6), row.r)), False
     rows = [row for row in rows if row.mode == mode] or rows
     row = min(rows, key=lambda row: (round(abs(row.r - r), 6), row.r))
     return row, (row.dataset, row.mode) == (dataset, mode) and abs(row.r - r) < 1e-9

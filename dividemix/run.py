@@ -170,6 +170,15 @@ class Run:
             np.savez(content, **arrays)
             write_atomically(self.folder / "labels.npz", content.getbuffer())
 
+    def save_file(self, name: str, content: bytes) -> None:
+        """A small file of the folder; one that holds this already is left as it is. Raises DivideMixError."""
+        path = self.folder / name
+        try:
+            if self.ranks.first and not (path.is_file() and path.read_bytes() == content):
+                write_atomically(path, content)
+        except OSError as error:
+            raise DivideMixError(f"{path} cannot be written: {error.strerror}") from error
+
     def start(self, about: dict[str, Any]) -> None:
         """Write args.json and bring the logs and best.pt in line with the checkpoint. `about`: command, arguments,
         data."""

@@ -9,7 +9,7 @@ import torch
 from dividemix import DivideMixError
 
 # A generator's third number; append only
-PHASES = ("init", "subset", "validation", "warmup", "divide", "train", "sample", "warmup sample")
+PHASES = ("init", "subset", "validation", "warmup", "divide", "train", "sample", "warmup sample", "noise")
 
 
 def draws(seed: int, phase: str, epoch: int = 0, net: int = 0) -> np.random.Generator:

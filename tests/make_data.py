@@ -5,9 +5,11 @@ Importable from any test: `from make_data import make_cifar10`. Every maker retu
 """
 
 import functools
+import io
 import pickle
 import struct
 import types
+import zipfile
 from pathlib import Path
 from typing import ClassVar
 
@@ -90,6 +92,29 @@ def write_pickle(path: Path, entry: object, protocol: int = 2, python2: bool = F
         pickler.numpy1 = pickler.numpy1 or numpy1
         pickler.dump(entry)
     return path
+
+
+def pickled(entry: object, protocol: int = 2, numpy1: bool = False) -> bytes:
+    file = io.BytesIO()
+    pickler = Pickler(file, protocol)
+    pickler.numpy1 = numpy1
+    pickler.dump(entry)
+    return file.getvalue()
+
+
+def torch_archive(content: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
+    """A pickle as torch.save puts it into a file."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/version", "3\n")
+    return file.getvalue()
+
+
+def make_human(path: str | Path, arrays: dict[str, np.ndarray], numpy1: bool = True) -> Path:
+    """CIFAR-10_human.pt and the like, of these labels; as published with numpy 1's names."""
+    Path(path).write_bytes(torch_archive(pickled(arrays, numpy1=numpy1)))
+    return Path(path)
 
 
 def _folder(root: str | Path, name: str, subfolder: bool) -> Path:

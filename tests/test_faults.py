@@ -26,7 +26,7 @@ from test_run import assert_equal, last_state, without_times
 
 import PreResNet
 import Train_cifar
-from dividemix import DivideMixError, DivideMixWarning, checkpoint, lock, noise, report, run, signals
+from dividemix import DivideMixError, DivideMixWarning, checkpoint, lock, noise_file, report, run, signals
 from dividemix.run import Run
 
 EPOCHS = 3  # one of warm-up
@@ -504,6 +504,7 @@ def test_a_default_that_is_given_is_the_default(whole, tmp_path):
     go_on(tmp_path / "run", "--seed", "123")
     assert_same_run(tmp_path / "run", whole)
     labels = [
-        json.loads((folder / noise.file_name("digits", 0.5, "sym")).read_text()) for folder in (tmp_path / "run", whole)
+        json.loads((folder / noise_file.file_name("digits", 0.5, "sym")).read_text())
+        for folder in (tmp_path / "run", whole)
     ]
     assert labels[0] == labels[1]

@@ -12,7 +12,7 @@ import torch
 from conftest import end_of, tiny
 
 import Train_cifar
-from dividemix import DivideMixError, checkpoint, noise, report, run
+from dividemix import DivideMixError, checkpoint, noise_file, report, run
 from dividemix import lock as locking
 from dividemix.lock import lock, set_aside
 from dividemix.run import Run
@@ -73,7 +73,7 @@ def test_a_noise_file_that_is_no_file(begun, start, make):
     make(file := begun.parent / "noise.json")
     said = "is not a file: move it away, or name another with --noise_file\n"
     assert start("--noise_file", str(file)) == (1, f"error: noise file {file} {said}")
-    own = begun / noise.file_name("digits", 0.5, "sym")
+    own = begun / noise_file.file_name("digits", 0.5, "sym")
     own.unlink()
     make(own)
     assert start() == (1, f"error: noise file {own} {said}")

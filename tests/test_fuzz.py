@@ -17,14 +17,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_data import Pickler, Python2Pickler, colour_digits, make_cifar10, rows_of
+from make_data import Pickler, Python2Pickler, colour_digits, make_cifar10, pickled, rows_of, torch_archive
 from make_image_trees import make_clothing1M, make_webvision
 from test_dataloader_cifar import batch
 
 import dataloader_cifar
 import dataloader_clothing1M
 import dataloader_webvision
-from dividemix import DivideMixError, checkpoint, noise, state
+from dividemix import DivideMixError, checkpoint, noise, noise_file, noise_human, state
 from dividemix.codivide import CoDivide
 from dividemix.runtime import Runtime
 
@@ -64,18 +64,34 @@ def cifar(root: Path) -> Target:
     return Target(wholes, read)
 
 
-def noise_file(root: Path) -> Target:
+def noise_json(root: Path) -> Target:
     """40 labels of 5 classes, 20 % of them redrawn: a changed one may pass, as other noise would."""
     truth = np.arange(40) % 5
-    spec = noise.NoiseSpec("digits", "sym", 0.2, 0, 5, noise.next_class(5))
+    spec = noise_file.NoiseSpec("digits", "sym", 0.2, 0, 5, noise.next_class(5))
     labels = noise.inject(truth.tolist(), "sym", 0.2, 5, 0)
 
     def read(content: bytes, _: int) -> None:
         (root / "noise.json").write_bytes(content)
-        given = noise.read(root / "noise.json", truth, spec)
+        given = noise_file.read(root / "noise.json", truth, spec)
         assert given.dtype == np.int64 and given.shape == (40,) and 0 <= given.min() <= given.max() < 5
 
     return Target([json.dumps(labels).encode(), json.dumps(labels, indent=1).encode("utf-16")], read)
+
+
+def human_labels(root: Path) -> Target:
+    """The labels that people gave to 40 images of 5 classes: what is in the archive, as numpy 1 and 2 write it, and the
+    archive itself. A changed label may pass, as other people's would; a changed true one may not."""
+    truth = np.arange(40) % 5
+    arrays = {"clean_label": truth, "worse_label": truth[::-1].copy()}
+    pickles = [pickled(arrays, numpy1=numpy1) for numpy1 in (False, True)]
+    wholes = [*pickles, torch_archive(pickles[0])]
+
+    def read(content: bytes, k: int) -> None:
+        (root / "human.pt").write_bytes(torch_archive(content) if k < 2 else content)
+        given = noise_human.read(root / "human.pt", "worse_label", truth, 5)
+        assert given.dtype == np.int64 and given.shape == (40,) and 0 <= given.min() <= given.max() < 5
+
+    return Target(wholes, read)
 
 
 def lists(root: Path, names: list[str], find: Callable[[], tuple[dict, list[str]]]) -> Target:
@@ -158,7 +174,7 @@ def last_checkpoint(root: Path) -> Target:
     return Target(wholes, read)
 
 
-TARGETS = [cifar, noise_file, clothing1m, webvision, checkpoint_file, last_checkpoint]
+TARGETS = [cifar, noise_json, human_labels, clothing1m, webvision, checkpoint_file, last_checkpoint]
 
 # ---- Damage ----
 

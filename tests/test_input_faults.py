@@ -18,7 +18,7 @@ from test_dataloader_cifar import batch
 import Train_cifar
 import Train_clothing1M
 import Train_webvision
-from dividemix import DivideMixError, codivide, engine, noise, options, report, runtime
+from dividemix import DivideMixError, codivide, engine, noise, noise_file, options, report, runtime
 
 SCRIPTS = [Train_cifar, Train_clothing1M, Train_webvision]
 
@@ -156,17 +156,17 @@ def test_a_noise_file_of_another_data_set(tmp_path, r):
     """CIFAR-10's file beside CIFAR-100, or that of another set of the same size: a run on labels of other images. Near
     rate 1 the share of changed labels alone does not tell."""
     truth, other = np.arange(50_000) % 100, np.arange(50_000) % 10
-    spec = noise.NoiseSpec("cifar100", "sym", r, 123, 100, noise.asym_transition(100)[0])
+    spec = noise_file.NoiseSpec("cifar100", "sym", r, 123, 100, noise.asym_transition(100)[0])
     file = tmp_path / "noise.json"
     file.write_text(json.dumps(noise.inject(other.tolist(), "sym", r, 10, 123)))
     with pytest.raises(DivideMixError, match=r"another .*data set's"):
-        noise.read(file, truth, spec)
+        noise_file.read(file, truth, spec)
     file.write_text(json.dumps(noise.inject(truth[::-1].tolist(), "sym", r, 100, 123)))
     if r == 1:  # all labels are drawn: it is this noise
-        assert noise.read(file, truth, spec).shape == (50_000,)
+        assert noise_file.read(file, truth, spec).shape == (50_000,)
     else:
         with pytest.raises(DivideMixError, match="another rate's or data set's"):
-            noise.read(file, truth, spec)
+            noise_file.read(file, truth, spec)
 
 
 def test_a_ten_class_noise_file_with_cifar100(start, tmp_path):

@@ -20,7 +20,9 @@ def test_the_method_finds_the_wrong_labels_of_the_digits(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("noise", [("sym", "0.2", 4, 6), ("asym", "0.4", 8, 11), ("sym", "0", 4, 6)])
+@pytest.mark.parametrize(
+    "noise", [("sym", "0.2", 4, 6), ("asym", "0.4", 8, 11), ("idn", "0.3", 8, 11), ("sym", "0", 4, 6)]
+)
 def test_other_noise_is_learned_too(tmp_path, noise):
     """Other recipes (lambda_u 0, confidence penalty) and no noise at all, where the AUC is undefined. Held to what an
     epoch after warm-up reaches: a warm-up epoch would say nothing of the method."""

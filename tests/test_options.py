@@ -53,6 +53,8 @@ DEFAULTS = {
     "eval_batch_size": 1000,
     "noise_seed": 123,  # the seed's
     "noise_file": None,
+    "noise_definition": "with_self",
+    "noise_key": None,
     "val_fraction": 0.0,
     "init_from": None,
     "arch": "preresnet18",
@@ -103,6 +105,32 @@ def test_a_setting_that_the_paper_lacks_takes_the_nearest_row(asked, nearest):
     """Else the user's setting silently gets values that were tuned for something far away, or is called the paper's."""
     row, exact = recipes.nearest(*asked)
     assert ((row.dataset, row.mode, row.r), exact) == (nearest, False)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "wrong", "nearest"),
+    [
+        ("cifar10", 0.402, ("cifar10", "sym", 0.5)),  # worse_label: 45 % are wrong there, and 18 % at 20 %
+        ("cifar10", 0.09, ("cifar10", "sym", 0.2)),  # aggre_label
+        ("cifar10", 0.33, ("cifar10", "sym", 0.5)),  # nearer to 45 % than to 18 %
+        ("cifar10", 0.4, ("cifar10", "sym", 0.5)),  # and not the asymmetric row of this rate
+        ("cifar10", 0.95, ("cifar10", "sym", 0.9)),
+        ("cifar100", 0.402, ("cifar100", "sym", 0.5)),  # noisy_label
+        ("digits", 0.0, ("cifar10", "sym", 0.2)),
+    ],
+)
+def test_noise_that_the_paper_lacks_goes_by_its_wrong_labels(dataset, wrong, nearest):
+    """Else human or instance-dependent noise takes the row of an r that says something else there."""
+    row, exact = recipes.nearest(dataset, "human", None, wrong)
+    assert ((row.dataset, row.mode, row.r), exact) == (nearest, False)
+    args = Train_cifar.parse_args(["--dataset", dataset, "--noise_mode", "human", "--noise_key", "worse_label"])
+    row, lines = options.resolve_recipe(args, wrong)
+    assert row is None  # nothing of the paper's to compare with
+    name = f"{nearest[0]} sym {nearest[2]:.0%}"
+    assert (
+        f"p_threshold {args.p_threshold:g} (not in the paper; nearest row by {wrong:.1%} wrong labels, Table 7: {name})"
+        in lines
+    )
 
 
 @pytest.mark.parametrize("setting", PAPER)

@@ -489,3 +489,20 @@ def test_a_rank_that_ends_ends_the_others(tmp_path):
     assert first[0] == second[0] == 1
     assert second[2] == "rank 1: error: this one fails\n"
     assert first[2].splitlines()[-1].startswith("rank 0: error: another rank ended"), first[2]
+
+
+def test_a_small_file_is_written_once_and_whole(tmp_path, monkeypatch):
+    """Else a run that continues on a full disk ends because of a file that it has, or a folder that cannot be written
+    ends in a stack trace."""
+    with Run(tmp_path / "run", {}) as this:
+        this.save_file("matrix.csv", b"1,2")
+        this.save_file("matrix.csv", b"3,4")
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("dividemix.run.write_atomically", full)
+        this.save_file("matrix.csv", b"3,4")
+        with pytest.raises(DivideMixError, match=r"matrix\.csv cannot be written: No space left on device"):
+            this.save_file("matrix.csv", b"5,6")
+        assert (this.folder / "matrix.csv").read_bytes() == b"3,4"

@@ -19,6 +19,7 @@ from dividemix import noise
 from dividemix.codivide import normalise
 from dividemix.data import DeviceImages
 from dividemix.engine import ensemble_accuracy, per_sample_loss
+from dividemix.noise_file import file_name
 
 EPOCHS = 3  # one of warm-up
 SMALL = ["--width", "4", "--num_epochs", str(EPOCHS), "--warm_up", "1", "--batch_size", "16", "--precision", "fp32"]
@@ -32,7 +33,7 @@ def done(request, tmp_path_factory):
     if make:
         flags = ["--data_path", str(root / "data")]
         batches = make(root / "data", 64, 20)
-        noise_file = (root / "data" if dataset == "fashionmnist" else batches) / noise.file_name(dataset, 0.5, "sym")
+        noise_file = (root / "data" if dataset == "fashionmnist" else batches) / file_name(dataset, 0.5, "sym")
     else:
         flags = ["--limit_train", "64"]
         noise_file = None
@@ -138,7 +139,7 @@ def load_nets(states, num_class: int) -> list[torch.nn.Module]:
 def test_labels_and_noise_files(done):
     """Else runs that should share their noise do not, the labels that were used are lost, or a data folder that holds
     several data sets mixes up their noise."""
-    copy = done.folder / noise.file_name(done.dataset, 0.5, "sym")
+    copy = done.folder / file_name(done.dataset, 0.5, "sym")
     given = np.array(json.loads(copy.read_text()))
     assert len(given) == len(done.data.train_labels)
     if done.noise_file:
@@ -158,8 +159,9 @@ def test_figure_events_and_nothing_else(done):
     assert [event.step for event in events] == [0, 1, 2]
     assert [event.value for event in events] == pytest.approx([r["test_acc"] for r in done.records])
     assert [event.step for event in board.Scalars("auc_net2")] == [1, 2]
-    files = {path.name for path in done.folder.iterdir()} - {".lock", noise.file_name(done.dataset, 0.5, "sym")}
+    files = {path.name for path in done.folder.iterdir()} - {".lock", file_name(done.dataset, 0.5, "sym")}
     logs = {"acc.txt", "stats.txt", "metrics.jsonl", "args.json", "tensorboard", "labels.npz", "scores", "report.png"}
+    logs |= {"transition.csv"}
     assert files == logs | {"last.json", "best.pt", "epoch-001.pt", "epoch-002.pt", "result.json"}
     assert [path.name for path in (done.folder / "scores").iterdir()] == ["epoch_002.npz"]
 

@@ -1,6 +1,7 @@
 """Train_cifar.main in-process: the order of Algorithm 1, and what each flag does."""
 
 import contextlib
+import csv
 import io
 import json
 import re
@@ -11,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import note_phases, read_records, same, snapshot, tiny
-from make_data import make_cifar10, make_cifar100
+from make_data import make_cifar10, make_cifar100, make_human
 from test_run import assert_equal, last_state
 
 import dataloader_cifar
 import PreResNet
 import Train_cifar
-from dividemix import DivideMixError, noise, recipes, report
+from dividemix import DivideMixError, noise, noise_instance, recipes, report
 from dividemix.checkpoint import load_last
 from dividemix.codivide import normalise
 from dividemix.runtime import Runtime
@@ -162,6 +163,8 @@ def test_cross_entropy_is_the_baseline_of_the_papers_rows(tmp_path, phases, caps
         (["--noise_mode", "asym"], True),
         (["--noise_mode", "sym", "--conf_penalty", "on"], True),
         (["--noise_mode", "asym", "--conf_penalty", "off"], False),
+        (["--noise_mode", "idn"], False),
+        (["--noise_mode", "idn", "--conf_penalty", "on"], True),
         (["--noise_mode", "asym", "--method", "ce"], False),
         (["--noise_mode", "asym", "--method", "ce", "--conf_penalty", "on"], True),
     ],
@@ -204,6 +207,105 @@ def test_noise_seed_and_noise_file_decide_the_labels(tmp_path, phases, capsys):
     assert f"read from {tmp_path}/shared.json" in out
     changed = float((labels["given"] != labels["true"]).mean())
     assert f"noise sym 0.5: {changed:.1%} of the training labels are wrong" in out
+
+
+def test_instance_dependent_noise_depends_on_the_images(tmp_path, phases, capsys):
+    """Else it is made without the images, or of other samples' images, and nobody can see it."""
+    digits = dataloader_cifar.load("digits", "")
+    final = Train_cifar.main(tiny(tmp_path, "--num_epochs", "1", "--noise_mode", "idn", "--r", "0.4"))
+    given = json.loads(Path(final["run_dir"], "digits_0.4_idn.json").read_text())
+    expected = noise_instance.inject(digits.train_images, digits.train_labels, 0.4, 10, 123)
+    assert given == expected.tolist()
+    labels = np.load(Path(final["run_dir"], "labels.npz"))
+    assert labels["given"].tolist() == [given[i] for i in labels["index"]]
+    out = capsys.readouterr().out
+    assert "noise idn 0.4: " in out and "made with seed 123" in out
+    assert "lambda_u 25 (not in the paper; nearest row by 40.0% wrong labels, Table 7: cifar10 sym 50%)" in out
+
+
+def test_the_definition_of_symmetric_noise(tmp_path, phases, capsys):
+    """Else 50 % noise is 45 % wrong labels although the other definition was asked for; the two share a noise file or a
+    run folder; or the paper's number is set beside noise that is not the paper's."""
+    truth = dataloader_cifar.load("digits", "").train_labels.tolist()
+    final = Train_cifar.main(tiny(tmp_path, "--num_epochs", "1", "--noise_definition", "exclude_self"))
+    folder = Path(final["run_dir"])
+    assert folder.name == "digits_0.5_sym"
+    given = json.loads((folder / "digits_0.5_sym_exclude_self.json").read_text())
+    assert given == noise.inject(truth, "sym", 0.5, 10, 123, definition="exclude_self")
+    out = capsys.readouterr().out
+    assert "noise sym 0.5 exclude_self: " in out and "nearest row by 50.0% wrong labels" in out
+    with pytest.raises(DivideMixError, match="--noise_definition was exclude_self, now with_self"):
+        Train_cifar.main(tiny(tmp_path, "--num_epochs", "1"))
+    make_cifar10(tmp_path / "data", 40, 20)
+    flags = ["--dataset", "cifar10", "--data_path", f"{tmp_path}/data", "--limit_train", "40", "--num_epochs", "1"]
+    Train_cifar.main(tiny(tmp_path / "one", *flags))
+    final = Train_cifar.main(tiny(tmp_path / "two", *flags, "--noise_definition", "exclude_self"))
+    assert "paper_best" not in final
+    beside = {path.name for path in (tmp_path / "data" / "cifar-10-batches-py").glob("*.json")}
+    assert beside == {"0.5_sym.json", "0.5_sym_exclude_self.json"}
+
+
+def human_data(folder: Path, n: int = 40) -> tuple[list[str], np.ndarray, Path]:
+    """A set in CIFAR's format with labels from people: every fourth image is called the next class. -> (flags, the
+    labels, the file)"""
+    batches = make_cifar10(folder, n, 20)
+    truth = dataloader_cifar.load("cifar10", folder).train_labels
+    given = np.where(np.arange(n) % 4, truth, (truth + 1) % 10)
+    file = make_human(batches.parent / "CIFAR-10_human.pt", {"clean_label": truth, "worse_label": given})
+    flags = ["--dataset", "cifar10", "--data_path", str(folder), "--limit_train", str(n), "--num_epochs", "1"]
+    return [*flags, "--noise_mode", "human", "--noise_key", "worse_label"], given, file
+
+
+def test_human_labels_are_trained_on(tmp_path, phases, capsys):
+    """Else a run called CIFAR-10N trains on injected noise, with the penalty of asymmetric noise or the settings of
+    another rate, or under a name that another noise has."""
+    flags, given, file = human_data(tmp_path / "data")
+    final = Train_cifar.main(tiny(tmp_path / "out", *flags))
+    folder = Path(final["run_dir"])
+    assert folder.name == "cifar10_worse_label" and "paper_best" not in final
+    np.testing.assert_array_equal(np.load(folder / "labels.npz")["given"], given)
+    assert json.loads((folder / "worse_label.json").read_text()) == given.tolist()
+    assert [call["conf_penalty"] for call in phases] == [False] * 2
+    out = capsys.readouterr().out
+    assert f"noise human worse_label: 25.0% of the training labels are wrong; read from {file}\n" in out
+    assert "lambda_u 0 (not in the paper; nearest row by 25.0% wrong labels, Table 7: cifar10 sym 20%)" in out
+    arguments = json.loads((folder / "args.json").read_text())["args"]
+    assert (arguments["r"], arguments["noise_key"], arguments["noise_definition"]) == (None, "worse_label", None)
+
+    other = Train_cifar.main(tiny(tmp_path / "out", *flags, "--seed", "5", "--method", "ce", "--id", "a"))
+    assert Path(other["run_dir"]).name == "cifar10_worse_label_ce_seed5_a"
+    file.unlink()  # the run has its copy
+    longer = Train_cifar.main(tiny(tmp_path / "out", *flags, "--num_epochs", "2"))
+    assert longer["epoch"] == 1
+    with pytest.raises(DivideMixError, match=r"CIFAR-10_human\.pt is not in"):
+        Train_cifar.main(tiny(tmp_path / "out", *flags, "--fresh"))
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2  # put back
+
+
+def test_human_labels_of_other_images_are_refused(tmp_path, phases):
+    """Else labels are given to other images than people saw, and nothing is left to tell that they were."""
+    flags, given, file = human_data(tmp_path / "data")
+    make_human(file, {"clean_label": given, "worse_label": given})
+    with pytest.raises(DivideMixError, match="clean_label is not the data set's label for 10 of 40 samples"):
+        Train_cifar.main(tiny(tmp_path / "out", *flags))
+    assert not (tmp_path / "out").exists() and not phases
+
+
+def test_the_transition_matrix_is_printed_and_saved(tmp_path, phases, capsys):
+    """Else nobody sees which classes are confused, or the matrix is of all samples while the run has a part of them."""
+    flags = ["--noise_mode", "asym", "--r", "1", "--num_epochs", "1", "--val_fraction", "0.25"]
+    final = Train_cifar.main(tiny(tmp_path, *flags, "--limit_train", "200"))
+    out = capsys.readouterr().out
+    assert "\n".join([" " + "".join(f"{c:6d}" for c in range(10)), "0     . 100.0" + "     ." * 8]) in out
+    with open(Path(final["run_dir"], "transition.csv")) as file:
+        rows = list(csv.DictReader(file))
+    assert [row["true_class"] for row in rows] == [str(c) for c in range(10)]
+    assert sum(int(row["samples"]) for row in rows) == 150
+    assert all(row[f"count_{(c + 1) % 10}"] == row["samples"] for c, row in enumerate(rows))
+    make_cifar100(tmp_path / "hundred", 200, 10)
+    flags = ["--dataset", "cifar100", "--data_path", f"{tmp_path}/hundred", "--limit_train", "200", "--num_epochs", "1"]
+    Train_cifar.main(tiny(tmp_path, *flags))
+    assert re.search(r"given labels: \d\d\.\d% wrong; right from .* of class_\d+ to .*; most", capsys.readouterr().out)
 
 
 # ---- Subset, validation, initial weights ----
@@ -267,6 +369,7 @@ def test_init_from_starts_both_networks_from_a_checkpoint(tmp_path, phases):
         ([], "digits_0.5_sym"),
         (["--r", "0.80", "--noise_mode", "asym"], "digits_0.8_asym"),
         (["--r", "0.45", "--seed", "123", "--id", "try-2"], "digits_0.45_sym_try-2"),
+        (["--noise_mode", "idn", "--r", "0.4"], "digits_0.4_idn"),
         (["--method", "ce", "--seed", "7", "--id", "a"], "digits_0.5_sym_ce_seed7_a"),
         (["--run_dir", "elsewhere/run", "--id", "a"], "../elsewhere/run"),
     ],

@@ -1,0 +1,165 @@
+"""Human label noise: CIFAR-10N and CIFAR-100N, the labels that people on the Internet gave to CIFAR's training images.
+
+Source: Wei, Zhu, Cheng, Liu, Niu, Liu, "Learning with Noisy Labels Revisited: A Study Using Real-World Human
+Annotations", ICLR 2022. Each data set's labels are one file of torch.save: a dict of int64 arrays (N,), `clean_label`
+and the noisy ones. CIFAR-10N has three labels an image (random_label1 to 3), their majority (aggre_label) and one that
+is wrong where any of them is (worse_label); CIFAR-100N has one (noisy_label), and coarse labels, which are not used.
+"""
+
+import io
+import re
+import warnings
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dividemix import DivideMixError
+from dividemix.checkpoint import read_file
+
+TRUTH = "clean_label"
+_KEYS = {
+    "cifar10": ("worse_label", "aggre_label", "random_label1", "random_label2", "random_label3"),
+    "cifar100": ("noisy_label",),
+}
+KEYS = (*_KEYS["cifar10"], *_KEYS["cifar100"])
+_FILES = {"cifar10": "CIFAR-10_human.pt", "cifar100": "CIFAR-100_human.pt"}
+_PUBLISHED = "https://github.com/UCSC-REAL/cifar-10-100n, folder data"
+
+
+def keys(dataset: str) -> tuple[str, ...]:
+    """The noisy labels that this data set's file has; of a set without a published file, all names."""
+    return _KEYS.get(dataset, KEYS)
+
+
+def find(dataset: str, data_folder: Path | None) -> Path | None:
+    """The published file beside the data: in the folder of CIFAR's batches or the one above; None where it is not."""
+    places = [data_folder, data_folder.parent] if data_folder and dataset in _FILES else []
+    return next((place / _FILES[dataset] for place in places if (place / _FILES[dataset]).is_file()), None)
+
+
+def missing(dataset: str, data_folder: Path | None) -> DivideMixError:
+    """The error where there is no file and none is named."""
+    if dataset not in _FILES or data_folder is None:
+        return DivideMixError(f"--noise_mode human: {dataset} has no published file, name one with --noise_file")
+    places = f"{data_folder} or {data_folder.parent}"
+    how = f"get it from {_PUBLISHED}, or name it with --noise_file"
+    return DivideMixError(f"--noise_mode human: {_FILES[dataset]} is not in {places}: {how}")
+
+
+def read(path: Path, key: str, truth: NDArray[np.int64], num_class: int) -> NDArray[np.int64]:
+    """The labels `key` (N,) int64 of a file whose `clean_label` is the truth (N,).
+
+    Raises DivideMixError naming the file and what is wrong with it; whatever it holds, no code of it is run.
+    """
+    arrays = _load(path, len(truth))
+    for name in (TRUTH, key):
+        if name not in arrays:
+            how = "choose one of these with --noise_key, or another --noise_file"
+            raise DivideMixError(f"noise file {path}: it has no {name!r}, only {_listed(arrays)}: {how}")
+    clean, given = (_labels(path, name, arrays[name], len(truth), num_class) for name in (TRUTH, key))
+    differ = int((clean != truth).sum())
+    if differ:
+        raise _bad(path, f"its {TRUTH} is not the data set's label for {differ} of {len(truth)} samples")
+    return given
+
+
+def _bad(path: Path, what: str) -> DivideMixError:
+    return DivideMixError(f"noise file {path}: {what}: name a good copy with --noise_file ({_PUBLISHED})")
+
+
+def _listed(names: Iterable[Any]) -> str:
+    """Names from a file for a message: the plain ones, not more than people read."""
+    plain = [name for name in names if isinstance(name, str) and re.fullmatch(r"\w{1,40}", name)]
+    return ", ".join(plain[:12]) or "others"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The file: torch.load with weights_only, and three names admitted that arrays need
+
+
+class _Array:
+    """Stands for numpy's ndarray while a file is read: it keeps what the file says of an array, and makes none.
+
+    The real ndarray and dtype are no safe names to admit: called with arguments of the file's choice they make an
+    array of objects out of raw bytes, that is of pointers.
+    """
+
+    def __init__(self, *_: Any) -> None:
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Dtype:
+    """The same for numpy's dtype."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args, self.state = args, None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def _reconstruct(*_: Any) -> _Array:
+    """The same for the function with which a pickled array begins."""
+    return _Array()
+
+
+_ADMITTED = [  # numpy 2 and numpy 1 name the function differently
+    (_reconstruct, "numpy._core.multiarray._reconstruct"),
+    (_reconstruct, "numpy.core.multiarray._reconstruct"),
+    (_Array, "numpy.ndarray"),
+    (_Dtype, "numpy.dtype"),
+]
+
+
+def _load(path: Path, n: int) -> dict[Any, _Array]:
+    """The dict in the file. `n`: how many labels an array should have, for a limit on what is read."""
+    limit = 2**20 + 256 * n  # bytes; the published files have 48 a sample
+    try:
+        if path.stat().st_size > limit:
+            raise _bad(path, f"far too large for {n} labels")
+        content = read_file(path)
+    except OSError as error:
+        raise DivideMixError(f"noise file {path} cannot be read: {error.strerror}") from error
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # what torch.save writes
+            if sum(entry.file_size for entry in archive.infolist()) > limit:
+                raise _bad(path, f"far too large for {n} labels once unpacked")
+        with torch.serialization.safe_globals(_ADMITTED), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an unusual pickle protocol: it is read, or the error says what failed
+            arrays = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except DivideMixError:
+        raise
+    except Exception as error:  # damage can end in anything: BadZipFile, UnpicklingError, KeyError, MemoryError ...
+        asked = re.search(r"GLOBAL ([\w.]{1,60})", str(error))
+        if asked:
+            raise _bad(path, f"it asks for {asked[1]!r}, refused and nothing run") from error
+        raise _bad(path, "damaged, or not a file of int64 arrays that torch.save wrote") from error
+    if not isinstance(arrays, dict) or not all(isinstance(array, _Array) for array in arrays.values()):
+        raise _bad(path, "it should hold one dict of arrays, and holds something else")
+    return arrays
+
+
+def _labels(path: Path, name: str, array: _Array, n: int, num_class: int) -> NDArray[np.int64]:
+    """(n,) int64 from what the file says of an array, checked: type, length, range."""
+    try:
+        _version, shape, dtype, _fortran, data = array.state
+        code, order = dtype.args[0], dtype.state[1]
+        if code != "i8" or order not in ("<", ">") or not isinstance(data, bytes):
+            raise TypeError
+        labels = np.frombuffer(data, f"{order}i8").astype(np.int64)
+        wanted = (len(labels),)
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise _bad(path, f"{name!r} is not an array of int64 numbers") from error
+    if shape != wanted or len(labels) != n:
+        raise _bad(path, f"{name!r} has {len(labels)} labels, the data set {n} training samples")
+    if n and not 0 <= labels.min() <= labels.max() < num_class:
+        raise _bad(path, f"{name!r} has labels outside 0..{num_class - 1}")
+    return labels

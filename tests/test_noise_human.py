@@ -1,0 +1,151 @@
+"""Human labels: the published files are read, anything else ends in one line, and nothing that a file holds is run."""
+
+import os
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from make_data import make_human, pickled, torch_archive
+
+from dividemix import DivideMixError
+from dividemix.noise_human import KEYS, find, keys, read
+
+TRUTH = np.arange(40) % 10
+GIVEN = np.where(TRUTH == 3, 5, TRUTH)
+SOUND = {"clean_label": TRUTH, "aggre_label": TRUTH, "worse_label": GIVEN}
+
+
+class Call:
+    """Asks, when it is read, for function(*args), then for the state to be set."""
+
+    def __init__(self, function, *args, state=None):
+        self.reduced = (function, args) if state is None else (function, args, state)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+@pytest.mark.parametrize("numpy1", [True, False])
+def test_the_published_format_is_read(tmp_path, numpy1):
+    """The published files name numpy 1's functions, one that is saved again today numpy 2's."""
+    file = make_human(tmp_path / "human.pt", SOUND, numpy1)
+    np.testing.assert_array_equal(read(file, "worse_label", TRUTH, 10), GIVEN)
+    assert read(file, "aggre_label", TRUTH, 10).dtype == np.int64
+
+
+def test_what_torch_saves_is_read(tmp_path):
+    """Else people cannot bring labels of their own in this format."""
+    torch.save({**SOUND, "worse_label": GIVEN.astype(">i8")}, tmp_path / "human.pt")
+    np.testing.assert_array_equal(read(tmp_path / "human.pt", "worse_label", TRUTH, 10), GIVEN)
+
+
+def test_nothing_is_admitted_beyond_the_reading(tmp_path):
+    """A name that stays admitted would open every later torch.load, that of checkpoints too."""
+    before = torch.serialization.get_safe_globals()
+    read(make_human(tmp_path / "human.pt", SOUND), "worse_label", TRUTH, 10)
+    with pytest.raises(DivideMixError):
+        read(make_human(tmp_path / "human.pt", {"a": TRUTH}), "worse_label", TRUTH, 10)
+    assert torch.serialization.get_safe_globals() == before
+
+
+FAULTS = {
+    "a shorter list": ({**SOUND, "worse_label": GIVEN[:-1]}, "'worse_label' has 39 labels, the data set 40"),
+    "shorter true labels": ({**SOUND, "clean_label": TRUTH[:-1]}, "'clean_label' has 39 labels, the data set 40"),
+    "a label too large": ({**SOUND, "worse_label": GIVEN + 1}, "'worse_label' has labels outside 0..9"),
+    "a negative label": ({**SOUND, "worse_label": GIVEN - 1}, "'worse_label' has labels outside 0..9"),
+    "another data set's": ({**SOUND, "clean_label": GIVEN}, "clean_label is not the data set's label for 4 of 40"),
+    "no such labels": ({"clean_label": TRUTH, "noisy_label": GIVEN}, "no 'worse_label', only clean_label, noisy_label"),
+    "no true labels": ({"worse_label": GIVEN}, "no 'clean_label', only worse_label"),
+    "keys that cannot be shown": ({"a\nb": TRUTH, 3: TRUTH}, "no 'clean_label', only others"),
+    "two axes": ({**SOUND, "worse_label": GIVEN.reshape(4, 10)}, "'worse_label' has 40 labels, the data set 40"),
+    "fractions": ({**SOUND, "worse_label": GIVEN / 2}, "'worse_label' is not an array of int64 numbers"),
+    "short numbers": ({**SOUND, "worse_label": GIVEN.astype(np.int32)}, "'worse_label' is not an array of int64"),
+    "objects": ({**SOUND, "worse_label": GIVEN.astype(object)}, "'worse_label' is not an array of int64 numbers"),
+    "no dict": (list(SOUND.values()), "one dict of arrays"),
+    "lists": ({name: labels.tolist() for name, labels in SOUND.items()}, "one dict of arrays"),
+    "tensors": ({name: torch.tensor(labels) for name, labels in SOUND.items()}, "one dict of arrays"),
+    "an array without its contents": ({**SOUND, "worse_label": Call(np.ndarray, (40,))}, "not an array of int64"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_labels_that_cannot_be_these_are_refused(tmp_path, fault):
+    """Training on labels of other images gives a plausible wrong number: the worst outcome of all."""
+    entry, words = FAULTS[fault]
+    torch.save(entry, tmp_path / "human.pt")
+    with pytest.raises(DivideMixError) as error:
+        read(tmp_path / "human.pt", "worse_label", TRUTH, 10)
+    assert words in str(error.value) and str(tmp_path / "human.pt") in str(error.value)
+    assert "\n" not in str(error.value) and "--noise_file" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "damaged"),
+        (b"PK\x03\x04", "damaged"),
+        (b"[1, 2, 3]", "damaged"),
+        (torch_archive(pickled(SOUND))[:-30], "damaged"),
+        (torch_archive(pickled(SOUND)[:-30]), "damaged"),
+        (torch_archive(pickled(SOUND, protocol=4)), "damaged"),  # torch.load knows protocol 2
+        (pickled(SOUND), "damaged"),  # no archive
+        (b"\0" * 2**21, "far too large for 40 labels"),
+        (torch_archive(pickled({"a": "x" * 10**8}), zipfile.ZIP_DEFLATED), "far too large for 40 labels once unpacked"),
+    ],
+    ids=["empty", "a beginning", "JSON", "cut", "cut inside", "protocol", "no archive", "large", "packed"],
+)
+def test_damaged_files_are_refused(tmp_path, recwarn, content, words):
+    """Else half a download ends in a stack trace, or 100 kB fill the machine's memory."""
+    (tmp_path / "human.pt").write_bytes(content)
+    with pytest.raises(DivideMixError, match=words) as error:
+        read(tmp_path / "human.pt", "worse_label", TRUTH, 10)
+    assert "\n" not in str(error.value) and not recwarn
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    """A label file from anywhere would run programs on its users' machines."""
+    file, marker = tmp_path / "human.pt", tmp_path / "marker"
+    for name, call in (
+        ("posix.mkdir", Call(os.mkdir, str(marker))),
+        ("eval", Call(eval, f"open({str(marker)!r}, 'w')")),
+        ("numpy.load", Call(np.load, str(marker))),
+        ("torch.serialization.load", Call(torch.load, str(marker))),
+        ("numpy.dtypes.Int64DType", Call(np.dtypes.Int64DType)),
+    ):
+        file.write_bytes(torch_archive(pickled({**SOUND, "worse_label": call})))
+        with pytest.raises(DivideMixError, match=f"it asks for '{name}', refused and nothing run") as error:
+            read(file, "worse_label", TRUTH, 10)
+        assert "\n" not in str(error.value) and not marker.exists()
+
+
+def test_an_array_of_pointers_is_never_made(tmp_path):
+    """numpy's own ndarray, called with bytes and an object type, takes the file's bytes for addresses of objects: to
+    look at one runs whatever lies there. This is what the names that arrays need would open."""
+    addresses = np.arange(40).tobytes()
+    forged = Call(np.dtype, "i8", False, True, state=(3, "<", None, None, None, -1, -1, 63))
+    for call in (
+        Call(np.ndarray, (40,), "O", addresses),
+        Call(np.ndarray, (40,), Call(np.dtype, "O"), addresses),
+        Call(set, Call(np.ndarray, (40,), "O", addresses)),
+        Call(np.ndarray, (40,), forged, addresses),
+    ):
+        (tmp_path / "human.pt").write_bytes(torch_archive(pickled({**SOUND, "worse_label": call})))
+        with pytest.raises(DivideMixError):
+            read(tmp_path / "human.pt", "worse_label", TRUTH, 10)
+
+
+def test_a_file_that_cannot_be_opened(tmp_path):
+    """Else a folder of this name ends in a stack trace."""
+    with pytest.raises(DivideMixError, match="cannot be read: Is a directory"):
+        read(tmp_path, "worse_label", TRUTH, 10)
+
+
+def test_names_of_labels_and_files(tmp_path):
+    """Else the labels of the papers on CIFAR-10N and CIFAR-100N cannot be asked for, or a set finds another's file."""
+    assert keys("cifar10") == ("worse_label", "aggre_label", "random_label1", "random_label2", "random_label3")
+    assert keys("cifar100") == ("noisy_label",) and keys("digits") == KEYS
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "CIFAR-100_human.pt").touch()
+    assert find("cifar100", tmp_path) == find("cifar100", tmp_path / "inner") == tmp_path / "CIFAR-100_human.pt"
+    assert find("cifar10", tmp_path) is find("digits", tmp_path) is find("cifar100", None) is None
