@@ -137,7 +137,7 @@ def test_an_array_of_pointers_is_never_made(tmp_path):
 
 def test_a_file_that_cannot_be_opened(tmp_path):
     """Else a folder of this name ends in a stack trace."""
-    with pytest.raises(DivideMixError, match="cannot be read: Is a directory"):
+    with pytest.raises(DivideMixError, match="cannot be read: not a file"):
         read(tmp_path, "worse_label", TRUTH, 10)
 
 
