@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 import dataloader_cifar
-from dividemix import DivideMixError, logs, networks, noise, options, recipes, runtime
+from dividemix import DivideMixError, deploy, logs, networks, noise, options, recipes, runtime
 from dividemix.checkpoint import restore, state_of
 from dividemix.codivide import CoDivide
 from dividemix.data import DeviceImages
@@ -107,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 "command": ["Train_cifar.py", *(sys.argv[1:] if argv is None else argv)],
                 "args": vars(args),
                 "data": about,
+                "model": deploy.describe(args.arch, args.width, args.num_class, images.class_names, images.preparation),
                 "machine": machine.describe(),
             }
         )
