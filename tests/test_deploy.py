@@ -3,13 +3,17 @@
 import json
 import os
 import pickle
+import runpy
+import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from make_runs import COLOUR, GREY, NAMES, lively, make_run, nets_of
+from make_runs import COLOUR, GREY, NAMES, draw_photos, lively, make_run, nets_of
 
 from dividemix import DivideMixError, augment, checkpoint, deploy, networks
 from dividemix.deploy import describe, load_ensemble, probabilities, read_description, to_images
@@ -230,3 +234,18 @@ def test_the_shapes_of_every_network_are_known_without_building_it(arch):
     assert (
         next(shape for name, shape in found.items() if name.startswith(networks.ARCHITECTURES[arch].classifier))[0] == 6
     )
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("module", ["predict", "export"])
+def test_ctrl_c_says_that_nothing_is_written(tmp_path, module, monkeypatch, capsys):
+    """Else a user who stops it is told that the same command continues a training."""
+    monkeypatch.setattr(deploy, "load_ensemble", mock.Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # `command_line` sets it
+    last = draw_photos(tmp_path / "photos", 1)[0] if module == "predict" else tmp_path / "model.pt2"
+    monkeypatch.setattr(sys, "argv", [module, str(make_run(tmp_path / "run")), str(last)])
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"dividemix.{module}", run_name="__main__")
+    assert (ended.value.code, capsys.readouterr().err) == (130, "\ninterrupted: nothing is written\n")
+    assert {path.name for path in tmp_path.iterdir()} <= {"run", "photos"}
