@@ -107,7 +107,8 @@ def _checked(model: dict[str, Any]) -> Description:
     if (len(mean), len(std)) != (3, 3) or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
         raise ValueError("mean and std are not those of three channels")
     resize = _whole(given, "resize", 1, _LARGEST)
-    image_size, border = _whole(given, "image_size", 1, resize), _whole(given, "border", 0, _LARGEST)
+    image_size = _whole(given, "image_size", 1, resize)
+    border = _whole(given, "border", 0, image_size)
     channels = _whole(given, "channels", 1, 3)
     if channels == 2:
         raise ValueError("channels are neither 1 nor 3")

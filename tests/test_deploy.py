@@ -79,6 +79,7 @@ DAMAGE = {
     "no pixels": lambda m: m["preprocessing"].update(image_size=0),
     "absurd size": lambda m: m["preprocessing"].update(resize=10**9),
     "negative border": lambda m: m["preprocessing"].update(border=-1),
+    "absurd border": lambda m: m["preprocessing"].update(border=4000),
     "two channels": lambda m: m["preprocessing"].update(channels=2),
     "mean of two": lambda m: m["preprocessing"].update(mean=[0, 0]),
     "mean of nan": lambda m: m["preprocessing"].update(mean=[0, 0, float("nan")]),
