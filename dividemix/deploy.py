@@ -77,9 +77,7 @@ def read_description(run: Path) -> Description:
     except OSError as error:
         raise DivideMixError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise DivideMixError(
-            f"{path} is damaged ({_short(error)}): the training command, given again, mends it"
-        ) from error
+        raise DivideMixError(f"{path} is damaged ({_short(error)}): {_MEND}") from error
     if not isinstance(about, dict) or "model" not in about:
         raise DivideMixError(
             f'{path} has no entry "model", the run is of an earlier version: {_MEND}, and trains nothing where the run '

@@ -141,6 +141,19 @@ def test_batches_and_threads_change_nothing(run, start, tmp_path):
     assert [row["path"] for row in tables[0] if not row["label"]] == ["photos/photo_04.png"]
 
 
+@pytest.mark.gpu
+def test_a_card_gives_the_same_answers(run, tmp_path, monkeypatch):
+    """Else the answers depend on where the command was started."""
+    monkeypatch.chdir(tmp_path)
+    draw_photos(tmp_path / "photos", 9)
+    for device in ("cpu", "cuda"):
+        predict.main([str(run), "photos", "--device", device, "--out", f"{device}.csv"])
+    tables = [rows_of(tmp_path / f"{device}.csv") for device in ("cpu", "cuda")]
+    labels, confidences = ([[row[name] for row in rows] for rows in tables] for name in ("label", "confidence"))
+    assert labels[0] == labels[1]
+    np.testing.assert_allclose(*(np.array(values, float) for values in confidences), rtol=1e-3)
+
+
 def test_damaged_weights_say_nothing(run, start, tmp_path):
     """Else a run that diverged classifies everything as class 0, with confidence nan."""
     state = torch.load(run / "best.pt", weights_only=True)
