@@ -23,6 +23,7 @@ import numpy as np
 import dataloader_cifar
 from dividemix import (
     DivideMixError,
+    deploy,
     logs,
     networks,
     noise,
@@ -114,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 "command": ["Train_cifar.py", *(sys.argv[1:] if argv is None else argv)],
                 "args": vars(args),
                 "data": about,
+                "model": deploy.describe(args.arch, args.width, args.num_class, images.class_names, images.preparation),
                 "machine": machine.describe(),
             }
         )

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 import dataloader_clothing1M
 from dataloader_clothing1M import balanced_sample
-from dividemix import DivideMixError, check_data, logs, networks, options, recipes
+from dividemix import DivideMixError, check_data, deploy, logs, networks, options, recipes
 from dividemix.codivide import CoDivide
 from dividemix.engine import ensemble_accuracy, per_sample_loss, set_learning_rate, train_epoch, warmup_epoch
-from dividemix.images import Views
+from dividemix.images import Preparation, Views
 from dividemix.run import Run, folder_for, score_arrays
 from dividemix.seeds import draws, hold_out
 from dividemix.state import load_weights, restore, state_of
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         args.out_dir, args.run_dir, args.id or "clothing1m", f"seed{args.seed}" if args.seed != 123 else ""
     )
     views = Views(PAPER.resize_for(args.image_size), args.image_size, "crop")
+    preparation = Preparation(data.mean, data.std, views.crop, views.resize)
     streams = {"workers": args.workers, "ranks": machine.ranks, "keep": args.keep_images}
 
     with Run(folder, vars(args), args.fresh, machine.ranks, logs.CLOTHING1M, logs.by_network) as run:
@@ -90,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     "command": ["Train_clothing1M.py", *(sys.argv[1:] if argv is None else argv)],
                     "args": vars(args),
                     "data": about,
+                    "model": deploy.describe(args.arch, args.width, args.num_class, data.class_names, preparation),
                     "machine": machine.describe(),
                 }
             )

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import dataloader_webvision
-from dividemix import check_data, logs, networks, options, recipes
+from dividemix import check_data, deploy, logs, networks, options, recipes
 from dividemix.codivide import CoDivide
 from dividemix.engine import (
     ensemble_accuracy,
@@ -30,7 +30,7 @@ from dividemix.engine import (
     train_epoch,
     warmup_epoch,
 )
-from dividemix.images import Views
+from dividemix.images import Preparation, Views
 from dividemix.run import Run, folder_for, score_arrays
 from dividemix.seeds import draws, hold_out
 from dividemix.state import restore, state_of, still_in
@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     suffixes = [f"seed{args.seed}" if args.seed != 123 else "", args.id]
     folder = folder_for(args.out_dir, args.run_dir, "webvision", *suffixes)
     views = Views(PAPER.resize_for(args.image_size), args.image_size, "resized_crop")
+    preparation = Preparation(data.mean, data.std, views.crop, views.resize)
     streams = {"workers": args.workers, "ranks": machine.ranks, "cache_dir": args.cache_dir}
 
     with Run(folder, vars(args), args.fresh, machine.ranks, logs.WEBVISION) as run:
@@ -95,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     "command": ["Train_webvision.py", *(sys.argv[1:] if argv is None else argv)],
                     "args": vars(args),
                     "data": about,
+                    "model": deploy.describe(args.arch, args.width, args.num_class, data.class_names, preparation),
                     "machine": machine.describe(),
                 }
             )

@@ -30,6 +30,7 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
 
 from dividemix import DivideMixError
+from dividemix.images import Preparation
 
 # torchvision's classes hold the published file names, md5s and addresses
 _CIFAR = {"cifar10": (CIFAR10, "labels"), "cifar100": (CIFAR100, "fine_labels")}
@@ -44,6 +45,8 @@ _MEAN_STD = {  # of pixel values in [0, 1]; for CIFAR the authors' figures
     "fashionmnist": ((0.2860,) * 3, (0.3530,) * 3),
 }
 _MIN_SIDE = 16  # the networks halve the image three times
+_GREY = ("fashionmnist", "digits")
+_BORDER = 2  # black pixels around Fashion-MNIST's images: 28x28 -> 32x32
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,13 @@ class ImageData:
     @property
     def num_class(self) -> int:
         return len(self.class_names)
+
+    @property
+    def preparation(self) -> Preparation:
+        """What makes such an image of a file: as published, CIFAR's are 32x32, Fashion-MNIST's 28x28 and grey."""
+        border = _BORDER if self.name == "fashionmnist" else 0
+        side, channels = self.train_images.shape[1] - 2 * border, 1 if self.name in _GREY else 3
+        return Preparation(self.mean, self.std, side, side, channels, border)
 
 
 def load(dataset: str, data_path: str | Path, download: bool = False) -> ImageData:
@@ -297,7 +307,7 @@ def _text(value: Any) -> Any:
 
 # ---- Fashion-MNIST and the digits ----
 def _load_fashionmnist(root: Path, download: bool) -> tuple[_Arrays, _Arrays, list[str], Path, bool]:
-    """torchvision's raw IDX files: 28x28 grey, given a black border of 2 and three equal channels."""
+    """torchvision's raw IDX files: 28x28 grey, given a black border and three equal channels."""
     md5s = dict(FashionMNIST.resources)  # those of the .gz files, which torchvision leaves beside the raw ones
     raw = _find("fashionmnist", [root / "FashionMNIST" / "raw", root / "raw", root], download)
     if download and not all((raw / name.removesuffix(".gz")).is_file() for name in md5s):
@@ -312,7 +322,8 @@ def _load_fashionmnist(root: Path, download: bool) -> tuple[_Arrays, _Arrays, li
         if images.shape[1:] != (28, 28):
             raise _bad(images_path, f"images of {images.shape[1:]} pixels, expected (28, 28)")
         _check_labels(labels_path, labels, len(images), len(FashionMNIST.classes))
-        splits.append((np.repeat(np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None], 3, axis=3), labels))
+        padded = np.pad(images, ((0, 0), (_BORDER, _BORDER), (_BORDER, _BORDER)))
+        splits.append((np.repeat(padded[..., None], 3, axis=3), labels))
     archives = [raw / name for name, md5 in md5s.items() if check_integrity(raw / name, md5)]
     same = [gzip.decompress(path.read_bytes()) == path.with_suffix("").read_bytes() for path in archives]
     folder = raw.parent.parent if raw.parent.name == "FashionMNIST" else root

@@ -182,3 +182,30 @@ class Views:
             cut = Image.fromarray(np.ascontiguousarray(view))
             view = np.asarray(cut.resize((self.crop, self.crop), Image.Resampling.BILINEAR))
         return view
+
+
+# ---- Files for trained networks ----
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How an image file becomes what the networks of a run were evaluated on. The file's part: RGB or (channels 1)
+    grey, the short side `resize`, the centre of image_size x image_size. The networks' part, in `deploy.Ensemble`: a
+    black `border` of so many pixels around it, three channels, mean and std of values in [0, 1] (3,).
+
+    Sets that live on the device have resize = image_size: files of that size are taken pixel for pixel, others are
+    made to fit.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    image_size: int
+    resize: int
+    channels: int = 3
+    border: int = 0
+
+    def pixels(self, path: str, boundary: Boundary) -> NDArray[np.uint8]:
+        """(image_size, image_size, channels). Raises BadImage."""
+        image, views = read(path, boundary), Views(self.resize, self.image_size)
+        centre = views.eval(views.resized(image.convert("L") if self.channels == 1 else image))
+        return centre.reshape(self.image_size, self.image_size, self.channels)

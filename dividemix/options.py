@@ -297,7 +297,10 @@ def departures(args: argparse.Namespace, setting: dict[str, Any]) -> list[str]:
 # A script's end
 
 
-def command_line(main: Callable[[Sequence[str] | None], Any]) -> NoReturn:
+def command_line(
+    main: Callable[[Sequence[str] | None], Any],
+    stopped_means: str = "the same command continues after the last finished epoch",
+) -> NoReturn:
     """Run a script's main: errors that people can mend are one line and exit status 1, Ctrl-C is 130, SIGTERM 143.
     Among several ranks (torchrun) each line says whose it is, and a rank that fails ends at once, so that torchrun ends
     the others."""
@@ -316,7 +319,7 @@ def command_line(main: Callable[[Sequence[str] | None], Any]) -> NoReturn:
         # filename2: of two, the one that the user knows, not the temporary one
         fail(f"{who}error: {error.filename2 or error.filename or 'input or output'}: {error.strerror or error}")
     except KeyboardInterrupt as stopped:
-        how = getattr(stopped, "__notes__", ["the same command continues after the last finished epoch"])
+        how = getattr(stopped, "__notes__", [stopped_means])
         fail(f"\n{who}interrupted: {'; '.join(how)}", getattr(stopped, "status", 130))
     except Exception as error:
         if runtime.is_out_of_memory(error):

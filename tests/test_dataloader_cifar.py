@@ -20,10 +20,12 @@ from make_data import (
     rows_of,
     write_pickle,
 )
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from dataloader_cifar import load
 from dividemix import DivideMixError
+from dividemix.filelist import Boundary
 
 CIFAR10, CIFAR100, FashionMNIST = (getattr(torchvision.datasets, n) for n in ("CIFAR10", "CIFAR100", "FashionMNIST"))
 
@@ -450,3 +452,49 @@ def test_digits_split_is_stable():
     assert data.train_labels[:12].tolist() == [2, 8, 2, 6, 6, 7, 1, 9, 8, 5, 2, 8]
     again = load("digits", "y")
     np.testing.assert_array_equal(data.train_images, again.train_images)
+
+
+# ---- Files like the set's images ----
+
+
+def prepared(data, path: Path, pixels: np.ndarray) -> np.ndarray:
+    """An image file as the set's preparation makes it, with its border and three channels: (H, W, 3)."""
+    Image.fromarray(np.ascontiguousarray(pixels)).save(path)
+    border = data.preparation.border
+    found = np.pad(
+        data.preparation.pixels(str(path), Boundary(path.parent)), ((border, border), (border, border), (0, 0))
+    )
+    return np.repeat(found, 3 // found.shape[2], axis=2)
+
+
+@pytest.mark.parametrize(
+    ("make", "side"), [(make_cifar10, 32), (lambda root: make_cifar10(root, side=48), 48), (make_cifar100, 32)]
+)
+def test_a_file_of_cifar_is_prepared_as_it_is(tmp_path, make, side):
+    """Else: a trained network is asked about other pixels than those of its test set."""
+    dataset = "cifar100" if make(tmp_path).name == "cifar-100-python" else "cifar10"
+    data = load(dataset, tmp_path)
+    for image in data.test_images[:5]:
+        np.testing.assert_array_equal(prepared(data, tmp_path / "a.png", image), image)
+    assert (data.preparation.image_size, data.preparation.resize) == (side, side)
+    assert (data.preparation.mean, data.preparation.std) == (data.mean, data.std)
+
+
+def test_a_published_file_of_fashionmnist_is_prepared_as_the_set(tmp_path):
+    """Else: 28x28 files are blown up to 32x32, which no image of the training set was."""
+    make_fashionmnist(tmp_path)
+    data = load("fashionmnist", tmp_path)
+    for image in data.test_images[:5]:
+        np.testing.assert_array_equal(prepared(data, tmp_path / "a.png", image[2:-2, 2:-2, 0]), image)
+        np.testing.assert_array_equal(prepared(data, tmp_path / "a.png", image[2:-2, 2:-2]), image)  # in three channels
+
+
+def test_a_digit_of_8x8_is_prepared_as_the_set(tmp_path):
+    """Else: digits in their own size are scaled otherwise than those trained on. A file has 256 levels, the set 17:
+    rounding differs by one level. A file of 32x32 is taken as it is."""
+    data, digits = load("digits", tmp_path), load_digits()
+    order = np.random.RandomState(0).permutation(1797)[1450:]
+    for i, image in zip(order[:60], data.test_images, strict=False):
+        found = prepared(data, tmp_path / "a.png", np.round(digits.images[i] * (255 / 16)).astype(np.uint8))
+        np.testing.assert_allclose(found.astype(int), image, atol=1)
+        np.testing.assert_array_equal(prepared(data, tmp_path / "a.png", image), image)

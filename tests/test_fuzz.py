@@ -5,6 +5,7 @@ line. No traceback, no crash, no hang.
 many as the environment variable FUZZ says.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -19,13 +20,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_data import Pickler, Python2Pickler, colour_digits, make_cifar10, pickled, rows_of, torch_archive
 from make_image_trees import make_clothing1M, make_webvision
+from make_runs import COLOUR, draw_photos, make_run
 from test_dataloader_cifar import batch
 
 import dataloader_cifar
 import dataloader_clothing1M
 import dataloader_webvision
-from dividemix import DivideMixError, checkpoint, noise, noise_file, noise_human, state
+from dividemix import DivideMixError, checkpoint, deploy, noise, noise_file, noise_human, predict, state
 from dividemix.codivide import CoDivide
+from dividemix.images import BadImage
 from dividemix.runtime import Runtime
 
 CASES = int(os.environ.get("FUZZ", "1000"))  # of each kind
@@ -174,7 +177,40 @@ def last_checkpoint(root: Path) -> Target:
     return Target(wholes, read)
 
 
-TARGETS = [cifar, noise_json, human_labels, clothing1m, webvision, checkpoint_file, last_checkpoint]
+def run_description(root: Path) -> Target:
+    """args.json of a run whose networks are loaded by what it says."""
+    run = make_run(root / "run", last=False)
+
+    def read(content: bytes, _: int) -> None:
+        (run / "args.json").write_bytes(content)
+        description = deploy.read_description(run)
+        assert description.classes is None or len(description.classes) == description.num_class == 6
+        assert deploy.load_ensemble(run, description)(torch.zeros(1, 3, 16, 16)).shape == (1, 6)
+
+    model = json.loads((run / "args.json").read_text())["model"]
+    return Target([json.dumps({"model": model}).encode(), json.dumps({"model": model}, indent=1).encode()], read)
+
+
+def prediction_list(root: Path) -> Target:
+    """The list that `predict` takes; what it names is looked at, and may be nothing."""
+    [photo] = draw_photos(root, 1)
+
+    def read(content: bytes, _: int) -> None:
+        (root / "list.csv").write_bytes(content)
+        files = predict.find_images(root / "list.csv")
+        assert files.names and len(files.names) == len(files.paths)
+        for path in files.paths:
+            with contextlib.suppress(BadImage):
+                assert COLOUR.pixels(path, files.boundary).shape == (16, 16, 3)
+
+    names = [photo.name, str(photo), "a,b", 'c"d', "é\n"]
+    wholes = [f"path,label\n{photo.name},1\n".encode(), b"\xef\xbb\xbfid;x,path\r\n1,none.png\r\n"]
+    quoted = "".join('"' + name.replace('"', '""') + '"\n' for name in names)
+    return Target([*wholes, f"path\n{quoted}".encode()], read)
+
+
+TARGETS = [cifar, noise_json, human_labels, clothing1m, webvision]
+TARGETS += [checkpoint_file, last_checkpoint, run_description, prediction_list]
 
 # ---- Damage ----
 

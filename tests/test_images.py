@@ -16,7 +16,7 @@ from torchvision.transforms import functional as TF
 
 from dividemix import DivideMixError
 from dividemix.filelist import Boundary
-from dividemix.images import RATIO, SCALE, BadImage, Views, read
+from dividemix.images import RATIO, SCALE, BadImage, Preparation, Views, read
 
 CROP, RESIZED = Views(64, 56), Views(80, 60, "resized_crop")
 
@@ -183,3 +183,32 @@ def test_images_of_too_many_pixels_are_refused(tmp_path, monkeypatch):
     with warnings.catch_warnings(), pytest.raises(BadImage, match="60 x 50 pixels"):
         warnings.simplefilter("ignore")
         read(str(tmp_path / "photo.jpg"), Boundary(tmp_path))
+
+
+# ---- Files for trained networks ----
+
+
+@pytest.mark.parametrize("size", [(200, 150), (40, 90), (64, 64), (9, 8)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_prepared_file_is_torchvisions_evaluation_view(tmp_path, size, channels):
+    """A trained network would be asked about other pixels than those it was evaluated on."""
+    path, preparation = tmp_path / "photo.png", Preparation((0.5,) * 3, (0.5,) * 3, 56, 64, channels)
+    photo(*size).save(path)
+    image = photo(*size).convert("L") if channels == 1 else photo(*size)
+    expected = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(56)])(image)
+    found = preparation.pixels(str(path), Boundary(tmp_path))
+    np.testing.assert_array_equal(found, np.asarray(expected).reshape(56, 56, channels))
+
+
+@pytest.mark.parametrize(("kind", "mode", "options"), KINDS.values(), ids=KINDS)
+def test_any_kind_of_image_is_prepared_in_grey(tmp_path, kind, mode, options):
+    """A network of grey images would end at the first file in colours, or with transparency."""
+    path, levels = tmp_path / "photo.png", np.arange(600, dtype=np.uint16).reshape(20, 30)
+    image = Image.fromarray(levels) if mode == "I;16" else photo(30, 20).convert("L").convert(mode)
+    image.save(path, kind, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = Preparation((0.5,) * 3, (0.5,) * 3, 20, 20, channels=1).pixels(str(path), Boundary(tmp_path))
+        with Image.open(path) as opened:
+            expected = np.asarray(opened.convert("RGB").convert("L"))[:, 5:25, None]
+    np.testing.assert_array_equal(found, expected)

@@ -72,6 +72,8 @@ def check(command: list[str]) -> None:
         assert dry.returncode == 0, dry.stderr
     elif arguments[:2] == ["-m", "dividemix.report"]:
         check_arguments(parse_report, arguments[2:])
+    elif arguments[:2] in (["-m", "dividemix.predict"], ["-m", "dividemix.export"]):
+        check_arguments(importlib.import_module(arguments[1]).parse_args, arguments[2:])
     elif arguments[0] == "-m":
         assert arguments[1] in ("venv", "pip", "pytest"), f"unknown module {arguments[1]}"
     elif re.fullmatch(r"Train_\w+\.py|benchmarks/\w+\.py", arguments[0]):
@@ -154,6 +156,8 @@ def test_every_command_that_the_makefile_runs_parses():
         "CUDA_VISIBLE_DEVICES=1 python Train_cifar.py --lr",
         "python -m dividemix.nothing a",
         "python -m dividemix.report",
+        "python -m dividemix.predict checkpoint/a",
+        "python -m dividemix.export checkpoint/a model.pt2 --weights first",
         "make nothing",
         "some text python Train_cifar.py --r 0.5",
         "python Train_cifar.py --id 'open",

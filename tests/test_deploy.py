@@ -1,0 +1,252 @@
+"""A run folder read back: its description, its two networks as one, and nothing that does not fit or is not sound."""
+
+import json
+import os
+import pickle
+import runpy
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from make_runs import COLOUR, GREY, NAMES, draw_photos, lively, make_run, nets_of
+
+from dividemix import DivideMixError, augment, checkpoint, deploy, networks
+from dividemix.deploy import describe, load_ensemble, probabilities, read_description, to_images
+
+
+def edit(run: Path, change) -> None:
+    about = json.loads((run / "args.json").read_text())
+    change(about)
+    (run / "args.json").write_text(json.dumps(about))
+
+
+def refused(call, *arguments) -> str:
+    """One line that says what to do."""
+    with pytest.raises(DivideMixError) as error:
+        call(*arguments)
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 500, message
+    return message
+
+
+# ---- The description ----
+
+
+@pytest.mark.parametrize("preparation", [COLOUR, GREY], ids=["colour", "grey"])
+@pytest.mark.parametrize("classes", [NAMES, None, ["", "<b>", "a,b", '"', "\n", "\udcff"]])
+def test_a_description_is_read_as_it_was_written(tmp_path, preparation, classes):
+    """Else a run's predictions have other names, sizes or colours than its training had."""
+    run = make_run(tmp_path / "run", preparation, classes)
+    found = read_description(run)
+    assert found == deploy.Description("preresnet18", 4, 6, classes, preparation)
+    assert [found.name(c) for c in (0, 5)] == ([classes[0], classes[5]] if classes else ["0", "5"])
+
+
+def test_a_run_of_before_descriptions_says_how_to_get_one(tmp_path):
+    """Else whoever trained for a day with an earlier version is told to train again, or guesses."""
+    run = make_run(tmp_path / "run")
+    edit(run, lambda about: about.pop("model"))
+    message = refused(read_description, run)
+    assert str(run / "args.json") in message and "trains nothing where the run is finished" in message
+    assert "(python Train_cifar.py --r 0.5 --id 'a b')" in message
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[", b"\xff", b"[" * 100_000, b"[]", b"null", b"3", b'{"model": 1}'])
+def test_what_is_no_run_folder_is_said(tmp_path, content):
+    """Else a mistyped folder ends in a traceback."""
+    if content is not None:
+        (tmp_path / "args.json").write_bytes(content)
+    message = refused(read_description, tmp_path)
+    assert "is not a run folder" in message if content is None else str(tmp_path / "args.json") in message
+    refused(read_description, tmp_path / "args.json")  # a file instead of a folder
+
+
+DAMAGE = {
+    "no arch": lambda m: m.pop("arch"),
+    "arch is a number": lambda m: m.update(arch=3),
+    "a list": lambda m: m.update(preprocessing=[]),
+    "width 0": lambda m: m.update(width=0),
+    "width true": lambda m: m.update(width=True),
+    "one class": lambda m: m.update(num_class=1, classes=["a"]),
+    "a name too few": lambda m: m["classes"].pop(),
+    "a name that is a number": lambda m: m["classes"].__setitem__(0, 1),
+    "crop above the image": lambda m: m["preprocessing"].update(image_size=21),
+    "no pixels": lambda m: m["preprocessing"].update(image_size=0),
+    "absurd size": lambda m: m["preprocessing"].update(resize=10**9),
+    "negative border": lambda m: m["preprocessing"].update(border=-1),
+    "absurd border": lambda m: m["preprocessing"].update(border=4000),
+    "two channels": lambda m: m["preprocessing"].update(channels=2),
+    "mean of two": lambda m: m["preprocessing"].update(mean=[0, 0]),
+    "mean of nan": lambda m: m["preprocessing"].update(mean=[0, 0, float("nan")]),
+    "mean of an endless number": lambda m: m["preprocessing"].update(mean=[0, 0, 10**400]),
+    "std of 0": lambda m: m["preprocessing"].update(std=[1, 1, 0]),
+    "other interpolation": lambda m: m["preprocessing"].update(interpolation="bicubic"),
+}
+
+
+@pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_description_is_refused(tmp_path, change):
+    """Else a run folder that was edited, or comes from elsewhere, gives nonsense, a traceback, or fills the memory."""
+    run = make_run(tmp_path / "run")
+    edit(run, lambda about: change(about["model"]))
+    message = refused(read_description, run)
+    assert str(run / "args.json") in message and "damaged" in message and "given again" in message
+
+
+def test_a_command_that_is_none_is_not_shown(tmp_path):
+    """Else a strange args.json writes what it likes to the terminal."""
+    run = make_run(tmp_path / "run")
+    for command in (None, 3, ["a\x1b[2J"], [1], {"a": 1}):
+        edit(run, lambda about, command=command: (about.pop("model", None), about.update(command=command)))
+        assert refused(read_description, run).endswith("finished")
+
+
+# ---- The networks ----
+
+
+@pytest.mark.parametrize("preparation", [COLOUR, GREY], ids=["colour", "grey"])
+def test_the_ensemble_is_what_the_test_counts(tmp_path, preparation):
+    """The images as training normalises them, to the bit, grey ones in three channels in their black border; and the
+    sum of both networks' logits. Else the program is not the network whose accuracy the run reports."""
+    run = make_run(tmp_path / "run", preparation)
+    side, channels, border = preparation.image_size, preparation.channels, preparation.border
+    pixels = np.random.default_rng(0).integers(0, 256, (5, side, side, channels), dtype=np.uint8)
+    ensemble = load_ensemble(run, read_description(run))
+    whole = np.pad(np.repeat(pixels, 3 // channels, axis=3), ((0, 0), (border, border), (border, border), (0, 0)))
+    x = augment.to_float(torch.from_numpy(whole), torch.tensor(preparation.mean), torch.tensor(preparation.std))
+    images = to_images(torch.from_numpy(pixels))
+    assert torch.equal(deploy.Ensemble([torch.nn.Identity()], preparation)(images), x)
+    first, second = nets_of(run)
+    with torch.no_grad():
+        expected = first(x) + second(x)
+        torch.testing.assert_close(ensemble(images), expected, rtol=1e-5, atol=1e-5)
+    assert expected.std(dim=0).min() > 0.01  # or any other image would do as well
+
+
+def test_probabilities_are_those_of_the_mean_logits():
+    """Else confidence doubles because there are two networks, or the likeliest class is not the ensemble's."""
+    logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, -500.0, 500.0], [1e4, 1e4, 0.0]])
+    p = probabilities(2 * logits)  # two networks that agree
+    torch.testing.assert_close(p, logits.double().softmax(dim=1))
+    assert p.dtype == torch.float64 and p.argmax(dim=1).tolist() == logits.argmax(dim=1).tolist()
+    torch.testing.assert_close(p.sum(dim=1), torch.ones(3, dtype=torch.float64))
+
+
+def test_best_and_last_are_different_networks(tmp_path):
+    """Else --weights has no effect, and the last epoch's networks pass for the best."""
+    run = make_run(tmp_path / "run")
+    description = read_description(run)
+    best, last = (load_ensemble(run, description, weights) for weights in deploy.WEIGHTS)
+    for ensemble, seed in ((best, 0), (last, 10)):
+        for k, net in enumerate(ensemble.nets):
+            expected = lively("preresnet18", 6, 4, seed + k).state_dict()
+            assert all(torch.equal(value, expected[name]) for name, value in net.state_dict().items())
+        assert not ensemble.training
+
+
+def test_loading_draws_nothing_from_the_global_stream(tmp_path):
+    """Else a notebook that loads a run between two seeded steps changes the second one."""
+    run = make_run(tmp_path / "run")
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    load_ensemble(run, read_description(run))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_missing_weights_are_said(tmp_path):
+    """Else a run that was stopped in its first epoch ends in a traceback."""
+    run = make_run(tmp_path / "run", last=False)
+    (run / "best.pt").unlink()
+    description = read_description(run)
+    assert "--weights last" in refused(load_ensemble, run, description)
+    assert "not one epoch is finished" in refused(load_ensemble, run, description, "last")
+
+
+class Payload:
+    """Pickled, it makes a file when it is read by Python's own unpickler."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_malicious_checkpoint_is_not_run(tmp_path):
+    """Else to try a stranger's run folder is to run the stranger's code."""
+    run = make_run(tmp_path / "run")
+    torch.save({"nets": [Payload(tmp_path / "owned")] * 2}, run / "best.pt")
+    message = refused(load_ensemble, run, read_description(run))
+    assert str(run / "best.pt") in message and not (tmp_path / "owned").exists()
+    (run / "best.pt").write_bytes(pickle.dumps(Payload(tmp_path / "owned"), protocol=2))
+    refused(load_ensemble, run, read_description(run))
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one net", "no dicts", "other width", "other classes", "no tensors"])
+def test_weights_that_do_not_fit_are_refused(tmp_path, damage):
+    """Else half a network answers, at random."""
+    run = make_run(tmp_path / "run")
+    path, description = run / "best.pt", read_description(run)
+    state = torch.load(path, weights_only=True)
+    if damage == "one net":
+        state["nets"] = state["nets"][:1]
+    elif damage == "no dicts":
+        state["nets"] = [1, 2]
+    elif damage == "no tensors":
+        state["nets"] = [dict.fromkeys(net, 1.0) for net in state["nets"]]
+    elif damage == "other width":
+        description = replace(description, width=5)
+    elif damage == "other classes":
+        description = replace(description, num_class=7)
+    checkpoint.write_atomically(path, checkpoint.to_bytes(state)[: -100 if damage == "truncated" else None])
+    assert str(path) in refused(load_ensemble, run, description)
+
+
+@pytest.mark.parametrize("width", [1000, 2**20])
+def test_an_absurd_width_takes_no_memory(tmp_path, width):
+    """An args.json from elsewhere could fill the memory before it is seen that its weights are of another network."""
+    run = make_run(tmp_path / "run")
+    edit(run, lambda about: about["model"].update(width=width))
+    assert "does not hold" in refused(load_ensemble, run, read_description(run))
+
+
+def test_an_unknown_network_is_said(tmp_path):
+    """Else a run of a later version ends in a KeyError."""
+    run = make_run(tmp_path / "run")
+    edit(run, lambda about: about["model"].update(arch="resnet1001"))
+    assert "'resnet1001'" in refused(load_ensemble, run, read_description(run))
+
+
+@pytest.mark.parametrize("arch", networks.ARCHITECTURES)
+def test_the_shapes_of_every_network_are_known_without_building_it(arch):
+    """Else a network that cannot be looked at beforehand cannot be used after training."""
+    model = describe(arch, networks.WIDTH, 6, None, COLOUR)
+    found = deploy._shapes(deploy._checked(model))
+    if arch == "preresnet18":
+        net = networks.build(arch, 6)
+        assert found == {name: value.shape for name, value in net.state_dict().items()}
+    assert (
+        next(shape for name, shape in found.items() if name.startswith(networks.ARCHITECTURES[arch].classifier))[0] == 6
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("module", ["predict", "export"])
+def test_ctrl_c_says_that_nothing_is_written(tmp_path, module, monkeypatch, capsys):
+    """Else a user who stops it is told that the same command continues a training."""
+    monkeypatch.setattr(deploy, "load_ensemble", mock.Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # `command_line` sets it
+    last = draw_photos(tmp_path / "photos", 1)[0] if module == "predict" else tmp_path / "model.pt2"
+    monkeypatch.setattr(sys, "argv", [module, str(make_run(tmp_path / "run")), str(last)])
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"dividemix.{module}", run_name="__main__")
+    assert (ended.value.code, capsys.readouterr().err) == (130, "\ninterrupted: nothing is written\n")
+    assert {path.name for path in tmp_path.iterdir()} <= {"run", "photos"}
