@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dividemix import DivideMixError, networks, runtime
-from dividemix.checkpoint import load_last, load_networks, load_weights
+from dividemix.checkpoint import load_last, load_networks
 from dividemix.images import Preparation
+from dividemix.state import load_weights
 
 WEIGHTS = ("best", "last")
 _LARGEST = 4096  # pixels of a side; what asks for more is damaged
