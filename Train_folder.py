@@ -68,7 +68,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="ce: plain cross-entropy, the same nets and schedule",
     )
     group.add_argument("--conf_penalty", choices=["on", "off"], default="off", help="confidence penalty in warm-up")
-    options.add_run(parser, val_fraction=False, eval_batch_size=200)
+    options.add_run(parser, val_fraction=False, eval_batch_size=None)
     return parser.parse_args(argv)
 
 

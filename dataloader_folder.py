@@ -171,7 +171,7 @@ def _folders(base: Path) -> list[str]:
     names = [entry.name for entry in _entries(base) if entry.is_dir()]
     for name in names:
         if not name.isprintable():
-            shown = repr(name.encode(errors="backslashreplace").decode())
+            shown = repr(os.fsencode(name))
             raise DivideMixError(f"{base}: the folder {shown} has a name that is no printable UTF-8 text: rename it")
     return names
 

@@ -65,6 +65,7 @@ def choose(args: argparse.Namespace, n: int, side: int, parts: Collection[str]) 
     settle("lr_drop", lr_drop(args.warm_up, args.num_epochs), "after three quarters of the epochs after warm-up")
     settle("lambda_u", 0.0, "as for 20 % and asymmetric noise; about 25 where half of the labels are wrong")
     settle("p_threshold", 0.5, "the paper's below 90 % noise")
+    args.eval_batch_size = args.eval_batch_size or (1000 if args.image_size <= SMALL else 200)
     if args.warm_up < 1:
         raise DivideMixError("--warm_up 0: expected 1 or more, since the first division is made at an epoch's end")
     return recipe, lines

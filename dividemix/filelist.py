@@ -300,7 +300,7 @@ def images_below(base: Path) -> tuple[list[bytes], int]:
                     try:
                         name.encode()
                     except UnicodeEncodeError as error:
-                        shown = os.path.join(base, name).encode(errors="backslashreplace").decode()
+                        shown = os.fsencode(os.path.join(base, name)).decode(errors="backslashreplace")
                         raise DivideMixError(f"{shown}: its name is not UTF-8 text: rename it") from error
                     if entry.is_dir():
                         place = os.path.realpath(entry.path)

@@ -60,15 +60,21 @@ def resnet50(num_class: int) -> nn.Module:
 
 def from_torchvision(name: str, num_class: int) -> nn.Module:
     """One of torchvision's classification networks, with its state-dict keys and initialisation. The classifier is
-    computed in float32 under autocast too. googlenet and inception_v3 come without their auxiliary classifiers, and
-    always take images normalised as ImageNet's, as their published weights do."""
+    computed in float32 under autocast too."""
+    net = torchvisions_own(name, num_class)
+    layer = net.get_submodule(classifier_of(net))
+    layer.__class__ = LinearInFloat32 if isinstance(layer, nn.Linear) else Conv2dInFloat32
+    return net
+
+
+def torchvisions_own(name: str, num_class: int) -> nn.Module:
+    """As torchvision makes it. googlenet and inception_v3 come without their auxiliary classifiers, and always take
+    images normalised as ImageNet's, as their published weights do."""
     from torchvision import models
 
     inception = {"aux_logits": False, "transform_input": True, "init_weights": False}
     more = inception if name in ("googlenet", "inception_v3") else {}
     net = models.get_model(name, weights=None, num_classes=num_class, **more)
-    layer = net.get_submodule(classifier_of(net))
-    layer.__class__ = LinearInFloat32 if isinstance(layer, nn.Linear) else Conv2dInFloat32
     if type(net)._load_from_state_dict is not nn.Module._load_from_state_dict:
         # MNASNet's wants a version number beside the weights, which a checkpoint's plain dict lacks, and only converts
         # files of before 2019.
@@ -141,9 +147,9 @@ def _skeleton(name: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
-                return from_torchvision(name, 2)
+                return torchvisions_own(name, 2)
         except NotImplementedError:  # the regnets compute their shapes by tensors
-            return from_torchvision(name, 2).to("meta")
+            return torchvisions_own(name, 2).to("meta")
 
 
 def refusal(arch: str, image_size: int) -> str:

@@ -191,10 +191,16 @@ def add_images(
 
 
 def add_run(
-    parser: Parser, *, id: str = "", val_fraction: bool = True, save_scores: bool = True, eval_batch_size: int = 1000
+    parser: Parser,
+    *,
+    id: str = "",
+    val_fraction: bool = True,
+    save_scores: bool = True,
+    eval_batch_size: int | None = 1000,
 ) -> None:
     """Where and how it runs: the same flags for every script, but --val_fraction, which a script with a validation set
-    of its own lacks, and --save_scores, which one lacks that always does."""
+    of its own lacks, and --save_scores, which one lacks that always does. eval_batch_size: None where the images' size
+    tells it."""
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=seed, default=123, help="every random draw derives from it")
     group.add_argument("--id", type=run_id, default=id, help="suffix of the run folder's name")
@@ -232,7 +238,10 @@ def add_run(
     group.add_argument("--no_compile", action="store_true", help="on a GPU: do not fuse operators (torch.compile)")
     group.add_argument("--no_graph", action="store_true", help="on a GPU: do not capture steps in CUDA graphs")
     group.add_argument(
-        "--eval_batch_size", type=positive_int, default=eval_batch_size, help="batch of loss passes and tests"
+        "--eval_batch_size",
+        type=positive_int,
+        default=eval_batch_size,
+        help="batch of loss passes and tests" + (" (default: from the data)" if eval_batch_size is None else ""),
     )
     group.add_argument(
         "--workers",
