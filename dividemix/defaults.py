@@ -61,8 +61,11 @@ def choose(args: argparse.Namespace, n: int, side: int, parts: Collection[str]) 
     settle("lr", recipe.lr, recipe.name)
     settle("alpha", recipe.alpha, recipe.name)
     settle("warm_up", warm_up(recipe, n), f"{n} images to train on")
-    settle("num_epochs", num_epochs(recipe, n, args.warm_up), f"{n} images to train on")
-    settle("lr_drop", lr_drop(args.warm_up, args.num_epochs), "after three quarters of the epochs after warm-up")
+    # The drop stays where it is when another number of epochs is given: a run is continued by a higher one.
+    epochs = num_epochs(recipe, n, args.warm_up)
+    drop = args.warm_up + (epochs - args.warm_up) * 3 // 4
+    settle("num_epochs", epochs, f"{n} images to train on")
+    settle("lr_drop", drop, f"after three quarters of {epochs - args.warm_up} epochs after warm-up")
     settle("lambda_u", 0.0, "as for 20 % and asymmetric noise; about 25 where half of the labels are wrong")
     settle("p_threshold", 0.5, "the paper's below 90 % noise")
     args.eval_batch_size = args.eval_batch_size or (1000 if args.image_size <= SMALL else 200)
@@ -116,7 +119,3 @@ def num_epochs(recipe: OwnRecipe, n: int, warm_up: int) -> int:
     if n < SHORT:
         return warm_up + SHORT_EPOCHS
     return max(min(recipe.train_images // n, recipe.max_epochs), warm_up + SHORT_EPOCHS)
-
-
-def lr_drop(warm_up: int, num_epochs: int) -> int:
-    return max(warm_up, 1) + max((num_epochs - warm_up) * 3 // 4, 0)

@@ -42,6 +42,12 @@ def test_photos():
     assert recipe is recipes.OWN_SCRATCH
 
 
+def test_a_higher_number_of_epochs_changes_nothing_else():
+    """A run could not be continued by it: what follows from the data would no longer be what the run began with."""
+    found = [vars(chosen("--num_epochs", epochs)[0]) | {"num_epochs": 0} for epochs in ("1", "18", "300")]
+    assert found[0] == found[1] == found[2]
+
+
 def test_a_flag_wins_and_is_called_given():
     """Else somebody's setting is silently another."""
     flags = {"arch": "resnet18", "weights": "none", "image_size": "40", "data_mode": "stream", "batch_size": "16"}
@@ -61,7 +67,7 @@ def test_sizes_of_sets(n, expected):
     """A handful of images would be a single batch an epoch, or a million take a month."""
     args, _, _ = chosen(n=n)
     assert values(args, "batch_size", "warm_up", "num_epochs") == expected
-    assert 1 <= args.warm_up <= args.lr_drop <= args.num_epochs
+    assert 1 <= args.warm_up < args.lr_drop <= args.num_epochs
     args, _, _ = chosen(n=n, side=500)
     assert 1 <= args.warm_up <= 10 and args.num_epochs <= 80
 
