@@ -133,7 +133,7 @@ def make_webvision(
 
 
 def make_folder(
-    root: str | Path, n: int = 48, num_class: int = 4, parts: tuple[str, ...] = (), sides=(16, 24), seed: int = 0
+    root: str | Path, n: int = 24, num_class: int = 4, parts: tuple[str, ...] = (), sides=(16, 24), seed: int = 0
 ) -> Path:
     """n images in class folders c0, c1, ..., in turn; with `parts` ("train", "test", ...) so many in each of them."""
     root, artist = Path(root), Artist(seed, sides)
