@@ -45,9 +45,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     from_data = dict.fromkeys(("arch", "weights", "image_size", "num_class", "data_path"))
     options.add_images(parser, **from_data, keep_images=True, cache_dir=True)
     group = parser.add_argument_group("own images")
-    group.add_argument(
-        "--labels", metavar="FILE.csv", help="training labels other than those in the --data_path folder"
-    )
+    group.add_argument("--labels", metavar="FILE.csv", help="training labels, instead of those in --data_path")
     group.add_argument(
         "--val_fraction",
         type=options.part,

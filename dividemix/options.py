@@ -115,7 +115,7 @@ def add_method(
         "--lambda_u",
         type=non_negative,
         default=lambda_u,
-        help=f"weight of the unlabeled loss (default: {source} for the setting)"
+        help=f"weight of the unlabeled loss (default: {source})"
         if lambda_u is None
         else "accepted and without effect: there is no unlabeled loss, unlabeled images are mixed in",
     )
