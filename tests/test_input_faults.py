@@ -85,11 +85,8 @@ def number_flags(script, monkeypatch) -> dict[str, list[str]]:
     with monkeypatch.context() as patch, pytest.raises(Parsing) as seen:
         patch.setattr(options.Parser, "parse_args", stop)
         script.parse_args([])
-    typed = [
-        action
-        for action in seen.value.args[0]._actions
-        if action.type not in (None, options.run_id, options.architecture)
-    ]
+    texts = (None, options.run_id, options.architecture)
+    typed = [action for action in seen.value.args[0]._actions if action.type not in texts]
     return {action.option_strings[0]: [*NO_NUMBERS, *OUTSIDE[action.type]] for action in typed}
 
 
