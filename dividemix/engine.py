@@ -6,7 +6,8 @@ branch on a tensor's value, no shape that depends on data. What changes from ste
 capture one step and replay it for all others of its shapes. A phase reads its results back once, at its end.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -179,7 +180,8 @@ def warmup_epoch(
         )
 
     key = ("warmup", net, optimizer, views, batch_size, conf_penalty)
-    return run_steps(key, step, batches, [()] * len(batches), batch_size, net, optimizer, machine, bar)
+    with layers_draw_from(rng, net, machine):
+        return run_steps(key, step, batches, [()] * len(batches), batch_size, net, optimizer, machine, bar)
 
 
 def train_epoch(
@@ -236,7 +238,22 @@ def train_epoch(
 
     key = ("mixmatch", net, peer, optimizer, views, batch_size, T, num_class, unlabeled_loss)
     draws = [(lam[i], index[i], ramp[i]) for i in range(len(batches))]
-    return run_steps(key, step, batches, draws, batch_size, net, optimizer, machine, bar)
+    with layers_draw_from(rng, net, machine):
+        return run_steps(key, step, batches, draws, batch_size, net, optimizer, machine, bar)
+
+
+@contextlib.contextmanager
+def layers_draw_from(rng: np.random.Generator, net: nn.Module, machine: Runtime) -> Iterator[None]:
+    """Within the block, layers that draw (dropout, stochastic depth; p is their probability) do so by a seed from
+    `rng`, each rank by one of its own: they know torch's global stream alone. Nothing is drawn for networks without
+    such layers, as the paper's are."""
+    if not any(getattr(module, "p", 0) for module in net.modules()):
+        yield
+        return
+    seed = int(rng.integers(2**62)) + machine.ranks.rank
+    with torch.random.fork_rng([machine.device] if machine.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def run_steps(

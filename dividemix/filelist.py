@@ -1,4 +1,4 @@
-"""Lists of images with labels: files with a line `path label` or `path` each, and folders of classes.
+"""Lists of images with labels: files with a line `path label` or `path` each, CSV tables, and folders of classes.
 
     lines = read_lines(Path("info/train_filelist_google.txt"), num_class=1000)
     images = ImageList.build(source, root, "", lines.paths, lines.labels, 1000, lines.numbers)
@@ -11,12 +11,14 @@ for those who touch the files: `dividemix.check_data`, and whatever opens the im
 """
 
 import codecs
+import csv
 import hashlib
 import io
 import os
 import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +27,8 @@ from numpy.typing import NDArray
 
 from dividemix import DivideMixError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")  # in class folders
+# In class folders
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +72,12 @@ class ImageList:
 
     def path(self, i: int) -> str:
         return os.path.join(self.root, self.folder, self.name(i))
+
+    def names(self) -> NDArray[np.bytes_]:
+        """All paths below root, (N,) bytes of one width."""
+        folder = os.fsencode(self.folder) + b"/" if self.folder else b""
+        ends = self.ends.tolist()
+        return np.array([folder + self.text[a:b] for a, b in pairwise(ends)], np.bytes_)
 
     def where(self, i: int) -> str:
         """Where image i is named, for messages."""
@@ -133,6 +142,59 @@ def read_lines(path: Path, num_class: int | None = None, drop: bytes = b"") -> L
     numbers = np.delete(np.arange(1, number + 1), np.array(blank, np.int64) - 1)
     if not paths:
         raise DivideMixError(f"{path}: not one line with an image: use a good copy")
+    _refuse_repeated(path, paths, numbers)
+    return Lines(paths, labels, numbers)
+
+
+class Table(NamedTuple):
+    """The n rows of a CSV file, as `Lines`, but labels as they stand there."""
+
+    paths: list[bytes]
+    labels: list[str]
+    numbers: NDArray[np.int64]  # (n,), the line that each row begins in
+
+
+def read_table(path: Path) -> Table:
+    """Reads a CSV file whose first line names its columns, `path` and `label` among them; others are passed over.
+
+    Raises DivideMixError with the file and the line number for what `read_lines` refuses of paths and text, for columns
+    that are not there, quotation marks that do not close, and rows without a path or a label.
+    """
+    rows = csv.reader(io.StringIO(_read_text(path).decode(), newline=""), strict=True)
+    columns: dict[str, int] | None = None
+    paths, labels, numbers = [], [], []
+    number = 1
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise _bad(path, number, f"not a row of a CSV file ({error})") from error
+        if row is None:
+            break
+        if not any(map(str.strip, row)):
+            pass
+        elif columns is None:
+            columns = {name.strip().lower(): k for k, name in reversed([*enumerate(row)])}
+            if not {"path", "label"} <= columns.keys():
+                raise _bad(path, number, f"columns {_show(','.join(row).encode())}, expected `path,label`, with commas")
+        else:
+            key, label = (row[columns[name]].strip() if columns[name] < len(row) else "" for name in ("path", "label"))
+            if not key or not label:
+                raise _bad(path, number, f"no {'label' if key else 'path'}, expected `path,label`")
+            if not label.isprintable():
+                raise _bad(path, number, f"label {_show(label.encode())}, expected printable text")
+            paths.append(_tidy(path, number, key.encode()))
+            labels.append(label)
+            numbers.append(number)
+        number = rows.line_num + 1
+    if not paths:
+        raise DivideMixError(f"{path}: not one row with an image below a line `path,label`: use a good copy")
+    lines = np.array(numbers, np.int64)
+    _refuse_repeated(path, paths, lines)
+    return Table(paths, labels, lines)
+
+
+def _refuse_repeated(path: Path, paths: list[bytes], numbers: NDArray[np.int64]) -> None:
     hashes = np.fromiter(map(hash, paths), np.int64, len(paths))  # smaller than a set of the paths
     hashes.sort()
     if (hashes[1:] == hashes[:-1]).any():
@@ -140,7 +202,6 @@ def read_lines(path: Path, num_class: int | None = None, drop: bytes = b"") -> L
         for key, number in zip(paths, numbers.tolist(), strict=True):
             if first.setdefault(key, number) != number:
                 raise _bad(path, number, f"{_show(key)} is already in line {first[key]}")
-    return Lines(paths, labels, numbers)
 
 
 def _read_text(path: Path) -> bytes:
@@ -206,7 +267,7 @@ def list_folders(root: Path, folder: str, names: Sequence[str]) -> ImageList:
     paths, labels, empty = [], [], []
     for label, name in enumerate(names):
         try:
-            found = sorted(os.fsencode(file) for file in os.listdir(base / name) if _is_image(file))
+            found = sorted(os.fsencode(file) for file in os.listdir(base / name) if is_image(file))
         except OSError as error:
             raise DivideMixError(f"cannot read {base / name}: {error.strerror or error}") from error
         if not found:
@@ -218,7 +279,44 @@ def list_folders(root: Path, folder: str, names: Sequence[str]) -> ImageList:
     return ImageList.build(base, root, folder, paths, labels, len(names))
 
 
-def _is_image(name: str) -> bool:
+def images_below(base: Path) -> tuple[list[bytes], int]:
+    """The images in a folder and in all folders in it: (paths below it in the order of their names, how many other
+    files were passed over).
+
+    Hidden files and folders do not count. Links to folders are followed, so that those that lead out are refused by
+    `Boundary` and not passed over, but for one that leads back to a folder that it is in. Raises DivideMixError for a
+    folder that cannot be read and for a name that is not UTF-8.
+    """
+    found, others = [], 0
+    waiting = [("", (os.path.realpath(base),))]  # folders below base, each with the true places that it is in
+    while waiting:
+        folder, inside = waiting.pop()
+        try:
+            with os.scandir(os.path.join(base, folder)) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    name = os.path.join(folder, entry.name)
+                    try:
+                        name.encode()
+                    except UnicodeEncodeError as error:
+                        shown = os.fsencode(os.path.join(base, name)).decode(errors="backslashreplace")
+                        raise DivideMixError(f"{shown}: its name is not UTF-8 text: rename it") from error
+                    if entry.is_dir():
+                        place = os.path.realpath(entry.path)
+                        if place not in inside:
+                            waiting.append((name, (*inside, place)))
+                    elif is_image(entry.name):
+                        found.append(name.encode())
+                    else:
+                        others += 1
+        except OSError as error:
+            where = error.filename or os.path.join(base, folder)
+            raise DivideMixError(f"cannot read {where}: {error.strerror or error}") from error
+    return sorted(found), others
+
+
+def is_image(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
 
 

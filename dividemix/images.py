@@ -54,6 +54,8 @@ def opened(path: str, boundary: Boundary) -> Iterator[tuple[Image.Image, BinaryI
                 raise BadImage(f"{image.width} x {image.height} pixels, more than Pillow takes for harmless")
             if max(image.size) > MAX_RATIO * min(image.size):
                 raise BadImage(f"{image.width} x {image.height} pixels, one side over {MAX_RATIO} times the other")
+            if image.mode == "F":
+                raise BadImage("pixels that are fractions, expected 8 or 16 bits")
             yield image, file
     except (BadImage, MemoryError):
         raise
@@ -72,15 +74,25 @@ def _line(error: Exception) -> str:
 
 
 def read(path: str, boundary: Boundary) -> Image.Image:
-    """The decoded image in RGB, as `convert("RGB")` makes it of grey, palette, CMYK, 16-bit or transparent ones.
+    """The decoded image in RGB, as `convert("RGB")` makes it of grey, palette, CMYK or transparent ones; of 16 bits
+    the upper eight, where Pillow alone would make almost all of them white.
 
     Raises BadImage.
     """
     with opened(path, boundary) as (image, _):
+        if image.mode.startswith("I"):
+            return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
         if image.mode != "RGB":  # else `convert` would copy it
             return image.convert("RGB")
         image.load()
         return image
+
+
+def _eight_bits(values: NDArray) -> NDArray[np.uint8]:
+    """Grey values of 16 bits (H, W) -> their upper eight. Raises BadImage for larger ones."""
+    if values.min() < 0 or values.max() > 65535:
+        raise BadImage("pixels of more than 16 bits, expected 8 or 16")
+    return (values >> 8).astype(np.uint8)
 
 
 # ---- Views ----
@@ -100,11 +112,12 @@ class Box(NamedTuple):
 class Views:
     """How views are made. resize: the short side of an image before cutting; crop: the side S of every view; kind: what
     a training view is, a 'crop' of S x S at random, or a 'resized_crop' of random size and shape, resized to S x S.
-    Training views are mirrored every other time; the evaluation view is the centre."""
+    Training views are mirrored every other time, with `flip`; the evaluation view is the centre."""
 
     resize: int
     crop: int
     kind: str = "crop"
+    flip: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in ("crop", "resized_crop"):
@@ -155,7 +168,7 @@ class Views:
 
     def draw(self, height: int, width: int, seed: int) -> Box:
         rng = np.random.default_rng(seed)
-        flip = rng.random() < 0.5
+        flip = rng.random() < 0.5 and self.flip
         box = self._resized_box(height, width, rng) if self.kind == "resized_crop" else (self.crop, self.crop)
         if box is None:  # no box of ten fitted in: the middle, as much as the ratio allows
             box_width = min(width, round(height * RATIO[1]))

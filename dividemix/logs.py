@@ -17,12 +17,14 @@ Record = dict[str, Any]  # one epoch, flat
 @dataclass(frozen=True)
 class Logs:
     """One script's formats. acc: an epoch's line in acc.txt. stats: its lines in stats.txt. epoch: (record, num_epochs)
-    -> its line for people, without the newline. final: what acc.txt ends with, from the run's final metrics."""
+    -> its line for people, without the newline. final: what acc.txt ends with, from the run's final metrics. running:
+    (records, best_epochs) -> what the last record says of the run so far."""
 
     acc: Callable[[Record], str]
     stats: Callable[[Record], str]
     epoch: Callable[[Record, int], str]
     final: Callable[[Record], str] = lambda final: ""
+    running: Callable[[list[Record], list[int]], Record] = lambda records, best_epochs: running(records, best_epochs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -32,7 +34,7 @@ class Logs:
 def by_ensemble(record: Record, k: int) -> float:
     """What net k's (0 or 1) best epoch is chosen by, for both alike: both networks' accuracy together on the validation
     part where there is one, else, as the authors do, on the test set."""
-    return record.get("val_acc", record["test_acc"])
+    return record["val_acc"] if "val_acc" in record else record["test_acc"]
 
 
 def by_network(record: Record, k: int) -> float:
@@ -46,6 +48,13 @@ def running(records: list[Record], best_epochs: list[int]) -> Record:
     if "test_acc" in records[-1]:
         return {"best_acc": records[best_epochs[0]]["test_acc"], "last10_acc": last10(records)}
     return {f"best_val_acc_net{k}": records[best][f"val_acc_net{k}"] for k, best in enumerate(best_epochs, start=1)}
+
+
+def running_folder(records: list[Record], best_epochs: list[int]) -> Record:
+    """The same for own images: without a test part, the best epoch's validation accuracy of both networks together."""
+    if "test_acc" in records[-1]:
+        return running(records, best_epochs)
+    return {"best_val_acc": records[best_epochs[0]]["val_acc"]}
 
 
 def training(divisions: list, terms: list) -> Record:
@@ -78,6 +87,12 @@ def cifar_acc(record: Record) -> str:
     return f"Epoch:{record['epoch']}   Accuracy:{record['test_acc']:.2f}\n"
 
 
+def folder_acc(record: Record) -> str:
+    """CIFAR's line; without a test part of the validation images."""
+    accuracy = record["test_acc"] if "test_acc" in record else record["val_acc"]
+    return f"Epoch:{record['epoch']}   Accuracy:{accuracy:.2f}\n"
+
+
 def webvision_acc(record: Record) -> str:
     """Top-1 (top-5) on both validation sets."""
     webvision = f"WebVision Acc: {record['test_acc']:.2f}% ({record['test_acc_top5']:.2f}%)"
@@ -102,7 +117,8 @@ def divided(record: Record) -> list[int]:
 
 def cifar_stats(record: Record) -> str:
     """Two lines a divided epoch, the authors' spelling included."""
-    auc = {k: "null" if record[f"auc_net{k}"] is None else f"{record[f'auc_net{k}']:.3f}" for k in divided(record)}
+    auc = {k: record.get(f"auc_net{k}") for k in (1, 2)}
+    auc = {k: "null" if value is None else f"{value:.3f}" for k, value in auc.items()}
     return "".join(f"Numer of labeled samples:{record[f'labeled_net{k}']}   AUC:{auc[k]}\n" for k in divided(record))
 
 
@@ -127,6 +143,13 @@ def webvision_epoch(record: Record, num_epochs: int) -> str:
     imagenet = f"imagenet {record['imagenet_acc']:.2f} ({record['imagenet_acc_top5']:.2f})"
     nets = f"nets {pair(record, 'test_acc', '.2f')}"
     return epoch_line(record, num_epochs, f"{validation}{webvision} {imagenet} {nets}", so_far(record))
+
+
+def folder_epoch(record: Record, num_epochs: int) -> str:
+    if "test_acc" in record:
+        return cifar_epoch(record, num_epochs)
+    accuracy = f"validation {record['val_acc']:.2f} (nets {pair(record, 'val_acc', '.2f')})"
+    return epoch_line(record, num_epochs, accuracy, f"best {record['best_val_acc']:.2f}")
 
 
 def clothing1m_epoch(record: Record, num_epochs: int) -> str:
@@ -159,4 +182,5 @@ def so_far(record: Record) -> str:
 
 CIFAR = Logs(cifar_acc, cifar_stats, cifar_epoch)
 WEBVISION = Logs(webvision_acc, labeled_stats, webvision_epoch)
+FOLDER = Logs(folder_acc, cifar_stats, folder_epoch, running=running_folder)
 CLOTHING1M = Logs(clothing1m_acc, labeled_stats, clothing1m_epoch, clothing1m_final)

@@ -1,4 +1,5 @@
-"""The networks by their `--arch` name, and what they start from (`--weights`).
+"""The networks by their `--arch` name, the project's own or any of torchvision's for classification, and what they
+start from (`--weights`).
 
     state = read_weights(args.weights, args.arch, ranks)                    # once, for both networks
     nets = [seeded(seed, k, lambda: build(args.arch, num_class, args.width, state)) for k in range(2)]
@@ -7,6 +8,8 @@ Weights replace all but the classifier, unless theirs has the right number of cl
 initialises it, different in each network.
 """
 
+import difflib
+import functools
 import re
 import sys
 from collections.abc import Callable
@@ -32,10 +35,18 @@ class MeanInFloat32(nn.Module):  # (B, K, H, W) -> (B, K, 1, 1)
         return x.float().mean(dim=(2, 3), keepdim=True)
 
 
-class LinearInFloat32(nn.Linear):
+class InFloat32:
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x)
+            return super().forward(x.float())
+
+
+class LinearInFloat32(InFloat32, nn.Linear):
+    pass
+
+
+class Conv2dInFloat32(InFloat32, nn.Conv2d):
+    pass
 
 
 def resnet50(num_class: int) -> nn.Module:
@@ -48,40 +59,124 @@ def resnet50(num_class: int) -> nn.Module:
     return net
 
 
+def from_torchvision(name: str, num_class: int) -> nn.Module:
+    """One of torchvision's classification networks, with its state-dict keys and initialisation. The classifier is
+    computed in float32 under autocast too."""
+    net = torchvisions_own(name, num_class)
+    layer = net.get_submodule(classifier_of(net))
+    layer.__class__ = LinearInFloat32 if isinstance(layer, nn.Linear) else Conv2dInFloat32
+    return net
+
+
+def torchvisions_own(name: str, num_class: int) -> nn.Module:
+    """As torchvision makes it. googlenet and inception_v3 come without their auxiliary classifiers, and always take
+    images normalised as ImageNet's, as their published weights do."""
+    from torchvision import models
+
+    inception = {"aux_logits": False, "transform_input": True, "init_weights": False}
+    more = inception if name in ("googlenet", "inception_v3") else {}
+    net = models.get_model(name, weights=None, num_classes=num_class, **more)
+    if type(net)._load_from_state_dict is not nn.Module._load_from_state_dict:
+        # MNASNet's wants a version number beside the weights, which a checkpoint's plain dict lacks, and only converts
+        # files of before 2019.
+        plain = {"_load_from_state_dict": nn.Module._load_from_state_dict}
+        net.__class__ = type(type(net).__name__, (type(net),), plain)
+    return net
+
+
+def classifier_of(net: nn.Module) -> str:
+    """The name of the layer that makes the logits: in all of torchvision's networks the last with weights of classes,
+    linear or (squeezenet) a convolution."""
+    return [name for name, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
+
+
 @dataclass(frozen=True)
 class Architecture:
     """make: (num_class, width) -> network. classifier: its name in the state dict. min_side: the smallest image, px,
-    whose last maps have more than one: BN cannot normalise a batch of one image with one pixel."""
+    whose last maps have more than one: BN cannot normalise a batch of one image with one pixel; None where only a try
+    tells (`refusal`). imagenet: where its ImageNet weights are."""
 
     make: Callable[[int, int], nn.Module]
     classifier: str
-    min_side: int
+    min_side: int | None
     has_width: bool = False
+    imagenet: str | None = None
 
 
+# torchvision's IMAGENET1K_V1: not its DEFAULT, which is V2 and gives other results
+IMAGENET = "https://download.pytorch.org/models/resnet50-0676ba61.pth"
 ARCHITECTURES = {
     "preresnet18": Architecture(PreResNet.ResNet18, "linear", min_side=16, has_width=True),
     "preresnet34": Architecture(PreResNet.ResNet34, "linear", min_side=16, has_width=True),
     "preresnet50": Architecture(PreResNet.ResNet50, "linear", min_side=16, has_width=True),
-    "resnet50": Architecture(lambda num_class, width: resnet50(num_class), "fc", min_side=33),
+    "resnet50": Architecture(lambda num_class, width: resnet50(num_class), "fc", min_side=33, imagenet=IMAGENET),
     "inceptionresnetv2": Architecture(
         lambda num_class, width: InceptionResNetV2.InceptionResNetV2(num_class), "last_linear", min_side=107
     ),
 }
 SMALL_IMAGES = [name for name, architecture in ARCHITECTURES.items() if architecture.has_width]
 WIDTH = 64  # of the paper's network, and where --width is not given
-# torchvision's IMAGENET1K_V1: not its DEFAULT, which is V2 and gives other results
-IMAGENET = "https://download.pytorch.org/models/resnet50-0676ba61.pth"
+
+
+def architecture(name: str) -> Architecture:
+    """The project's own, or else torchvision's of that name. Raises DivideMixError for a name that neither has."""
+    return ARCHITECTURES[name] if name in ARCHITECTURES else _torchvisions(name)
+
+
+@functools.cache
+def _torchvisions(name: str) -> Architecture:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        close = difflib.get_close_matches(name, [*ARCHITECTURES, *known], n=3)
+        own = ", ".join(ARCHITECTURES)
+        guess = f"did you mean {' or '.join(close)}?" if close else f"expected one of {own}, or of torchvision's"
+        raise DivideMixError(f"--arch {name!r:.50}: no such network; {guess}")
+    weights = models.get_model_weights(name).__members__.get("IMAGENET1K_V1")
+    return Architecture(
+        lambda num_class, width: from_torchvision(name, num_class),
+        classifier_of(_skeleton(name)),
+        min_side=None,
+        imagenet=weights.url if weights else None,
+    )
+
+
+@functools.cache
+def _skeleton(name: str) -> nn.Module:
+    """A network without memory for its weights."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return torchvisions_own(name, 2)
+        except NotImplementedError:  # the regnets compute their shapes by tensors
+            return torchvisions_own(name, 2).to("meta")
+
+
+def refusal(arch: str, image_size: int) -> str:
+    """Why a network cannot take images of this size, '' where it can: for torchvision's by a dry forward in train mode
+    of one image, the smallest batch there can be."""
+    min_side = architecture(arch).min_side
+    if min_side is not None:
+        return f"needs {min_side} pixels or more" if image_size < min_side else ""
+    try:
+        with torch.no_grad():
+            _skeleton(arch).train()(torch.empty(1, 3, image_size, image_size, device="meta"))
+    except Exception as error:  # each network has its own: AssertionError, RuntimeError, ValueError ...
+        return f"cannot take such images ({' '.join(str(error).split())[:100] or type(error).__name__})"
+    return ""
 
 
 def check(arch: str, width: int, image_size: int, weights: str) -> None:
     """Raises DivideMixError for flags that do not go together. Reads nothing: for a script's beginning."""
-    architecture = ARCHITECTURES[arch]
-    if width != WIDTH and not architecture.has_width:
+    found = architecture(arch)
+    if width != WIDTH and not found.has_width:
         raise DivideMixError(f"--width {width}: {arch} has one width; leave it out, or take --arch preresnet18")
-    if image_size < architecture.min_side:
-        raise DivideMixError(f"--image_size {image_size}: {arch} needs {architecture.min_side} pixels or more")
-    if weights == "imagenet" and arch != "resnet50":
+    if why := refusal(arch, image_size):
+        sizes = [] if found.min_side else [side for side in (64, 96, 128, 224, 299) if not refusal(arch, side)]
+        can = f"; it takes {sizes[0]}" if sizes else ""
+        raise DivideMixError(f"--image_size {image_size}: {arch} {why}{can}")
+    if weights == "imagenet" and not found.imagenet:
         raise DivideMixError(
             f"--weights imagenet: there are none for {arch}; take --weights none, --weights PATH or --arch resnet50"
         )
@@ -90,12 +185,12 @@ def check(arch: str, width: int, image_size: int, weights: str) -> None:
 def build(arch: str, num_class: int, width: int = WIDTH, weights: dict[str, Any] | None = None) -> nn.Module:
     """The network, from `weights` (of `read_weights`) where there are any. Raises DivideMixError for weights of another
     network."""
-    architecture = ARCHITECTURES[arch]
-    net = architecture.make(num_class, width)
+    found = architecture(arch)
+    net = found.make(num_class, width)
     if weights is None:
         return net
-    own, weights = net.state_dict(), dict(weights)
-    head = [key for key in own if key.startswith(f"{architecture.classifier}.")]
+    own, weights = net.state_dict(), published(weights)
+    head = [key for key in own if key.startswith(f"{found.classifier}.")]
     if any(getattr(weights.get(key), "shape", None) != own[key].shape for key in head):
         weights |= {key: own[key] for key in head}
     try:
@@ -104,6 +199,13 @@ def build(arch: str, num_class: int, width: int = WIDTH, weights: dict[str, Any]
         reason = " ".join(str(error).split(":", 1)[-1].split())
         raise DivideMixError(f"--weights does not fit --arch {arch}, --width {width}: {reason:.150}") from error
     return net
+
+
+def published(state: dict[str, Any]) -> dict[str, Any]:
+    """The keys of torchvision's files as its networks have them now: densenet's `norm.1` is `norm1`; auxiliary
+    classifiers are left out."""
+    names = {key: re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)\.", r"\1\2.", str(key)) for key in state}
+    return {names[key]: value for key, value in state.items() if not re.match(r"(aux\d|AuxLogits)\.", str(key))}
 
 
 def pair(
@@ -139,7 +241,9 @@ def read_weights(weights: str, arch: str, ranks: Ranks) -> dict[str, Any] | None
     a path -> the state dict in that file. Raises DivideMixError for a file that cannot be fetched or read."""
     if weights == "none":
         return None
-    path = ranks.local_first(imagenet_file) if weights == "imagenet" else Path(weights).expanduser()
+    found = architecture(arch)
+    from_hub = functools.partial(imagenet_file, found.imagenet)
+    path = ranks.local_first(from_hub) if weights == "imagenet" else Path(weights).expanduser()
     try:
         state = from_bytes(path.read_bytes())
     except OSError as error:
@@ -150,23 +254,22 @@ def read_weights(weights: str, arch: str, ranks: Ranks) -> dict[str, Any] | None
     if isinstance(state.get("nets"), list):
         raise DivideMixError(f"weights {path} hold two networks of a run: give them as --init_from")
     if weights == "imagenet":
-        classifier = ARCHITECTURES[arch].classifier
         # Never ImageNet's own classifier, not even for 1000 classes: both networks would be the same to the bit.
-        state = {key: value for key, value in state.items() if not key.startswith(f"{classifier}.")}
+        state = {key: value for key, value in state.items() if not key.startswith(f"{found.classifier}.")}
     return state
 
 
-def imagenet_file() -> Path:
-    """Torch hub's copy of the ImageNet weights (TORCH_HOME says where), fetched if it is not there."""
-    path = Path(torch.hub.get_dir(), "checkpoints", IMAGENET.rsplit("/", 1)[1])
+def imagenet_file(url: str = IMAGENET) -> Path:
+    """Torch hub's copy of ImageNet weights (TORCH_HOME says where), fetched if it is not there."""
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             digest = re.search(r"-([0-9a-f]{8,})\.", path.name)[1]
-            torch.hub.download_url_to_file(IMAGENET, str(path), hash_prefix=digest, progress=sys.stderr.isatty())
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:  # no network, no such page, a full disk; a file that was cut
             raise DivideMixError(
-                f"the ImageNet weights could not be downloaded ({error}): fetch {IMAGENET} elsewhere and put it at "
+                f"the ImageNet weights could not be downloaded ({error}): fetch {url} elsewhere and put it at "
                 f"{path}, or give its place as --weights PATH; --weights none starts from random weights"
             ) from error
     return path

@@ -71,6 +71,15 @@ def run_id(text: str) -> str:
     return text
 
 
+def architecture(text: str) -> str:
+    """A network's name, the project's or torchvision's."""
+    try:
+        networks.architecture(text)
+    except DivideMixError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--arch ")) from error
+    return text
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Groups
 
@@ -78,84 +87,88 @@ def run_id(text: str) -> str:
 def add_method(
     parser: Parser,
     *,
-    batch_size: int,
-    lr: float,
-    alpha: float,
-    num_epochs: int,
-    lr_drop: int,
+    batch_size: int | None,
+    lr: float | None,
+    alpha: float | None,
+    num_epochs: int | None,
+    lr_drop: int | None,
     lambda_u: float | None = None,
     p_threshold: float | None = None,
     warm_up: int | None = None,
+    source: str = "the paper's",
 ) -> None:
-    """The method's hyper-parameters, names as the authors'. A default of None comes from `resolve_recipe`; lambda_u
-    has one of its own only where it has no effect."""
+    """The method's hyper-parameters, names as the authors'. A default of None comes from `resolve_recipe`, or wherever
+    `source` says; lambda_u has one of its own only where it has no effect."""
     group = parser.add_argument_group("method")
-    group.add_argument(
-        "--batch_size",
-        type=positive_int,
-        default=batch_size,
-        help="labeled = unlabeled images a step; twice that in warm-up",
-    )
-    group.add_argument("--lr", "--learning_rate", type=positive, default=lr, help="learning rate")
-    group.add_argument(
-        "--lr_drop", type=positive_int, default=lr_drop, help="epoch from which the learning rate is a tenth"
-    )
-    group.add_argument("--num_epochs", type=positive_int, default=num_epochs, help="epochs in all, warm-up included")
-    papers = {True: " (default: the paper's)", False: ""}
-    group.add_argument(
-        "--warm_up",
-        type=count,
-        default=warm_up,
-        help=f"epochs of plain cross-entropy before the first division{papers[warm_up is None]}",
-    )
-    group.add_argument("--alpha", type=positive, default=alpha, help="parameter of mixup's Beta distribution")
+
+    def add(name: str, kind: Callable[[str], Any], default: Any, text: str, *other_names: str) -> None:
+        text += f" (default: {source})" if default is None else ""
+        group.add_argument(name, *other_names, type=kind, default=default, help=text)
+
+    add("--batch_size", positive_int, batch_size, "labeled = unlabeled images a step; twice that in warm-up")
+    add("--lr", positive, lr, "learning rate", "--learning_rate")
+    add("--lr_drop", positive_int, lr_drop, "epoch from which the learning rate is a tenth")
+    add("--num_epochs", positive_int, num_epochs, "epochs in all, warm-up included")
+    add("--warm_up", count, warm_up, "epochs of plain cross-entropy before the first division")
+    add("--alpha", positive, alpha, "parameter of mixup's Beta distribution")
     group.add_argument("--T", type=positive, default=0.5, help="sharpening temperature")
     group.add_argument(
         "--lambda_u",
         type=non_negative,
         default=lambda_u,
-        help="weight of the unlabeled loss (default: the paper's for the setting)"
+        help=f"weight of the unlabeled loss (default: {source})"
         if lambda_u is None
         else "accepted and without effect: there is no unlabeled loss, unlabeled images are mixed in",
     )
-    group.add_argument(
-        "--p_threshold",
-        type=open_unit,
-        default=p_threshold,
-        help=f"clean probability above which a sample is labeled{papers[p_threshold is None]}",
-    )
+    add("--p_threshold", open_unit, p_threshold, "clean probability above which a sample is labeled")
 
 
 def add_images(
     parser: Parser,
     *,
-    arch: str,
-    weights: str,
-    image_size: int,
-    num_class: int,
+    arch: str | None,
+    weights: str | None,
+    image_size: int | None,
+    num_class: int | None,
     num_batches: int | None = None,
-    data_path: str,
+    data_path: str | None,
     keep_images: bool = False,
     cache_dir: bool = False,
 ) -> None:
     """Network and data of the scripts for large images. num_batches: the epoch's size, where an epoch is a sample;
-    keep_images, cache_dir: whether there is such a flag."""
+    keep_images, cache_dir: whether there is such a flag. Of own images, for which the data tell them, arch, weights,
+    image_size, num_class (then no flag) and data_path (then asked for) are None."""
     group = parser.add_argument_group("network and images")
-    group.add_argument("--data_path", default=data_path, help="folder of the lists and images")
-    group.add_argument("--arch", choices=list(networks.ARCHITECTURES), default=arch, help="both networks")
+    if data_path is None:
+        own = "folder of class folders, or a CSV file with the columns path and label"
+        group.add_argument("--data_path", required=True, help=own)
+    else:
+        group.add_argument("--data_path", default=data_path, help="folder of the lists and images")
+    if arch is None:
+        any_arch = f"both networks: {', '.join(networks.ARCHITECTURES)}, or any of torchvision's for classification"
+        group.add_argument("--arch", type=architecture, help=f"{any_arch} (default: from the data)")
+    else:
+        group.add_argument("--arch", choices=list(networks.ARCHITECTURES), default=arch, help="both networks")
     group.add_argument(
         "--width", type=positive_int, default=networks.WIDTH, help="channels of a preresnet's first stage"
     )
+    own_weights = "imagenet for networks that have them, none for others"
+    theirs = own_weights if arch is None else f"{weights} for {arch}, none for another --arch"
     group.add_argument(
         "--weights",
         metavar="imagenet|none|PATH",
-        help="what both networks start from: torchvision's ImageNet weights (resnet50), nothing, or a state dict's "
-        f"(default: {weights} for {arch}, none for another --arch)",
+        help="what both networks start from: torchvision's ImageNet weights, nothing, or a state dict's "
+        f"(default: {theirs})",
     )
+    from_data = " (default: from the data)" if image_size is None else ""
     group.add_argument(
-        "--image_size", type=positive_int, default=image_size, help="side of the crop; images are resized in proportion"
+        "--image_size",
+        type=positive_int,
+        default=image_size,
+        help=f"side of the crop; images are resized in proportion{from_data}",
     )
-    group.add_argument("--num_class", type=positive_int, default=num_class, help="classes")
+    if num_class:
+        group.add_argument("--num_class", type=positive_int, default=num_class, help="classes")
     if num_batches:
         group.add_argument(
             "--num_batches", type=positive_int, default=num_batches, help="size of an epoch's sample, in batches"
@@ -179,10 +192,16 @@ def add_images(
 
 
 def add_run(
-    parser: Parser, *, id: str = "", val_fraction: bool = True, save_scores: bool = True, eval_batch_size: int = 1000
+    parser: Parser,
+    *,
+    id: str = "",
+    val_fraction: bool = True,
+    save_scores: bool = True,
+    eval_batch_size: int | None = 1000,
 ) -> None:
     """Where and how it runs: the same flags for every script, but --val_fraction, which a script with a validation set
-    of its own lacks, and --save_scores, which one lacks that always does."""
+    of its own lacks, and --save_scores, which one lacks that always does. eval_batch_size: None where the images' size
+    tells it."""
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=seed, default=123, help="every random draw derives from it")
     group.add_argument("--id", type=run_id, default=id, help="suffix of the run folder's name")
@@ -220,7 +239,10 @@ def add_run(
     group.add_argument("--no_compile", action="store_true", help="on a GPU: do not fuse operators (torch.compile)")
     group.add_argument("--no_graph", action="store_true", help="on a GPU: do not capture steps in CUDA graphs")
     group.add_argument(
-        "--eval_batch_size", type=positive_int, default=eval_batch_size, help="batch of loss passes and tests"
+        "--eval_batch_size",
+        type=positive_int,
+        default=eval_batch_size,
+        help="batch of loss passes and tests" + (" (default: from the data)" if eval_batch_size is None else ""),
     )
     group.add_argument(
         "--workers",

@@ -1,4 +1,5 @@
 """The paper's hyper-parameters and results, one row per setting, as data. Nothing else in the project states them.
+Below them what Train_folder.py starts from for own images, which no paper has a row for.
 
 Source: Li, Socher, Hoi, ICLR 2020: Table 7 and Sec. 4.2 (settings), Tables 1 to 4 (results); for Clothing1M and
 WebVision the flags' defaults are those of the authors' scripts.
@@ -115,3 +116,24 @@ WEBVISION = ImageRecipe(
     results={"test_acc": 77.32, "test_acc_top5": 91.64, "imagenet_acc": 75.20, "imagenet_acc_top5": 90.84},
     results_with={"num_epochs": 100, "lr_drop": 50},
 )
+
+
+@dataclass(frozen=True)
+class OwnRecipe:
+    """Own images of one kind: the values of the nearest of the paper's sets. batch_size, lr, alpha: flags. warm_up and
+    num_epochs follow from the number of training images (`defaults.choose`)."""
+
+    name: str
+    batch_size: int
+    lr: float
+    alpha: float
+    weight_decay: float
+    unlabeled_loss: bool  # whether unlabeled images have a loss of their own, or are mix partners only
+    warm_up_images: int  # as many as the nearest set's warm-up goes through, or what a new classifier takes
+    train_images: int  # the same for the whole run, for sets of 10,000 images and more
+    max_epochs: int
+
+
+OWN_SMALL = OwnRecipe("as CIFAR-10", 64, 0.02, 4, CIFAR_WEIGHT_DECAY, True, 500_000, 5_000_000, 100)
+OWN_PRETRAINED = OwnRecipe("as Clothing1M", 32, 0.002, 0.5, 1e-3, False, 20_000, 2_500_000, 80)
+OWN_SCRATCH = OwnRecipe("as WebVision", 32, 0.01, 0.5, 5e-4, False, 66_000, 5_300_000, 80)

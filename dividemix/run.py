@@ -62,6 +62,7 @@ FREE_FLAGS = frozenset(
         "check_data",
         "keep_images",
         "cache_dir",
+        "labels",
     ]
 )
 
@@ -240,7 +241,7 @@ class Run:
     def end_epoch(
         self, metrics: dict[str, Any], state: dict[str, Any], scores: dict[str, np.ndarray] | None, keep_scores: bool
     ) -> None:
-        """One finished epoch: `metrics` as `_record` and `logs.running` complete them, `state` with 'nets'. It is
+        """One finished epoch: `metrics` as `_record` and `Logs.running` complete them, `state` with 'nets'. It is
         written while training goes on: what an epoch's end waits for, the epoch before and a copy of the state, is
         seconds_save. All ranks go on with the first one's record. Raises DivideMixError where the epoch before could
         not be written."""
@@ -255,7 +256,7 @@ class Run:
             record["epoch"] if self.best_by(record, k) > self.best_by(self.records[epoch], k) else epoch
             for k, epoch in enumerate(best)
         ]
-        record |= logs.running(self.records, self.best_epochs)
+        record |= self.logs.running(self.records, self.best_epochs)
         if self.ranks.first:
             about = {"records": list(self.records), "best_epochs": self.best_epochs, "versions": versions()}
             about |= {"config": self.config, "pins": dict(self.pins)}

@@ -25,14 +25,25 @@ def seeded(seed: int, net: int, build: Callable[[], torch.nn.Module]) -> torch.n
         return build()
 
 
-def hold_out(index: np.ndarray, part: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(
+    index: np.ndarray, part: float, seed: int, labels: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Split the training samples `index` for --val_fraction: (to train on, held out), each ascending; none are held out
-    at 0. Raises DivideMixError where fewer than 2 are left."""
+    at 0. With `labels`, of the samples `index`, each class gives its share, and keeps one sample at least. Raises
+    DivideMixError where fewer than 2 are left."""
     held_out = np.empty(0, dtype=index.dtype)
     if part:
-        shuffled = draws(seed, "validation").permutation(index)
+        order = draws(seed, "validation").permutation(len(index))
         size = max(1, round(part * len(index)))
-        held_out, index = np.sort(shuffled[:size]), np.sort(shuffled[size:])
+        if labels is not None:
+            order = order[np.argsort(labels[order], kind="stable")]
+            is_last = np.append(labels[order][1:] != labels[order][:-1], True)
+            order, kept = order[~is_last], order[is_last]
+            size = min(size, len(order))
+            steps = np.arange(len(order) + 1) * size // max(len(order), 1)  # every so many of the classes in a row
+            is_drawn = steps[1:] > steps[:-1]
+            order = np.concatenate([order[is_drawn], order[~is_drawn], kept])
+        held_out, index = np.sort(index[order[:size]]), np.sort(index[order[size:]])
     if len(index) < 2:
         raise DivideMixError(f"{len(index)} training samples are left: at least 2 are needed")
     return index, held_out

@@ -96,6 +96,16 @@ class Pipeline:
         index = np.arange(len(self.lists[name])) if index is None else np.asarray(index, np.int64)
         return StreamedImages(self, name, index, self._place(len(index)) if keep else None)
 
+    def pixels(self, name: str, index: NDArray, bar: Callable[[Iterable], Iterable] = iter) -> NDArray[np.uint8]:
+        """(M, S, S, 3): the centres of the images `index` (M,) of a list, for sets that live on the device. Raises
+        DivideMixError for a bad image."""
+        parts = _split(np.asarray(index, np.int64))
+        read = self.read(Task(name, self.caches.get(name), part) for part in parts)
+        whole = np.empty((len(index), self.views.crop, self.views.crop, 3), np.uint8)
+        for k, part in enumerate(bar(Batches([(len(rows),) for rows in parts], read))):
+            whole[k * PART : k * PART + len(part.pixels)] = part.pixels.numpy()
+        return whole
+
     def build_cache(self, bar: Callable[[Iterable], Iterable] = iter) -> None:
         """Write the resized images of all lists to `cache_dir`, but for those that are there, and read them from there
         from now on; `bar` goes around the parts of each list. One process per machine writes, also where several runs

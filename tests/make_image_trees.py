@@ -1,4 +1,5 @@
-"""Small folders of JPEGs in the published formats of Clothing1M and WebVision, drawn from handwritten digits.
+"""Small folders of images in the published formats of Clothing1M and WebVision, and of one's own, drawn from
+handwritten digits.
 
 Importable from any test: `from make_image_trees import make_clothing1M`. Every maker returns the data folder. The
 images vary in size and in shape, and class c looks like the digit c % 10 in the c // 10-th colour, so that a net can
@@ -129,3 +130,27 @@ def make_webvision(
     draw_all(n_imagenet, lambda i, c: f"imagenet/val/{folders[c]}/ILSVRC2012_val_{i:08}.JPEG")
     _write(root / "info/synsets.txt", [f"{wnid} thing {c}, other name" for c, wnid in enumerate(WNIDS)])
     return root
+
+
+def make_folder(
+    root: str | Path, n: int = 24, num_class: int = 4, parts: tuple[str, ...] = (), sides=(16, 24), seed: int = 0
+) -> Path:
+    """n images in class folders c0, c1, ..., in turn; with `parts` ("train", "test", ...) so many in each of them."""
+    root, artist = Path(root), Artist(seed, sides)
+    for part in parts or ("",):
+        for i in range(n):
+            artist.draw(root / part / f"c{i % num_class}" / f"{i:04}.jpg", i % num_class)
+    return root
+
+
+def make_digits(root: str | Path, wrong: float, seed: int = 0) -> tuple[Path, np.ndarray]:
+    """scikit-learn's 1,797 digits, 8x8, as grey PNGs in class folders 0 to 9, named by their number; a part `wrong` of
+    them, at random, in another digit's folder. -> (the folder, the true labels)."""
+    root, rng = Path(root), np.random.default_rng(seed)
+    images, labels = grey_digits(1797)
+    is_wrong = rng.random(len(labels)) < wrong
+    given = np.where(is_wrong, (labels + rng.integers(1, 10, len(labels))) % 10, labels)
+    for i, (image, label) in enumerate(zip(images, given, strict=True)):
+        (root / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(root / str(label) / f"{i:04}.png")
+    return root, labels

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dividemix import DivideMixError
-from dividemix.filelist import Boundary, ImageList, list_folders, read_lines
+from dividemix.filelist import Boundary, ImageList, images_below, list_folders, read_lines, read_table
 
 
 def written(folder: Path, content: bytes) -> Path:
@@ -43,6 +43,12 @@ def test_selected_images_keep_their_labels_and_lines():
     assert [images.path(i) for i in range(len(images))] == ["/d/images/dddd", "/d/images/a"]
     assert images.labels.tolist() == [3, 0] and images.where(0).endswith("line 9") and images.num_class == 4
     assert len(images.select(np.array([], int))) == 0
+
+
+def test_names_are_paths_below_the_data_folder():
+    """A list of suspect labels would name images that are not there."""
+    images = image_list([b"a.jpg", b"x/\xc3\xa9.jpg"], [0, 1])
+    assert images.names().tolist() == [b"images/a.jpg", b"images/x/\xc3\xa9.jpg"]
 
 
 def test_a_list_is_compact_and_travels_to_worker_processes():
@@ -129,6 +135,78 @@ def test_lists_that_cannot_be_read_are_refused(tmp_path):
         read_lines(written(tmp_path, "a.jpg 1\n".encode("utf-16")), 14)
 
 
+# ---- Tables ----
+
+
+def test_a_table(tmp_path):
+    """Rows would go to other labels, or a line number point to another row."""
+    content = '\ufeffid,Label , PATH,path\r\n7,"two\r\nlines? no",a.jpg,x\r\n'.replace("\r\nlines? no", " words")
+    content += '\n , ,\n8, 3 ,"b ""c"", d.jpg",y\n9,"x",./e//f.jpg\n'
+    found = read_table(written(tmp_path, content.encode()))
+    assert found.paths == [b"a.jpg", b'b "c", d.jpg', b"e/f.jpg"] and found.labels == ["two words", "3", "x"]
+    assert found.numbers.tolist() == [2, 5, 6]
+    found = read_table(written(tmp_path, b'label,note,path\na,"one\n\ntwo",1.jpg\nb,,2.jpg'))
+    assert found.numbers.tolist() == [2, 5]  # of the line that a row begins in
+
+
+BAD_ROWS = {
+    "no label": (b"b.jpg", "no label, expected `path,label`"),
+    "empty label": (b"b.jpg,  ,x", "no label"),
+    "no path": (b",cat", "no path"),
+    "absolute": (b"/etc/passwd,cat", "'/etc/passwd' is an absolute path"),
+    "leaves": (b"a/../../b.jpg,cat", "has a part '..'"),
+    "folder": (b"images/,cat", "'images/' is a folder"),
+    "duplicate": (b"./a.jpg,dog", "'a.jpg' is already in line 2"),
+    "latin-1": (b"caf\xe9.jpg,cat", "not UTF-8"),
+    "zero byte": (b"b\0.jpg,cat", "a zero byte"),
+    "a quotation mark that does not close": (b'"b.jpg,cat', "not a row of a CSV file"),
+    "text after one": (b'"b".jpg,cat', "not a row of a CSV file"),
+    "label of two lines": (b'b.jpg,"a\nb"', "expected printable text"),
+    "a field without end": (b"b.jpg," + b"x" * 140_000, "not a row of a CSV file"),
+}
+
+
+@pytest.mark.parametrize(("row", "expected"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_bad_rows_are_refused_with_their_line(tmp_path, row, expected):
+    """A table from elsewhere could have any file read, count an image twice, or move labels by a row."""
+    path = written(tmp_path, b"path,label\na.jpg,cat\n\n" + row + b"\nz.jpg,dog\n")
+    with pytest.raises(DivideMixError) as caught:
+        read_table(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}, line 4: ") and expected in message and "\n" not in message
+
+
+def test_tables_without_rows_or_columns_are_refused(tmp_path):
+    """A file of another kind beside the images would end in a traceback."""
+    for content in (b"", b"\n\n", b"path,label\n", b"\npath,label\n\n"):
+        with pytest.raises(DivideMixError, match=r"list\.txt: not one row with an image below a line `path,label`"):
+            read_table(written(tmp_path, content))
+    for content in (b"path;label\na.jpg;3\n", b"a.jpg,3\nb.jpg,4\n", b"path,labels\na.jpg,3\n"):
+        with pytest.raises(DivideMixError, match=r"line 1: columns '.*', expected `path,label`, with commas"):
+            read_table(written(tmp_path, content))
+    with pytest.raises(DivideMixError, match=r"none\.csv is missing"):
+        read_table(tmp_path / "none.csv")
+
+
+NASTY_ROWS = [b"path,label\n", b"a.jpg", b",", b"\n", b"/", b"..", b'"', b"\xff", b"\0", b"\r", b"images/", b" "]
+
+
+@given(st.lists(st.sampled_from(NASTY_ROWS), max_size=14).map(b"".join), st.booleans())
+def test_any_bytes_end_in_a_table_or_in_one_line(tmp_path_factory, content, headed):
+    """The same for tables as for lists: a traceback, or a file outside the data folder."""
+    path = written(tmp_path_factory.getbasetemp(), b"path,label\n" * headed + content)
+    try:
+        found = read_table(path)
+    except DivideMixError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+        return
+    resolved = [os.path.normpath(b"/d/" + name) for name in found.paths]
+    assert all(name.startswith(b"/d/") for name in resolved) and len(set(resolved)) == len(resolved) > 0
+    assert all(found.labels) and (np.diff(found.numbers) > 0).all()
+
+
+# ---- Any list ----
+
 NASTY = [b"a.jpg", b" ", b"\n", b"/", b"..", b"7", b"\xff", b"\0", b"\r", b"images/", b"1" * 50]
 
 
@@ -169,6 +247,20 @@ def test_class_folders_missing_or_empty_are_named(tmp_path):
         list_folders(tmp_path, "", [str(c) for c in range(15)])
     with pytest.raises(DivideMixError, match="without an image: 0"):
         list_folders(tmp_path, "", ["0"])
+
+
+def test_images_below_a_folder(tmp_path):
+    """Images in deeper folders would be lost; links in a circle would never end."""
+    for name in ("b/2.JPEG", "b/.hidden.jpg", "b/c/1.pgm", "b-1.png", "notes.txt", ".git/y.jpg", "b/c/x.jpg.part"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "b/round").symlink_to(tmp_path)
+    (tmp_path / "b/again").symlink_to(tmp_path / "b/c")
+    (tmp_path / "b/gone.jpg").symlink_to(tmp_path / "nowhere")  # the reader says that it is missing
+    found, others = images_below(tmp_path)
+    assert found == [b"b-1.png", b"b/2.JPEG", b"b/again/1.pgm", b"b/c/1.pgm", b"b/gone.jpg"] and others == 3
+    with pytest.raises(DivideMixError, match=r"cannot read .*nothing/?: No such file"):
+        images_below(tmp_path / "nothing")
 
 
 def test_symbolic_links_out_of_the_data_folder(tmp_path):

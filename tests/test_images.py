@@ -67,6 +67,14 @@ def test_crops_are_spread_evenly():
         assert (abs(counts - expected) < 5 * np.sqrt(expected)).all()
 
 
+@pytest.mark.parametrize("kind", ["crop", "resized_crop"])
+def test_without_flips_the_boxes_are_the_same(kind):
+    """Mirrored digits are other digits; and two runs that differ in this alone should differ in nothing else."""
+    boxes = [[Views(64, 56, kind, flip).draw(64, 70, seed) for seed in range(50)] for flip in (True, False)]
+    assert any(box.flip for box in boxes[0]) and not any(box.flip for box in boxes[1])
+    assert [box[:4] for box in boxes[0]] == [box[:4] for box in boxes[1]]
+
+
 def test_resized_crops_are_spread_as_torchvisions():
     """Another mixture of near and far views than the paper's: another augmentation under its name."""
     n, (height, width) = 4000, (80, 120)
@@ -117,7 +125,6 @@ KINDS = {
     "GIF": ("GIF", "P", {}),
     "grey PNG with transparency": ("PNG", "LA", {}),
     "RGBA PNG": ("PNG", "RGBA", {}),
-    "16-bit grey PNG": ("PNG", "I;16", {}),
     "black and white PNG": ("PNG", "1", {}),
     "WebP": ("WEBP", "RGB", {}),
 }
@@ -128,14 +135,35 @@ def test_kinds_of_images(tmp_path, kind, mode, options):
     """A run would end at the first grey photo, or see it in other colours than everyone else."""
     path = tmp_path / "photo.jpg"
     image = Artist(0).image(13)
-    (
-        Image.fromarray(np.arange(0, 40000, 25, np.uint16).reshape(40, 40)) if mode == "I;16" else image.convert(mode)
-    ).save(path, kind, **options)
+    image.convert(mode).save(path, kind, **options)
     with warnings.catch_warnings(), Image.open(path) as opened:
         warnings.simplefilter("ignore")
         expected = np.asarray(opened.convert("RGB"))
         found = read(str(path), Boundary(tmp_path))
     np.testing.assert_array_equal(np.asarray(found), expected)
+
+
+DEEP = {"PNG": np.uint16, "TIFF": np.uint16, "TIFF, big endian": ">u2", "TIFF of 32 bits": np.int32, "PPM": np.int32}
+
+
+@pytest.mark.parametrize(("kind", "dtype"), DEEP.items(), ids=DEEP)
+def test_grey_images_of_16_bits(tmp_path, kind, dtype):
+    """Scans and X-rays would be white all over: Pillow takes every value over 255 for 255."""
+    values = np.arange(0, 65536, 41).astype(dtype)[:1560].reshape(39, 40)
+    image = Image.fromarray(values)
+    assert image.mode.startswith("I")
+    image.save(tmp_path / "scan.jpg", kind.split(",")[0].split()[0])
+    found = read(str(tmp_path / "scan.jpg"), Boundary(tmp_path))
+    assert found.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(found), np.repeat((values >> 8)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize(("value", "said"), [(0.5, "fractions"), (70_000, "more than 16"), (-1, "more than 16")])
+def test_pixels_of_other_numbers_are_refused(tmp_path, value, said):
+    """There is no telling what is white: they would be black or white all over."""
+    Image.fromarray(np.full((8, 8), value, np.float32 if value == 0.5 else np.int32)).save(tmp_path / "x.tif")
+    with pytest.raises(BadImage, match=said):
+        read(str(tmp_path / "x.tif"), Boundary(tmp_path))
 
 
 def damage(path: Path, how: str) -> None:

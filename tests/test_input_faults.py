@@ -17,10 +17,11 @@ from test_dataloader_cifar import batch
 
 import Train_cifar
 import Train_clothing1M
+import Train_folder
 import Train_webvision
 from dividemix import DivideMixError, codivide, engine, noise, noise_file, options, report, runtime
 
-SCRIPTS = [Train_cifar, Train_clothing1M, Train_webvision]
+SCRIPTS = [Train_cifar, Train_clothing1M, Train_webvision, Train_folder]
 
 
 @pytest.fixture
@@ -85,7 +86,8 @@ def number_flags(script, monkeypatch) -> dict[str, list[str]]:
     with monkeypatch.context() as patch, pytest.raises(Parsing) as seen:
         patch.setattr(options.Parser, "parse_args", stop)
         script.parse_args([])
-    typed = [action for action in seen.value.args[0]._actions if action.type not in (None, options.run_id)]
+    texts = (None, options.run_id, options.architecture)
+    typed = [action for action in seen.value.args[0]._actions if action.type not in texts]
     return {action.option_strings[0]: [*NO_NUMBERS, *OUTSIDE[action.type]] for action in typed}
 
 

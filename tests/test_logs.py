@@ -79,6 +79,25 @@ def test_what_the_best_epoch_is_chosen_by():
     assert [logs.by_network(CLOTHING1M, k) for k in (0, 1)] == [73.456, 72.0]
 
 
+def test_own_images_without_a_test_part():
+    """Their accuracies would be called a test's, or the run end at the first epoch for want of one."""
+    record = {"epoch": 3, "phase": "train", "val_acc": 81.5, "val_acc_net1": 80.0, "val_acc_net2": 79.0}
+    record |= {"labeled_net1": 5, "labeled_net2": 7, "unlabeled_net1": 2, "unlabeled_net2": 0}
+    assert logs.FOLDER.acc(record) == "Epoch:3   Accuracy:81.50\n"
+    assert logs.FOLDER.stats(record) == "".join(f"Numer of labeled samples:{n}   AUC:null\n" for n in (7, 5))
+    assert [logs.by_ensemble(record, k) for k in (0, 1)] == [81.5, 81.5]
+    running = logs.FOLDER.running([{"val_acc": 90.0}, record], [0, 0])
+    assert running == {"best_val_acc": 90.0}
+    said = "epoch 3/9 train | labeled 5/7 unlabeled 2/0 | validation 81.50 (nets 80.00/79.00) | best 90.00"
+    assert logs.FOLDER.epoch(record | running, 10).replace(" |  | ", " | ") == said
+    tested = record | {"test_acc": 70.0, "test_acc_net1": 69.0, "test_acc_net2": 68.0}
+    assert logs.FOLDER.acc(tested) == "Epoch:3   Accuracy:70.00\n"
+    running = logs.FOLDER.running([tested], [0])
+    assert running == {"best_acc": 70.0, "last10_acc": 70.0}
+    line = logs.FOLDER.epoch(tested | running, 10)
+    assert "val 81.50 test 70.00 (nets 69.00/68.00) | best 70.00 last-10 70.00" in line
+
+
 def test_running_numbers_are_of_what_is_measured():
     """Else Clothing1M's epochs carry a best test accuracy although none is tested."""
     tested = [{"test_acc": 4.0}, {"test_acc": 2.0}]

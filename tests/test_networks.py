@@ -1,15 +1,21 @@
 """The networks by name, and the weights that they start from. Nothing here touches the network."""
 
+import functools
+import re
 import urllib.error
 
 import pytest
 import torch
 import torchvision
+from conftest import half
 from torch import nn
+from torchvision import models
 
-from dividemix import DivideMixError, networks
+from dividemix import DivideMixError, engine, networks
+from dividemix.data import DeviceImages
 from dividemix.ranks import Ranks
-from dividemix.seeds import seeded
+from dividemix.runtime import Runtime
+from dividemix.seeds import draws, seeded
 
 ALONE = Ranks()
 FILE = "resnet50-0676ba61.pth"
@@ -100,7 +106,7 @@ def test_one_process_of_a_machine_downloads():
 
     with pytest.raises(KeyboardInterrupt):
         networks.read_weights("imagenet", "resnet50", Asked(1, 2, 1))
-    assert asked == [networks.imagenet_file]
+    assert isinstance(asked[0], functools.partial) and asked[0].func is networks.imagenet_file
 
 
 def test_weights_of_another_number_of_classes_keep_all_but_the_classifier(tmp_path):
@@ -171,3 +177,173 @@ def test_every_architecture_works_at_its_smallest_image(arch):
     side = networks.ARCHITECTURES[arch].min_side
     assert isinstance(net, nn.Module) and net(torch.randn(2, 3, side, side)).shape == (2, 5)
     assert any(key.startswith(f"{networks.ARCHITECTURES[arch].classifier}.") for key in net.state_dict())
+
+
+# ---- torchvision's, by name ----
+
+SMALL = ["squeezenet1_1", "shufflenet_v2_x0_5"]  # quick to build
+SLOW = ["alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t"]
+SLOW += [
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "regnet_y_400mf",
+    "resnet18",
+    "swin_t",
+    "swin_v2_t",
+    "vgg11_bn",
+    "vit_b_32",
+]
+FAMILIES = [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_torchvisions_networks(name):
+    """A network of another kind than its name says, with a head of ImageNet's 1000 classes, one that gives more than
+    logits while it trains, or one that no checkpoint can be loaded into: a continued run would end in a traceback."""
+    net = networks.build(name, 5)
+    side = next(side for side in (32, 64, 96, 224) if not networks.refusal(name, side))
+    x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    logits = net(x)  # in train mode
+    assert isinstance(logits, torch.Tensor) and logits.shape == (2, 5)
+    logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    head = networks.architecture(name).classifier
+    for key, value in net.state_dict().items():
+        assert not key.startswith(f"{head}.") or value.shape[0] == 5, key
+
+    state = {key: value.clone() for key, value in net.state_dict().items()}  # a plain dict, as in a checkpoint
+    again = networks.build(name, 5)
+    again.load_state_dict(state)
+    more = {"aux_logits": False, "transform_input": True, "init_weights": False}
+    theirs = models.get_model(name, num_classes=5, **(more if name in ("googlenet", "inception_v3") else {}))
+    nn.Module.load_state_dict(theirs, net.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(x), theirs.eval()(x), rtol=1e-4, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert again(x).dtype == torch.float32
+    other = networks.build(name, 7, 64, state).state_dict()
+    assert all(torch.equal(other[key], value) for key, value in state.items() if not key.startswith(f"{head}."))
+
+
+@pytest.mark.slow
+def test_published_weights_have_the_keys_that_the_networks_have():
+    """densenet's files are older than its code, googlenet's and inception_v3's have auxiliary classifiers: --weights
+    imagenet would be refused for them."""
+    for name, more in (("googlenet", {"init_weights": False}), ("inception_v3", {"init_weights": False})):
+        theirs = models.get_model(name, transform_input=True, **more).eval()  # as with weights: auxiliary ones too
+        ours = networks.build(name, 1000, 64, theirs.state_dict()).eval()
+        x = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+    theirs = models.densenet121().state_dict()
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", key): value for key, value in theirs.items()}
+    assert old.keys() != theirs.keys()
+    ours = networks.build("densenet121", 1000, 64, old).state_dict()
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+
+
+@pytest.mark.slow
+def test_every_name_of_torchvisions():
+    """A family that a newer torchvision brings may make its logits by another layer, or publish weights without the
+    digest that a download is checked by."""
+    without = {"regnet_y_128gf", "vit_h_14"}  # theirs are not free for all uses, and not IMAGENET1K_V1
+    for name in set(models.list_models(module=models)) - {"regnet_y_128gf"}:  # 2.6 GB of weights
+        found = networks.architecture(name)
+        if name != "resnet50":
+            assert networks._skeleton(name).state_dict()[f"{found.classifier}.weight"].shape[0] == 2, name
+        assert name in without or re.search(r"-([0-9a-f]{8,})\.pth$", found.imagenet), name
+        assert not networks.refusal(name, 224), name
+    assert networks.architecture("vit_h_14").imagenet is None
+
+
+def test_imagenets_weights_of_another_network(hub, offline):
+    """Else --arch resnet18 starts from the file of resnet50, or both networks from one classifier."""
+    url = models.SqueezeNet1_1_Weights.IMAGENET1K_V1.url
+    with pytest.raises(DivideMixError, match=f"fetch {url} elsewhere"):
+        networks.read_weights("imagenet", "squeezenet1_1", ALONE)
+    hub.mkdir(parents=True, exist_ok=True)
+    published = models.squeezenet1_1().state_dict()
+    torch.save(published, hub / url.rsplit("/", 1)[1])
+    state = networks.read_weights("imagenet", "squeezenet1_1", ALONE)
+    net = networks.build("squeezenet1_1", 1000, 64, state).state_dict()
+    other = [key for key, value in published.items() if not torch.equal(net[key], value)]
+    assert other == ["classifier.1.weight"]  # its bias is 0 in both
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("squeezenet1_1", 64, 8, "none"), "--image_size 8: squeezenet1_1 cannot take such images .*; it takes 64"),
+        (("shufflenet_v2_x0_5", 64, 32, "none"), "more than 1 value per channel.*; it takes 64"),
+        (("squeezenet1_1", 16, 64, "none"), "--width 16: squeezenet1_1 has one width"),
+        (("resnet_18", 64, 64, "none"), "--arch 'resnet_18': no such network; did you mean resnet18"),
+    ],
+)
+def test_flags_that_torchvisions_networks_cannot_take(flags, expected):
+    """Else the run ends in a stack trace of a pooling layer, at the first batch or at the last one."""
+    with pytest.raises(DivideMixError, match=expected):
+        networks.check(*flags)
+
+
+def test_initial_weights_do_not_depend_on_what_was_built_before():
+    """Else a run gets other first weights in a process that has looked at its network already."""
+    first = [seeded(1, 0, lambda: networks.build("squeezenet1_1", 3)).state_dict()]
+    networks._skeleton.cache_clear()
+    networks._torchvisions.cache_clear()
+    first.append(seeded(1, 0, lambda: networks.build("squeezenet1_1", 3)).state_dict())
+    assert all(torch.equal(value, first[1][key]) for key, value in first[0].items())
+
+
+# ---- Layers that draw ----
+
+
+def dropped(seed: int = 1) -> dict[str, torch.Tensor]:
+    """Weights after a warm-up pass and a pass over a labeled set of a network with dropout."""
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (12, 16, 16, 3), dtype=torch.uint8, generator=rng).numpy()
+    data = DeviceImages(pixels, torch.arange(12).numpy() % 3, (0.5,) * 3, (0.25,) * 3, False)
+    machine = Runtime(torch.device("cpu"))
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Dropout(0.5), nn.Linear(4 * 14 * 14, 3))
+
+    net, peer = (seeded(5, k, build) for k in range(2))
+    optimizer = machine.optimizer(net, 0.01, 5e-4)
+    flags = {"batch_size": 4, "machine": machine}
+    engine.warmup_epoch(net, optimizer, data, rng=draws(seed, "warmup"), **flags)
+    more = {"epoch": 1, "warm_up": 1, "alpha": 4, "T": 0.5, "lambda_u": 1, "num_class": 3}
+    engine.train_epoch(net, peer, optimizer, data, half(12), rng=draws(seed, "train"), **more, **flags)
+    return {key: value.clone() for key, value in net.state_dict().items()}
+
+
+def test_dropout_follows_from_the_phase_s_generator():
+    """Dropout draws from torch's global stream: a continued run of a network that has it would end elsewhere than the
+    uninterrupted one, and all ranks of a run would leave out the same places."""
+    torch.manual_seed(3)
+    first, stream = dropped(), torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(3), stream), "the global stream is not as it was"
+    again = dropped()
+    assert all(torch.equal(value, again[key]) for key, value in first.items())
+    assert not torch.equal(dropped(seed=2)["3.weight"], first["3.weight"])
+    drawn = []
+    for rank in (0, 1):
+        machine = Runtime(torch.device("cpu"), ranks=Ranks(rank, 2))
+        with engine.layers_draw_from(draws(1, "train"), nn.Dropout(0.5), machine):
+            drawn.append(torch.rand(3))
+    assert not torch.equal(*drawn)
+
+
+def test_networks_without_such_layers_draw_nothing():
+    """Else all results of the paper's networks change."""
+    machine = Runtime(torch.device("cpu"))
+    net = networks.build("preresnet18", 3, 4)
+    rng = draws(1, "warmup")
+    with engine.layers_draw_from(rng, net, machine):
+        assert rng.random() == draws(1, "warmup").random()
+    with engine.layers_draw_from(rng, nn.Dropout(0.0), machine):  # as in a vision transformer
+        pass
+    other = draws(1, "warmup")
+    other.random()
+    assert rng.random() == other.random()

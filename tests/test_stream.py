@@ -71,6 +71,18 @@ def decoded(monkeypatch):
 # ---- Pixels ----
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pixels_for_the_device(clothing, workers):
+    """Sets that live on the device would be of other pixels than those that are read in each pass, or in another
+    order."""
+    index = np.array([5, 3, 40, *range(20)])
+    with pipeline(clothing, workers=workers) as streamed:
+        pixels = streamed.pixels("train", index)
+        seen = torch.cat([x for x, _ in streamed.images("train", index).eval_batches(7)])
+        assert pixels.dtype == np.uint8 and pixels.shape == (23, 32, 32, 3)
+        torch.testing.assert_close(streamed.normalise(torch.from_numpy(pixels)), seen, rtol=0, atol=0)
+
+
 def test_evaluation_is_torchvisions_in_the_order_of_the_samples(clothing):
     """Losses and accuracies of other pixels than the paper's, or given to other samples."""
     expected = transforms.Compose(
