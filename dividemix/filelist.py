@@ -17,6 +17,7 @@ import os
 import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,6 +70,12 @@ class ImageList:
 
     def path(self, i: int) -> str:
         return os.path.join(self.root, self.folder, self.name(i))
+
+    def names(self) -> NDArray[np.bytes_]:
+        """All paths below root, (N,) bytes of one width."""
+        folder = os.fsencode(self.folder) + b"/" if self.folder else b""
+        ends = self.ends.tolist()
+        return np.array([folder + self.text[a:b] for a, b in pairwise(ends)], np.bytes_)
 
     def where(self, i: int) -> str:
         """Where image i is named, for messages."""

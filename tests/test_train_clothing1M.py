@@ -72,9 +72,11 @@ def test_output_is_one_line_an_epoch_and_the_test_beside_the_papers(done):
 def test_files_of_a_run(done):
     """Else TensorBoard shows an empty page, the figure is missing, or runs litter the disk with old checkpoints."""
     files = {path.name for path in done.folder.iterdir()} - {".lock"}
-    logs = {"acc.txt", "stats.txt", "metrics.jsonl", "args.json", "tensorboard", "labels.npz", "scores", "report.png"}
+    logs = {"acc.txt", "stats.txt", "metrics.jsonl", "histograms.jsonl", "args.json", "tensorboard", "scores"}
+    logs |= {"labels.npz", "label_scores.npz", "thumbnails.npz"}
+    logs |= {"report.html", "figures", "label_issues.csv", "cleaned_labels.csv"}
     assert files == logs | {"last.json", "best.pt", "epoch-001.pt", "epoch-002.pt", "result.json"}
-    assert (done.folder / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert (done.folder / "figures" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
     assert sorted(path.name for path in (done.folder / "scores").iterdir()) == [f"epoch_{e:03d}.npz" for e in range(3)]
     about = json.loads((done.folder / "args.json").read_text())
     assert about["command"] == ["Train_clothing1M.py", *done.flags]

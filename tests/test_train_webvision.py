@@ -76,9 +76,11 @@ def test_files_of_a_run(done):
     """Else TensorBoard shows an empty page, or an analysis of the losses over the epochs, which this script always
     saves, has gaps."""
     files = {path.name for path in done.folder.iterdir()} - {".lock"}
-    logs = {"acc.txt", "stats.txt", "metrics.jsonl", "args.json", "tensorboard", "labels.npz", "scores", "report.png"}
+    logs = {"acc.txt", "stats.txt", "metrics.jsonl", "histograms.jsonl", "args.json", "tensorboard", "scores"}
+    logs |= {"labels.npz", "label_scores.npz", "thumbnails.npz"}
+    logs |= {"report.html", "figures", "label_issues.csv", "cleaned_labels.csv"}
     assert files == logs | {"last.json", "best.pt", "epoch-001.pt", "epoch-002.pt", "result.json"}
-    assert (done.folder / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert (done.folder / "figures" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
     for epoch in range(EPOCHS):
         scores = np.load(done.folder / "scores" / f"epoch_{epoch:03d}.npz", allow_pickle=False)
         names = ("raw_loss", "prediction", "loss", "clean_probability")
