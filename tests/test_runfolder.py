@@ -73,7 +73,7 @@ def test_damaged_histograms_are_left_out_one_by_one(tmp_path):
 def test_a_run_older_than_the_histograms_has_its_last_one(tmp_path):
     """Else the folders of runs that took days lose the figure that they had."""
     folder = make_run(tmp_path / "run", histograms=False)
-    scores, clean = divided(12)
+    scores, _ = divided(12)
     (folder / "scores").mkdir()
     np.savez(folder / "scores" / "epoch_002.npz", **scores)
     np.savez(folder / "scores" / "epoch_001.npz", loss_net1=np.zeros(1))  # an older epoch's: must not be read

@@ -126,6 +126,20 @@ def test_metrics_are_one_flat_object_an_epoch(done):
     assert done.records[0]["penalty"] == 0  # no confidence penalty in WebVision's warm-up
 
 
+def test_the_list_of_labels_is_of_the_last_division(done):
+    """By other means: the last epoch ends with a division by the final networks. Else the list is of other images, or
+    of other networks than the run's."""
+    scores = np.load(done.folder / "scores" / f"epoch_{EPOCHS - 1:03d}.npz")
+    found = np.load(done.folder / "label_scores.npz")
+    for k in (1, 2):
+        np.testing.assert_array_equal(found[f"loss_net{k}"], scores[f"raw_loss_net{k}"])
+        np.testing.assert_array_equal(found[f"p_clean_net{k}"], scores[f"clean_probability_net{k}"])
+    lines = (done.folder / "label_issues.csv").read_text().splitlines()
+    assert (
+        len(lines) == 61 and lines[0].startswith("index,path,given_label,") and lines[1].startswith("0,google/q0001/")
+    )
+
+
 def test_a_finished_run_started_again_says_so_and_ends_the_same(done, capsys):
     """Else a second start loses the result, or trains on past its end."""
     before = {name: (done.folder / name).read_bytes() for name in ("result.json", "acc.txt", "stats.txt", "best.pt")}
