@@ -1,10 +1,11 @@
-"""A corrected copy of a run's labels in the format of its data set, for `python -m dividemix.report RUN --export_clean
-DIR`. The originals are read by nobody here and never written.
+"""A corrected copy of a run's labels, in the format of its data set. The originals are not written, nor even read.
+
+    python -m dividemix.report RUN --export_clean DIR
 
     Train_cifar.py        cleaned_labels.json              for --noise_file: a JSON list of the labels of all samples
     Train_clothing1M.py   noisy_label_kv.txt               a line: images/0/00/name.jpg 3
     Train_webvision.py    train_filelist_google.txt        a line: google/q0001/images000001/name.jpg 0
-    others                labels.csv                       path,label; a class by its name where it has one
+    Train_folder.py       labels.csv                       path,label; a class by its name
 
 Samples that were not scored (held out, or left out as damaged) keep the labels that they were given.
 """
@@ -31,9 +32,7 @@ def export(run: RunFolder, issues: LabelIssues, folder: Path) -> list[str]:
     labels = run.labels["list_given"].copy()
     labels[issues.index] = issues.cleaned
     script = os.path.basename(str((run.about.get("command") or [""])[0]))
-    name, form, use = FORMATS.get(script, FORMATS["others"])
-    if form is not as_json and "list_path" not in run.labels:
-        name, form, use = FORMATS["Train_cifar.py"]
+    name, form, use = FORMATS.get(script, FORMATS["Train_folder.py" if "list_path" in run.labels else "Train_cifar.py"])
     content = form(run, labels)
     refuse_originals(run, folder)
     try:
@@ -118,7 +117,7 @@ def use_list(run: RunFolder, issues: LabelIssues, file: Path) -> str:
 
 
 def use_csv(run: RunFolder, issues: LabelIssues, file: Path) -> str:
-    return "its paths are below the data folder that the run was trained on"
+    return f"train on it: python Train_folder.py --data_path {run.args.get('data_path')} --labels {file}"
 
 
 Use = Callable[[RunFolder, LabelIssues, Path], str]
@@ -126,5 +125,5 @@ FORMATS: dict[str, tuple[str, Callable[[RunFolder, NDArray], bytes], Use]] = {
     "Train_cifar.py": ("cleaned_labels.json", as_json, use_json),
     "Train_clothing1M.py": ("noisy_label_kv.txt", as_key_values, use_list),
     "Train_webvision.py": ("train_filelist_google.txt", as_file_list, use_list),
-    "others": ("labels.csv", as_csv, use_csv),
+    "Train_folder.py": ("labels.csv", as_csv, use_csv),
 }
