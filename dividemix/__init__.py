@@ -2,8 +2,9 @@
 
 Reading order: `algorithm` (the equations), `codivide` (loss -> clean probability), `engine` (a step and a phase), then
 `Train_cifar.py` (Algorithm 1). Around them: `noise`, `augment`, `data`, `filelist`, `check_data`, `networks`,
-`recipes`, `options`, `signals`, `run`, `logs`, `checkpoint`, `saving`, `report`; for large images `stream` (the data
-sets), `workers`, `images`, `imagestore`; and for speed `runtime`, `graph`, `layers`.
+`recipes`, `options`, `signals`, `run`, `logs`, `checkpoint`, `saving`; after training `scoring`, `label_issues`,
+`clean_labels`, `report` (with `runfolder`, `histograms`, `figures`, `html_report`, `compare`, `page`); for large images
+`stream` (the data sets), `workers`, `images`, `imagestore`; and for speed `runtime`, `graph`, `layers`.
 """
 
 import warnings

@@ -68,7 +68,7 @@ def spread_rows(groups: Sequence[Group], agreements: dict[Path, Agreement | None
 
     def auc(run: RunFolder) -> float | None:
         both = [run.records[-1].get(f"auc_net{k}") for k in (1, 2)]
-        return None if None in both else sum(both) / 2
+        return sum(both) / 2 if all(isinstance(value, int | float) for value in both) else None
 
     def of_list(name: str) -> Callable[[RunFolder], float | None]:
         def value(run: RunFolder) -> float | None:

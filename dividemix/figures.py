@@ -164,8 +164,8 @@ def overlay(
 
 
 def mean_of_nets(run: RunFolder, metric: str) -> list[float | None]:
-    pairs = zip(run.column(f"{metric}_net1"), run.column(f"{metric}_net2"), strict=True)
-    return [None if None in pair else sum(pair) / 2 for pair in pairs]
+    both = (numbers(run.column(f"{metric}_net1")) + numbers(run.column(f"{metric}_net2"))) / 2
+    return [None if np.isnan(value) else value for value in both.tolist()]
 
 
 def numbers(values: Sequence[float | None]) -> NDArray[np.float64]:

@@ -102,24 +102,26 @@ def svg(histogram: Histogram, top: float, title: str) -> str:
         part = np.sqrt(np.clip(density, 0, top) / top)
         return _TOP + (1 - part) * (_HEIGHT - _TOP - _BOTTOM)
 
-    def path(points: Iterable[tuple[float, float]], name: str) -> str:
-        steps = " ".join(f"{x:.4g} {y:.4g}" for x, y in points)
-        return f'<path class="{name}" d="M{steps}"/>'
+    def path(d: str, name: str) -> str:
+        return f'<path class="{name}" d="{d}"/>'
 
-    edges = across(np.repeat(np.linspace(0, 1, BINS + 1), 2)[1:-1])  # left and right of each bar
-    parts, below = [], np.zeros(BINS)
+    def line(points: Iterable[tuple[float, float]]) -> str:
+        return "M" + " ".join(f"{x:.4g} {y:.4g}" for x, y in points)
+
+    edges, parts, below = across(np.linspace(0, 1, BINS + 1)), [], np.zeros(BINS)
     for name, density in densities(histogram).items():
-        upper, lower = (up(np.repeat(part, 2)) for part in (below + density, below))
-        outline = [*zip(edges, upper, strict=True), *zip(edges[::-1], lower[::-1], strict=True)]
-        parts.append(path(outline, f"bars {name}"))
+        upper, lower = up(below + density), up(below)
+        there = "".join(f"V{y:.4g}H{x:.4g}" for x, y in zip(edges[1:], upper, strict=True))
+        back = "".join(f"V{y:.4g}H{x:.4g}" for x, y in zip(edges[-2::-1], lower[::-1], strict=True))
+        parts.append(path(f"M{edges[0]:.4g} {lower[0]:.4g}{there}{back}", f"bars {name}"))
         below = below + density
-    x = np.linspace(0, 1, 161)
+    x = np.linspace(0, 1, 101)
     for curve, name in zip(gaussians(x, histogram), ("clean", "wrong"), strict=True):
-        parts.append(path(zip(across(x), up(curve), strict=True), f"curve {name}"))
+        parts.append(path(line(zip(across(x), up(curve), strict=True)), f"curve {name}"))
     for loss in boundaries(histogram):
-        parts.append(path([(across(loss), _TOP), (across(loss), _HEIGHT - _BOTTOM)], "threshold"))
+        parts.append(path(line([(across(loss), _TOP), (across(loss), _HEIGHT - _BOTTOM)]), "threshold"))
     base = _HEIGHT - _BOTTOM
-    parts.append(path([(_LEFT, _TOP), (_LEFT, base), (_WIDTH - _RIGHT, base)], "axis"))
+    parts.append(path(line([(_LEFT, _TOP), (_LEFT, base), (_WIDTH - _RIGHT, base)]), "axis"))
     for tick in (0, 0.25, 0.5, 0.75, 1):
         parts.append(f'<text x="{across(tick):.4g}" y="{base + 20}" text-anchor="middle">{tick:g}</text>')
     parts.append(f'<text x="{across(0.5):.4g}" y="{base + 44}" text-anchor="middle">normalised loss</text>')

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dividemix import histograms, recipes
 from dividemix.label_issues import IN_SAMPLE, Agreement, LabelIssues, against_truth, by_class, percent
 from dividemix.page import cards, page, paragraph, picture, png_figure, section, table, text
@@ -194,10 +196,9 @@ def pictures(run: RunFolder, issues: LabelIssues | None) -> str:
     whole = {"index", "pixels", "sizes"} <= thumbs.keys() and thumbs["pixels"].ndim == 4
     if issues is None or not whole or not len(thumbs["index"]):
         return paragraph("The run folder has no images of them." if issues else NO_SCORES, dim=True)
-    row_of = {int(index): row for row, index in enumerate(issues.index)}
     shown = []
     for index, pixels, (height, width) in zip(thumbs["index"], thumbs["pixels"], thumbs["sizes"], strict=False):
-        row = row_of.get(int(index))
+        [row] = np.flatnonzero(issues.index == index)[:1].tolist() or [None]
         if row is not None and 0 < height <= pixels.shape[0] and 0 < width <= pixels.shape[1]:
             shown.append(thumbnail(issues, row, picture(pixels[:height, :width])))
     return f'<div class="thumbs">{"".join(shown)}</div>'

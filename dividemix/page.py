@@ -28,7 +28,7 @@ p { margin: 6px 0 10px; max-width: 80ch; }
 .card { background: var(--soft); border-radius: 8px; padding: 8px 12px; }
 .card b { display: block; font-size: 19px; line-height: 1.35; white-space: nowrap; }
 .card span { color: var(--dim); font-size: 13px; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 14px; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); gap: 14px; }
 figure { margin: 0; }
 .figures img, svg { width: 100%; height: auto; max-width: 620px; display: block; }
 figcaption { color: var(--dim); font-size: 13px; }

@@ -90,7 +90,16 @@ def test_the_boundary_is_where_the_posterior_is_the_threshold():
 
 
 def points(path: str) -> np.ndarray:
-    return np.array(re.findall(r"-?[\d.]+(?:e[-+]\d+)?", path), float).reshape(-1, 2)
+    """The corners of an SVG path of straight lines: M and pairs of numbers, H and V."""
+    found: list[tuple[float, float]] = []
+    for command, numbers in re.findall(r"([MHV])([^MHV]*)", path):
+        values = [float(number) for number in numbers.split()]
+        if command == "M":
+            found += zip(values[::2], values[1::2], strict=True)
+        else:
+            x, y = found[-1]
+            found.append((values[0], y) if command == "H" else (x, values[0]))
+    return np.array(found)
 
 
 def test_the_drawing_is_svg_with_bars_curves_and_the_threshold_at_their_places():
