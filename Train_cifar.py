@@ -15,7 +15,8 @@ The same command again continues the run. lambda_u, p_threshold and the loss win
 import argparse
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from dividemix.codivide import CoDivide
 from dividemix.data import DeviceImages
 from dividemix.engine import ensemble_accuracy, per_sample_loss, set_learning_rate, train_epoch, warmup_epoch
 from dividemix.run import Run, folder_for, score_arrays
+from dividemix.scoring import score_labels
 from dividemix.seeds import draws, hold_out
 from dividemix.state import restore, state_of
 
@@ -168,11 +170,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 held_out = ensemble_accuracy(nets, validation, **evaluation) if validation else None
 
             metrics = {"phase": "ce" if args.method == "ce" else "train" if any(divisions) else "warmup", "lr": lr}
-            metrics |= epoch_metrics(accuracy, held_out, divisions, terms)
+            metrics |= epoch_metrics(accuracy, held_out, divisions, terms, truly_clean)
             scores = {name: array for k in range(2) for name, array in score_arrays(k, scored[k], divisions[k]).items()}
             run.end_epoch(metrics, state_of(nets, optimizers, codivide), scores, args.save_scores)
 
-        return finish(run, row, args, images.official)
+        divide = args.method == "dividemix"
+        score = partial(score_labels, nets, train, codivide, seed=args.seed, divide=divide, **evaluation)
+        return finish(run, row, args, images.official, None if args.no_label_scores else score)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,7 +211,7 @@ def prepare_data(
         return DeviceImages(pixels, labels, images.mean, images.std, images.flip, machine.device, machine.ranks)
 
     truth = images.train_labels[index]
-    run.save_labels(index=index, given=given[index], true=truth)
+    run.save_labels(index=index, given=given[index], true=truth, list_given=given)
     changed = float((given[index] != truth).mean())
     matrix, matrix_csv = transition.describe(truth, given[index], images.class_names)
     if matrix_csv:
@@ -233,20 +237,22 @@ def prepare_data(
     return train, validation, test, given[index] == truth, about
 
 
-def epoch_metrics(accuracy, held_out, divisions, terms) -> dict[str, Any]:
+def epoch_metrics(accuracy, held_out, divisions, terms, truly_clean) -> dict[str, Any]:
     """The record of an epoch, flat."""
     metrics = dict(zip(("test_acc", "test_acc_net1", "test_acc_net2"), accuracy, strict=True))
     if held_out:
         metrics |= dict(zip(("val_acc", "val_acc_net1", "val_acc_net2"), held_out, strict=True))
     metrics |= {f"auc_net{k}": division.auc if division else None for k, division in enumerate(divisions, start=1)}
-    metrics |= logs.training(divisions, terms)
+    metrics |= logs.training(divisions, terms, truly_clean)
     divided = [t.unlabeled for t, division in zip(terms, divisions[::-1], strict=True) if division]
     metrics["loss_u"] = float(np.mean(divided)) if divided else None
     return metrics
 
 
-def finish(run: Run, row, args: argparse.Namespace, official: bool) -> dict[str, Any]:
-    """Print best and last beside the paper's row, draw the figures, and return the final metrics."""
+def finish(
+    run: Run, row, args: argparse.Namespace, official: bool, score: Callable[[Run], None] | None = None
+) -> dict[str, Any]:
+    """Print best and last beside the paper's row, score the labels, make the report, and return the final metrics."""
     final = {**run.records[-1], "run_dir": str(run.folder)}
     line = f"best {final['best_acc']:.2f} (epoch {run.best_epochs[0]}), mean of the last 10 {final['last10_acc']:.2f}"
     if args.method == "ce":
@@ -262,7 +268,7 @@ def finish(run: Run, row, args: argparse.Namespace, official: bool) -> dict[str,
             line += f"; paper: {row.best} / {row.last}{but}"
             final |= {"paper_best": row.best, "paper_last": row.last}
     run.say(line)
-    return run.finish(final)
+    return run.finish(final, score)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ top to bottom: data, two networks, Algorithm 1.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from dividemix.codivide import CoDivide
 from dividemix.engine import ensemble_accuracy, per_sample_loss, set_learning_rate, train_epoch, warmup_epoch
 from dividemix.images import Preparation, Views
 from dividemix.run import Run, folder_for, score_arrays
+from dividemix.scoring import score_labels
 from dividemix.seeds import draws, hold_out
 from dividemix.state import load_weights, restore, state_of
 from dividemix.stream import Pipeline, StreamedImages
@@ -95,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     "machine": machine.describe(),
                 }
             )
-            run.save_labels(given=lists["train"].labels)
+            noisy = lists["train"]
+            given = noisy.labels[index["train"]]
+            run.save_labels(index=index["train"], given=given, list_given=noisy.labels, list_path=noisy.names())
             run.say(machine.describe(), *lines, *notes, f"run folder {folder}")
 
             warmup = {"batch_size": 2 * args.batch_size, "conf_penalty": PAPER.conf_penalty, "machine": machine}
@@ -163,7 +167,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             load_weights(nets, run.best_networks(), "best.pt")
             with run.phase("test") as bar:
                 accuracy = ensemble_accuracy(nets, test, bar=bar, **evaluation)
-            return finish(run, args, accuracy)
+            noisy = pipeline.images("train", index["train"])
+            score = partial(score_labels, nets, noisy, codivide, seed=args.seed, **evaluation)
+            return finish(run, args, accuracy, None if args.no_label_scores else score)
 
 
 def draw(
@@ -174,8 +180,10 @@ def draw(
     return pipeline.images("train", index[balanced_sample(labels, n, num_class, rng)], keep=keep)
 
 
-def finish(run: Run, args: argparse.Namespace, accuracy: list[float]) -> dict[str, Any]:
-    """Print the test accuracy beside the paper's, and return the final metrics."""
+def finish(
+    run: Run, args: argparse.Namespace, accuracy: list[float], score: Callable[[Run], None] | None
+) -> dict[str, Any]:
+    """Print the test accuracy beside the paper's, score the labels, and return the final metrics."""
     final = {**run.records[-1], "run_dir": str(run.folder), "paper_test_acc": PAPER.results["test_acc"]}
     final |= dict(zip(("test_acc", "test_acc_net1", "test_acc_net2"), accuracy, strict=True))
     epochs = " and ".join(map(str, run.best_epochs))
@@ -183,7 +191,7 @@ def finish(run: Run, args: argparse.Namespace, accuracy: list[float]) -> dict[st
         f"test {final['test_acc']:.2f} (nets {logs.pair(final, 'test_acc', '.2f')}, of epochs {epochs}, chosen on the "
         f"clean validation set); paper: {final['paper_test_acc']}{options.but(args, PAPER)}"
     )
-    return run.finish(final)
+    return run.finish(final, score)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ top to bottom: data, two networks, Algorithm 1.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from dividemix.engine import (
 )
 from dividemix.images import Preparation, Views
 from dividemix.run import Run, folder_for, score_arrays
+from dividemix.scoring import score_labels
 from dividemix.seeds import draws, hold_out
 from dividemix.state import restore, state_of, still_in
 from dividemix.stream import Pipeline
@@ -100,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     "machine": machine.describe(),
                 }
             )
-            run.save_labels(index=index, given=train.labels)
+            whole = {"list_given": data.train.labels, "list_path": data.train.names()}
+            run.save_labels(index=index, given=train.labels, **whole)
             if len(held_out):
                 lines.append(f"{len(held_out)} training images held out with their labels to select the best epoch")
             run.say(machine.describe(), *lines, *notes, f"run folder {folder}")
@@ -159,11 +162,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 state = state_of(nets, optimizers, codivide) | {"index": torch.from_numpy(index)}
                 run.end_epoch(metrics, state, scores, keep_scores=True)
 
-            return finish(run, args)
+            score = partial(score_labels, nets, train, codivide, seed=args.seed, **evaluation)
+            return finish(run, args, None if args.no_label_scores else score)
 
 
-def finish(run: Run, args: argparse.Namespace) -> dict[str, Any]:
-    """Print the best epoch beside the paper's results, and return the final metrics."""
+def finish(run: Run, args: argparse.Namespace, score: Callable[[Run], None] | None) -> dict[str, Any]:
+    """Print the best epoch beside the paper's results, score the labels, and return the final metrics."""
     final = {**run.records[-1], "run_dir": str(run.folder)}
     final |= {f"paper_{name}": value for name, value in PAPER.results.items()}
     best, paper = run.records[run.best_epochs[0]], PAPER.results
@@ -174,7 +178,7 @@ def finish(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 
     last10 = f"mean of the last 10 {final['last10_acc']:.2f}"
     run.say(f"best epoch {best['epoch']}: {line(best)}; {last10}; paper: {line(paper)}{options.but(args, PAPER)}")
-    return run.finish(final)
+    return run.finish(final, score)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,13 @@ class Division:
         parts = {name: getattr(self, name)[rows] for name in ("clean_probability", "labeled", "loss")}
         return dataclasses.replace(self, **parts)
 
+    def precision_recall(self, truly_clean: NDArray[np.bool_]) -> tuple[float | None, float | None]:
+        """Of the labeled set as "these labels are right", against the truth (N,): which part of it is right, and which
+        part of the right labels is in it. None where there are none to take a part of."""
+        right = int((self.labeled & truly_clean).sum())
+        labeled, clean = int(self.labeled.sum()), int(truly_clean.sum())
+        return (right / labeled if labeled else None), (right / clean if clean else None)
+
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Division":
         return cls(**{k: v.numpy() if hasattr(v, "numpy") else v for k, v in state.items()})
@@ -170,7 +177,7 @@ class CoDivide:
         (`kept` tells); None where there is none yet (one more warm-up epoch is due). An empty unlabeled set is warned
         of: only labeled images will be mixed.
         """
-        self.history = [*self.history, losses.cpu().numpy()][-self.window :]
+        self.history = self._with(losses)
         division = codivide(np.stack(self.history), self.threshold, self.window, truly_clean, random_state)
         if not division.labeled.any():
             instead = "one more warm-up epoch" if self.division is None else "its division before is kept"
@@ -181,6 +188,13 @@ class CoDivide:
             warn(f"{name} finds every sample clean: no unlabeled images this epoch")
         self.division, self.kept = division, False
         return division
+
+    def preview(self, losses: torch.Tensor, random_state: int) -> Division:
+        """The division by this epoch's raw losses (N,), as a call would make it; nothing here changes."""
+        return codivide(np.stack(self._with(losses)), self.threshold, self.window, random_state=random_state)
+
+    def _with(self, losses: torch.Tensor) -> list[NDArray[np.float32]]:
+        return [*self.history, losses.cpu().numpy()][-self.window :]
 
     def divide(
         self, losses: torch.Tensor, truly_clean: NDArray[np.bool_] | None, random_state: int, name: str = "net"

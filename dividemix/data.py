@@ -6,6 +6,7 @@ for the device:
     warmup_batches(batch_size, rng)              -> batches;  warmup_views(*batch)   -> x, labels
     mixmatch_batches(division, batch_size, rng)  -> batches;  mixmatch_views(*batch) -> x1, x2, labels, w, u1, u2
     eval_batches(batch_size)                     -> batches of (x, labels) in the order of the samples
+    originals(rows)                              -> these images for people, uint8 (H, W, 3), one after the other
 
 Batches are gone through once, in order, and know their `sizes` beforehand: how many rows each has, labeled and
 (mixmatch) unlabeled. A batch is a tuple of device tensors. `*_views` is pure device work without a host
@@ -103,6 +104,10 @@ class DeviceImages:
     def eval_batches(self, batch_size: int) -> "EvalBatches":
         """This rank's batches of all images in order, without augmentation."""
         return EvalBatches(self, batch_size)
+
+    def originals(self, rows: NDArray) -> Iterator[NDArray[np.uint8]]:
+        """The images `rows` (M,) as they came, (H, W, 3) each."""
+        return iter(augment.centre(self.padded)[torch.from_numpy(rows).to(self.device)].cpu().numpy())
 
     def _crops(self, rng: np.random.Generator, n: int) -> NDArray[np.uint8]:
         return augment.draw_crops(rng, n, self.flip)

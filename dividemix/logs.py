@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 Record = dict[str, Any]  # one epoch, flat
 
@@ -57,14 +58,17 @@ def running_folder(records: list[Record], best_epochs: list[int]) -> Record:
     return {"best_val_acc": records[best_epochs[0]]["val_acc"]}
 
 
-def training(divisions: list, terms: list) -> Record:
+def training(divisions: list, terms: list, truly_clean: NDArray[np.bool_] | None = None) -> Record:
     """What an epoch's record says of training: the sizes of the divisions trained on, net 1's and net 2's (None in
-    warm-up), and means of both networks' `engine.PhaseTerms`. In warm-up loss_x is the cross-entropy and penalty the
-    confidence penalty."""
+    warm-up), where the truth (N,) is known also how good the labeled sets are, and means of both networks'
+    `engine.PhaseTerms`. In warm-up loss_x is the cross-entropy and penalty the confidence penalty."""
     record: Record = {}
     for k, division in enumerate(divisions, start=1):
         record[f"labeled_net{k}"] = int(division.labeled.sum()) if division else None
         record[f"unlabeled_net{k}"] = int((~division.labeled).sum()) if division else None
+        if truly_clean is not None:
+            quality = division.precision_recall(truly_clean) if division else (None, None)
+            record[f"clean_precision_net{k}"], record[f"clean_recall_net{k}"] = quality
     record["loss_x"] = float(np.mean([t.labeled for t in terms]))
     record["penalty"] = float(np.mean([t.penalty for t in terms]))
     return record

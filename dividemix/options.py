@@ -216,6 +216,11 @@ def add_run(
             default=0.0,
             help="part of the (noisy) training set held out to select the best epoch",
         )
+    group.add_argument(
+        "--no_label_scores",
+        action="store_true",
+        help="leave out the pass over all training labels at the end, and with it label_issues.csv",
+    )
     if save_scores:
         group.add_argument(
             "--save_scores",

@@ -1,9 +1,9 @@
 """The run folder: the same command again continues the run. Seeds, logs, progress, checkpoints.
 
-A run's whole history is the list of its epochs' records, kept in the checkpoint. The log files are written from it,
-line by line, and anew when a run continues: they cannot disagree with the weights. An epoch is written while the next
-one trains (`saving`), in the order checkpoint, last.json, best.pt, logs: whenever the process dies, the logs are not
-ahead of the checkpoint.
+A run's whole history is the list of its epochs' records and that of their loss histograms, kept in the checkpoint. The
+log files are written from these, line by line, and anew when a run continues: they cannot disagree with the weights. An
+epoch is written while the next one trains (`saving`), in the order checkpoint, last.json, best.pt, logs: whenever the
+process dies, the logs are not ahead of the checkpoint.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dividemix import Diverged, DivideMixError, logs, warn
+from dividemix import Diverged, DivideMixError, histograms, logs, warn
 from dividemix.checkpoint import (
     from_bytes,
     load_last,
@@ -63,6 +63,7 @@ FREE_FLAGS = frozenset(
         "keep_images",
         "cache_dir",
         "labels",
+        "no_label_scores",
     ]
 )
 
@@ -72,7 +73,7 @@ class Run:
 
     folder; state: what the last checkpoint holds, {} for a new run; records: one flat dict for each finished epoch;
     best_epochs: of each network, [] before the first epoch's end. All ranks have the same of these: the first sends
-    them what it read, so the others need not see the folder.
+    them what it read, so the others need not see the folder. labels: what `save_labels` was given, on the first rank.
 
     `config` holds the values that may not differ between two starts in one folder. `logs`: the script's formats.
     `best_by`: (record, k) -> what the best epoch of net k (0 or 1) is chosen by. Raises DivideMixError, on the first
@@ -98,6 +99,8 @@ class Run:
         self._new = False
         self.state: dict[str, Any] = share(ranks, self._open(fresh) if ranks.first else {})
         self.records: list[dict[str, Any]] = self.state.get("records", [])
+        self.histograms: list[dict[str, Any]] = self.state.get("histograms", [])  # those before it had none
+        self.labels: dict[str, np.ndarray] = {}
         self._saved = len(self.records)
         self.best_epochs: list[int] = self.state.get("best_epochs", [])
         if "best_epoch" in self.state:  # a checkpoint of before each network had its own
@@ -165,8 +168,11 @@ class Run:
             print(*lines, sep="\n", flush=True)
 
     def save_labels(self, **arrays: np.ndarray) -> None:
-        """labels.npz: what is known of each training sample, (N,) each."""
+        """labels.npz: index, given and, where it is known, true label of each training sample, (N,) each, also kept as
+        `labels`; list_given and, where images are files, list_path: label and path of all that the index counts, (M,)
+        each."""
         if self.ranks.first:
+            self.labels = {name: arrays[name] for name in ("index", "given", "true") if name in arrays}
             content = io.BytesIO()
             np.savez(content, **arrays)
             write_atomically(self.folder / "labels.npz", content.getbuffer())
@@ -200,6 +206,7 @@ class Run:
         write_atomically(self.folder / "args.json", json.dumps(about, indent=1, default=str).encode())
         for name, lines in self._files():
             write_atomically(self.folder / name, "".join(map(lines, self.records)).encode())
+        write_atomically(self.folder / "histograms.jsonl", "".join(map(logs.metric_line, self.histograms)).encode())
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -213,6 +220,7 @@ class Run:
     def epochs(self, num_epochs: int) -> Iterator[int]:
         """The epochs that are still to do. After them everything is written."""
         done, self.num_epochs = len(self.records), num_epochs
+        self.epoch = max(done - 1, 0)
         if done >= num_epochs:
             self.say(
                 f"{self.folder} is finished ({done} epochs): a higher --num_epochs continues it, --fresh starts anew"
@@ -258,14 +266,22 @@ class Run:
         ]
         record |= self.logs.running(self.records, self.best_epochs)
         if self.ranks.first:
+            histogram = self._histogram(scores or {})
+            self.histograms += histogram
             about = {"records": list(self.records), "best_epochs": self.best_epochs, "versions": versions()}
-            about |= {"config": self.config, "pins": dict(self.pins)}
-            self._saving.start(self._save, record, self._copy | about, scores, keep_scores)
+            about |= {"config": self.config, "pins": dict(self.pins), "histograms": list(self.histograms)}
+            self._saving.start(self._save, record, histogram, self._copy | about, scores, keep_scores)
         self.say(self.logs.epoch(record, self.num_epochs))
 
     def _record(self, metrics: dict[str, Any]) -> dict[str, Any]:
         seconds = {k: round(v, 3) for k, v in self.seconds.items()}
         return without_nan({"epoch": self.epoch, **metrics, **seconds})
+
+    def _histogram(self, scores: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+        """The epoch's line in histograms.jsonl; none of an epoch without a division."""
+        truly_clean = self.labels["given"] == self.labels["true"] if "true" in self.labels else None
+        nets = histograms.count(scores, truly_clean)
+        return [{"epoch": self.epoch, **nets}] if nets else []
 
     def _wait(self) -> None:
         """Until the last finished epoch is written."""
@@ -274,6 +290,7 @@ class Run:
     def _save(
         self,
         record: dict[str, Any],
+        histogram: list[dict[str, Any]],
         state: dict[str, Any],
         scores: dict[str, np.ndarray] | None,
         keep_scores: bool,
@@ -289,6 +306,8 @@ class Run:
             for name, lines in self._files():
                 with open(self.folder / name, "a") as file:
                     file.write(lines(record))
+            with open(self.folder / "histograms.jsonl", "a") as file:
+                file.write("".join(map(logs.metric_line, histogram)))
         except OSError as error:
             if self._saved > record["epoch"]:
                 what, left = "best.pt and the logs", "; the checkpoint is whole"
@@ -337,20 +356,24 @@ class Run:
         """The state of each network at its best epoch, the same on all ranks. Raises DivideMixError."""
         return share(self.ranks, {"nets": load_networks(self.folder / "best.pt")} if self.ranks.first else {})["nets"]
 
-    def finish(self, final: dict[str, Any]) -> dict[str, Any]:
-        """Write result.json, the last line of acc.txt where the script's format has one, and the figures. -> `final`,
-        with null instead of NaN. Called again, it leaves the same."""
+    def finish(self, final: dict[str, Any], score_labels: Callable[["Run"], None] | None = None) -> dict[str, Any]:
+        """Write result.json, the last line of acc.txt where the script's format has one, what `score_labels` writes
+        (see `scoring`), and the report. -> `final`, with null instead of NaN. Called again, it leaves the same."""
         final = without_nan(final)
         if self.ranks.first:
             write_atomically(self.folder / "result.json", json.dumps(final, indent=1, allow_nan=False).encode())
             lines = [*map(self.logs.acc, self.records), self.logs.final(final)]
             write_atomically(self.folder / "acc.txt", "".join(lines).encode())
+        if score_labels:
+            score_labels(self)
+        if self.ranks.first:
             try:
                 from dividemix import report
 
-                print(f"figures: {', '.join(map(str, report.draw(self.folder)))}")
+                for line in report.draw(self.folder):
+                    self.say(line)
             except Exception as error:  # the run is saved: a plot must not lose it
-                warn(f"no figures: {error}")
+                warn(f"no report: {error}")
         return final
 
     def close(self) -> None:

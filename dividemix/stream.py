@@ -28,8 +28,8 @@ from torch import Tensor
 from dividemix import DivideMixError, augment, imagestore, warn
 from dividemix.codivide import Division
 from dividemix.data import Batch, Batches, plan_mixmatch, plan_warmup
-from dividemix.filelist import ImageList
-from dividemix.images import Views
+from dividemix.filelist import Boundary, ImageList
+from dividemix.images import BadImage, Views, read
 from dividemix.imagestore import Kept
 from dividemix.ranks import Ranks
 from dividemix.workers import PART, Failure, Part, Reader, Task, Workers, explained
@@ -252,6 +252,15 @@ class StreamedImages:
         labels = self._column([self.labels[x] for x in rows])
         views = map(self.pipeline.normalise, self._eval_views(rows))
         return Batches([(len(x),) for x in rows], zip(views, labels, strict=True))
+
+    def originals(self, rows: NDArray) -> Iterator[NDArray[np.uint8]]:
+        """The images `rows` (M,) as they are in their files, (H, W, 3) each. Raises DivideMixError for a bad one."""
+        images, boundary = self.pipeline.lists[self.name], Boundary(self.pipeline.lists[self.name].root)
+        for i in self.index[rows].tolist():
+            try:
+                yield np.asarray(read(images.path(i), boundary))
+            except BadImage as error:
+                raise DivideMixError(f"{images.path(i)}: {error}") from error
 
     # -- Pixels of batches, uint8 on the device, from memory or from the workers
 

@@ -3,7 +3,8 @@
 import pytest
 
 import Train_cifar
-from dividemix.report import found_wrong, read_run
+from dividemix.label_issues import against_truth, find
+from dividemix.runfolder import read_run
 
 
 @pytest.mark.slow
@@ -13,10 +14,11 @@ def test_the_method_finds_the_wrong_labels_of_the_digits(tmp_path):
     final = Train_cifar.main([*command.split(), str(tmp_path / "run")])
     assert final["best_acc"] > 90
     assert min(final["auc_net1"], final["auc_net2"]) > 0.93
-    issues = found_wrong(read_run(tmp_path / "run"))
-    assert issues["wrong"] == 649
-    assert issues["found"] / issues["wrong"] > 0.9
-    assert issues["found"] / issues["flagged"] > 0.7
+    found = against_truth(find(read_run(tmp_path / "run")))
+    assert found.wrong == 649
+    assert found.recall > 0.9
+    assert found.precision > 0.7
+    assert found.wrong_after < found.wrong / 2
 
 
 @pytest.mark.slow

@@ -356,7 +356,7 @@ def test_a_figure_that_fails_loses_nothing(tmp_path, monkeypatch):
         raise ValueError("no font")
 
     monkeypatch.setattr(report, "draw", fails)
-    with pytest.warns(UserWarning, match="no figures: no font"):
+    with pytest.warns(UserWarning, match="no report: no font"):
         go_on(tmp_path / "run", [(60.0, 60.0)]).finish({"test_acc": 1.0})
     assert (tmp_path / "run" / "result.json").exists()
 
@@ -466,7 +466,7 @@ def test_two_ranks_have_one_run_folder(tmp_path):
     for begun in (0, 1):
         first, second = two_ranks(tmp_path / "run", 1)
         assert first[0] == second[0] == 0, first[2] + second[2]
-        seen = f"[{begun}, {begun}, [{begun}, 0], [{begun}.0, 0.0], {0 if begun == 0 else 8}]"
+        seen = f"[{begun}, {begun}, [{begun}, 0], [{begun}.0, 0.0], {0 if begun == 0 else 9}]"
         assert f"rank 0 {seen}" in first[1] and second[1] == f"rank 1 {seen}\n"
         assert first[1].count("once") == 1 and first[1].count("epoch ") >= 1
         assert first[2] == second[2] == ""

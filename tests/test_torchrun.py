@@ -133,6 +133,20 @@ def test_a_run_is_divided_the_same_on_one_rank_and_on_two(job):
     assert same(one, two)
 
 
+def test_labels_are_scored_by_two_ranks_as_by_one(job):
+    """Else a list of wrong labels has samples with a loss of 0 that no rank looked at, or two ranks' suggestions added
+    up to a class that nobody suggested."""
+    out, _, _, _ = job
+    shutil.copytree(out / "whole", out / "alone")
+    (out / "alone" / "label_scores.npz").unlink()
+    epochs = ["--run_dir", str(out / "alone"), "--num_epochs", "3", "--save_scores"]
+    Train_cifar.main(tiny(out, *epochs))
+    one, two = (dict(np.load(out / name / "label_scores.npz")) for name in ("alone", "whole"))
+    assert same(one, two) and {"p_clean_net1", "p_clean_net2", "prediction"} <= one.keys()
+    one, two = (dict(np.load(out / name / "thumbnails.npz")) for name in ("alone", "whole"))
+    assert same(one, two)
+
+
 def test_a_batch_dealt_out_gives_the_update_of_one_process(job):
     """A gradient that is summed instead of averaged, a penalty of each rank's own rows, or a weight of lambda_u counted
     twice is training with another learning rate or another loss."""

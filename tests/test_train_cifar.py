@@ -84,6 +84,7 @@ def test_log_files_have_the_authors_formats(done):
 def test_metrics_are_one_flat_object_an_epoch(done):
     """Else notebooks that read metrics.jsonl break, or a NaN makes it a file that strict readers refuse."""
     both = {f"{name}_net{k}" for name in ("test_acc", "auc", "labeled", "unlabeled") for k in (1, 2)}
+    both |= {f"clean_{name}_net{k}" for name in ("precision", "recall") for k in (1, 2)}
     keys = both | {"epoch", "phase", "lr", "test_acc", "best_acc", "last10_acc", "loss_x", "loss_u", "penalty"}
     seconds = {"warmup": {"warmup1", "warmup2", "test"}, "train": {"loss", "gmm", "train1", "train2", "test"}}
     assert [(r["epoch"], r["phase"]) for r in done.records] == [(0, "warmup"), (1, "train"), (2, "train")]
@@ -146,22 +147,24 @@ def test_labels_and_noise_files(done):
         assert done.noise_file.read_bytes() == copy.read_bytes()
     assert given.tolist() == noise.inject(done.data.train_labels.tolist(), "sym", 0.5, done.data.num_class, 123)
     labels = np.load(done.folder / "labels.npz", allow_pickle=False)
-    assert sorted(labels) == ["given", "index", "true"] and len(labels["index"]) == 64
+    assert sorted(labels) == ["given", "index", "list_given", "true"] and len(labels["index"]) == 64
+    np.testing.assert_array_equal(labels["list_given"], given)
     np.testing.assert_array_equal(labels["given"], given[labels["index"]])
     np.testing.assert_array_equal(labels["true"], done.data.train_labels[labels["index"]])
 
 
 def test_figure_events_and_nothing_else(done):
     """Else TensorBoard shows an empty page, the figure is missing, or runs litter the disk with old checkpoints."""
-    assert (done.folder / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert (done.folder / "figures" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
     board = EventAccumulator(str(done.folder / "tensorboard")).Reload()
     events = board.Scalars("test_acc")
     assert [event.step for event in events] == [0, 1, 2]
     assert [event.value for event in events] == pytest.approx([r["test_acc"] for r in done.records])
     assert [event.step for event in board.Scalars("auc_net2")] == [1, 2]
     files = {path.name for path in done.folder.iterdir()} - {".lock", file_name(done.dataset, 0.5, "sym")}
-    logs = {"acc.txt", "stats.txt", "metrics.jsonl", "args.json", "tensorboard", "labels.npz", "scores", "report.png"}
-    logs |= {"transition.csv"}
+    logs = {"acc.txt", "stats.txt", "metrics.jsonl", "histograms.jsonl", "args.json", "tensorboard", "scores"}
+    logs |= {"labels.npz", "label_scores.npz", "thumbnails.npz"}
+    logs |= {"report.html", "figures", "label_issues.csv", "cleaned_labels.csv", "transition.csv"}
     assert files == logs | {"last.json", "best.pt", "epoch-001.pt", "epoch-002.pt", "result.json"}
     assert [path.name for path in (done.folder / "scores").iterdir()] == ["epoch_002.npz"]
 

@@ -1,6 +1,7 @@
 """Train_clothing1M.py end to end, tiny: the published data format, the files of a run, and the order of Algorithm 1
 where each network draws samples of its own. What it shares with WebVision is in test_train_images.py."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -72,9 +73,11 @@ def test_output_is_one_line_an_epoch_and_the_test_beside_the_papers(done):
 def test_files_of_a_run(done):
     """Else TensorBoard shows an empty page, the figure is missing, or runs litter the disk with old checkpoints."""
     files = {path.name for path in done.folder.iterdir()} - {".lock"}
-    logs = {"acc.txt", "stats.txt", "metrics.jsonl", "args.json", "tensorboard", "labels.npz", "scores", "report.png"}
+    logs = {"acc.txt", "stats.txt", "metrics.jsonl", "histograms.jsonl", "args.json", "tensorboard", "scores"}
+    logs |= {"labels.npz", "label_scores.npz", "thumbnails.npz"}
+    logs |= {"report.html", "figures", "label_issues.csv", "cleaned_labels.csv"}
     assert files == logs | {"last.json", "best.pt", "epoch-001.pt", "epoch-002.pt", "result.json"}
-    assert (done.folder / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert (done.folder / "figures" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
     assert sorted(path.name for path in (done.folder / "scores").iterdir()) == [f"epoch_{e:03d}.npz" for e in range(3)]
     about = json.loads((done.folder / "args.json").read_text())
     assert about["command"] == ["Train_clothing1M.py", *done.flags]
@@ -157,6 +160,31 @@ def test_scores_and_test_are_what_torchvision_and_pillow_give(done, tree):
     final = json.loads((done.folder / "result.json").read_text())
     found = [final[name] for name in ("test_acc", "test_acc_net1", "test_acc_net2")]
     assert found == pytest.approx(expected, abs=0.5 * 100 / 28)
+
+
+def test_every_noisy_label_is_on_the_list_scored_by_the_networks_that_were_tested(done, tree):
+    """Else the list is of one epoch's sample, names other images, or says what networks think that nobody tested. The
+    clean training labels stay unused: no truth is claimed."""
+    data = dataloader_clothing1M.load(tree)
+    with open(done.folder / "label_issues.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == list(range(112))
+    assert [int(row["given_label"]) for row in rows] == data.train.labels.tolist()
+    assert [str(tree / row["path"]) for row in rows] == [data.train.path(i) for i in range(112)]
+    assert {row["given_class"] for row in rows} <= set(dataloader_clothing1M.CLASS_NAMES)
+    best, losses, both = torch.load(done.folder / "best.pt", weights_only=True)["nets"], [], 0
+    for state in best:
+        net = PreResNet.ResNet18(14, 4)
+        net.load_state_dict(state)
+        paths = [data.train.path(i) for i in range(112)]
+        logits = reference_logits(net, paths, round(16 * 256 / 224), 16, data.mean, data.std)
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.from_numpy(data.train.labels), reduction="none"))
+        both = both + logits
+    np.testing.assert_allclose([float(row["loss"]) for row in rows], sum(losses) / 2, rtol=1e-3, atol=1e-4)
+    suggested = [int(row["suggested_label"]) for row in rows]
+    assert np.mean(suggested == both.argmax(1).numpy()) > 0.98
+    assert len(np.load(done.folder / "thumbnails.npz")["index"]) == 48
+    assert "against the truth" not in done.out and "true" not in np.load(done.folder / "labels.npz")
 
 
 @pytest.mark.slow

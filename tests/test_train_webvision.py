@@ -76,9 +76,11 @@ def test_files_of_a_run(done):
     """Else TensorBoard shows an empty page, or an analysis of the losses over the epochs, which this script always
     saves, has gaps."""
     files = {path.name for path in done.folder.iterdir()} - {".lock"}
-    logs = {"acc.txt", "stats.txt", "metrics.jsonl", "args.json", "tensorboard", "labels.npz", "scores", "report.png"}
+    logs = {"acc.txt", "stats.txt", "metrics.jsonl", "histograms.jsonl", "args.json", "tensorboard", "scores"}
+    logs |= {"labels.npz", "label_scores.npz", "thumbnails.npz"}
+    logs |= {"report.html", "figures", "label_issues.csv", "cleaned_labels.csv"}
     assert files == logs | {"last.json", "best.pt", "epoch-001.pt", "epoch-002.pt", "result.json"}
-    assert (done.folder / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert (done.folder / "figures" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
     for epoch in range(EPOCHS):
         scores = np.load(done.folder / "scores" / f"epoch_{epoch:03d}.npz", allow_pickle=False)
         names = ("raw_loss", "prediction", "loss", "clean_probability")
@@ -122,6 +124,20 @@ def test_metrics_are_one_flat_object_an_epoch(done):
     assert [r["best_acc"] for r in done.records] == [max(accuracy[: n + 1]) for n in range(EPOCHS)]
     assert done.records[-1]["last10_acc"] == pytest.approx(np.mean(accuracy))
     assert done.records[0]["penalty"] == 0  # no confidence penalty in WebVision's warm-up
+
+
+def test_the_list_of_labels_is_of_the_last_division(done):
+    """By other means: the last epoch ends with a division by the final networks. Else the list is of other images, or
+    of other networks than the run's."""
+    scores = np.load(done.folder / "scores" / f"epoch_{EPOCHS - 1:03d}.npz")
+    found = np.load(done.folder / "label_scores.npz")
+    for k in (1, 2):
+        np.testing.assert_array_equal(found[f"loss_net{k}"], scores[f"raw_loss_net{k}"])
+        np.testing.assert_array_equal(found[f"p_clean_net{k}"], scores[f"clean_probability_net{k}"])
+    lines = (done.folder / "label_issues.csv").read_text().splitlines()
+    assert (
+        len(lines) == 61 and lines[0].startswith("index,path,given_label,") and lines[1].startswith("0,google/q0001/")
+    )
 
 
 def test_a_finished_run_started_again_says_so_and_ends_the_same(done, capsys):

@@ -1,0 +1,253 @@
+"""Which labels look wrong: label_issues.csv and cleaned_labels.csv, from what `scoring` left in the run folder.
+
+A label is an issue where its quality is below the run's p_threshold and the networks suggest another class. Quality is
+the mean clean probability of the two networks; of a cross-entropy run, which divides nothing, it is the probability
+that both networks together give the label. All scores are in-sample: the networks were trained on these labels.
+
+The columns of label_issues.csv follow cleanlab's CleanLearning, which takes the file as it is:
+`CleanLearning(classifier).fit(X, labels, label_issues=pandas.read_csv("label_issues.csv"))`.
+"""
+
+import csv
+import io
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dividemix import warn
+from dividemix.checkpoint import write_atomically
+from dividemix.runfolder import RunFolder
+
+IN_SAMPLE = "scores are in-sample: the networks were trained on these labels"
+_CLASSES_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class LabelIssues:
+    """N training samples with their labels, as arrays (N,)."""
+
+    index: NDArray[np.int64]  # which of the data set's training samples they are
+    paths: list[str] | None  # below the data folder, where the images are files
+    given: NDArray[np.int64]
+    suggested: NDArray[np.int64]  # both networks' prediction
+    quality: NDArray[np.float64]
+    is_issue: NDArray[np.bool_]
+    loss: NDArray[np.float32]  # mean of both networks
+    p_clean: list[NDArray[np.float64]] | None  # net 1's and net 2's; None of a cross-entropy run
+    confidence: NDArray[np.float32]  # probability that both networks together give their prediction
+    true: NDArray[np.int64] | None  # where it is known
+    class_names: list[str]
+    epochs: int  # after how many the scores were made
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def cleaned(self) -> NDArray[np.int64]:
+        """The corrected labels."""
+        return np.where(self.is_issue, self.suggested, self.given)
+
+    @property
+    def num_class(self) -> int:
+        largest = max(int(each.max(initial=0)) for each in (self.given, self.suggested))
+        return max(len(self.class_names), largest + 1)
+
+    def class_name(self, label: int) -> str:
+        return self.class_names[label] if label < len(self.class_names) else str(label)
+
+    def most_doubtful(self, n: int) -> NDArray[np.int64]:
+        """The rows of the n worst labels, the worst first: issues before others, then by quality, then by loss."""
+        return worst_first(self.quality, self.is_issue, self.loss)[:n]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The list against the truth. wrong: how many labels are wrong; listed: how many are issues; found: how many are
+    both; by_loss: how many of the `wrong` labels with the largest loss are wrong, which is what a ranking by loss alone
+    finds when it is told how many there are."""
+
+    n: int
+    wrong: int
+    listed: int
+    found: int
+    by_loss: int
+    wrong_after: int  # labels that are still, or newly, wrong when the suggestions are taken
+
+    @property
+    def precision(self) -> float | None:
+        return self.found / self.listed if self.listed else None
+
+    @property
+    def recall(self) -> float | None:
+        return self.found / self.wrong if self.wrong else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding them
+
+
+def judge(scores: dict[str, NDArray], given: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    """Quality, is_issue and mean loss of each label, from the arrays of label_scores.npz."""
+    if "p_clean_net1" in scores:
+        quality = (scores["p_clean_net1"] + scores["p_clean_net2"]) / 2
+    else:
+        quality = scores["p_given"].astype(np.float64)
+    loss = (scores["loss_net1"] + scores["loss_net2"]) / 2
+    return quality, (quality < scores["threshold"]) & (scores["prediction"] != given), loss
+
+
+def worst_first(quality: NDArray, is_issue: NDArray, loss: NDArray) -> NDArray[np.int64]:
+    return np.lexsort((-loss, quality, ~is_issue))
+
+
+def find(run: RunFolder) -> LabelIssues | None:
+    """None of a run without scores: it is not finished, or older than they are."""
+    scores, labels = run.label_scores, run.labels
+    if not scores or "list_given" not in labels:
+        return None
+    try:
+        index = scores["index"]
+        given = labels["list_given"][index]
+        quality, is_issue, loss = judge(scores, given)
+        known = "true" in labels and np.array_equal(labels["index"], index)
+        issues = LabelIssues(
+            index=index,
+            paths=[os.fsdecode(path) for path in labels["list_path"][index]] if "list_path" in labels else None,
+            given=given,
+            suggested=scores["prediction"].astype(np.int64),
+            quality=quality,
+            is_issue=is_issue,
+            loss=loss,
+            p_clean=[scores[f"p_clean_net{k}"] for k in (1, 2)] if "p_clean_net1" in scores else None,
+            confidence=scores["confidence"],
+            true=labels["true"] if known else None,
+            class_names=run.class_names,
+            epochs=int(scores["epochs"]),
+        )
+        lengths = {len(each) for each in (given, quality, is_issue, loss, issues.suggested, issues.confidence)}
+        if lengths != {len(index)} or not len(index) or min(given.min(), issues.suggested.min()) < 0:
+            raise ValueError("arrays that do not go together")
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        warn(f"{run.path / 'label_scores.npz'} is left out, it is not what a run writes ({error})")
+        return None
+    return issues
+
+
+def against_truth(issues: LabelIssues) -> Agreement | None:
+    """None where the truth is unknown."""
+    if issues.true is None:
+        return None
+    wrong = issues.given != issues.true
+    n_wrong = int(wrong.sum())
+    by_loss = np.argsort(-issues.loss, kind="stable")[:n_wrong]
+    return Agreement(
+        n=len(issues),
+        wrong=n_wrong,
+        listed=int(issues.is_issue.sum()),
+        found=int((issues.is_issue & wrong).sum()),
+        by_loss=int(wrong[by_loss].sum()),
+        wrong_after=int((issues.cleaned != issues.true).sum()),
+    )
+
+
+def transition(given: NDArray, actual: NDArray, num_class: int) -> NDArray[np.float64]:
+    """(num_class, num_class): of the samples whose actual class is the row, which part has the column as its given
+    label. A row without samples is NaN."""
+    counts = np.zeros((num_class, num_class))
+    np.add.at(counts, (actual, given), 1)
+    sums = counts.sum(axis=1, keepdims=True)
+    return np.divide(counts, sums, out=np.full_like(counts, np.nan), where=sums > 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saying so
+
+
+def by_class(issues: LabelIssues) -> list[tuple[int, int, int]]:
+    """(given class, how many of its labels are issues, how many it has), those with the most issues first."""
+    listed = np.bincount(issues.given[issues.is_issue], minlength=issues.num_class)
+    counts = np.bincount(issues.given, minlength=issues.num_class)
+    order = np.argsort(-listed, kind="stable")
+    return [(int(c), int(listed[c]), int(counts[c])) for c in order if counts[c]]
+
+
+def summary(issues: LabelIssues) -> list[str]:
+    """What the list says, for the terminal."""
+    listed = int(issues.is_issue.sum())
+    lines = [f"labels: {listed} of {len(issues)} look wrong ({listed / len(issues):.1%}); {IN_SAMPLE}"]
+    rows = [row for row in by_class(issues) if row[1]]
+    shown = [f"{printable(issues.class_name(c))}: {few} of {many}" for c, few, many in rows[:_CLASSES_SHOWN]]
+    if rest := rows[_CLASSES_SHOWN:]:
+        shown.append(f"{len(rest)} more classes: {sum(row[1] for row in rest)} of {sum(row[2] for row in rest)}")
+    if shown:
+        lines.append(f"  by given class: {', '.join(shown)}")
+    if found := against_truth(issues):
+        lines += [f"  {line}" for line in truth_lines(found)]
+    return lines
+
+
+def truth_lines(found: Agreement) -> list[str]:
+    lines = [
+        f"against the truth: {found.found} of the {found.listed} listed are wrong (precision "
+        f"{percent(found.precision)}), of {found.wrong} wrong ones (recall {percent(found.recall)}); wrong labels "
+        f"{found.wrong / found.n:.1%}, after the suggestions {found.wrong_after / found.n:.1%}"
+    ]
+    if found.wrong:
+        share = percent(found.by_loss / found.wrong)
+        lines.append(f"by loss alone: of the {found.wrong} with the largest loss {found.by_loss} are wrong ({share})")
+    return lines
+
+
+def percent(part: float | None) -> str:
+    return "-" if part is None else f"{part:.1%}"
+
+
+def printable(name: str) -> str:
+    return name if name.isprintable() else repr(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write(issues: LabelIssues, folder: Path) -> list[Path]:
+    """label_issues.csv and cleaned_labels.csv. -> their paths"""
+    contents = {"label_issues.csv": issues_csv(issues), "cleaned_labels.csv": cleaned_csv(issues)}
+    for name, content in contents.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in contents]
+
+
+def issues_csv(issues: LabelIssues) -> bytes:
+    """One row a sample. Numbers as text that reads back to the bit."""
+    nothing = [""] * len(issues)
+    p_clean = issues.p_clean or [nothing, nothing]
+    columns: dict[str, Iterable] = {"index": issues.index}
+    columns |= {"path": issues.paths} if issues.paths is not None else {}
+    columns |= {"given_label": issues.given, "suggested_label": issues.suggested}
+    columns |= {"label_quality": issues.quality, "is_label_issue": issues.is_issue, "loss": issues.loss}
+    columns |= {"p_clean_net1": p_clean[0], "p_clean_net2": p_clean[1], "confidence": issues.confidence}
+    if issues.class_names:
+        labels = {"given_class": issues.given, "suggested_class": issues.suggested}
+        columns |= {name: map(issues.class_name, each.tolist()) for name, each in labels.items()}
+    return table(columns)
+
+
+def cleaned_csv(issues: LabelIssues) -> bytes:
+    """One row a sample: the corrected label, and what it was."""
+    columns: dict[str, Iterable] = {"index": issues.index}
+    columns |= {"path": issues.paths} if issues.paths is not None else {}
+    return table(columns | {"label": issues.cleaned, "was": issues.given})
+
+
+def table(columns: dict[str, Iterable]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    # A file name need not be text. The list stays readable; the images are named by their index, too.
+    return text.getvalue().encode("utf-8", "backslashreplace")

@@ -1,0 +1,140 @@
+"""Reading a run folder: what a run left, as the report needs it. A run of an older version, or one under way, lacks
+some of it; damaged files count as missing, with a warning."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dividemix import DivideMixError, histograms, warn
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A record per epoch and what else there is, empty where it is missing."""
+
+    path: Path
+    about: dict[str, Any]  # args.json
+    records: list[dict[str, Any]]
+    result: dict[str, Any]  # the final metrics, {} before the end
+    labels: dict[str, NDArray]
+    label_scores: dict[str, NDArray]
+    thumbnails: dict[str, NDArray]
+    histograms: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def args(self) -> dict[str, Any]:
+        return self.about["args"]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What args.json says of the data."""
+        data = self.about.get("data")
+        return data if isinstance(data, dict) else {}
+
+    @property
+    def class_names(self) -> list[str]:
+        names = self.data.get("classes")
+        return [str(name) for name in names] if isinstance(names, list) else []
+
+    @property
+    def measured(self) -> str:
+        """The accuracy that every epoch has."""
+        return "test_acc" if "test_acc" in self.records[-1] else "val_acc"
+
+    @property
+    def best(self) -> float | None:
+        """Test accuracy of the best epoch; None where it is not known yet."""
+        return self.records[-1].get("best_acc", self.result.get("test_acc"))
+
+    @property
+    def divides(self) -> bool:
+        """Whether it is DivideMix, and not the cross-entropy that it is compared with."""
+        return self.args.get("method") != "ce"
+
+    def column(self, name: str) -> list[float | None]:
+        """A metric over the epochs, None where it has no value."""
+        return [record.get(name) for record in self.records]
+
+    @cached_property
+    def truly_wrong(self) -> NDArray[np.bool_] | None:
+        """Of the samples of `labels`, where the truth is known."""
+        return self.labels["given"] != self.labels["true"] if "true" in self.labels else None
+
+
+def read_run(path: Path) -> RunFolder:
+    """Raises DivideMixError where there is no run, or none with a finished epoch."""
+    try:
+        about = json.loads((path / "args.json").read_text())
+        records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        if not isinstance(about["args"], dict):
+            raise ValueError("args.json has no flags")
+        if not all(isinstance(record, dict) and isinstance(record.get("epoch"), int) for record in records):
+            raise ValueError("metrics.jsonl has lines that are no epoch")
+        if records and "test_acc" not in records[-1] and "val_acc" not in records[-1]:
+            raise ValueError("metrics.jsonl has no accuracy")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DivideMixError(f"{path} is not a run folder ({error})") from error
+    if not records:
+        raise DivideMixError(f"{path} has no finished epoch yet")
+    labels = arrays(path / "labels.npz")
+    parts = {"labels": labels, "histograms": read_histograms(path, labels, records[-1]["epoch"])}
+    parts |= {name: arrays(path / f"{name}.npz") for name in ("label_scores", "thumbnails")}
+    return RunFolder(path, about, records, read_result(path), **parts)
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads((path / "result.json").read_text())
+        return result if isinstance(result, dict) else {}
+    except (OSError, ValueError, RecursionError):  # not finished yet
+        return {}
+
+
+def read_histograms(path: Path, labels: dict[str, NDArray], last: int) -> list[dict[str, Any]]:
+    """histograms.jsonl; of a run that is older than this file, what the last epoch's scores give."""
+    try:
+        lines = (path / "histograms.jsonl").read_text().splitlines()
+    except (OSError, ValueError):
+        return last_histogram(path, labels, last)
+    entries = []
+    for line in lines:
+        try:
+            entries.append(json.loads(line))
+        except (ValueError, RecursionError):
+            continue
+    sound = [entry for entry in entries if histograms.is_sound(entry)]
+    if len(sound) < len(lines):
+        warn(f"{path / 'histograms.jsonl'}: {len(lines) - len(sound)} of {len(lines)} lines are damaged, left out")
+    return sound
+
+
+def last_histogram(path: Path, labels: dict[str, NDArray], last: int) -> list[dict[str, Any]]:
+    files = sorted((path / "scores").glob("epoch_*.npz"), key=lambda file: (len(file.name), file.name))
+    scores = arrays(files[-1]) if files else {}
+    truly_clean = labels["given"] == labels["true"] if "true" in labels else None
+    try:
+        entry = {"epoch": last, **histograms.count(scores, truly_clean)}
+    except (KeyError, ValueError, TypeError, IndexError):  # other arrays than a run writes
+        return []
+    return [entry] if len(entry) > 1 and histograms.is_sound(entry) else []
+
+
+def arrays(path: Path) -> dict[str, NDArray]:
+    """An .npz without pickles as a dict; {} where there is none, and with a warning where it cannot be read."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except FileNotFoundError:
+        return {}
+    except Exception as error:  # damage can end in anything: BadZipFile, ValueError, EOFError, zlib.error, KeyError ...
+        warn(f"{path} cannot be read and is left out ({' '.join(str(error).split())[:200] or type(error).__name__})")
+        return {}

@@ -1,0 +1,92 @@
+"""Several runs: groups of seeds, mean and spread, and the page of all."""
+
+import json
+import statistics
+
+import pytest
+from make_run import make_run
+from test_html_report import HOSTILE, assert_self_contained
+
+from dividemix import compare, figures, label_issues
+from dividemix.runfolder import read_run
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Three seeds of DivideMix, two of cross-entropy, in mixed order."""
+    ours = [("digits_0.5_sym", 123, 50.0), ("digits_0.5_sym_seed1", 1, 53.0), ("digits_0.5_sym_seed2", 2, 51.0)]
+    ce = [("digits_0.5_sym_ce_seed1", 1, 40.0), ("digits_0.5_sym_ce", 123, 42.0)]
+    made = []
+    for (name, seed, accuracy), method in [(ours[0], "dividemix"), (ce[0], "ce"), (ours[1], "dividemix")]:
+        made.append(make_run(tmp_path / name, seed=seed, noise_seed=seed, accuracy=accuracy, method=method))
+    made.append(make_run(tmp_path / ours[2][0], seed=2, noise_seed=2, accuracy=51.0, run_dir="x", workers=3))
+    made.append(make_run(tmp_path / ce[1][0], accuracy=42.0, method="ce", noise_seed=123))
+    return [read_run(folder) for folder in made]
+
+
+def agreements_of(runs):
+    return {run.path: label_issues.against_truth(label_issues.find(run)) for run in runs}
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_group(runs, tmp_path):
+    """Else the spread over seeds is one over settings. Flags that do not change what is computed do not tell runs
+    apart; how long a run trained does."""
+    groups = compare.group_by_setting(runs)
+    assert [(name, len(group)) for name, group in groups] == [("digits_0.5_sym", 3), ("digits_0.5_sym_ce", 2)]
+    longer = read_run(make_run(tmp_path / "longer", epochs=4, noise_seed=123))
+    wider = read_run(make_run(tmp_path / "wider", width=32, noise_seed=123))
+    groups = compare.group_by_setting([runs[0], longer, wider])
+    assert [name for name, _ in groups] == ["digits_0.5_sym", "longer", "wider"]
+    assert compare.differing(groups) == [["epochs", "3", "4", "3"], ["width", "-", "-", "32"]]
+    assert compare.group_by_setting([runs[2]])[0][0] == "digits_0.5_sym_seed1"  # alone it keeps its seed
+
+
+def test_mean_and_spread_by_hand(runs):
+    """Else the numbers that go into a table of results are wrong."""
+    rows = compare.spread_rows(compare.group_by_setting(runs), agreements_of(runs))
+    head, ours, ce = (dict(zip(rows[0], row, strict=True)) for row in rows)
+    best = [52.0, 55.0, 53.0]
+    assert ours["best"] == f"{sum(best) / 3:.2f} ± {statistics.stdev(best):.2f}" == "53.33 ± 1.53"
+    assert ce["best"] == "43.00 ± 1.41" and (ours["seeds"], ce["seeds"]) == ("3", "2")
+    assert ours["AUC, mean of nets"] == "0.8750 ± 0.0000" and ce["AUC, mean of nets"] == "-"
+    assert ours["precision of the list, %"] == "100.0 ± 0.0" and ours["recall of the list, %"] == "75.0 ± 0.0"
+    assert head.keys() == ours.keys()
+    assert compare.mean_and_spread([50.0], ".2f") == "50.00"
+    assert compare.mean_and_spread([50.0, None], ".2f") == "-"
+
+
+def test_the_table_has_a_row_a_run_with_its_numbers(runs):
+    """Else `make demo` ends with a table that shows another run's numbers, or crashes on the CE run beside it."""
+    agreements = agreements_of(runs)
+    rows = compare.run_rows(runs, [agreements[run.path] for run in runs])
+    assert rows[1] == (
+        *("digits_0.5_sym", "3", "52.00", "52.00", "51.00", "0.875/0.875"),
+        *("3 of 4 (75.0%)", "3 of 3 (100.0%)", "4 of 4 (100.0%)"),
+    )
+    assert rows[2][:6] == ("digits_0.5_sym_ce_seed1", "3", "42.00", "42.00", "41.00", "-")
+    lines = compare.aligned(rows).splitlines()
+    assert len(lines) == 6 and len({line.index(cell) for line, cell in zip(lines, ("AUC", "0.875"), strict=False)}) == 1
+
+
+def test_a_run_without_truth_list_or_test_has_dashes(tmp_path):
+    """Else one run of another kind takes the table of all runs with it."""
+    folder = make_run(tmp_path / "a", truth=False, scored=False)
+    records = [{"epoch": 0, "val_acc": 60.0, "auc_net1": 0.5, "auc_net2": None}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    run = read_run(folder)
+    assert compare.run_rows([run], [None])[1] == ("a", "1", "-", "-", "-", "0.500/-", "-", "-", "-")
+    assert compare.spread_rows([("a", [run])], {})[1] == ("a", "1", "-", "60.00", "-", "-", "-", "-")
+
+
+def test_the_page_of_several_runs(runs, tmp_path, monkeypatch):
+    """Else runs cannot be compared without opening one page for each, or a name runs as a script."""
+    monkeypatch.setattr(figures, "png", lambda draw: b"\x89PNG")
+    runs = [*runs, read_run(make_run(tmp_path / "<script>alert(1)<", note=HOSTILE))]
+    groups = compare.group_by_setting(runs)
+    drawn = figures.draw_comparison(groups, tmp_path / "figures")
+    read = assert_self_contained(compare.comparison_page(groups, agreements_of(runs), drawn))
+    assert "digits_0.5_sym 3 53.33 ± 1.53" in read.text and "Mean ± standard deviation over the seeds" in read.text
+    assert f"note - - {HOSTILE}" in read.text and "method dividemix ce dividemix" in read.text
+    assert len(read.all("img")) == len(drawn) == 5
+    alone = compare.comparison_page(groups[2:], {}, drawn)
+    assert "No two runs differ in the seed alone" in alone and "settings differ" not in alone

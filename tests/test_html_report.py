@@ -1,0 +1,193 @@
+"""The page of a run: what it says, what it escapes, and what it does without."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from make_run import GIVEN, N, make_run
+
+from dividemix import figures, html_report, label_issues
+from dividemix.runfolder import read_run
+
+HOSTILE = '"><script>alert(1)</script>'
+VOID = {"meta", "img", "input", "br"}
+
+
+class Reader(HTMLParser):
+    """Checks that elements are closed in order; keeps their attributes and the text that is shown."""
+
+    def __init__(self, content: str):
+        super().__init__()
+        self.open, self.elements, self.shown = [], [], []
+        self.feed(content)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self.open):
+            self.shown.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.shown).split())
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(autouse=True)
+def unrendered(monkeypatch):
+    monkeypatch.setattr(figures, "png", lambda draw: b"\x89PNG")
+
+
+def page_of(folder) -> str:
+    run = read_run(folder)
+    issues = label_issues.find(run)
+    return html_report.run_page(run, issues, figures.draw_all(run, issues, folder / "figures"))
+
+
+def assert_self_contained(content: str) -> Reader:
+    """No address outside the file but its neighbours, each image a data URI, no script but the page's own."""
+    read = Reader(content)
+    assert len(read.all("script")) == 1 and read.all("script") == [{}]
+    assert read.all("img") and all(each["src"].startswith("data:image/") for each in read.all("img"))
+    addresses = [v for _, attributes in read.elements for k, v in attributes.items() if k in ("src", "href")]
+    names = {"label_issues.csv", "cleaned_labels.csv"}
+    assert {address for address in addresses if not address.startswith("data:")} <= names
+    assert not re.search(r"https?://|url\(|@import", content)
+    assert not [k for _, attributes in read.elements for k in attributes if k.startswith("on")]
+    return read
+
+
+def test_the_page_of_a_whole_run(tmp_path):
+    """Else a number on it is another one's, or the page needs what is not in it."""
+    read = assert_self_contained(page_of(make_run(tmp_path / "run")))
+    for words in (
+        "52.00 best test accuracy",
+        "51.00 mean of the last 10",
+        "51.00 last epoch, net 1 alone",
+        "0.875/0.875 AUC, net 1/2",
+        "3 of 12 labels look wrong",
+        "100.0% precision of that list 75.0% recall of that list",
+        "scores are in-sample: the networks were trained on these labels",
+        "labels 3 4 of them wrong 3 4 precision 100.0% 100.0% recall 75.0% 100.0%",
+        "Wrong labels: 33.3% as given, 16.7% after the suggestions",
+        "dog 3 8 37.5%",
+        "python Train_cifar.py --r 0.5",
+        "p_threshold 0.5",
+    ):
+        assert words in read.text, words
+
+
+def test_the_slider_has_every_divided_epoch_and_the_last_one_is_shown_without_it(tmp_path):
+    """Else an epoch cannot be looked at, or a browser without scripts shows none, or all at once."""
+    read = Reader(page_of(make_run(tmp_path / "run", epochs=5, warm_up=2)))
+    frames = [each for each in read.all("div") if "frame" in each.get("class", "").split()]
+    assert [frame["data-epoch"] for frame in frames] == ["2", "3", "4"]
+    assert ["hidden" in frame for frame in frames] == [True, True, False]
+    assert [each["aria-label"] for each in read.all("svg")] == [
+        f"net {k}, epoch {e}" for e in (2, 3, 4) for k in (1, 2)
+    ]
+    [slider] = [each for each in read.all("div") if each.get("class") == "slider"]
+    assert "hidden" in slider  # the script shows it
+
+
+def test_thumbnails_stand_with_their_labels(tmp_path):
+    """Else an image has another one's label beside it. In the order of the file, the worst first."""
+    read = Reader(page_of(make_run(tmp_path / "run")))
+    shown = [each["alt"] for each in read.all("img") if each["alt"].startswith("sample")]
+    assert shown == [
+        "sample 0: given dog, suggested cat",
+        "sample 3: given dog, suggested cat",
+        "sample 6: given dog, suggested bird",
+        "sample 1: given dog, suggested dog",
+    ]
+    assert "given dog suggested cat clean 0.095 truly cat" in read.text
+    assert "given dog suggested dog clean 0.095 is right: dog" in read.text
+    unknown = Reader(page_of(make_run(tmp_path / "b", truth=False))).text
+    assert "given dog suggested cat clean 0.095 given" in unknown and "truly" not in unknown.split("doubtful")[1]
+
+
+def test_hostile_names_are_shown_and_do_nothing(tmp_path):
+    """A class, file, flag, machine or folder called like a script would run in the browser of whoever looks at it."""
+    folder = make_run(
+        tmp_path / "<img src=x onerror=alert(1)>",
+        **{"classes": [HOSTILE, f"{HOSTILE}2", "' onmouseover='alert(1)"], "command": f"Train_cifar.py{HOSTILE}"},
+        **{"paths": [f"{HOSTILE}{i}.jpg".encode() for i in range(N)], "note": HOSTILE, HOSTILE: 1},
+    )
+    about = json.loads((folder / "args.json").read_text())
+    about["data"]["lines"] = [HOSTILE]
+    (folder / "args.json").write_text(json.dumps(about | {"machine": HOSTILE, "versions": {HOSTILE: HOSTILE}}))
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.dumps(each | {"test_acc_net1": HOSTILE}) + "\n" for each in records]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    (folder / "result.json").write_text(json.dumps({f"paper_{HOSTILE}": HOSTILE, "paper_best": 3}))
+    read = assert_self_contained(page_of(folder))
+    assert read.text.count(HOSTILE) >= 10 and f"{HOSTILE}0.jpg" in read.all("figure")[-4]["title"]
+    assert "<img src=x onerror=alert(1)>" in read.text
+
+
+@pytest.mark.parametrize(
+    ("lacking", "sentence"),
+    [
+        ({"scored": False}, "The run has no scores of its labels"),
+        ({"thumbnails": False}, "The run folder has no images of them"),
+        ({"histograms": False}, "No division is in the run folder"),
+        ({"epochs": 1}, "The run has divided nothing yet"),
+        ({"method": "ce"}, "Plain cross-entropy divides nothing"),
+        ({"truth": False}, "The true labels are not known"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_a_run_lacks_is_left_out_with_a_sentence(tmp_path, lacking, sentence):
+    """Else the report of an older or unfinished run fails, or leaves its reader to guess why a part is missing."""
+    read = assert_self_contained(page_of(make_run(tmp_path / "run", **lacking)))
+    assert sentence in read.text
+    assert sentence not in Reader(page_of(make_run(tmp_path / "whole"))).text
+
+
+def test_a_cross_entropy_run_says_what_its_quality_is(tmp_path):
+    """Else a softmax probability is read as a clean probability."""
+    text = Reader(page_of(make_run(tmp_path / "run", method="ce"))).text
+    assert "cross-entropy has no clean probability" in text and "quality 0.125" in text and "clean 0." not in text
+
+
+def test_the_papers_numbers_are_those_of_the_setting(tmp_path):
+    """Else a run stands beside another row's number, or a short one beside the paper's without a word."""
+    flags = {"dataset": "cifar10", "noise_mode": "sym", "r": 0.5, "width": 16, "num_epochs": 300, "batch_size": 64}
+    flags |= {"arch": "preresnet18", "limit_train": None}
+    text = Reader(page_of(make_run(tmp_path / "a", **flags))).text
+    assert "best, % 52.00 94.6 mean of the last 10, % 51.00 94.4 But this run: --width 16." in text
+    ce = Reader(page_of(make_run(tmp_path / "b", method="ce", **flags | {"width": 64}))).text
+    assert "best, % 52.00 79.4" in ce and "But this run" not in ce
+    other = Reader(page_of(make_run(tmp_path / "c", **flags | {"r": 0.45}))).text
+    assert "The paper has no result for this setting" in other
+    finished = make_run(tmp_path / "d")
+    result = {"test_acc": 74.5, "paper_test_acc": 74.76, "paper_imagenet_acc": 75.2}
+    (finished / "result.json").write_text(json.dumps(result))
+    text = Reader(page_of(finished)).text
+    assert "test accuracy, % 74.50 74.76 ILSVRC12, % - 75.2" in text and "3 epochs, finished" in text
+
+
+def test_thumbnails_that_do_not_fit_are_left_out(tmp_path):
+    """A damaged file must not take the report with it, nor show an image beside a label that is not its own."""
+    folder = make_run(tmp_path / "run")
+    pixels = np.zeros((3, 8, 6, 3), np.uint8)
+    sizes = np.array([[8, 6], [9, 6], [0, 0]], np.int32)
+    np.savez(folder / "thumbnails.npz", index=np.array([2, 3, 4]), pixels=pixels, sizes=sizes)
+    shown = [each["alt"] for each in Reader(page_of(folder)).all("img") if each["alt"].startswith("sample")]
+    assert shown == ["sample 2: given bird, suggested bird"] and GIVEN[2] == 2
+    np.savez(folder / "thumbnails.npz", index=np.array([2]), pixels=np.zeros(3), sizes=np.zeros(2))
+    assert "The run folder has no images of them" in Reader(page_of(folder)).text

@@ -1,0 +1,227 @@
+"""Which labels look wrong: the list against cases made by hand, and its files read back."""
+
+import csv
+import re
+
+import numpy as np
+import pytest
+from make_run import CLASSES, GIVEN, LOSS, P_CLEAN, SUGGESTED, TRUE, N, label_scores, make_run
+
+from dividemix import label_issues
+from dividemix.runfolder import read_run
+
+
+def issues_of(tmp_path, **kind):
+    return label_issues.find(read_run(make_run(tmp_path / "run", **kind)))
+
+
+def rows_of(content: bytes) -> list[dict[str, str]]:
+    return list(csv.DictReader(content.decode().splitlines(keepends=True)))
+
+
+# ---- Which they are ----
+
+
+def test_an_issue_is_doubted_and_has_another_suggestion(tmp_path):
+    """Else the list names labels that nobody would change, or leaves out those that both networks doubt. Sample 1 is
+    doubted, but its own class is suggested; the threshold itself is not below the threshold."""
+    found = issues_of(tmp_path)
+    assert found.is_issue.tolist() == [i in (0, 3, 6) for i in range(N)]
+    np.testing.assert_allclose(found.quality, P_CLEAN - 0.005)
+    assert found.cleaned.tolist() == [SUGGESTED[i] if i in (0, 3, 6) else GIVEN[i] for i in range(N)]
+    scores = label_scores(3) | {"p_clean_net1": np.full(N, 0.4), "p_clean_net2": np.full(N, 0.6)}
+    assert not label_issues.judge(scores, GIVEN)[1].any()
+
+
+def test_cross_entropy_is_judged_by_the_probability_of_the_given_label(tmp_path):
+    """Else the baseline has no list, or one by a clean probability that it does not have."""
+    found = issues_of(tmp_path, method="ce")
+    assert found.p_clean is None
+    assert found.quality.tolist() == [0.75 if SUGGESTED[i] == GIVEN[i] else 0.125 for i in range(N)]
+    assert found.is_issue.tolist() == [i in (0, 3, 6, 9) for i in range(N)]
+
+
+def test_the_most_doubtful_come_first(tmp_path):
+    """Else the images that a user looks at are not those worth a look. Among equal qualities the larger loss decides;
+    a doubted label whose own class is suggested comes after all issues."""
+    assert issues_of(tmp_path).most_doubtful(5).tolist() == [6, 3, 0, 1, 9]
+
+
+def test_against_the_truth_by_hand(tmp_path):
+    """Else precision and recall in the report are not those of its list. Wrong: 0, 3, 6, 9. Listed: 0, 3, 6. After the
+    suggestions 6, which has another wrong one, and 9 are wrong. All four have the largest losses."""
+    found = label_issues.against_truth(issues_of(tmp_path))
+    assert (found.n, found.wrong, found.listed, found.found, found.by_loss, found.wrong_after) == (12, 4, 3, 3, 4, 2)
+    assert (found.precision, found.recall) == (1.0, 0.75)
+    empty = label_issues.Agreement(5, 0, 0, 0, 0, 0)
+    assert empty.precision is None and empty.recall is None
+    assert label_issues.against_truth(issues_of(tmp_path / "b", truth=False)) is None
+
+
+def test_ranking_by_loss_takes_the_largest(tmp_path):
+    """Else cross-entropy's ranking, which DivideMix is compared with, is another one."""
+    folder = make_run(tmp_path / "run")
+    loss = np.where(np.isin(np.arange(N), [0, 3, 1, 2]), 5.0, 1.0).astype(np.float32)  # two wrong, two right ones
+    np.savez(folder / "label_scores.npz", **label_scores(3) | {"loss_net1": loss, "loss_net2": loss})
+    assert label_issues.against_truth(label_issues.find(read_run(folder))).by_loss == 2
+
+
+def test_transition_by_hand():
+    """Else the noise matrix shows rows and columns exchanged, or parts that do not add up to 1."""
+    matrix = label_issues.transition(np.array([0, 1, 1, 2]), np.array([0, 0, 0, 2]), 4)
+    np.testing.assert_allclose(matrix[0], [1 / 3, 2 / 3, 0, 0])
+    np.testing.assert_allclose(matrix[2], [0, 0, 1, 0])
+    assert np.isnan(matrix[[1, 3]]).all()  # no samples of these classes
+
+
+def test_the_estimated_transition_comes_near_the_known_one():
+    """On many samples whose suggestions are mostly right, the estimate must be the noise that was put in."""
+    rng = np.random.default_rng(0)
+    noise = np.array([[0.8, 0.2, 0.0], [0.0, 0.7, 0.3], [0.1, 0.0, 0.9]])
+    true = rng.integers(3, size=30_000)
+    given = np.array([rng.choice(3, p=noise[c]) for c in true])
+    corrected = np.where(rng.random(len(true)) < 0.98, true, given)
+    np.testing.assert_allclose(label_issues.transition(given, true, 3), noise, atol=0.02)
+    np.testing.assert_allclose(label_issues.transition(given, corrected, 3), noise, atol=0.03)
+
+
+def test_what_cannot_be_known_is_not_made_up(tmp_path):
+    """A run without scores has no list, nor has one whose scores are damaged: else the report ends in a stack trace."""
+    assert issues_of(tmp_path, scored=False) is None
+    for k, damage in enumerate(
+        [
+            {"index": np.arange(N) + 5},  # past the end
+            {"loss_net1": np.zeros(3)},
+            {"confidence": np.zeros(3)},
+            {"prediction": np.full(N, -1)},
+            {name: value[:0] for name, value in label_scores(3).items() if value.ndim},
+        ]
+    ):
+        folder = make_run(tmp_path / str(k))
+        np.savez(folder / "label_scores.npz", **label_scores(3) | damage)
+        with pytest.warns(UserWarning, match=f"{k}/label_scores.npz is left out, it is not what a run writes"):
+            assert label_issues.find(read_run(folder)) is None
+
+
+def test_truth_of_other_samples_is_no_truth(tmp_path):
+    """A run that goes on without damaged images has other samples than its scores: their truth would be another's."""
+    folder = make_run(tmp_path / "run")
+    np.savez(folder / "labels.npz", index=np.arange(N - 1), given=GIVEN[1:], true=TRUE[1:], list_given=GIVEN)
+    assert label_issues.find(read_run(folder)).true is None
+
+
+# ---- What is said ----
+
+
+def test_the_summary_says_how_many_where_and_how_well(tmp_path):
+    """Else the user reads the first numbers of the tool and they are wrong, or takes in-sample scores for a test."""
+    lines = label_issues.summary(issues_of(tmp_path))
+    assert lines[0] == (
+        "labels: 3 of 12 look wrong (25.0%); scores are in-sample: the networks were trained on these labels"
+    )
+    assert lines[1] == "  by given class: dog: 3 of 8"
+    assert "3 of the 3 listed are wrong (precision 100.0%), of 4 wrong ones (recall 75.0%)" in lines[2]
+    assert "wrong labels 33.3%, after the suggestions 16.7%" in lines[2]
+    assert lines[3] == "  by loss alone: of the 4 with the largest loss 4 are wrong (100.0%)"
+    assert len(label_issues.summary(issues_of(tmp_path / "b", truth=False))) == 2
+
+
+def test_many_classes_are_cut_short_and_odd_names_stay_on_their_line(tmp_path):
+    """A thousand classes would push everything else off the screen; a name may hold what moves the cursor."""
+    folder = make_run(tmp_path / "run", classes=[f"c\x1b[2J\n{k}" for k in range(15)])
+    given = np.arange(N)
+    np.savez(folder / "labels.npz", index=np.arange(N), given=given, list_given=given)
+    scores = label_scores(3) | {"prediction": (given + 1).astype(np.int32)}
+    np.savez(folder / "label_scores.npz", **scores | {"p_clean_net1": np.zeros(N), "p_clean_net2": np.zeros(N)})
+    lines = label_issues.summary(label_issues.find(read_run(folder)))
+    assert all(line.isprintable() for line in lines)
+    assert lines[1].count(": 1 of 1") == 10 and lines[1].endswith("2 more classes: 2 of 2")
+
+
+# ---- Files ----
+
+
+def test_label_issues_csv_round_trip(tmp_path):
+    """Else whoever works with the list reads other numbers than the run's: every value comes back to the bit."""
+    found = issues_of(tmp_path)
+    label_issues.write(found, tmp_path)
+    content = (tmp_path / "label_issues.csv").read_bytes()
+    assert content.splitlines()[0].decode() == (
+        "index,given_label,suggested_label,label_quality,is_label_issue,loss,p_clean_net1,p_clean_net2,confidence,"
+        "given_class,suggested_class"
+    )
+    rows = rows_of(content)
+    assert len(rows) == N
+    for i, row in enumerate(rows):
+        assert (int(row["index"]), int(row["given_label"]), int(row["suggested_label"])) == (i, GIVEN[i], SUGGESTED[i])
+        assert row["is_label_issue"] == str(i in (0, 3, 6))
+        assert float(row["label_quality"]) == found.quality[i]
+        assert np.float32(row["loss"]) == found.loss[i] == LOSS[i] + np.float32(0.25)
+        assert float(row["p_clean_net1"]) == P_CLEAN[i] and float(row["p_clean_net2"]) == found.p_clean[1][i]
+        assert np.float32(row["confidence"]) == 0.75
+        assert (row["given_class"], row["suggested_class"]) == (CLASSES[GIVEN[i]], CLASSES[SUGGESTED[i]])
+        flagged = float(row["label_quality"]) < 0.5 and row["suggested_label"] != row["given_label"]
+        assert str(flagged) == row["is_label_issue"]  # whoever computes it anew from the file finds the same
+
+
+def test_cleaned_labels_csv_round_trip(tmp_path):
+    """Else the labels that somebody trains on next are not the corrected ones."""
+    found = issues_of(tmp_path, paths=[b"images/%d.jpg" % i for i in range(N)])
+    label_issues.write(found, tmp_path)
+    rows = rows_of((tmp_path / "cleaned_labels.csv").read_bytes())
+    assert rows[0].keys() == {"index", "path", "label", "was"}
+    assert [int(row["label"]) for row in rows] == found.cleaned.tolist()
+    assert [int(row["was"]) for row in rows] == GIVEN.tolist()
+    assert [row["path"] for row in rows] == [f"images/{i}.jpg" for i in range(N)]
+
+
+HOSTILE = [b'a,"b"\n.jpg', b"caf\xe9.jpg", "=1+1 \u732b.jpg".encode(), b"'; drop table.jpg", b"a\\udce9.jpg"]
+
+
+def test_hostile_names_stay_in_their_cells(tmp_path):
+    """A comma, quote, line end or byte that is no text in a file or class name must not shift the columns, or make the
+    file one that cannot be read at all."""
+    paths = HOSTILE + [b"%d" % i for i in range(N - len(HOSTILE))]
+    found = issues_of(tmp_path, paths=paths, classes=['c,a"t', "d\nog", ""])
+    content = label_issues.issues_csv(found)
+    rows = list(csv.DictReader(content.decode().splitlines(keepends=True), strict=True))
+    assert len(rows) == N and all(None not in row and None not in row.values() for row in rows)
+    assert [row["path"] for row in rows[:4]] == [
+        'a,"b"\n.jpg',
+        "caf\\udce9.jpg",
+        "=1+1 \u732b.jpg",
+        "'; drop table.jpg",
+    ]
+    assert {row["given_class"] for row in rows} == {"d\nog", ""}
+    assert label_issues.cleaned_csv(found).decode().count("\n") == N + 2  # the head, and the line end in a name
+
+
+def test_a_cross_entropy_list_has_the_same_columns(tmp_path):
+    """Else what reads the one list fails on the other; what cross-entropy lacks is empty."""
+    [ours, ce] = [rows_of(label_issues.issues_csv(issues_of(tmp_path / m, method=m))) for m in ("dividemix", "ce")]
+    assert ours[0].keys() == ce[0].keys()
+    assert {row["p_clean_net1"] for row in ce} == {row["p_clean_net2"] for row in ce} == {""}
+
+
+def test_the_list_is_what_cleanlab_takes(tmp_path):
+    """The README says so: CleanLearning.fit takes a frame with is_label_issue, which it uses as a mask with ~, and with
+    given_label, which must be the labels; one row a sample, in their order."""
+    pandas = pytest.importorskip("pandas")
+    classification = pytest.importorskip("cleanlab.classification")
+    from sklearn.linear_model import LogisticRegression
+
+    found = issues_of(tmp_path)
+    label_issues.write(found, tmp_path)
+    frame = pandas.read_csv(tmp_path / "label_issues.csv")
+    assert frame["is_label_issue"].dtype == bool and len(frame) == N
+    assert frame["label_quality"].between(0, 1).all() and frame["loss"].dtype == float
+    learner = classification.CleanLearning(LogisticRegression(), verbose=False)
+    learner.fit(np.eye(N), GIVEN, label_issues=frame)
+    assert learner.get_label_issues()["is_label_issue"].tolist() == found.is_issue.tolist()
+    assert learner.clf.coef_.shape[1] == N
+
+
+def test_every_row_is_a_sample(tmp_path):
+    """A comment line, or a blank one, would be a sample to every reader: what scores are is said elsewhere."""
+    content = label_issues.issues_csv(issues_of(tmp_path)).decode()
+    assert re.fullmatch(r"index,.*\n(\d+,.*\n){12}", content)

@@ -1,0 +1,95 @@
+"""Reading run folders: whole, old, unfinished and damaged ones."""
+
+import json
+
+import numpy as np
+import pytest
+from make_run import CLASSES, WRONG, make_run
+from test_histograms import divided
+
+from dividemix import DivideMixError
+from dividemix.runfolder import read_run
+
+
+def test_a_whole_run_folder(tmp_path):
+    """Else the report shows another run's numbers, or none."""
+    run = read_run(make_run(tmp_path / "run"))
+    assert run.name == "run" and run.class_names == CLASSES and run.divides
+    assert run.column("test_acc") == [50.0, 51.0, 52.0] and run.best == 52.0
+    assert run.column("auc_net1") == [None, 0.875, 0.875] and run.column("nothing") == [None] * 3
+    assert [entry["epoch"] for entry in run.histograms] == [1, 2]
+    assert run.truly_wrong.tolist() == WRONG.tolist()
+    assert len(run.label_scores["index"]) == 12 and run.result == {}
+    assert read_run(make_run(tmp_path / "b", truth=False, method="ce")).truly_wrong is None
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "no args", "no flags", "broken json", "no epoch", "other json"])
+def test_what_is_no_run_folder_is_named(tmp_path, damage):
+    """Else a mistyped path ends in a stack trace, or in a report of nothing."""
+    folder = tmp_path / "run"
+    if damage == "empty":
+        folder.mkdir()
+    elif damage != "missing":
+        make_run(folder)
+    content = {"no args": "{}", "no flags": '{"args": 3}', "broken json": '{"epoch": 0, "tes', "other json": "[1]\n"}
+    if damage in ("no args", "no flags"):
+        (folder / "args.json").write_text(content[damage])
+    elif damage in ("broken json", "other json", "no epoch"):
+        (folder / "metrics.jsonl").write_text(content.get(damage, ""))
+    expected = "no finished epoch" if damage == "no epoch" else "is not a run folder"
+    with pytest.raises(DivideMixError, match=expected) as caught:
+        read_run(folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["labels.npz", "label_scores.npz", "thumbnails.npz"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"\x93NUMPY\x01\x00", b"text"])
+def test_damaged_arrays_count_as_missing(tmp_path, name, content):
+    """A copy that was cut: else all the rest of the report is lost with it."""
+    folder = make_run(tmp_path / "run")
+    (folder / name).write_bytes(content)
+    with pytest.warns(UserWarning, match=f"{name} cannot be read and is left out"):
+        run = read_run(folder)
+    assert getattr(run, name.removesuffix(".npz")) == {}
+
+
+def test_arrays_that_would_run_code_are_refused(tmp_path):
+    """A run folder from somebody else is a pickle's way in: reading it must not be trusting it."""
+    folder = make_run(tmp_path / "run")
+    np.savez(folder / "label_scores.npz", index=np.array([{"a": 1}], dtype=object))
+    with pytest.warns(UserWarning, match=r"label_scores\.npz cannot be read"):
+        assert read_run(folder).label_scores == {}
+
+
+def test_damaged_histograms_are_left_out_one_by_one(tmp_path):
+    """Else one line that was cut takes the slider away."""
+    folder = make_run(tmp_path / "run", epochs=4)
+    lines = (folder / "histograms.jsonl").read_text().splitlines()
+    (folder / "histograms.jsonl").write_text("\n".join([lines[0], '{"epoch": 2}', "[]", lines[2][:50]]))
+    with pytest.warns(UserWarning, match=r"histograms\.jsonl: 2 of 4 lines are damaged, left out"):
+        assert [entry["epoch"] for entry in read_run(folder).histograms] == [1, 2]
+
+
+def test_a_run_older_than_the_histograms_has_its_last_one(tmp_path):
+    """Else the folders of runs that took days lose the figure that they had."""
+    folder = make_run(tmp_path / "run", histograms=False)
+    scores, _ = divided(12)
+    (folder / "scores").mkdir()
+    np.savez(folder / "scores" / "epoch_002.npz", **scores)
+    np.savez(folder / "scores" / "epoch_001.npz", loss_net1=np.zeros(1))  # an older epoch's: must not be read
+    [entry] = read_run(folder).histograms
+    assert entry["epoch"] == 2 and entry.keys() == {"epoch", "net1", "net2"} and "clean" in entry["net1"]
+    np.savez(folder / "scores" / "epoch_002.npz", means_net1=np.zeros(2))
+    assert read_run(folder).histograms == []
+
+
+def test_the_result_is_that_of_a_finished_run(tmp_path):
+    """Clothing1M's test accuracy stands in the result alone. Else its report has none."""
+    folder = make_run(tmp_path / "run")
+    records = [{"epoch": e, "val_acc": 60.0 + e} for e in range(3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert (read_run(folder).measured, read_run(folder).best) == ("val_acc", None)
+    (folder / "result.json").write_text(json.dumps({"test_acc": 74.76}))
+    assert read_run(folder).best == 74.76
+    (folder / "result.json").write_text("[" * 100_000)
+    assert read_run(folder).result == {}
