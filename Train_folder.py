@@ -33,7 +33,7 @@ from dividemix.data import DeviceImages
 from dividemix.engine import ensemble_accuracy, per_sample_loss, set_learning_rate, train_epoch, warmup_epoch
 from dividemix.images import Views
 from dividemix.run import Run, folder_for, score_arrays
-from dividemix.runtime import Runtime
+from dividemix.runtime import Runtime, is_out_of_memory
 from dividemix.seeds import draws, hold_out
 from dividemix.stream import Pipeline
 
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 state |= {"index": torch.from_numpy(index), "mean_std": torch.tensor([mean, std], dtype=torch.float64)}
                 run.end_epoch(metrics, state, scores, args.save_scores)
 
-            return finish(run, args, sets)
+            return finish(run, sets)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,23 +210,24 @@ def read(args: argparse.Namespace, parts: dict[str, tuple[str, NDArray]], run: R
                 pipeline.build_cache(bar)
         sets = {part: pipeline.images(*rows, keep=not args.cache_dir) for part, rows in parts.items()}
         return sets, IMAGENET_MEAN, IMAGENET_STD
-    pixels = {}
-    for part, (name, rows) in parts.items():
-        with run.phase(f"read {part}") as bar:
-            pixels[part] = pipeline.pixels(name, rows, bar)
+    sets, mean, std = {}, IMAGENET_MEAN, IMAGENET_STD
+    try:
+        for part, (name, rows) in parts.items():  # the training images first
+            with run.phase(f"read {part}") as bar:
+                pixels = pipeline.pixels(name, rows, bar)
+            if part == "train" and args.weights == "none":  # a run goes on with the values that it began with
+                mean, std = run.state["mean_std"].tolist() if run.state else mean_std(pixels)
+            labels = pipeline.lists[name].labels[rows]
+            sets[part] = DeviceImages(pixels, labels, mean, std, not args.no_flip, pipeline.device, pipeline.ranks)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DivideMixError(f"{pipeline.device}: no memory for {len(rows)} images; try --data_mode stream") from error
     pipeline.close()
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
-    if args.weights == "none":  # a run goes on with the values that it began with
-        mean, std = run.state["mean_std"].tolist() if run.state else mean_std(pixels["train"])
-    more = (mean, std, not args.no_flip, pipeline.device, pipeline.ranks)
-    sets = {
-        part: DeviceImages(pixels[part], pipeline.lists[name].labels[rows], *more)
-        for part, (name, rows) in parts.items()
-    }
     return sets, mean, std
 
 
-def finish(run: Run, args: argparse.Namespace, sets: dict[str, Any]) -> dict[str, Any]:
+def finish(run: Run, sets: dict[str, Any]) -> dict[str, Any]:
     """Print the best epoch, and return the final metrics."""
     final = {**run.records[-1], "run_dir": str(run.folder)}
     best = run.records[run.best_epochs[0]]

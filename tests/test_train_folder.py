@@ -557,6 +557,17 @@ def test_check_data(tmp_path, start, monkeypatch, depth):
     assert status == 1 and error.count("\n") == 1 and f"{tree}: all images are of one class, 'test'" in out
 
 
+def test_images_that_do_not_fit_in_memory_name_the_flag(tree, start, monkeypatch):
+    """A card that another job fills: else the run ends in a traceback of the allocator's."""
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Train_folder, "DeviceImages", full)
+    status, _, error = start(tree)
+    assert (status, error) == (1, "error: cpu: no memory for 22 images; try --data_mode stream\n")
+
+
 @pytest.mark.parametrize("flag", ["--data_path", "--labels"])
 def test_faults_of_a_table_are_refused_with_file_and_line(tree, start, tmp_path, flag):
     """In a process, as a user meets them; all of them are in test_filelist.py."""
