@@ -111,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 }
             )
             run.save_labels(index=index, given=data.train.labels[index], path=data.train.names()[index])
+            chosen.append(f"flip {'off (given)' if args.no_flip else 'on (--no_flip leaves it out)'}")
             whose = "ImageNet's" if mean is IMAGENET_MEAN else "of the training images"
             chosen.append("mean {:.3f} {:.3f} {:.3f}, std {:.3f} {:.3f} {:.3f} ".format(*mean, *std) + f"({whose})")
             run.say(machine.describe(), *data.lines, str(look), *lines, *chosen, f"run folder {folder}")
@@ -190,7 +191,8 @@ def split(args: argparse.Namespace, data: Folder, run: Run, machine: Runtime):
     parts["train"] = ("train", np.searchsorted(usable["train"], index))
     if len(held_out):
         parts["val"] = ("train", np.searchsorted(usable["train"], held_out))
-        lines.append(f"{len(held_out)} training images held out, with their labels, to select the best epoch")
+        how = f"drawn by seed {args.seed}, to select the best epoch"
+        lines.append(f"{len(held_out)} training images held out with their labels, {how}")
     if parts.keys() == {"train"}:
         raise DivideMixError("no image is left to select the best epoch by: a larger --val_fraction, or a val part")
     if "test" not in parts:

@@ -80,7 +80,7 @@ def test_output_says_what_was_chosen_and_what_accuracy_means(done):
     side = dataloader_folder.survey(dataloader_folder.load(done.tree).train).side
     expected = [f"train: 40 images, {done.tree}", "36 images to train on, 4 classes"]
     expected += ["images of a class: 9 (c0) to 9 (c0), 1.0 times"]
-    expected += ["4 training images held out, with their labels, to select the best epoch"]
+    expected += ["4 training images held out with their labels, drawn by seed 123, to select the best epoch"]
     expected += ["no test part: accuracies are against the validation images' own labels, which may be wrong too"]
     expected += ["arch preresnet18 (images of at most 64 px)", f"image_size 32 (the median short side is {side})"]
     expected += [
@@ -90,7 +90,7 @@ def test_output_says_what_was_chosen_and_what_accuracy_means(done):
         "lambda_u 0 (as for 20 % ",
     ]
     expected += ["data_mode device (0 MB, at most 64 px and 4 GB)", "val_fraction 0.1 (no validation or test part)"]
-    expected += ["mean ", "run folder checkpoint/folder_my images", "best epoch "]
+    expected += ["flip on (--no_flip leaves it out)", "mean ", "run folder checkpoint/folder_my images", "best epoch "]
     for start in expected:
         assert any(line.startswith(start) for line in lines), f"{start!r} in {done.out}"
     assert [line.split()[1] for line in lines if line.startswith("epoch ")] == ["0/1", "1/1"]
