@@ -110,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     "machine": machine.describe(),
                 }
             )
-            run.save_labels(index=index, given=data.train.labels[index], path=data.train.names()[index])
+            whole = {"list_given": data.train.labels, "list_path": data.train.names()}
+            run.save_labels(index=index, given=data.train.labels[index], **whole)
             chosen.append(f"flip {'off (given)' if args.no_flip else 'on (--no_flip leaves it out)'}")
             whose = "ImageNet's" if mean is IMAGENET_MEAN else "of the training images"
             chosen.append("mean {:.3f} {:.3f} {:.3f}, std {:.3f} {:.3f} {:.3f} ".format(*mean, *std) + f"({whose})")

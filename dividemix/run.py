@@ -143,7 +143,8 @@ class Run:
             print(*lines, sep="\n", flush=True)
 
     def save_labels(self, **arrays: np.ndarray) -> None:
-        """labels.npz: what is known of each training sample, (N,) each."""
+        """labels.npz: index, given and, where it is known, true label of each training sample, (N,) each; list_given
+        and, where images are files, list_path: label and path of all that the index counts, (M,) each."""
         if self.ranks.first:
             np.savez(self.folder / "labels.npz", **arrays)
 

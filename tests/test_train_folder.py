@@ -108,7 +108,8 @@ def test_files_of_a_run(done):
     data = dataloader_folder.load(done.tree)
     assert len(labels["index"]) == 36
     assert labels["given"].tolist() == data.train.labels[labels["index"]].tolist()
-    assert labels["path"].tolist() == data.train.names()[labels["index"]].tolist()
+    assert labels["list_given"].tolist() == data.train.labels.tolist()
+    assert labels["list_path"].tolist() == data.train.names().tolist()
     scores = np.load(done.folder / "scores/epoch_001.npz", allow_pickle=False)
     names = ("raw_loss", "prediction", "loss", "clean_probability")
     assert all(scores[f"{name}_net{k}"].shape == (36,) for name in names for k in (1, 2))
@@ -159,7 +160,7 @@ def test_labels_of_a_run_round_trip_through_a_table(done, tmp_path):
     with open(tmp_path / "cleaned.csv", "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["path", "label"])
-        for path, given in zip(labels["path"], labels["given"], strict=True):
+        for path, given in zip(labels["list_path"][labels["index"]], labels["given"], strict=True):
             rows.writerow([path.decode(), about["data"]["classes"][given]])
     data, again = (dataloader_folder.load(done.tree, table) for table in (None, tmp_path / "cleaned.csv"))
     assert again.class_names == data.class_names
@@ -528,7 +529,8 @@ def test_skip_bad_images_leaves_them_out_and_stays_with_it(tmp_path, start, mode
     assert status == 0, error
     assert "train: 2 of 24 images left out (0 missing, 2 unreadable)\n" in out and "test: 1 of 24 images" in out
     labels = np.load(tmp_path / "run/labels.npz")
-    assert len(labels["index"]) == 22 and not {b"train/c0/0000.jpg", b"train/c3/0007.jpg"} & {*labels["path"].tolist()}
+    used = {*labels["list_path"][labels["index"]].tolist()}
+    assert len(used) == 22 and not {b"train/c0/0000.jpg", b"train/c3/0007.jpg"} & used
     record = read_records(tmp_path / "run")[-1]
     assert record["labeled_net1"] + record["unlabeled_net1"] == 22
     status, out, _ = start(tree, *flags, "--num_epochs", "4")  # asked for once is enough
@@ -650,7 +652,7 @@ def test_wrong_labels_are_found(tmp_path):
     labels = np.load(tmp_path / "run/labels.npz")
     [file] = (tmp_path / "run/scores").glob("*.npz")
     scores, given = np.load(file), labels["given"]
-    wrong = truth[[int(Path(path.decode()).stem) for path in labels["path"].tolist()]] != given
+    wrong = truth[[int(Path(path.decode()).stem) for path in labels["list_path"][labels["index"]].tolist()]] != given
     mean = (scores["clean_probability_net1"] + scores["clean_probability_net2"]) / 2
     differs = (scores["prediction_net1"] != given) & (scores["prediction_net2"] != given)
     flagged = (mean < 0.5) & differs
