@@ -32,7 +32,7 @@ from dividemix.data import DeviceImages
 from dividemix.engine import ensemble_accuracy, per_sample_loss, set_learning_rate, train_epoch, warmup_epoch
 from dividemix.images import Preparation, Views
 from dividemix.run import Run, folder_for, score_arrays
-from dividemix.runtime import Runtime
+from dividemix.runtime import Runtime, is_out_of_memory
 from dividemix.seeds import draws, hold_out
 from dividemix.state import restore, state_of, still_in
 from dividemix.stream import Pipeline
@@ -117,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     "machine": machine.describe(),
                 }
             )
-            run.save_labels(index=index, given=data.train.labels[index], path=data.train.names()[index])
+            whole = {"list_given": data.train.labels, "list_path": data.train.names()}
+            run.save_labels(index=index, given=data.train.labels[index], **whole)
+            chosen.append(f"flip {'off (given)' if args.no_flip else 'on (--no_flip leaves it out)'}")
             whose = "ImageNet's" if mean is IMAGENET_MEAN else "of the training images"
             chosen.append("mean {:.3f} {:.3f} {:.3f}, std {:.3f} {:.3f} {:.3f} ".format(*mean, *std) + f"({whose})")
             run.say(machine.describe(), *data.lines, str(look), *lines, *chosen, f"run folder {folder}")
@@ -175,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 state |= {"index": torch.from_numpy(index), "mean_std": torch.tensor([mean, std], dtype=torch.float64)}
                 run.end_epoch(metrics, state, scores, args.save_scores)
 
-            return finish(run, args, sets)
+            return finish(run, sets)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,7 +199,8 @@ def split(args: argparse.Namespace, data: Folder, run: Run, machine: Runtime):
     parts["train"] = ("train", np.searchsorted(usable["train"], index))
     if len(held_out):
         parts["val"] = ("train", np.searchsorted(usable["train"], held_out))
-        lines.append(f"{len(held_out)} training images held out, with their labels, to select the best epoch")
+        how = f"drawn by seed {args.seed}, to select the best epoch"
+        lines.append(f"{len(held_out)} training images held out with their labels, {how}")
     if parts.keys() == {"train"}:
         raise DivideMixError("no image is left to select the best epoch by: a larger --val_fraction, or a val part")
     if "test" not in parts:
@@ -217,23 +220,24 @@ def read(args: argparse.Namespace, parts: dict[str, tuple[str, NDArray]], run: R
                 pipeline.build_cache(bar)
         sets = {part: pipeline.images(*rows, keep=not args.cache_dir) for part, rows in parts.items()}
         return sets, IMAGENET_MEAN, IMAGENET_STD
-    pixels = {}
-    for part, (name, rows) in parts.items():
-        with run.phase(f"read {part}") as bar:
-            pixels[part] = pipeline.pixels(name, rows, bar)
+    sets, mean, std = {}, IMAGENET_MEAN, IMAGENET_STD
+    try:
+        for part, (name, rows) in parts.items():  # the training images first
+            with run.phase(f"read {part}") as bar:
+                pixels = pipeline.pixels(name, rows, bar)
+            if part == "train" and args.weights == "none":  # a run goes on with the values that it began with
+                mean, std = run.state["mean_std"].tolist() if run.state else mean_std(pixels)
+            labels = pipeline.lists[name].labels[rows]
+            sets[part] = DeviceImages(pixels, labels, mean, std, not args.no_flip, pipeline.device, pipeline.ranks)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DivideMixError(f"{pipeline.device}: no memory for {len(rows)} images; try --data_mode stream") from error
     pipeline.close()
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
-    if args.weights == "none":  # a run goes on with the values that it began with
-        mean, std = run.state["mean_std"].tolist() if run.state else mean_std(pixels["train"])
-    more = (mean, std, not args.no_flip, pipeline.device, pipeline.ranks)
-    sets = {
-        part: DeviceImages(pixels[part], pipeline.lists[name].labels[rows], *more)
-        for part, (name, rows) in parts.items()
-    }
     return sets, mean, std
 
 
-def finish(run: Run, args: argparse.Namespace, sets: dict[str, Any]) -> dict[str, Any]:
+def finish(run: Run, sets: dict[str, Any]) -> dict[str, Any]:
     """Print the best epoch, and return the final metrics."""
     final = {**run.records[-1], "run_dir": str(run.folder)}
     best = run.records[run.best_epochs[0]]
@@ -242,7 +246,7 @@ def finish(run: Run, args: argparse.Namespace, sets: dict[str, Any]) -> dict[str
     ]
     chosen = "the test set" if "val" not in sets else "the validation images"
     run.say(f"best epoch {best['epoch']}, chosen on {chosen}: {', '.join(found)}")
-    return run.finish(final)
+    return run.finish(final, score)
 
 
 if __name__ == "__main__":

@@ -220,16 +220,18 @@ def _labelled(part: Found, root: Path, classes: Sequence[str]) -> ImageList:
 
 def _refuse_shared(parts: Sequence[Found]) -> None:
     """Raises DivideMixError for an image that is in two parts: accuracy would be measured on what was trained on."""
-    first: dict[bytes, tuple[Found, int]] = {}
-    for part in parts if len(parts) > 1 else ():
-        start = part.folder.encode() + b"/" if part.folder else b""
-        for i, path in enumerate(part.paths):
-            other, k = first.setdefault(start + path, (part, i))
-            if other is not part:
-                shown = (start + path).decode()
-                raise DivideMixError(
-                    f"{part.where(i)}: {shown!r:.100} is already in another part ({other.where(k)}): remove one"
-                )
+    full = [(f"{part.folder}/".encode() if part.folder else b"", part) for part in parts]
+    hashes = np.sort([hash(start + path) for start, part in full for path in part.paths])  # smaller than a set of them
+    if (hashes[1:] == hashes[:-1]).any():
+        first: dict[bytes, tuple[Found, int]] = {}
+        for start, part in full:
+            for i, path in enumerate(part.paths):
+                other, k = first.setdefault(start + path, (part, i))
+                if other is not part:
+                    shown = (start + path).decode()
+                    raise DivideMixError(
+                        f"{part.where(i)}: {shown!r:.100} is already in another part ({other.where(k)}): remove one"
+                    )
 
 
 def _some(names: Sequence[str]) -> str:

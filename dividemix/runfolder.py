@@ -74,13 +74,19 @@ def read_run(path: Path) -> RunFolder:
     """Raises DivideMixError where there is no run, or none with a finished epoch."""
     try:
         about = json.loads((path / "args.json").read_text())
-        records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
+        # Half a line at the end is being written, or was when the run was killed.
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
         if not isinstance(about["args"], dict):
             raise ValueError("args.json has no flags")
         if not all(isinstance(record, dict) and isinstance(record.get("epoch"), int) for record in records):
             raise ValueError("metrics.jsonl has lines that are no epoch")
         if records and "test_acc" not in records[-1] and "val_acc" not in records[-1]:
             raise ValueError("metrics.jsonl has no accuracy")
+        accuracy = "test_acc" if records and "test_acc" in records[-1] else "val_acc"
+        numbers = [about["args"]["warm_up"], *(record[accuracy] for record in records)]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError("text where a number is expected")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DivideMixError(f"{path} is not a run folder ({error})") from error
     if not records:

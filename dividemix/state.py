@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dividemix import DivideMixError, runtime
+from dividemix import DivideMixError, histograms, runtime
 from dividemix.codivide import Division
 
 
@@ -70,6 +70,8 @@ def check(state: dict[str, Any]) -> None:
         expect(plain and is_count(record.get("epoch")) and record["epoch"] == epoch, f"record {epoch}")
     best = state.get("best_epochs", [state.get("best_epoch")] * 2)  # one for both: of earlier versions
     expect(is_list(best, int, 2) and all(is_count(epoch) and epoch < len(records) for epoch in best), "best epochs")
+    expect(is_list(state.get("histograms", []), dict), "histograms")
+    expect(all(map(histograms.is_sound, state.get("histograms", []))), "histograms")
     for name in ("config", "pins"):
         expect(is_named(state.get(name)), name)
     for name in ("nets", "optimizers", "codivide"):

@@ -156,7 +156,7 @@ class Pipeline:
             place = host if need <= _SHARE * free else self.device if need <= _SHARE * room else None
             if place is None:
                 warn(
-                    f"images are decoded again in each pass: keeping {n} for each network needs {need / 1e9:.1f} GB, "
+                    f"images are decoded again in each pass: keeping twice {n} needs {need / 1e9:.1f} GB, "
                     f"and {free / 1e9:.1f} GB of memory are free, of which {_SHARE:.0%} are used for it"
                 )
             self._kept_for = n, place

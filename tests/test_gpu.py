@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, golden_weights, half
 from make_data import colour_digits
-from make_image_trees import make_clothing1M, make_webvision
+from make_image_trees import make_clothing1M, make_folder, make_webvision
 from test_engine import golden_step, train_arguments
 from test_graph import start as start_nets
 from test_graph import state, train
@@ -22,6 +22,7 @@ from test_runtime import gradients
 
 import dataloader_webvision
 import Train_clothing1M
+import Train_folder
 import Train_webvision
 from dividemix import DivideMixError, DivideMixWarning, engine, graph, runtime
 from dividemix.data import DeviceImages
@@ -334,6 +335,24 @@ def test_the_image_scripts_as_users_start_them(tmp_path, script, arch, capsys):
     final = script.main([*flags, "--device", "cuda", "--workers", "2", "--out_dir", str(tmp_path)])
     assert "bf16 autocast, losses in fp32, compiled, CUDA graphs" in capsys.readouterr().out
     assert np.isfinite(final["loss_x"])
+
+
+@pytest.mark.parametrize("mode", ["device", "stream"])
+@pytest.mark.parametrize("arch", ["preresnet18", "mobilenet_v3_small"])
+def test_own_images_as_users_start_them(tmp_path, arch, mode, capsys):
+    """Networks of torchvision's, with layers that draw, compiled and captured; interrupted is uninterrupted."""
+    side = {"preresnet18": "32", "mobilenet_v3_small": "64"}[arch]
+    flags = ["--data_path", str(make_folder(tmp_path / "data")), "--arch", arch, "--weights", "none", "--warm_up", "1"]
+    flags += ["--image_size", side, "--data_mode", mode, "--device", "cuda", "--workers", "2", "--lr", "0.001"]
+    for name, epochs in (("straight", "3"), ("stopped", "1"), ("stopped", "3")):
+        final = Train_folder.main(
+            [*flags, "--deterministic", "--num_epochs", epochs, "--run_dir", str(tmp_path / name)]
+        )
+        assert np.isfinite(final["loss_x"])
+    assert_equal(last_state(tmp_path / "straight"), last_state(tmp_path / "stopped"))
+    capsys.readouterr()
+    Train_folder.main([*flags, "--num_epochs", "2", "--run_dir", str(tmp_path / "fast")])
+    assert "bf16 autocast, losses in fp32, compiled, CUDA graphs" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")

@@ -93,3 +93,28 @@ def test_the_result_is_that_of_a_finished_run(tmp_path):
     assert read_run(folder).best == 74.76
     (folder / "result.json").write_text("[" * 100_000)
     assert read_run(folder).result == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *[("args.json", text) for text in (b"[]", b"null", b"[" * 10**5, b'{"args": 3}', b'{"args": {}}', b"\xff")],
+        *[("metrics.jsonl", text) for text in (b"[]\n", b"3\n", b"{}\n", b'{"epoch": 0, "test_acc": "x"}\n', b"{\n")],
+    ],
+)
+def test_a_damaged_file_is_one_line(tmp_path, name, content):
+    """One bad folder among twenty ends the table of all in a stack trace that does not say which."""
+    folder = make_run(tmp_path / "run")
+    (folder / name).write_bytes(content)
+    with pytest.raises(DivideMixError, match=str(folder)) as error:
+        read_run(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_half_a_line_is_left_out(tmp_path):
+    """Killed while it wrote a line, or watched while it does: a run has no report until it is started again."""
+    folder = make_run(tmp_path / "run")
+    whole = read_run(folder).records
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 3, "test_')
+    assert read_run(folder).records == whole

@@ -56,6 +56,8 @@ UNSOUND = {
     "a threshold that is a text": lambda: changed("codivide", 1, "division", "threshold", to="0.5"),
     "samples that are no list": lambda: tiny_state() | {"samples": 3},
     "a sample too few": lambda: tiny_state() | {"samples": [torch.arange(4), None]},
+    "histograms that are a number": lambda: tiny_state() | {"histograms": 3},
+    "a histogram of nothing": lambda: tiny_state() | {"histograms": [{"epoch": 0, "net1": {"all": []}}]},
     "an index of floats": lambda: tiny_state() | {"index": torch.zeros(5)},
 }
 
