@@ -17,7 +17,8 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from dividemix.engine import ensemble_accuracy, per_sample_loss, set_learning_ra
 from dividemix.images import Preparation, Views
 from dividemix.run import Run, folder_for, score_arrays
 from dividemix.runtime import Runtime, is_out_of_memory
+from dividemix.scoring import score_labels
 from dividemix.seeds import draws, hold_out
 from dividemix.state import restore, state_of, still_in
 from dividemix.stream import Pipeline
@@ -177,7 +179,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 state |= {"index": torch.from_numpy(index), "mean_std": torch.tensor([mean, std], dtype=torch.float64)}
                 run.end_epoch(metrics, state, scores, args.save_scores)
 
-            return finish(run, sets)
+            divide = args.method == "dividemix"
+            score = partial(score_labels, nets, sets["train"], codivide, seed=args.seed, divide=divide, **evaluation)
+            return finish(run, sets, None if args.no_label_scores else score)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,8 +241,8 @@ def read(args: argparse.Namespace, parts: dict[str, tuple[str, NDArray]], run: R
     return sets, mean, std
 
 
-def finish(run: Run, sets: dict[str, Any]) -> dict[str, Any]:
-    """Print the best epoch, and return the final metrics."""
+def finish(run: Run, sets: dict[str, Any], score: Callable[[Run], None] | None) -> dict[str, Any]:
+    """Print the best epoch, score the labels, and return the final metrics."""
     final = {**run.records[-1], "run_dir": str(run.folder)}
     best = run.records[run.best_epochs[0]]
     found = [
