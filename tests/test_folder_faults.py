@@ -218,7 +218,7 @@ def test_a_folder_and_a_pipe_where_files_are_expected(one_epoch, tmp_path):
     assert (folder / ".x.tmp").is_dir() and json.loads((folder / "last.json").read_text())["epoch"] == 1
 
 
-def test_a_path_that_is_not_utf8(tmp_path, monkeypatch):
+def test_a_run_whose_path_is_not_utf_8(tmp_path, monkeypatch):
     """A folder of another age or language: its name can be used, but not printed as it is."""
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     assert end_of(Train_cifar, tiny(tmp_path, "--run_dir", str(folder), "--num_epochs", "1"), monkeypatch) == 0

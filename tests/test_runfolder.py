@@ -31,7 +31,7 @@ def test_what_is_no_run_folder_is_named(tmp_path, damage):
         folder.mkdir()
     elif damage != "missing":
         make_run(folder)
-    content = {"no args": "{}", "no flags": '{"args": 3}', "broken json": '{"epoch": 0, "tes', "other json": "[1]\n"}
+    content = {"no args": "{}", "no flags": '{"args": 3}', "broken json": '{"epoch": 0\n', "other json": "[1]\n"}
     if damage in ("no args", "no flags"):
         (folder / "args.json").write_text(content[damage])
     elif damage in ("broken json", "other json", "no epoch"):
