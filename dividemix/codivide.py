@@ -155,9 +155,10 @@ class CoDivide:
     samples before: the caller trains on those again.
     """
 
-    def __init__(self, threshold: float, window: int = 1):
-        self.threshold, self.window = threshold, window
-        self.history: list[NDArray[np.float32]] = []  # raw losses of the last `window` divided epochs, (N,) each
+    def __init__(self, threshold: float, window: int = 1, keep: int = 1):
+        """threshold and window may be set anew at any time; `keep`: the largest window that may come."""
+        self.threshold, self.window, self.keep = threshold, window, keep
+        self.history: list[NDArray[np.float32]] = []  # raw losses of the last divided epochs, (N,) each
         self.division: Division | None = None
         self.kept = False  # whether the last call found no labeled sample and gave back the division before
 
@@ -170,7 +171,7 @@ class CoDivide:
         (`kept` tells); None where there is none yet (one more warm-up epoch is due). An empty unlabeled set is warned
         of: only labeled images will be mixed.
         """
-        self.history = [*self.history, losses.cpu().numpy()][-self.window :]
+        self.history = [*self.history, losses.cpu().numpy()][-max(self.window, self.keep) :]
         division = codivide(np.stack(self.history), self.threshold, self.window, truly_clean, random_state)
         if not division.labeled.any():
             instead = "one more warm-up epoch" if self.division is None else "its division before is kept"
