@@ -1,5 +1,5 @@
-"""Does it cost accuracy? The same runs in two ways, over seeds: unless told otherwise, as fast as the machine can and in
-fp32 eager.
+"""Does it cost accuracy? The same runs in two ways, over seeds: unless told otherwise, as fast as the machine can and
+in fp32 eager.
 
     python benchmarks/accuracy_pairs.py --seeds 5 --out_dir pairs -- --dataset fashionmnist --data_path ./data
     python benchmarks/accuracy_pairs.py --ways "blind=--recipe blind" paper= --out_dir blind -- --dataset digits --r 0.2

@@ -76,6 +76,21 @@ def test_each_noise_gets_the_papers_row(mode, r, num_class, row):
     assert (chosen.dataset, chosen.mode, chosen.r) == row, found
 
 
+@pytest.mark.parametrize(
+    ("num_class", "steps"),
+    [
+        (10, [(0.31, 0, 0.5, 1), (0.32, 25, 0.5, 1), (0.76, 25, 0.5, 1), (0.77, 50, 0.6, 5), (1.0, 50, 0.6, 5)]),
+        (100, [(0.34, 25, 0.5, 1), (0.35, 150, 0.5, 1), (0.84, 150, 0.5, 1), (0.85, 150, 0.6, 5)]),
+    ],
+)
+def test_steps_lie_half_way_between_the_shares_of_wrong_labels_in_the_papers_rows(num_class, steps):
+    """The README's table, typed. Else nominal rates are compared with real shares: 80 % noise, of which 72 % are wrong
+    labels, would be taken for less than it is."""
+    for rate, *expected in steps:
+        chosen = blind.setting(choose([Estimate(rate, 1 / (num_class - 1))], num_class), NO_FLAGS)
+        assert list(chosen.values()) == expected, rate
+
+
 @pytest.mark.parametrize(("mode", "r", "wrong"), [("sym", 0.5, 0.45), ("asym", 0.4, 0.4 * 0.5)])
 def test_the_estimate_is_near_the_truth_where_divisions_are_good(mode, r, wrong):
     """Else the record's noise_rate_estimate, which people will quote, means something else than the share of wrong
