@@ -2,8 +2,8 @@
 
 Reading order: `algorithm` (the equations), `codivide` (loss -> clean probability), `engine` (a step and a phase), then
 `Train_cifar.py` (Algorithm 1). Around them: `noise`, `augment`, `data`, `filelist`, `check_data`, `networks`,
-`recipes`, `options`, `signals`, `run`, `logs`, `checkpoint`, `saving`, `report`; for large images `stream` (the data
-sets), `workers`, `images`, `imagestore`; and for speed `runtime`, `graph`, `layers`.
+`recipes`, `blind`, `options`, `signals`, `run`, `logs`, `checkpoint`, `saving`, `report`; for large images `stream`
+(the data sets), `workers`, `images`, `imagestore`; and for speed `runtime`, `graph`, `layers`.
 """
 
 import warnings

@@ -234,6 +234,8 @@ def test_what_is_chosen_reaches_the_training(tmp_path, phases, monkeypatch, caps
     assert [call["division"].threshold for call in trained] == [0.5] * 2 + [0.6 if strongest else 0.5] * 2
     assert (final["noise_rate_estimate"], final["lambda_u"]) == (rate, lambda_u)
     assert final["loss_window"] == (5 if strongest else 1)
+    kept = [len(part["history"]) for part in last_state(Path(final["run_dir"]))["codivide"]]
+    assert kept == [2, 2], "a window that comes later has no losses of the epochs before to average"
     lines = capsys.readouterr().out.splitlines()
     assert "" not in lines and sum(line.startswith("blind: ") for line in lines) == 1
     assert any(line.startswith("recipe blind: r, noise_mode and the true labels are") for line in lines)
