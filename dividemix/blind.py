@@ -50,21 +50,20 @@ def estimate(
 ) -> Estimate | None:
     """Both networks' divisions, predicted classes (N,) and the given labels (N,) -> estimate; None without a division.
 
-    noise_rate is the mean of 1 - clean probability. For the concentration every sample whose prediction is not its
-    given label counts by that much; where there is none, the labels are taken as spread.
+    A label counts as wrong by 1 - clean probability, and not at all where the network predicts it: the mixture alone
+    takes clean labels of hard images for wrong, most of all in the first epochs. Where none counts, the wrong ones are
+    taken as spread.
     """
-    if not any(divisions):
+    views = [(d.clean_probability, p) for d, p in zip(divisions, predictions, strict=True) if d]
+    if not views:
         return None
-    rates, counts = [], np.zeros((num_class, num_class))  # counts: predicted class, given label
-    for division, prediction in zip(divisions, predictions, strict=True):
-        if division:
-            wrong = 1 - division.clean_probability
-            rates.append(wrong.mean())
-            np.add.at(counts, (prediction, labels), wrong)
-    np.fill_diagonal(counts, 0)
-    total = counts.sum()
-    concentration = counts.max(axis=1).sum() / total if total else spread(num_class)
-    return Estimate(float(np.mean(rates)), float(concentration))
+    wrong = np.zeros((num_class, num_class))  # predicted class, given label
+    for clean_probability, prediction in views:
+        np.add.at(wrong, (prediction, labels), 1 - clean_probability)
+    np.fill_diagonal(wrong, 0)
+    total = wrong.sum()
+    concentration = wrong.max(axis=1).sum() / total if total else spread(num_class)
+    return Estimate(float(total / (len(views) * len(labels))), float(concentration))
 
 
 def choose(estimates: Sequence[Estimate], num_class: int) -> Recipe | None:
