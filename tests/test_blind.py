@@ -12,6 +12,7 @@ from conftest import note_phases, read_records, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_run import assert_equal, last_state
+from test_torchrun import torchrun
 
 import dataloader_cifar
 import Train_cifar
@@ -258,3 +259,16 @@ def test_cross_entropy_has_no_choice_to_make(tmp_path, phases):
     """Else the baseline's records fill with nulls, or its warm-up is penalised."""
     final = Train_cifar.main(tiny(tmp_path, "--recipe", "blind", "--method", "ce"))
     assert not set(blind.FIELDS) & final.keys() and not any(call["conf_penalty"] for call in phases)
+
+
+@pytest.mark.slow
+def test_two_ranks_choose_as_one_process_does(tmp_path):
+    """Else each rank trains with a lambda_u of its own, or the run waits for ever where only one has a division."""
+    flags = ["--recipe", "blind", "--warm_up", "0", "--num_epochs", "2"]
+    one = read_records(Train_cifar.main(tiny(tmp_path / "one", *flags))["run_dir"])
+    result = torchrun("Train_cifar.py", *tiny(tmp_path / "two", *flags))
+    assert result.returncode == 0, result.stderr
+    two = read_records(tmp_path / "two" / "digits_0.5_sym")
+    assert result.stdout.count("blind: ") >= 1 and None not in [two[1][name] for name in blind.FIELDS]
+    # Before anything is trained, both have the same losses, so they must have the same divisions.
+    assert [two[0][name] for name in blind.FIELDS] == [one[0][name] for name in blind.FIELDS]

@@ -61,6 +61,7 @@ DEFAULTS = {
     "download": False,
     "save_scores": False,
     "method": "dividemix",
+    "recipe": "paper",
 }
 
 
