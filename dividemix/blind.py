@@ -70,11 +70,16 @@ def choose(estimates: Sequence[Estimate], num_class: int) -> Recipe | None:
     """The row of the paper's table for the estimates of the divided epochs so far; None before the first."""
     row = None
     for end in range(1, len(estimates) + 1):
-        row = nearest(*np.median(estimates[max(0, end - LAST) : end], axis=0), num_class, row)
+        row = nearest(recent(estimates[:end]), num_class, row)
     return row
 
 
-def nearest(noise_rate: float, concentration: float, num_class: int, in_use: Recipe | None = None) -> Recipe:
+def recent(estimates: Sequence[Estimate]) -> Estimate:
+    """What the last epochs say together: their medians."""
+    return Estimate(*np.median(estimates[-LAST:], axis=0).tolist())
+
+
+def nearest(found: Estimate, num_class: int, in_use: Recipe | None = None) -> Recipe:
     """The row for an estimate: the asymmetric one where concentration is past half way between spread and 1, else the
     symmetric one with the nearest share of wrong labels; the row `in_use` has MARGIN more.
 
@@ -84,11 +89,11 @@ def nearest(noise_rate: float, concentration: float, num_class: int, in_use: Rec
     rows = [row for row in ROWS if row.dataset == dataset]
     half_way = (1 + spread(num_class)) / 2
     for row in rows:
-        if row.mode == "asym" and concentration > half_way - MARGIN * (row is in_use):
+        if row.mode == "asym" and found.concentration > half_way - MARGIN * (row is in_use):
             return row
     # A drawn label may be the true one: 50 % symmetric noise is 45 % wrong labels of 10 classes.
     symmetric = [row for row in rows if row.mode == "sym"]
-    return min(symmetric, key=lambda row: abs(row.r * (1 - 1 / classes) - noise_rate) - MARGIN * (row is in_use))
+    return min(symmetric, key=lambda row: abs(row.r * (1 - 1 / classes) - found.noise_rate) - MARGIN * (row is in_use))
 
 
 def spread(num_class: int) -> float:
@@ -125,7 +130,7 @@ class Choice:
     ):
         self.records, self.codivide, self.flags = records, codivide, flags
         self.labels, self.num_class, self.ranks = labels.cpu().numpy(), num_class, ranks
-        self._divide_by(setting(self._row(), flags))
+        self._divide_by(setting(choose(self._estimates(), num_class), flags))
 
     def by(
         self, divisions: Sequence[Division | None], predictions: Sequence[Tensor]
@@ -135,16 +140,19 @@ class Choice:
         fresh = [None if part.kept else division for part, division in zip(self.codivide, divisions, strict=True)]
         predicted = [prediction.numpy() for prediction in predictions]
         found = self.ranks.from_first(estimate, fresh, predicted, self.labels, self.num_class)
-        before, row = self._row(), self._row(found)
-        used, chosen = setting(before, self.flags), setting(row, self.flags)
+        before = self._estimates()
+        now = [*before, found] if found else before
+        row_before, row = choose(before, self.num_class), choose(now, self.num_class)
+        used, chosen = setting(row_before, self.flags), setting(row, self.flags)
         self._divide_by(chosen)
         values = [*(found or (None, None)), chosen["lambda_u"], used["p_threshold"], used["loss_window"]]
-        return dict(zip(FIELDS, values, strict=True)), [] if row is before else [line(found, row, self.flags)]
+        news = [] if row is row_before else [line(recent(now), row, self.flags)]
+        return dict(zip(FIELDS, values, strict=True)), news
 
-    def _row(self, latest: Estimate | None = None) -> Recipe | None:
+    def _estimates(self) -> list[Estimate]:
+        """Those of the epochs so far that made one."""
         found = [Estimate(*map(record.get, FIELDS[:2])) for record in self.records]
-        found = [each for each in found if each.noise_rate is not None]
-        return choose(found if latest is None else [*found, latest], self.num_class)
+        return [each for each in found if None not in each]
 
     def _divide_by(self, chosen: Mapping[str, float]) -> None:
         for part in self.codivide:
