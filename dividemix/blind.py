@@ -30,7 +30,7 @@ MARGIN = 0.02  # what another row must be nearer by than the one in use: no row 
 FIELDS = ("noise_rate_estimate", "concentration", *NAMES)  # in an epoch's record; None in warm-up
 MANY_CLASSES = 50  # from here on CIFAR-100's rows, below CIFAR-10's
 HISTORY = max(row.loss_window for row in ROWS)  # epochs of losses to keep, whatever window is in use
-CONF_PENALTY = True  # in warm-up, before anything is known of the noise: benchmarks/RESULTS.md has both
+CONF_PENALTY = False  # in warm-up, before anything is known of the noise: RESULTS.md tells what either costs
 
 
 class Estimate(NamedTuple):
