@@ -204,6 +204,17 @@ def test_training_knows_nothing_of_the_noise(tmp_path, monkeypatch):
     assert kept[0] == kept[1] and None not in kept[0].values()
 
 
+def test_the_papers_values_are_the_papers_run(tmp_path, monkeypatch):
+    """Else the comparison of the two recipes measures something beside their values: other draws, or another order."""
+    monkeypatch.setattr(blind, "estimate", lambda *_: Estimate(0.45, 0.12))
+    states = []
+    for recipe in ("blind", "paper"):
+        final = Train_cifar.main(tiny(tmp_path, "--recipe", recipe, "--num_epochs", "3", "--id", recipe))
+        states.append(last_state(Path(final["run_dir"])))
+    for name in ("nets", "optimizers"):
+        assert_equal(states[0][name], states[1][name])
+
+
 def test_a_continued_run_chooses_as_the_uninterrupted_one(tmp_path, capsys):
     """Else stopping and continuing is another training: the estimates so far, or the losses that a window averages,
     were forgotten."""
