@@ -5,11 +5,12 @@
     python Train_cifar.py --dataset cifar100 --data_path ./cifar-100 --r 0.8      # CIFAR-100, 80 % symmetric noise
     python Train_cifar.py --dataset digits --width 16 --warm_up 8 --num_epochs 20 # no download, minutes on a CPU
     python Train_cifar.py ... --method ce                                         # plain cross-entropy, to compare
-    python Train_cifar.py ... --recipe blind                                      # not told the noise, dividemix/blind.py
+    python Train_cifar.py ... --recipe blind                                      # chosen from the data
     torchrun --nproc_per_node=2 -- Train_cifar.py --r 0.5                         # two GPUs (-- shields --r)
 
 The same command again continues the run. lambda_u, p_threshold and the loss window are the paper's for the setting
-(`dividemix/recipes.py`), unless given or --recipe blind. `main` reads from top to bottom: data, two networks, Algorithm 1.
+(`dividemix/recipes.py`), unless given, or chosen from the data (`dividemix/blind.py`). `main` reads from top to bottom:
+data, two networks, Algorithm 1.
 """
 
 import argparse
