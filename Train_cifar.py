@@ -6,10 +6,12 @@
     python Train_cifar.py --noise_mode human --noise_key worse_label              # CIFAR-10N; --noise_mode idn, too
     python Train_cifar.py --dataset digits --width 16 --warm_up 8 --num_epochs 20 # no download, minutes on a CPU
     python Train_cifar.py ... --method ce                                         # plain cross-entropy, to compare
+    python Train_cifar.py ... --recipe blind                                      # chosen from the data
     torchrun --nproc_per_node=2 -- Train_cifar.py --r 0.5                         # two GPUs (-- shields --r)
 
 The same command again continues the run. lambda_u, p_threshold and the loss window are the paper's for the setting
-(`dividemix/recipes.py`), unless given. `main` reads from top to bottom: data, two networks, Algorithm 1.
+(`dividemix/recipes.py`), unless given, or chosen from the data (`dividemix/blind.py`). `main` reads from top to bottom:
+data, two networks, Algorithm 1.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import numpy as np
 import dataloader_cifar
 from dividemix import (
     DivideMixError,
+    blind,
     deploy,
     logs,
     networks,
@@ -69,12 +72,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="ce: plain cross-entropy, the same nets and schedule",
     )
     group.add_argument(
+        "--recipe",
+        choices=["paper", "blind"],
+        default="paper",
+        help="lambda_u, p_threshold, loss_window and conf_penalty: the paper's for r and noise_mode, or blind to both",
+    )
+    group.add_argument(
         "--loss_window",
         type=options.positive_int,
         help="epochs of loss averaged before the mixture is fitted (default: the paper's)",
     )
     group.add_argument(
-        "--conf_penalty", choices=["auto", "on", "off"], default="auto", help="in warm-up; auto: for asymmetric noise"
+        "--conf_penalty", choices=["auto", "on", "off"], default="auto", help="in warm-up; auto: by the recipe"
     )
     options.add_run(parser)
     args = parser.parse_args(argv)
@@ -95,9 +104,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args.num_class = images.num_class
     if args.limit_train and args.limit_train > len(images.train_labels):
         raise DivideMixError(f"--limit_train {args.limit_train}: there are {len(images.train_labels)} training samples")
+    by_recipe = blind.CONF_PENALTY if args.recipe == "blind" else args.noise_mode == "asym"
     conf_penalty = args.conf_penalty == "on" or (
-        args.conf_penalty == "auto" and args.noise_mode == "asym" and args.method == "dividemix"
+        args.conf_penalty == "auto" and by_recipe and args.method == "dividemix"
     )
+    choosing = args.recipe == "blind" and args.method == "dividemix"
 
     suffixes = ["ce" if args.method == "ce" else "", f"seed{args.seed}" if args.seed != 123 else "", args.id]
     spec = noise_flags.spec(args)
@@ -110,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         start = {"init_from": args.init_from, "seed": args.seed, "machine": machine, "begun": bool(run.state)}
         nets = networks.pair(args.arch, args.num_class, args.width, "none", **start)
         optimizers = [machine.optimizer(net, args.lr, recipes.CIFAR_WEIGHT_DECAY) for net in nets]
-        codivide = [CoDivide(args.p_threshold, args.loss_window) for _ in nets]
+        keep = blind.HISTORY if choosing else 1
+        codivide = [CoDivide(args.p_threshold, args.loss_window, keep) for _ in nets]
         restore(run.state, nets, optimizers, codivide, len(train))
         run.start(
             {
@@ -130,6 +142,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         }
         mixmatch["machine"] = machine
         evaluation = {"batch_size": args.eval_batch_size, "machine": machine}
+        flags = {name: getattr(args, name) for name in blind.NAMES}
+        about_noise = (train.labels, args.num_class, flags, machine.ranks)
+        choice = blind.Choice(run.records, codivide, *about_noise) if choosing else None
 
         for epoch in run.epochs(args.num_epochs):
             lr = args.lr if epoch < args.lr_drop else args.lr / 10
@@ -148,6 +163,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                         random_state = int(draws(args.seed, "divide", epoch, k).integers(2**32))
                         fit = (scored[k].loss, truly_clean, random_state, f"net {k + 1}")
                         dividing[k] = machine.background(codivide[k], *fit)
+            chosen = dict.fromkeys(blind.FIELDS) if choice else {}
+            if choice and not warming_up:  # --recipe blind: what both divisions say of the noise sets lambda_u
+                with run.phase("gmm"):
+                    fitted = [divide() for divide in dividing]
+                    chosen, news = choice.by(fitted, [scores.prediction for scores in scored])
+                mixmatch["lambda_u"] = chosen["lambda_u"]
+                for line in news:
+                    run.say(line)
 
             # Co-divide: net 1 learns from net 2's division, then net 2 from net 1's with the updated net 1 as its peer.
             divisions, terms = [None, None], []
@@ -170,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 held_out = ensemble_accuracy(nets, validation, **evaluation) if validation else None
 
             metrics = {"phase": "ce" if args.method == "ce" else "train" if any(divisions) else "warmup", "lr": lr}
-            metrics |= epoch_metrics(accuracy, held_out, divisions, terms, truly_clean)
+            metrics |= epoch_metrics(accuracy, held_out, divisions, terms, truly_clean) | chosen
             scores = {name: array for k in range(2) for name, array in score_arrays(k, scored[k], divisions[k]).items()}
             run.end_epoch(metrics, state_of(nets, optimizers, codivide), scores, args.save_scores)
 

@@ -162,9 +162,10 @@ class CoDivide:
     samples before: the caller trains on those again.
     """
 
-    def __init__(self, threshold: float, window: int = 1):
-        self.threshold, self.window = threshold, window
-        self.history: list[NDArray[np.float32]] = []  # raw losses of the last `window` divided epochs, (N,) each
+    def __init__(self, threshold: float, window: int = 1, keep: int = 1):
+        """threshold and window may be set anew at any time; `keep`: the largest window that may come."""
+        self.threshold, self.window, self.keep = threshold, window, keep
+        self.history: list[NDArray[np.float32]] = []  # raw losses of the last divided epochs, (N,) each
         self.division: Division | None = None
         self.kept = False  # whether the last call found no labeled sample and gave back the division before
 
@@ -194,7 +195,7 @@ class CoDivide:
         return codivide(np.stack(self._with(losses)), self.threshold, self.window, random_state=random_state)
 
     def _with(self, losses: torch.Tensor) -> list[NDArray[np.float32]]:
-        return [*self.history, losses.cpu().numpy()][-self.window :]
+        return [*self.history, losses.cpu().numpy()][-max(self.window, self.keep) :]
 
     def divide(
         self, losses: torch.Tensor, truly_clean: NDArray[np.bool_] | None, random_state: int, name: str = "net"

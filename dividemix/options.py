@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from dividemix import DivideMixError, DivideMixWarning, networks, ranks, recipes, runtime, signals
+from dividemix import DivideMixError, DivideMixWarning, blind, networks, ranks, recipes, runtime, signals
 from dividemix.runtime import Runtime, available_cores
 
 
@@ -261,6 +261,8 @@ def resolve_recipe(args: argparse.Namespace, wrong: float | None = None) -> tupl
     """Fill lambda_u, p_threshold, loss_window and warm_up that were not given. `wrong`: see `recipes.nearest`. -> (the
     paper's row if there is one for this setting, lines that say where each value comes from)."""
     row, exact = recipes.nearest(args.dataset, args.noise_mode, args.r, wrong)
+    if args.recipe == "blind":
+        return (row if exact else None), resolve_blind(args)
     by = "" if wrong is None else f" by {wrong:.1%} wrong labels"
     source = f"paper, Table 7: {row.name}" if exact else f"not in the paper; nearest row{by}, Table 7: {row.name}"
     found = {
@@ -280,6 +282,23 @@ def resolve_recipe(args: argparse.Namespace, wrong: float | None = None) -> tupl
             origin = f"given; {row.name} has {value:g}"
         lines.append(f"{name} {getattr(args, name):g} ({origin})")
     return (row if exact else None), lines
+
+
+def resolve_blind(args: argparse.Namespace) -> list[str]:
+    """The same for `--recipe blind`, which leaves what `blind` chooses as None: fill warm_up. -> lines."""
+    source = "given"
+    if args.warm_up is None:
+        args.warm_up, source = recipes.warm_up(args.dataset), "as the paper's for this data set, whatever the noise"
+    by_data = "chosen in each divided epoch by the divisions so far"
+    chosen = {name: getattr(args, name) for name in blind.NAMES}
+    always = f"{'on' if blind.CONF_PENALTY else 'off'} (in warm-up, whatever the noise)"
+    penalty = always if args.conf_penalty == "auto" else f"{args.conf_penalty} (given)"
+    return [
+        "recipe blind: r, noise_mode and the true labels are used to make the noise and to report, not to train",
+        *(f"{name} {by_data if value is None else f'{value:g} (given)'}" for name, value in chosen.items()),
+        f"conf_penalty {penalty}",
+        f"warm_up {args.warm_up} ({source})",
+    ]
 
 
 def machine(args: argparse.Namespace) -> Runtime:

@@ -46,6 +46,7 @@ ROWS = (
 
 # What these results were made with, beside the rows: flags of Train_cifar.py
 CIFAR_SETTING = {"num_epochs": 300, "arch": "preresnet18", "width": 64, "batch_size": 64, "limit_train": None}
+CIFAR_SETTING |= {"recipe": "paper"}
 CIFAR_WEIGHT_DECAY = 5e-4
 
 WARM_UP = {"cifar100": 30}  # epochs; 10 for every other small set

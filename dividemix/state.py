@@ -68,6 +68,8 @@ def check(state: dict[str, Any]) -> None:
     for epoch, record in enumerate(records):
         plain = all(isinstance(k, str) and isinstance(v, str | int | float | None) for k, v in record.items())
         expect(plain and is_count(record.get("epoch")) and record["epoch"] == epoch, f"record {epoch}")
+        estimate = [record.get(name) for name in ("noise_rate_estimate", "concentration")]  # see `blind`
+        expect(all(isinstance(value, float | None) for value in estimate), f"record {epoch}")
     best = state.get("best_epochs", [state.get("best_epoch")] * 2)  # one for both: of earlier versions
     expect(is_list(best, int, 2) and all(is_count(epoch) and epoch < len(records) for epoch in best), "best epochs")
     expect(is_list(state.get("histograms", []), dict), "histograms")

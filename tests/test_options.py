@@ -48,6 +48,7 @@ DEFAULTS = {
     "run_dir": None,
     "fresh": False,
     "deterministic": False,
+    "no_label_scores": False,
     "no_compile": False,
     "no_graph": False,
     "eval_batch_size": 1000,
@@ -63,6 +64,7 @@ DEFAULTS = {
     "download": False,
     "save_scores": False,
     "method": "dividemix",
+    "recipe": "paper",
 }
 
 

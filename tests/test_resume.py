@@ -19,7 +19,7 @@ from test_run import assert_equal, last_state, without_times
 from test_train_images import CLOTHING1M, WEBVISION
 
 import Train_cifar
-from dividemix import noise, report
+from dividemix import noise_file, report
 
 CIFAR = SimpleNamespace(main=Train_cifar, lr=0.02)
 # Two epochs of warm-up, two divided ones; in the last the learning rate drops.
@@ -130,14 +130,14 @@ def test_another_number_of_classes_is_refused(tmp_path, monkeypatch, capsys, fla
 def test_a_data_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     """Data on a read-only mount, the rule on shared machines: the run ends before it begins."""
     folder = make_cifar10(tmp_path / "data", 64, 20)
-    write = noise.write_atomically
+    write = noise_file.write_atomically
 
     def read_only(path, content, exclusive=False):
         if path.parent == folder:
             raise OSError(30, "Read-only file system", str(path))
         write(path, content, exclusive)
 
-    monkeypatch.setattr(noise, "write_atomically", read_only)
+    monkeypatch.setattr(noise_file, "write_atomically", read_only)
     start = tiny(
         tmp_path, "--dataset", "cifar10", "--data_path", str(tmp_path / "data"), "--run_dir", f"{tmp_path}/run"
     )

@@ -38,6 +38,7 @@ UNSOUND = {
     "a record that is a number": lambda: changed("records", 0, to=3),
     "a record of another epoch": lambda: changed("records", 0, "epoch", to=7),
     "a record with a tensor": lambda: changed("records", 0, "test_acc", to=torch.zeros(3)),
+    "an estimate that is a text": lambda: changed("records", 0, "concentration", to="0.5"),
     "best epochs past the end": lambda: changed("best_epochs", to=[0, 1]),
     "best epochs as texts": lambda: changed("best_epochs", to=["0", "0"]),
     "three best epochs": lambda: changed("best_epochs", to=[0, 0, 0]),

@@ -1,0 +1,167 @@
+"""The recipe that knows nothing of the noise (`--recipe blind`): what the paper's table gives by the noise's kind and
+rate is chosen from the divisions that training makes anyway.
+
+No function here sees r, noise_mode or a true label. In each divided epoch `estimate` says how many labels are wrong,
+and whether the wrong ones go to one class each or to all alike; `choose` takes the row of the paper's table that fits
+the last epochs' estimates:
+
+    wrong labels go to one class each       the asymmetric row: no unlabeled loss
+    they go to all classes alike            the symmetric row with the nearest share of wrong labels
+
+The lambda_u of that row holds for the epoch itself, whose divisions the estimate is made from; its threshold and loss
+window, which a division needs beforehand, hold from the next one on. All of it follows from the records of the epochs
+so far, which the checkpoint holds: a continued run chooses as the uninterrupted one.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dividemix.codivide import CoDivide, Division
+from dividemix.ranks import Ranks
+from dividemix.recipes import ROWS, Recipe
+
+NAMES = ("lambda_u", "p_threshold", "loss_window")  # what is chosen: names of flags and in an epoch's record
+LAST = 5  # epochs whose estimates decide, by their median: an odd one changes nothing
+MARGIN = 0.02  # what another row must be nearer by than the one in use: no row is taken and left every other epoch
+FIELDS = ("noise_rate_estimate", "concentration", *NAMES)  # in an epoch's record; None in warm-up
+MANY_CLASSES = 50  # from here on CIFAR-100's rows, below CIFAR-10's
+HISTORY = max(row.loss_window for row in ROWS)  # epochs of losses to keep, whatever window is in use
+CONF_PENALTY = False  # in warm-up, before anything is known of the noise: RESULTS.md tells what either costs
+
+
+class Estimate(NamedTuple):
+    """What one epoch's divisions say of the given labels.
+
+    noise_rate: share of wrong labels, 0 to 1. concentration: among the wrong labels of the images that a network takes
+    for one class, the share of the most frequent; the mean over these images. 1 / (C - 1) where wrong labels are spread
+    over all classes, 1 where each class has one that it is mistaken for.
+    """
+
+    noise_rate: float
+    concentration: float
+
+
+def estimate(
+    divisions: Sequence[Division | None], predictions: Sequence[NDArray], labels: NDArray, num_class: int
+) -> Estimate | None:
+    """Both networks' divisions, predicted classes (N,) and the given labels (N,) -> estimate; None without a division.
+
+    A label counts as wrong by 1 - clean probability, and not at all where the network predicts it: the mixture alone
+    takes clean labels of hard images for wrong, most of all in the first epochs. Where none counts, the wrong ones are
+    taken as spread.
+    """
+    views = [(d.clean_probability, p) for d, p in zip(divisions, predictions, strict=True) if d]
+    if not views:
+        return None
+    wrong = np.zeros((num_class, num_class))  # predicted class, given label
+    for clean_probability, prediction in views:
+        np.add.at(wrong, (prediction, labels), 1 - clean_probability)
+    np.fill_diagonal(wrong, 0)
+    total = wrong.sum()
+    concentration = wrong.max(axis=1).sum() / total if total else spread(num_class)
+    return Estimate(float(total / (len(views) * len(labels))), float(concentration))
+
+
+def choose(estimates: Sequence[Estimate], num_class: int) -> Recipe | None:
+    """The row of the paper's table for the estimates of the divided epochs so far; None before the first."""
+    row = None
+    for end in range(1, len(estimates) + 1):
+        row = nearest(recent(estimates[:end]), num_class, row)
+    return row
+
+
+def recent(estimates: Sequence[Estimate]) -> Estimate:
+    """What the last epochs say together: their medians."""
+    return Estimate(*np.median(estimates[-LAST:], axis=0).tolist())
+
+
+def nearest(found: Estimate, num_class: int, in_use: Recipe | None = None) -> Recipe:
+    """The row for an estimate: the asymmetric one where concentration is past half way between spread and 1, else the
+    symmetric one with the nearest share of wrong labels; the row `in_use` has MARGIN more.
+
+    Two classes cannot tell the two kinds apart, and CIFAR-100 has no asymmetric row: there the rate alone decides.
+    """
+    dataset, classes = ("cifar100", 100) if num_class >= MANY_CLASSES else ("cifar10", 10)
+    rows = [row for row in ROWS if row.dataset == dataset]
+    half_way = (1 + spread(num_class)) / 2
+    for row in rows:
+        if row.mode == "asym" and found.concentration > half_way - MARGIN * (row is in_use):
+            return row
+    # A drawn label may be the true one: 50 % symmetric noise is 45 % wrong labels of 10 classes.
+    symmetric = [row for row in rows if row.mode == "sym"]
+    return min(symmetric, key=lambda row: abs(row.r * (1 - 1 / classes) - found.noise_rate) - MARGIN * (row is in_use))
+
+
+def spread(num_class: int) -> float:
+    """The concentration of wrong labels that go to all other classes alike."""
+    return 1 / max(num_class - 1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Through the epochs of a run
+
+
+def setting(row: Recipe | None, flags: Mapping[str, float | None]) -> dict[str, float]:
+    """lambda_u, p_threshold and loss_window of a row; without one those that all noise but the strongest has, and no
+    unlabeled loss. `flags` that are not None win."""
+    chosen = {"lambda_u": 0, "p_threshold": Recipe.p_threshold, "loss_window": Recipe.loss_window}
+    chosen |= {name: getattr(row, name) for name in NAMES} if row else {}
+    return chosen | {name: value for name, value in flags.items() if value is not None}
+
+
+class Choice:
+    """A run's choices: lambda_u of each divided epoch, and threshold and window of its `codivide`.
+
+    records: the run's, also those still to come; labels: the given ones (N,); flags: see `setting`.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        codivide: Sequence[CoDivide],
+        labels: Tensor,
+        num_class: int,
+        flags: Mapping[str, float | None],
+        ranks: Ranks,
+    ):
+        self.records, self.codivide, self.flags = records, codivide, flags
+        self.labels, self.num_class, self.ranks = labels.cpu().numpy(), num_class, ranks
+        self._divide_by(setting(choose(self._estimates(), num_class), flags))
+
+    def by(
+        self, divisions: Sequence[Division | None], predictions: Sequence[Tensor]
+    ) -> tuple[dict[str, float | None], list[str]]:
+        """Both networks' divisions and predictions (N,) of this epoch -> (what its record says: FIELDS; the line to
+        print where the row is another than before)."""
+        fresh = [None if part.kept else division for part, division in zip(self.codivide, divisions, strict=True)]
+        predicted = [prediction.numpy() for prediction in predictions]
+        found = self.ranks.from_first(estimate, fresh, predicted, self.labels, self.num_class)
+        before = self._estimates()
+        now = [*before, found] if found else before
+        row_before, row = choose(before, self.num_class), choose(now, self.num_class)
+        used, chosen = setting(row_before, self.flags), setting(row, self.flags)
+        self._divide_by(chosen)
+        values = [*(found or (None, None)), chosen["lambda_u"], used["p_threshold"], used["loss_window"]]
+        news = [] if row is row_before else [line(recent(now), row, self.flags)]
+        return dict(zip(FIELDS, values, strict=True)), news
+
+    def _estimates(self) -> list[Estimate]:
+        """Those of the epochs so far that made one."""
+        found = [Estimate(*map(record.get, FIELDS[:2])) for record in self.records]
+        return [each for each in found if None not in each]
+
+    def _divide_by(self, chosen: Mapping[str, float]) -> None:
+        for part in self.codivide:
+            part.threshold, part.window = chosen["p_threshold"], int(chosen["loss_window"])
+
+
+def line(found: Estimate, row: Recipe, flags: Mapping[str, float | None]) -> str:
+    """What is printed of a new choice."""
+    seen = f"{found.noise_rate:.1%} of the labels seem wrong, concentration {found.concentration:.2f}"
+    values = setting(row, flags).items()
+    chosen = [f"{name} {value:g}{'' if flags[name] is None else ' (given)'}" for name, value in values]
+    return f"blind: {seen}: as for {row.name} from now on: {', '.join(chosen)}"

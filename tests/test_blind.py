@@ -1,0 +1,285 @@
+"""--recipe blind: the rule on divisions of known noise, and that a run's training knows nothing else."""
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import note_phases, read_records, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_run import assert_equal, last_state
+from test_torchrun import torchrun
+
+import dataloader_cifar
+import Train_cifar
+from dividemix import blind, noise, report
+from dividemix.blind import Choice, Estimate, choose, estimate
+from dividemix.codivide import CoDivide, Division, codivide
+from dividemix.ranks import Ranks
+
+NO_FLAGS = dict.fromkeys(blind.NAMES)
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    """A figure takes a second, and has its own tests."""
+    monkeypatch.setattr(report, "draw", lambda *_: [])
+
+
+def division(clean_probability: np.ndarray) -> Division:
+    p, two = clean_probability, np.ones(2)
+    return Division(p, p > 0.5, p.astype(np.float32), np.array([0.1, 0.9]), two, two / 2, 0.5, None)
+
+
+def networks_view(mode: str, r: float, num_class: int, accuracy: float = 0.8, samples: int = 10_000):
+    """Two networks' divisions and predictions under this noise, and the given labels: each network errs in 1 -
+    `accuracy` of the images, in half of its errors for the next class, and divides 1 label in 20 wrongly."""
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, num_class, samples)
+    labels = np.array(noise.inject(truth.tolist(), mode, r, num_class, seed=5))
+    divisions, predictions = [], []
+    for _ in range(2):
+        shift = np.where(rng.random(samples) < 0.5, 1, rng.integers(1, num_class, samples))
+        predictions.append((truth + np.where(rng.random(samples) < accuracy, 0, shift)) % num_class)
+        clean = (labels == truth) ^ (rng.random(samples) < 0.02)
+        divisions.append(division(np.where(clean, rng.beta(20, 1, samples), rng.beta(1, 20, samples))))
+    return divisions, predictions, labels
+
+
+# ---- The rule ----
+
+
+@pytest.mark.parametrize(
+    ("mode", "r", "num_class", "row"),
+    [
+        ("sym", 0.2, 10, ("cifar10", "sym", 0.2)),
+        ("sym", 0.5, 10, ("cifar10", "sym", 0.5)),
+        ("sym", 0.8, 10, ("cifar10", "sym", 0.8)),
+        ("sym", 0.95, 10, ("cifar10", "sym", 0.9)),
+        ("asym", 0.4, 10, ("cifar10", "asym", 0.4)),
+        ("sym", 0.2, 100, ("cifar100", "sym", 0.2)),
+        ("sym", 0.5, 100, ("cifar100", "sym", 0.5)),
+        ("sym", 0.8, 100, ("cifar100", "sym", 0.8)),
+        ("asym", 0.4, 100, ("cifar100", "sym", 0.5)),  # no asymmetric row there: the rate decides
+        ("sym", 0.5, 14, ("cifar10", "sym", 0.5)),
+        ("sym", 0.5, 2, ("cifar10", "sym", 0.2)),  # a quarter of the labels is wrong
+        ("asym", 0.4, 2, ("cifar10", "sym", 0.5)),  # with two classes the same noise as symmetric of twice that rate
+    ],
+)
+def test_each_noise_gets_the_papers_row(mode, r, num_class, row):
+    """Else blind is only a name: a run whose noise the paper has gets another lambda_u than with --recipe paper."""
+    # Where there are but two classes, a network that errs confirms a wrong label.
+    found = estimate(*networks_view(mode, r, num_class, accuracy=0.8 if num_class > 2 else 0.9), num_class)
+    chosen = choose([found], num_class)
+    assert (chosen.dataset, chosen.mode, chosen.r) == row, found
+
+
+@pytest.mark.parametrize(
+    ("num_class", "steps"),
+    [
+        (10, [(0.31, 0, 0.5, 1), (0.32, 25, 0.5, 1), (0.76, 25, 0.5, 1), (0.77, 50, 0.6, 5), (1.0, 50, 0.6, 5)]),
+        (100, [(0.34, 25, 0.5, 1), (0.35, 150, 0.5, 1), (0.84, 150, 0.5, 1), (0.85, 150, 0.6, 5)]),
+    ],
+)
+def test_steps_lie_half_way_between_the_shares_of_wrong_labels_in_the_papers_rows(num_class, steps):
+    """The README's table, typed. Else nominal rates are compared with real shares: 80 % noise, of which 72 % are wrong
+    labels, would be taken for less than it is."""
+    for rate, *expected in steps:
+        chosen = blind.setting(choose([Estimate(rate, 1 / (num_class - 1))], num_class), NO_FLAGS)
+        assert list(chosen.values()) == expected, rate
+
+
+@pytest.mark.parametrize(("mode", "r", "wrong"), [("sym", 0.5, 0.45), ("asym", 0.4, 0.4 * 0.5)])
+def test_the_estimate_is_near_the_truth_where_divisions_are_good(mode, r, wrong):
+    """Else the record's noise_rate_estimate, which people will quote, means something else than the share of wrong
+    labels; ten classes' asymmetric map moves five of them."""
+    divisions, predictions, labels = networks_view(mode, r, 10, accuracy=1.0)
+    found = estimate(divisions, predictions, labels, 10)
+    assert found.noise_rate == pytest.approx(wrong, abs=0.05)
+    assert found.concentration == pytest.approx({"sym": 1 / 9, "asym": 1}[mode], abs=0.05)
+
+
+def test_a_network_without_a_division_is_left_out():
+    """Else an epoch in which one net finds nothing clean ends in an error, or counts an old division as new."""
+    (a, b), predictions, labels = networks_view("sym", 0.5, 10)
+    both = estimate([a, b], predictions, labels, 10)
+    alone = [estimate([a, None], predictions, labels, 10), estimate([None, b], predictions, labels, 10)]
+    assert both.noise_rate == pytest.approx(np.mean([found.noise_rate for found in alone]))
+    wrong = (1 - a.clean_probability) * (predictions[0] != labels)
+    assert alone[0].noise_rate == pytest.approx(wrong.mean())
+    assert estimate([None, None], predictions, labels, 10) is None
+    assert choose([], 10) is None
+
+
+def test_labels_that_no_network_disputes_are_not_called_concentrated():
+    """0/0 would choose the row, or end the run: clean data are legal."""
+    labels = np.arange(50) % 10
+    found = estimate([division(np.full(50, 0.99))] * 2, [labels] * 2, labels, 10)
+    assert found == pytest.approx((0, 1 / 9))
+    assert choose([found], 10).r == 0.2
+
+
+@given(st.lists(st.floats(-0.02, 0.02), min_size=1, max_size=60), st.sampled_from([0.315, 0.585, 0.765]))
+@settings(max_examples=60)
+def test_estimates_that_waver_round_a_boundary_change_the_row_once_at_most(offsets, boundary):
+    """Else a run trains with lambda_u 0 and 25 in turn, which is neither of the paper's settings."""
+    estimates = [Estimate(boundary + offset / 2, 0.12) for offset in offsets]
+    rows = [choose(estimates[:n], 10) for n in range(1, len(estimates) + 1)]
+    assert sum(a is not b for a, b in itertools.pairwise(rows)) <= 1
+
+
+def test_one_odd_epoch_changes_nothing_and_lasting_change_is_followed():
+    """Else a single bad division turns the unlabeled loss off, or the first epoch's poor estimate decides the run."""
+    odd = [Estimate(0.45, 0.12)] * 3 + [Estimate(0.05, 0.9)] + [Estimate(0.45, 0.12)] * 3
+    assert {choose(odd[:n], 10).r for n in range(1, len(odd) + 1)} == {0.5}
+    later = [Estimate(0.45, 0.12)] * 20 + [Estimate(0.2, 0.12)] * 3
+    assert (choose(later[:-1], 10).r, choose(later, 10).r) == (0.5, 0.2)
+
+
+def test_flags_win_over_the_choice():
+    """Else a user's own value is overridden by an estimate. 0 is a value."""
+    row = choose([Estimate(0.85, 0.12)], 10)
+    assert blind.setting(row, NO_FLAGS) == {"lambda_u": 50, "p_threshold": 0.6, "loss_window": 5}
+    flags = {"lambda_u": 0, "p_threshold": 0.7, "loss_window": None}
+    assert blind.setting(row, flags) == {"lambda_u": 0, "p_threshold": 0.7, "loss_window": 5}
+    assert blind.setting(None, flags) == {"lambda_u": 0, "p_threshold": 0.7, "loss_window": 1}
+    assert "lambda_u 0 (given), p_threshold 0.7 (given), loss_window 5" in blind.line(Estimate(0.8, 0.1), row, flags)
+
+
+def test_threshold_and_window_are_set_for_the_next_division():
+    """Else the strongest noise is divided by one epoch's losses at 0.5 although the record says otherwise, or the first
+    average after the change is of a single epoch since the others were thrown away."""
+    _, predictions, labels = networks_view("sym", 0.95, 10, accuracy=1.0, samples=500)
+    rng = np.random.default_rng(1)
+    parts, records, lines = [CoDivide(None, None, blind.HISTORY) for _ in range(2)], [], []
+    choice = Choice(records, parts, torch.from_numpy(labels), 10, NO_FLAGS, Ranks())
+    predicted = [torch.from_numpy(prediction) for prediction in predictions]
+    wrong = labels != predictions[0]
+    for _ in range(3):
+        losses = [torch.from_numpy((rng.normal(size=500) + 6 * wrong).astype("f")) for _ in parts]
+        used = [(part.threshold, part.window) for part in parts]
+        divisions = [part(loss, None, 0) for part, loss in zip(parts, losses, strict=True)]
+        record, news = choice.by(divisions, predicted)
+        assert used == [(record["p_threshold"], record["loss_window"])] * 2
+        records.append({"epoch": len(records)} | record)
+        lines += news
+    assert [record["lambda_u"] for record in records] == [50] * 3
+    assert [(record["p_threshold"], record["loss_window"]) for record in records] == [(0.5, 1), (0.6, 5), (0.6, 5)]
+    assert len(lines) == 1 and "cifar10 sym 90%" in lines[0]
+    expected = codivide(np.stack(parts[0].history), 0.6, 5).clean_probability
+    assert len(parts[0].history) == 3
+    np.testing.assert_array_equal(parts[0].division.clean_probability, expected)
+    resumed = [CoDivide(None, None, blind.HISTORY) for _ in range(2)]
+    Choice([{"epoch": 0}, *records], resumed, torch.from_numpy(labels), 10, NO_FLAGS, Ranks())
+    assert [(part.threshold, part.window) for part in resumed] == [(0.6, 5)] * 2
+
+
+# ---- A run ----
+
+
+def test_training_knows_nothing_of_the_noise(tmp_path, monkeypatch):
+    """The mode's promise. The same noisy labels under two claims that differ in all that --recipe paper reads, and with
+    other true labels, must end in the same weights to the bit."""
+    data = dataloader_cifar.load("digits", "")
+    noisy = np.array(noise.inject(data.train_labels.tolist(), "asym", 0.4, 10, 7, noise.next_class(10)))
+    (tmp_path / "noise.json").write_text(json.dumps(noisy.tolist()))
+    rng = np.random.default_rng(3)
+    other_truth = np.where(rng.random(len(noisy)) < 0.38, (noisy + rng.integers(1, 10, len(noisy))) % 10, noisy)
+    states, finals = [], []
+    for mode, truth in (("asym", data.train_labels), ("sym", other_truth)):
+        changed = dataclasses.replace(data, train_labels=truth)
+        monkeypatch.setattr(dataloader_cifar, "load", lambda *_, changed=changed: changed)
+        flags = ["--recipe", "blind", "--noise_mode", mode, "--r", "0.4", "--noise_file", f"{tmp_path}/noise.json"]
+        final = Train_cifar.main(tiny(tmp_path / mode, *flags, "--num_epochs", "3"))
+        states.append(last_state(Path(final["run_dir"])))
+        finals.append(final)
+    assert finals[0]["auc_net1"] != finals[1]["auc_net1"]  # the truth did differ, and is used to report
+    for name in ("nets", "optimizers"):
+        assert_equal(states[0][name], states[1][name])
+    kept = [{name: record[name] for name in blind.FIELDS} for record in finals]
+    assert kept[0] == kept[1] and None not in kept[0].values()
+
+
+def test_the_papers_values_are_the_papers_run(tmp_path, monkeypatch):
+    """Else the comparison of the two recipes measures something beside their values: other draws, or another order."""
+    monkeypatch.setattr(blind, "estimate", lambda *_: Estimate(0.45, 0.12))
+    states = []
+    for recipe in ("blind", "paper"):
+        final = Train_cifar.main(tiny(tmp_path, "--recipe", recipe, "--num_epochs", "3", "--id", recipe))
+        states.append(last_state(Path(final["run_dir"])))
+    for name in ("nets", "optimizers"):
+        assert_equal(states[0][name], states[1][name])
+
+
+def test_a_continued_run_chooses_as_the_uninterrupted_one(tmp_path, capsys):
+    """Else stopping and continuing is another training: the estimates so far, or the losses that a window averages,
+    were forgotten."""
+    flags = ["--recipe", "blind", "--noise_mode", "sym", "--r", "0.9"]
+    whole = Train_cifar.main(tiny(tmp_path, *flags, "--num_epochs", "4", "--id", "whole"))
+    for epochs in ("2", "3", "4"):
+        final = Train_cifar.main(tiny(tmp_path, *flags, "--num_epochs", epochs))
+    a, b = last_state(Path(whole["run_dir"])), last_state(Path(final["run_dir"]))
+    for name in ("nets", "optimizers", "codivide"):
+        assert_equal(a[name], b[name])
+    fields = [[{name: r[name] for name in blind.FIELDS} for r in read_records(f["run_dir"])] for f in (whole, final)]
+    assert fields[0] == fields[1]
+    assert set(fields[0][0].values()) == {None} and None not in fields[0][1].values()  # epoch 0 is warm-up
+
+
+@pytest.fixture
+def phases(monkeypatch) -> list[dict]:
+    return note_phases(monkeypatch, Train_cifar)
+
+
+@pytest.mark.parametrize(
+    ("rate", "flags", "lambda_u"), [(0.45, [], 25), (0.1, [], 0), (0.85, [], 50), (0.85, ["--lambda_u", "3"], 3)]
+)
+def test_what_is_chosen_reaches_the_training(tmp_path, phases, monkeypatch, capsys, rate, flags, lambda_u):
+    """Else the log and the record tell of a choice that nothing was trained with."""
+    monkeypatch.setattr(blind, "estimate", lambda *_: Estimate(rate, 0.12))
+    final = Train_cifar.main(tiny(tmp_path, "--recipe", "blind", "--r", "0.2", *flags, "--num_epochs", "3"))
+    trained = [call for call in phases if call["kind"] == "train"]
+    assert [call["lambda_u"] for call in trained] == [lambda_u] * 4
+    strongest = rate == 0.85
+    assert [call["division"].threshold for call in trained] == [0.5] * 2 + [0.6 if strongest else 0.5] * 2
+    assert (final["noise_rate_estimate"], final["lambda_u"]) == (rate, lambda_u)
+    assert final["loss_window"] == (5 if strongest else 1)
+    kept = [len(part["history"]) for part in last_state(Path(final["run_dir"]))["codivide"]]
+    assert kept == [2, 2], "a window that comes later has no losses of the epochs before to average"
+    lines = capsys.readouterr().out.splitlines()
+    assert "" not in lines and sum(line.startswith("blind: ") for line in lines) == 1
+    assert any(line.startswith("recipe blind: r, noise_mode and the true labels are") for line in lines)
+    assert not any("Table 7" in line for line in lines)
+    start = next(line for line in lines if line.startswith("lambda_u "))
+    assert start == ("lambda_u 3 (given)" if flags else "lambda_u chosen in each divided epoch by the divisions so far")
+
+
+@pytest.mark.parametrize(("mode", "flag"), [("sym", "auto"), ("asym", "auto"), ("sym", "on"), ("asym", "off")])
+def test_confidence_penalty_does_not_depend_on_the_noise(tmp_path, phases, mode, flag):
+    """Else warm-up knows what the rest of the run is not to know."""
+    flags = ["--recipe", "blind", "--noise_mode", mode, "--conf_penalty", flag, "--num_epochs", "1"]
+    Train_cifar.main(tiny(tmp_path, *flags))
+    assert [call["conf_penalty"] for call in phases] == [flag == "on" or (flag == "auto" and blind.CONF_PENALTY)] * 2
+
+
+def test_cross_entropy_has_no_choice_to_make(tmp_path, phases):
+    """Else the baseline's records fill with nulls, or its warm-up is penalised."""
+    final = Train_cifar.main(tiny(tmp_path, "--recipe", "blind", "--method", "ce"))
+    assert not set(blind.FIELDS) & final.keys() and not any(call["conf_penalty"] for call in phases)
+
+
+@pytest.mark.slow
+def test_two_ranks_choose_as_one_process_does(tmp_path):
+    """Else each rank trains with a lambda_u of its own, or the run waits for ever where only one has a division."""
+    flags = ["--recipe", "blind", "--warm_up", "0", "--num_epochs", "2"]
+    one = read_records(Train_cifar.main(tiny(tmp_path / "one", *flags))["run_dir"])
+    result = torchrun("Train_cifar.py", *tiny(tmp_path / "two", *flags))
+    assert result.returncode == 0, result.stderr
+    two = read_records(tmp_path / "two" / "digits_0.5_sym")
+    assert result.stdout.count("blind: ") >= 1 and None not in [two[1][name] for name in blind.FIELDS]
+    # Before anything is trained, both have the same losses, so they must have the same divisions.
+    assert [two[0][name] for name in blind.FIELDS] == [one[0][name] for name in blind.FIELDS]
