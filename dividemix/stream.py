@@ -82,9 +82,9 @@ class Pipeline:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        self.close()
-        if isinstance(error, RuntimeError):
-            with explained():
+        with explained():
+            self.close()
+            if isinstance(error, RuntimeError):
                 raise error
 
     def close(self) -> None:

@@ -195,11 +195,17 @@ def _begin(worker: int) -> None:
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
     """A worker's death in the block, which torch reports as a RuntimeError wherever the main process is just then,
-    becomes a DivideMixError."""
+    becomes a DivideMixError. So does what comes of it before the report: a result that breaks off."""
+    again = "the same command then continues after the last finished epoch"
     try:
         yield
+    except (EOFError, ConnectionError) as error:
+        raise DivideMixError(
+            f"a worker that reads images died while it handed over a result (killed or exited: {error or 'no more'}), "
+            f"most likely for want of memory: give fewer --workers, or 0; {again}"
+        ) from error
     except RuntimeError as error:
-        text, again = str(error), "the same command then continues after the last finished epoch"
+        text = str(error)
         if any(sign in text for sign in ("Bus error", "shared memory", "(shm)")):
             raise DivideMixError(
                 "the workers that read images have not enough shared memory (/dev/shm): give --workers 0, or make it "

@@ -96,6 +96,20 @@ def test_a_worker_that_is_killed_is_explained(workers):
     assert len(list(workers.run(tasks(5)))) == 5
 
 
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset by peer")])
+def test_a_result_that_breaks_off_is_explained(workers, monkeypatch, error):
+    """The main process is taking a result over when the worker is killed, and hears of that only after: once in some
+    hundred kills the run would end with an error of Python's own pipes."""
+
+    class Broken:
+        def __iter__(self):
+            raise error
+
+    monkeypatch.setattr(workers, "_start", Broken)
+    with pytest.raises(DivideMixError, match=r"worker .*died.*--workers.*continues after the last finished epoch"):
+        list(workers.run(tasks(3)))
+
+
 def test_too_little_shared_memory_is_explained(images, monkeypatch):
     """In a container with 64 MB of it: the run would wait forever for a result that was lost on its way."""
 
