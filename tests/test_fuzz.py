@@ -19,12 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_data import Pickler, Python2Pickler, colour_digits, make_cifar10, rows_of
 from make_image_trees import make_clothing1M, make_webvision
+from make_run import N, make_run
 from test_dataloader_cifar import batch
 
 import dataloader_cifar
 import dataloader_clothing1M
 import dataloader_webvision
-from dividemix import DivideMixError, checkpoint, noise
+from dividemix import DivideMixError, checkpoint, compare, html_report, label_issues, noise, runfolder
 from dividemix.codivide import CoDivide
 from dividemix.runtime import Runtime
 
@@ -158,7 +159,33 @@ def last_checkpoint(root: Path) -> Target:
     return Target(wholes, read)
 
 
-TARGETS = [cifar, noise_file, clothing1m, webvision, checkpoint_file, last_checkpoint]
+def run_folder(root: Path) -> Target:
+    """The files that the report reads, one of which is damaged. Its figures are left out: they take too long."""
+    folder = make_run(root / "run", paths=[b"a/%d.jpg" % i for i in range(N)])
+    (folder / "result.json").write_text('{"test_acc": 52.0, "paper_best": 94.6}')
+    names = ["args.json", "metrics.jsonl", "histograms.jsonl", "result.json", "labels.npz", "label_scores.npz"]
+    files = [folder / name for name in [*names, "thumbnails.npz"]]
+    wholes = [file.read_bytes() for file in files]
+
+    def read(content: bytes, k: int) -> None:
+        files[k].write_bytes(content)
+        try:
+            run = runfolder.read_run(folder)
+            issues = label_issues.find(run)
+            found = label_issues.against_truth(issues) if issues else None
+            assert html_report.run_page(run, issues, {}).endswith("</html>\n")
+            assert len(compare.run_rows([run], [found])) == 2
+            assert len(compare.spread_rows([("a", [run])], {run.path: found})) == 2
+            if issues:
+                assert label_issues.issues_csv(issues) and label_issues.cleaned_csv(issues)
+                assert all(line.isprintable() for line in label_issues.summary(issues))
+        finally:
+            files[k].write_bytes(wholes[k])
+
+    return Target(wholes, read)
+
+
+TARGETS = [cifar, noise_file, clothing1m, webvision, checkpoint_file, last_checkpoint, run_folder]
 
 # ---- Damage ----
 
