@@ -50,6 +50,7 @@ DEFAULTS = {
     "deterministic": False,
     "no_compile": False,
     "no_graph": False,
+    "no_label_scores": False,
     "eval_batch_size": 1000,
     "noise_seed": 123,  # the seed's
     "noise_file": None,
