@@ -31,8 +31,9 @@ def export(run: RunFolder, issues: LabelIssues, folder: Path) -> list[str]:
     use it. Raises DivideMixError for a folder that holds something, or is in the data folder."""
     labels = run.labels["list_given"].copy()
     labels[issues.index] = issues.cleaned
-    script = os.path.basename(str((run.about.get("command") or [""])[0]))
-    name, form, use = FORMATS.get(script, FORMATS["Train_folder.py" if "list_path" in run.labels else "Train_cifar.py"])
+    name, form, use = FORMATS.get(
+        run.script, FORMATS["Train_folder.py" if "list_path" in run.labels else "Train_cifar.py"]
+    )
     content = form(run, labels)
     refuse_originals(run, folder)
     try:

@@ -33,6 +33,7 @@ PHASES = {  # phases that belong together -> colour
     ("save",): "#d55e00",
 }
 _NAMED = 12  # classes up to which a heat map names them and writes its numbers
+_DRAWN = 1000  # classes up to which there is a heat map
 
 Draw = Callable[[Axes], None]
 
@@ -51,7 +52,7 @@ def draw_all(run: RunFolder, issues: LabelIssues | None, folder: Path) -> dict[s
         if last := [entry for entry in run.histograms if f"net{k}" in entry]:
             title = f"net {k}, division of epoch {last[-1]['epoch']}"
             panels[f"losses_net{k}"] = lambda axes, h=last[-1][f"net{k}"], title=title: draw_losses(axes, h, title)
-    if issues is not None:
+    if issues is not None and issues.num_class <= _DRAWN:
         panels |= transition_panels(issues)
     if any(key.startswith("seconds_") for key in run.records[-1]):
         panels["seconds"] = lambda axes: draw_seconds(axes, run)

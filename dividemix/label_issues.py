@@ -24,6 +24,7 @@ from dividemix.runfolder import RunFolder
 
 IN_SAMPLE = "scores are in-sample: the networks were trained on these labels"
 _CLASSES_SHOWN = 10
+_MOST_CLASSES = 100_000  # where their names are not known
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,11 @@ def find(run: RunFolder) -> LabelIssues | None:
             epochs=int(scores["epochs"]),
         )
         lengths = {len(each) for each in (given, quality, is_issue, loss, issues.suggested, issues.confidence)}
-        if lengths != {len(index)} or not len(index) or min(given.min(), issues.suggested.min()) < 0:
+        if lengths != {len(index)} or not len(index):
             raise ValueError("arrays that do not go together")
+        classes = [given, issues.suggested, *([] if issues.true is None else [issues.true])]
+        if any(each.min() < 0 or each.max() >= (len(run.class_names) or _MOST_CLASSES) for each in classes):
+            raise ValueError("labels of no class")
     except (KeyError, IndexError, ValueError, TypeError) as error:
         warn(f"{run.path / 'label_scores.npz'} is left out, it is not what a run writes ({error})")
         return None

@@ -35,6 +35,12 @@ class RunFolder:
         return self.about["args"]
 
     @property
+    def script(self) -> str:
+        """The training script's file name, '' where it is not known."""
+        command = self.about.get("command")
+        return Path(str(command[0])).name if isinstance(command, list) and command else ""
+
+    @property
     def data(self) -> dict[str, Any]:
         """What args.json says of the data."""
         data = self.about.get("data")
@@ -79,6 +85,7 @@ def read_run(path: Path) -> RunFolder:
         records = [json.loads(line) for line in lines if line.endswith("\n")]
         if not isinstance(about["args"], dict):
             raise ValueError("args.json has no flags")
+        about["args"], records = usable(about["args"]), [usable(record) for record in records]
         if not all(isinstance(record, dict) and isinstance(record.get("epoch"), int) for record in records):
             raise ValueError("metrics.jsonl has lines that are no epoch")
         if records and "test_acc" not in records[-1] and "val_acc" not in records[-1]:
@@ -97,10 +104,15 @@ def read_run(path: Path) -> RunFolder:
     return RunFolder(path, about, records, read_result(path), **parts)
 
 
+def usable(values: dict[str, Any]) -> dict[str, Any]:
+    """None for numbers that nothing can be computed with or drawn: NaN, infinite, beyond 10^15."""
+    return {k: None if isinstance(v, int | float) and not -1e15 < v < 1e15 else v for k, v in values.items()}
+
+
 def read_result(path: Path) -> dict[str, Any]:
     try:
         result = json.loads((path / "result.json").read_text())
-        return result if isinstance(result, dict) else {}
+        return usable(result) if isinstance(result, dict) else {}
     except (OSError, ValueError, RecursionError):  # not finished yet
         return {}
 

@@ -30,7 +30,7 @@ from dividemix.codivide import Division
 from dividemix.data import Batch, Batches, plan_mixmatch, plan_warmup
 from dividemix.filelist import Boundary, ImageList
 from dividemix.images import BadImage, Views, read
-from dividemix.imagestore import Kept
+from dividemix.imagestore import Cache, Kept
 from dividemix.ranks import Ranks
 from dividemix.workers import PART, Failure, Part, Reader, Task, Workers, explained
 
@@ -254,11 +254,13 @@ class StreamedImages:
         return Batches([(len(x),) for x in rows], zip(views, labels, strict=True))
 
     def originals(self, rows: NDArray) -> Iterator[NDArray[np.uint8]]:
-        """The images `rows` (M,) as they are in their files, (H, W, 3) each. Raises DivideMixError for a bad one."""
-        images, boundary = self.pipeline.lists[self.name], Boundary(self.pipeline.lists[self.name].root)
+        """The images `rows` (M,), (H, W, 3) each: resized, from the cache where there is one, else as in their files.
+        Raises DivideMixError for a bad one."""
+        images, path = self.pipeline.lists[self.name], self.pipeline.caches.get(self.name)
+        cache, boundary = path and Cache.open(path, len(images)), Boundary(images.root)
         for i in self.index[rows].tolist():
             try:
-                yield np.asarray(read(images.path(i), boundary))
+                yield cache.image(i) if cache else np.asarray(read(images.path(i), boundary))
             except BadImage as error:
                 raise DivideMixError(f"{images.path(i)}: {error}") from error
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, half
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.mixture import GaussianMixture
@@ -77,6 +77,15 @@ def test_auc_is_undefined_without_both_kinds():
     losses = two_groups()
     assert codivide(losses, 0.5).auc is None
     assert codivide(losses, 0.5, truly_clean=np.ones(250, bool)).auc is None
+
+
+def test_precision_and_recall_of_the_labeled_set_by_hand():
+    """The metrics say how good the labels are that are trained on: exchanged, they would say the opposite."""
+    division = half(10, 4)  # the first four are labeled
+    clean = np.array([1, 1, 1, 0, 1, 1, 0, 0, 0, 0], bool)
+    assert division.precision_recall(clean) == (3 / 4, 3 / 5)
+    assert half(10, 0).precision_recall(clean) == (None, 0.0)
+    assert division.precision_recall(np.zeros(10, bool)) == (0.0, None)
 
 
 def test_empty_labeled_set_keeps_the_division_before():

@@ -98,3 +98,10 @@ def test_evaluation_goes_through_all_images_in_order(batch_size):
     batches = list(data.eval_batches(batch_size))
     assert list(chain.from_iterable(shown(x) for x, _ in batches)) == list(range(50))
     assert len(batches) == len(data.eval_batches(batch_size))
+
+
+def test_originals_are_the_images_without_padding():
+    """Else the report shows a black frame, or another image beside a label."""
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    data = DeviceImages(images, np.arange(5), (0.5,) * 3, (0.5,) * 3, True)
+    np.testing.assert_array_equal(list(data.originals(np.array([3, 1]))), images[[3, 1]])

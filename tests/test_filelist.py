@@ -32,6 +32,7 @@ def test_paths_labels_and_lines_of_an_image_list():
     assert len(images) == 3
     assert [images.path(i) for i in range(3)] == ["/d/images/a.jpg", "/d/images/x/été 1.jpg", "/d/images/b"]
     assert [images.name(i) for i in range(3)] == ["a.jpg", "x/été 1.jpg", "b"]
+    assert [f"/d/{os.fsdecode(name)}" for name in images.names()] == [images.path(i) for i in range(3)]
     assert images.labels.dtype == np.int64 and images.labels.tolist() == [4, 0, 4]
     assert images.where(1) == "/d/list.txt, line 3"
     assert images.class_counts().tolist() == [1, 0, 0, 0, 2]

@@ -94,6 +94,7 @@ def test_what_cannot_be_known_is_not_made_up(tmp_path):
             {"loss_net1": np.zeros(3)},
             {"confidence": np.zeros(3)},
             {"prediction": np.full(N, -1)},
+            {"prediction": np.full(N, 2**31 - 1)},
             {name: value[:0] for name, value in label_scores(3).items() if value.ndim},
         ]
     ):

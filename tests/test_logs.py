@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from conftest import half
 
 from dividemix import logs
+from dividemix.engine import PhaseTerms
 
 DIVIDED = {"labeled_net1": 11, "labeled_net2": 22, "unlabeled_net1": 3, "unlabeled_net2": 4}
 COMMON = {"epoch": 7, "phase": "train", "lr": 0.01, "loss_x": 1.25, "penalty": 0.5, "seconds_test": 2.0}
@@ -63,6 +65,18 @@ def test_the_line_for_people_says_what_the_script_measures():
         "val 50.00 test 90.00 (nets 89.00/88.00) | best 91.00 last-10 87.00 | test 2.0s"
     )
     assert "val 50.00 webvision" in logs.WEBVISION.epoch(WEBVISION | {"val_acc": 50.0}, 80)
+
+
+def test_how_good_the_labeled_sets_are_where_the_truth_is_known():
+    """Else a run on doubtful labels claims to know, a warm-up epoch has a precision, or net 1 has net 2's."""
+    terms = [PhaseTerms(1.0, 1.0, 0.0, 0.0)] * 2
+    clean = np.array([True, True, False, True])
+    known = logs.training([half(4, 1), half(4, 3)], terms, clean)
+    names = [f"clean_{name}_net{k}" for k in (1, 2) for name in ("precision", "recall")]
+    assert [known[name] for name in names] == [1.0, 1 / 3, 2 / 3, 2 / 3]
+    warm_up = logs.training([None, half(4, 1)], terms, clean)
+    assert [warm_up[name] for name in names] == [None, None, 1.0, 1 / 3]
+    assert not set(names) & logs.training([half(4, 1), None], terms).keys()
 
 
 def test_last10_is_the_mean_of_the_last_ten():

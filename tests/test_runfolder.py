@@ -53,6 +53,20 @@ def test_damaged_arrays_count_as_missing(tmp_path, name, content):
     assert getattr(run, name.removesuffix(".npz")) == {}
 
 
+def test_numbers_that_are_none_are_gaps(tmp_path):
+    """A value edited by hand, or of another program: else the figure's axis ends the report in a stack trace."""
+    folder = make_run(tmp_path / "run", lr=float("inf"))
+    lines = (folder / "metrics.jsonl").read_text().replace('"test_acc_net1": 51.0', '"test_acc_net1": NaN')
+    (folder / "metrics.jsonl").write_text(lines.replace('"auc_net1": 0.875', '"auc_net1": 1' + "0" * 400))
+    run = read_run(folder)
+    assert run.column("test_acc_net1") == [49.0, 50.0, None] and run.column("auc_net1") == [None] * 3
+    assert run.args["lr"] is None
+    about = json.loads((folder / "args.json").read_text())
+    assert run.script == "Train_cifar.py"
+    (folder / "args.json").write_text(json.dumps(about | {"command": 3}))
+    assert read_run(folder).script == ""
+
+
 def test_arrays_that_would_run_code_are_refused(tmp_path):
     """A run folder from somebody else is a pickle's way in: reading it must not be trusting it."""
     folder = make_run(tmp_path / "run")

@@ -83,6 +83,22 @@ def test_pixels_for_the_device(clothing, workers):
         torch.testing.assert_close(streamed.normalise(torch.from_numpy(pixels)), seen, rtol=0, atol=0)
 
 
+def test_originals_are_the_files_and_with_a_cache_its_images(own_clothing, tmp_path):
+    """Else the report shows another image beside a label; or none, where the files went away once they were cached."""
+    index = np.array([7, 3, 50])
+    with pipeline(own_clothing, cache_dir=tmp_path / "cache") as pipe:
+        data, paths = pipe.images("train", index), [own_clothing.train.path(i) for i in (50, 7)]
+        expected = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+        for found, pixels in zip(data.originals(np.array([2, 0])), expected, strict=True):
+            np.testing.assert_array_equal(found, pixels)
+        pipe.build_cache()
+        Path(paths[1]).write_bytes(b"not an image")
+        for found, pixels in zip(data.originals(np.array([2, 0])), expected, strict=True):
+            np.testing.assert_array_equal(found, VIEWS.resized(Image.fromarray(pixels)))
+    with pipeline(own_clothing) as pipe, pytest.raises(DivideMixError, match=f"{paths[1]}: not an image"):
+        list(pipe.images("train", index).originals(np.array([2, 0])))
+
+
 def test_evaluation_is_torchvisions_in_the_order_of_the_samples(clothing):
     """Losses and accuracies of other pixels than the paper's, or given to other samples."""
     expected = transforms.Compose(
