@@ -83,9 +83,10 @@ def read_run(path: Path) -> RunFolder:
         records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
         if not isinstance(about["args"], dict):
             raise ValueError("args.json has no flags")
-        about["args"], records = usable(about["args"]), [usable(record) for record in records]
-        if not all(isinstance(record, dict) and isinstance(record.get("epoch"), int) for record in records):
+        records = [usable(record) if isinstance(record, dict) else {} for record in records]
+        if not all(isinstance(record.get("epoch"), int) for record in records):
             raise ValueError("metrics.jsonl has lines that are no epoch")
+        about["args"] = usable(about["args"])
         if records and "test_acc" not in records[-1] and "val_acc" not in records[-1]:
             raise ValueError("metrics.jsonl has no accuracy")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
