@@ -85,9 +85,10 @@ def read_run(path: Path) -> RunFolder:
         records = [json.loads(line) for line in lines if line.endswith("\n")]
         if not isinstance(about["args"], dict):
             raise ValueError("args.json has no flags")
-        about["args"], records = usable(about["args"]), [usable(record) for record in records]
-        if not all(isinstance(record, dict) and isinstance(record.get("epoch"), int) for record in records):
+        records = [usable(record) if isinstance(record, dict) else {} for record in records]
+        if not all(isinstance(record.get("epoch"), int) for record in records):
             raise ValueError("metrics.jsonl has lines that are no epoch")
+        about["args"] = usable(about["args"])
         if records and "test_acc" not in records[-1] and "val_acc" not in records[-1]:
             raise ValueError("metrics.jsonl has no accuracy")
         accuracy = "test_acc" if records and "test_acc" in records[-1] else "val_acc"
