@@ -1,4 +1,4 @@
-# make demo     the environment, then cross-entropy and DivideMix on digits with 50 % wrong labels (under 3 minutes on 2 cores)
+# make demo     the environment, then cross-entropy and DivideMix on digits with 50 % wrong labels (about 3 minutes on 2 cores)
 # make test     the environment, then the tests (under 10 minutes on 2 cores)
 # make test-all the tests with the long ones (under 50 minutes)
 # make gpu      on a machine with a CUDA card, with its own Python: the tests that need one, then the benchmarks and an ablation (gpu*.json)
