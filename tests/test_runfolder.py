@@ -18,9 +18,9 @@ def test_a_whole_run_folder(tmp_path):
     assert run.column("test_acc") == [50.0, 51.0, 52.0] and run.best == 52.0
     assert run.column("auc_net1") == [None, 0.875, 0.875] and run.column("nothing") == [None] * 3
     assert [entry["epoch"] for entry in run.histograms] == [1, 2]
-    assert run.truly_wrong.tolist() == WRONG.tolist()
+    assert (run.labels["given"] != run.labels["true"]).tolist() == WRONG.tolist()
     assert len(run.label_scores["index"]) == 12 and run.result == {}
-    assert read_run(make_run(tmp_path / "b", truth=False, method="ce")).truly_wrong is None
+    assert "true" not in read_run(make_run(tmp_path / "b", truth=False, method="ce")).labels
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "no args", "no flags", "broken json", "no epoch", "other json"])
