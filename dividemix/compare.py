@@ -22,7 +22,23 @@ def group_by_setting(runs: Sequence[RunFolder]) -> list[Group]:
     groups: dict[str, list[RunFolder]] = {}
     for run in runs:
         groups.setdefault(repr(sorted(setting(run).items())), []).append(run)
-    return [(group[0].name if len(group) == 1 else without_seed(group[0].name), group) for group in groups.values()]
+    names = distinct([group[0].path for group in groups.values()])
+    return [
+        (name if len(group) == 1 else without_seed(name), group)
+        for name, group in zip(names, groups.values(), strict=True)
+    ]
+
+
+def distinct(paths: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many of the folders that they are in as tell one from the others."""
+    parts = [path.resolve().parts for path in paths]
+
+    def name(own: tuple[str, ...]) -> str:
+        others = [other for other in parts if other != own]
+        n = next(n for n in range(1, len(own) + 1) if all(other[-n:] != own[-n:] for other in others))
+        return "/".join(own[-n:])
+
+    return list(map(name, parts))
 
 
 def setting(run: RunFolder) -> dict[str, str]:
@@ -52,14 +68,14 @@ def run_rows(runs: Sequence[RunFolder], agreements: Sequence[Agreement | None]) 
     listed are wrong, and how many of the largest losses are, as many as there are wrong labels."""
     listed = ("wrong labels listed", "of those listed, wrong", "of the largest losses, wrong")
     rows = [("run", "epochs", "best", "last epoch", "last 10", "AUC net 1/2", *listed)]
-    for run, found in zip(runs, agreements, strict=True):
+    for name, run, found in zip(distinct([run.path for run in runs]), runs, agreements, strict=True):
         last = run.records[-1]
         accuracy = [number(value) for value in (run.best, last.get("test_acc"), last.get("last10_acc"))]
         both = [number(last.get(f"auc_net{k}"), ".3f") for k in (1, 2)]
         auc = "-" if both == ["-", "-"] else "/".join(both)
         pairs = [(found.found, found.wrong), (found.found, found.listed), (found.by_loss, found.wrong)] if found else []
         cells = [f"{a} of {b} ({percent(a / b)})" if b else "-" for a, b in pairs] or ["-"] * 3
-        rows.append((run.name, str(len(run.records)), *accuracy, auc, *cells))
+        rows.append((name, str(len(run.records)), *accuracy, auc, *cells))
     return rows
 
 
@@ -80,7 +96,7 @@ def spread_rows(groups: Sequence[Group], agreements: dict[Path, Agreement | None
 
     columns: dict[str, tuple[Callable[[RunFolder], float | None], str]] = {
         "best": (lambda run: run.best, ".2f"),
-        "last epoch": (lambda run: run.records[-1].get(run.measured), ".2f"),
+        "last epoch": (lambda run: run.records[-1].get("test_acc"), ".2f"),
         "last 10": (lambda run: run.records[-1].get("last10_acc"), ".2f"),
         "AUC, mean of nets": (auc, ".4f"),
         "precision of the list, %": (of_list("precision"), ".1f"),

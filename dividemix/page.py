@@ -41,6 +41,7 @@ th { color: var(--dim); font-weight: 600; }
 .settings li { break-inside: avoid; border-bottom: 1px solid var(--line); padding: 2px 0; }
 code, .settings b { font: 13px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 pre { background: var(--soft); padding: 8px 12px; border-radius: 8px; white-space: pre-wrap; margin: 6px 0; }
+.matrix { white-space: pre; overflow-x: auto; overflow-wrap: normal; font-size: 12px; }
 .thumbs { display: grid; grid-template-columns: repeat(auto-fill, minmax(128px, 1fr)); gap: 12px; }
 .thumbs img { width: 96px; height: 96px; object-fit: contain; background: #eef0f2; display: block; }
 .thumbs figcaption { line-height: 1.35; color: inherit; }
