@@ -82,15 +82,15 @@ def panels(images: dict[str, bytes], names: Sequence[str], run_name: str) -> str
 
 
 def accuracies(run: RunFolder) -> str:
-    """Both networks together and each by itself."""
+    """Both networks together and each by itself: the largest, the mean of the last 10 epochs, the last."""
     kind = "test" if run.measured == "test_acc" else "validation"
-    rows = [(f"{kind} accuracy, %", "peak", "mean of the last 10", "last epoch")]
+    rows = [(f"{kind} accuracy, %", "peak", "last 10", "last")]
     for name, suffix in (("both networks", ""), ("net 1", "_net1"), ("net 2", "_net2")):
         if values := numbers(run, f"{run.measured}{suffix}"):
             rows.append((name, *map(number, (max(values), statistics.fmean(values[-10:]), values[-1]))))
     note = 'All numbers of each epoch: <a href="metrics.csv">metrics.csv</a>.'
     if kind == "validation" and run.script == "Train_folder.py":
-        note = f"There is no test part: this is against the validation images' own labels, some may be wrong. {note}"
+        note = f"There is no test part: this is against the validation images' own labels, which may be wrong. {note}"
     return table(rows) + paragraph(note, dim=True)
 
 

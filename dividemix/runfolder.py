@@ -149,5 +149,7 @@ def arrays(path: Path) -> dict[str, NDArray]:
     except FileNotFoundError:
         return {}
     except Exception as error:  # damage can end in anything: BadZipFile, ValueError, EOFError, zlib.error, KeyError ...
-        warn(f"{path} cannot be read and is left out ({' '.join(str(error).split())[:200] or type(error).__name__})")
+        what = " ".join(str(error).split())[:200] or type(error).__name__
+        what = "not an archive of plain arrays" if "pickle" in what else what  # numpy's advice is to trust the file
+        warn(f"{path} cannot be read and is left out ({what})")
         return {}
