@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dividemix.html_report import number
+from dividemix.html_report import number, numbers
 from dividemix.label_issues import Agreement, percent
 from dividemix.page import page, paragraph, png_figure, section, table
 from dividemix.run import FREE_FLAGS
@@ -67,10 +67,12 @@ def run_rows(runs: Sequence[RunFolder], agreements: Sequence[Agreement | None]) 
     """A head and one row a run. Where the truth is known: how many of the wrong labels the run lists, how many of those
     listed are wrong, and how many of the largest losses are, as many as there are wrong labels."""
     listed = ("wrong labels listed", "of those listed, wrong", "of the largest losses, wrong")
-    rows = [("run", "epochs", "best", "last epoch", "last 10", "AUC net 1/2", *listed)]
+    validated = ["validation, peak"] if any(run.measured == "val_acc" for run in runs) else []
+    rows = [("run", "epochs", "best", "last epoch", "last 10", *validated, "AUC net 1/2", *listed)]
     for name, run, found in zip(distinct([run.path for run in runs]), runs, agreements, strict=True):
         last = run.records[-1]
-        accuracy = [number(value) for value in (run.best, last.get("test_acc"), last.get("last10_acc"))]
+        peak = [peak_validation(run)] if validated else []
+        accuracy = [number(value) for value in (run.best, last.get("test_acc"), last.get("last10_acc"), *peak)]
         both = [number(last.get(f"auc_net{k}"), ".3f") for k in (1, 2)]
         auc = "-" if both == ["-", "-"] else "/".join(both)
         pairs = [(found.found, found.wrong), (found.found, found.listed), (found.by_loss, found.wrong)] if found else []
@@ -102,11 +104,17 @@ def spread_rows(groups: Sequence[Group], agreements: dict[Path, Agreement | None
         "precision of the list, %": (of_list("precision"), ".1f"),
         "recall of the list, %": (of_list("recall"), ".1f"),
     }
+    if any(run.measured == "val_acc" for _, runs in groups for run in runs):
+        columns["validation, peak"] = (peak_validation, ".2f")
     rows = [("setting", "seeds", *columns)]
     for name, runs in groups:
         cells = [mean_and_spread([value(run) for run in runs], form) for value, form in columns.values()]
         rows.append((name, str(len(runs)), *cells))
     return rows
+
+
+def peak_validation(run: RunFolder) -> float | None:
+    return max(numbers(run, "val_acc"), default=None)
 
 
 def mean_and_spread(values: Sequence[float | None], form: str) -> str:

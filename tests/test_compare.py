@@ -70,13 +70,16 @@ def test_the_table_has_a_row_a_run_with_its_numbers(runs):
 
 def test_a_run_without_truth_list_or_test_has_dashes(tmp_path):
     """Else one run of another kind takes the table of all runs with it, or its accuracy on the images that chose the
-    epoch stands below others' on the test set."""
+    epoch stands below others' on the test set, or nowhere."""
     folder = make_run(tmp_path / "a", truth=False, scored=False)
     records = [{"epoch": 0, "val_acc": 60.0, "auc_net1": 0.5, "auc_net2": None}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     run = read_run(folder)
-    assert compare.run_rows([run], [None])[1] == ("a", "1", "-", "-", "-", "0.500/-", "-", "-", "-")
-    assert compare.spread_rows([("a", [run])], {})[1] == ("a", "1", "-", "-", "-", "-", "-", "-")
+    row = ("a", "1", "-", "-", "-", "60.00", "0.500/-", "-", "-", "-")
+    assert compare.run_rows([run], [None])[1] == row and compare.run_rows([run], [None])[0][5] == "validation, peak"
+    mixed = compare.run_rows([run, read_run(make_run(tmp_path / "b"))], [None] * 2)
+    assert mixed[1] == row and mixed[2][2:6] == ("52.00", "52.00", "51.00", "-")
+    assert compare.spread_rows([("a", [run])], {})[1] == ("a", "1", "-", "-", "-", "-", "-", "-", "60.00")
 
 
 def test_the_page_of_several_runs(runs, tmp_path, monkeypatch):
