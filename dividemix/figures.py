@@ -175,7 +175,8 @@ def numbers(values: Sequence[float | None]) -> NDArray[np.float64]:
 
 
 def visible(name: str) -> str:
-    """A legend leaves out names that begin with an underscore."""
+    """A legend leaves out names that begin with an underscore; a font takes none that are no text."""
+    name = name.encode("utf-8", "backslashreplace").decode()
     return f" {name}" if name.startswith("_") else name
 
 
@@ -235,7 +236,7 @@ def draw_transition(axes: Axes, issues: LabelIssues, actual: NDArray, kind: str)
 
 
 def shorter(name: str, limit: int = 14) -> str:
-    name = " ".join(name.split())
+    name = " ".join(visible(name).split())
     return name if len(name) <= limit else f"{name[: limit - 1]}…"
 
 
