@@ -16,8 +16,8 @@ from dividemix.runfolder import RunFolder
 
 _CLASSES = 20  # rows of the table of classes
 NO_SCORES = (
-    "The run has no scores of its labels: they are made when it has come to its end. Of a run that was finished by an "
-    "older version, the same training command again makes them."
+    "The run has no scores of its labels. They are made when it has come to its end, unless by --no_label_scores; of a "
+    "finished run, the same training command without this flag makes them."
 )
 NO_DIVISIONS = "Plain cross-entropy divides nothing."
 

@@ -111,7 +111,8 @@ def export(run: RunFolder, folder: Path) -> list[str]:
     issues = label_issues.find(run)
     if issues is None:
         raise DivideMixError(
-            f"--export_clean: {run.path} has no scores of its labels yet: finish it, with the same training command"
+            f"--export_clean: {run.path} has no scores of its labels yet: finish it, with the same training command "
+            "and without --no_label_scores"
         )
     return clean_labels.export(run, issues, folder)
 
