@@ -43,7 +43,9 @@ def distinct(paths: Sequence[Path]) -> list[str]:
 
 def setting(run: RunFolder) -> dict[str, str]:
     """The flags that decide what is computed, but for the seeds; how long it trained counts."""
-    flags = {k: str(v) for k, v in run.args.items() if k not in FREE_FLAGS | _SEEDS}
+    given = {k: v for k, v in run.args.items() if k not in FREE_FLAGS | _SEEDS}
+    # A recipe's 25 is a flag's 25.0.
+    flags = {k: str(int(v) if isinstance(v, float) and v.is_integer() else v) for k, v in given.items()}
     return flags | {"epochs": str(len(run.records))}
 
 

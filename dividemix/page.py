@@ -116,10 +116,9 @@ def tagged(rows: Sequence[Sequence[Any]]) -> list[tuple[str, Sequence[Any]]]:
     return [("td" if i else "th", row) for i, row in enumerate(rows)]
 
 
-def png_figure(content: bytes, alt: str, caption: str = "") -> str:
-    """alt: escaped here; caption: HTML."""
-    below = f"<figcaption>{caption}</figcaption>" if caption else ""
-    return f'<figure><img src="{data_uri(content, "png")}" alt="{text(alt)}">{below}</figure>'
+def png_figure(content: bytes, alt: str) -> str:
+    """alt: escaped here."""
+    return f'<figure><img src="{data_uri(content, "png")}" alt="{text(alt)}"></figure>'
 
 
 def data_uri(content: bytes, kind: str) -> str:

@@ -39,6 +39,8 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group(runs, tmp_path):
     assert [name for name, _ in groups] == ["digits_0.5_sym", "longer", "wider"]
     assert compare.differing(groups) == [["epochs", "3", "4", "3"], ["width", "-", "-", "32"]]
     assert compare.group_by_setting([runs[2]])[0][0] == "digits_0.5_sym_seed1"  # alone it keeps its seed
+    same = [read_run(make_run(tmp_path / f"s{k}", seed=k, lambda_u=value)) for k, value in enumerate((25, 25.0, 25.5))]
+    assert [len(group) for _, group in compare.group_by_setting(same)] == [2, 1]  # a recipe's value, and flags
 
 
 def test_mean_and_spread_by_hand(runs):
