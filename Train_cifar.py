@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             }
         )
         recipe_lines = recipe_lines if args.method == "dividemix" else []
-        run.say(machine.describe(), *about["lines"], *recipe_lines, f"run folder {folder}")
+        run.say(machine.describe(), *about["lines"], *about["matrix"], *recipe_lines, f"run folder {folder}")
 
         warmup = {"batch_size": 2 * args.batch_size, "conf_penalty": conf_penalty, "machine": machine}
         mixmatch = {
@@ -248,7 +248,8 @@ def prepare_data(
     if args.noise_mode == "asym":
         lines.append(f"asymmetric map: {noise.asym_transition(images.num_class, args.dataset)[1]}")
     about = {
-        "lines": [*lines, *matrix],
+        "lines": lines,
+        "matrix": matrix,
         "classes": images.class_names,
         "train": len(index),
         "test": len(images.test_labels),

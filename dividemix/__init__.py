@@ -4,9 +4,9 @@ Reading order: `algorithm` (the equations), `codivide` (loss -> clean probabilit
 `Train_cifar.py` (Algorithm 1). Around them: `noise` (`noise_instance`, `noise_human`, `noise_file`, `noise_flags`,
 `transition`), `augment`, `data`, `filelist`, `check_data`, `networks`, `recipes`, `blind`, `defaults`, `options`,
 `signals`, `run`, `logs`, `checkpoint`, `state`, `lock`, `saving`; after training `scoring`, `label_issues`,
-`clean_labels`, `report` (with `runfolder`, `histograms`, `figures`, `html_report`, `compare`, `page`); for large images
-`stream` (the data sets), `workers`, `images`, `imagestore`; for speed `runtime`, `graph`, `layers`; and for a trained
-run `deploy`, `predict`, `export`.
+`clean_labels`, `csvfile`, `report` (with `runfolder`, `histograms`, `figures`, `html_report`, `compare`, `page`); for
+large images `stream` (the data sets), `workers`, `images`, `imagestore`; for speed `runtime`, `graph`, `layers`; and
+for a trained run `deploy`, `predict`, `export`.
 """
 
 import warnings

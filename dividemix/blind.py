@@ -85,15 +85,14 @@ def nearest(found: Estimate, num_class: int, in_use: Recipe | None = None) -> Re
 
     Two classes cannot tell the two kinds apart, and CIFAR-100 has no asymmetric row: there the rate alone decides.
     """
-    dataset, classes = ("cifar100", 100) if num_class >= MANY_CLASSES else ("cifar10", 10)
+    dataset = "cifar100" if num_class >= MANY_CLASSES else "cifar10"
     rows = [row for row in ROWS if row.dataset == dataset]
     half_way = (1 + spread(num_class)) / 2
     for row in rows:
         if row.mode == "asym" and found.concentration > half_way - MARGIN * (row is in_use):
             return row
-    # A drawn label may be the true one: 50 % symmetric noise is 45 % wrong labels of 10 classes.
     symmetric = [row for row in rows if row.mode == "sym"]
-    return min(symmetric, key=lambda row: abs(row.r * (1 - 1 / classes) - found.noise_rate) - MARGIN * (row is in_use))
+    return min(symmetric, key=lambda row: abs(row.wrong - found.noise_rate) - MARGIN * (row is in_use))
 
 
 def spread(num_class: int) -> float:

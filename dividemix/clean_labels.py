@@ -10,10 +10,9 @@
 Samples that were not scored (held out, or left out as damaged) keep the labels that they were given.
 """
 
-import csv
-import io
 import json
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from dividemix import DivideMixError
 from dividemix.checkpoint import write_atomically
+from dividemix.csvfile import to_csv
 from dividemix.label_issues import LabelIssues, cleaned_csv
 from dividemix.runfolder import RunFolder
 
@@ -58,8 +58,11 @@ def refuse_originals(run: RunFolder, folder: Path) -> None:
     how = "name a new folder, the originals are never touched"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DivideMixError(f"--export_clean {folder}: is there and not empty: {how}")
-    data = run.args.get("data_path")
-    if data and folder.resolve().is_relative_to(Path(str(data)).expanduser().resolve()):
+    if not run.args.get("data_path"):
+        return
+    data = Path(str(run.args["data_path"])).expanduser().resolve()
+    data = data.parent if data.is_file() else data  # of own images it may be a list, which lies beside them
+    if folder.resolve().is_relative_to(data):
         raise DivideMixError(f"--export_clean {folder}: is in the data folder {data}: {how}")
 
 
@@ -87,12 +90,9 @@ def lines_of(paths, labels: NDArray) -> bytes:
 
 def as_csv(run: RunFolder, labels: NDArray) -> bytes:
     names = run.class_names
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "label"])
-    for path, label in zip(run.labels["list_path"].tolist(), labels.tolist(), strict=True):
-        writer.writerow([os.fsdecode(path), names[label] if label < len(names) else label])
-    return text.getvalue().encode("utf-8", "surrogateescape")
+    paths = map(os.fsdecode, run.labels["list_path"].tolist())
+    classes = (names[label] if label < len(names) else label for label in labels.tolist())
+    return to_csv(["path", "label"], zip(paths, classes, strict=True), errors="surrogateescape")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,15 +102,14 @@ def as_csv(run: RunFolder, labels: NDArray) -> bytes:
 def use_json(run: RunFolder, issues: LabelIssues, file: Path) -> str:
     """--r must say how much noise is left: a noise file of another rate is refused."""
     if issues.true is None:
-        return (
-            f"train on it: Train_cifar.py ... --noise_file {file}, with --r as the part that you think is wrong still"
-        )
+        used = command("Train_cifar.py", run, "--noise_file", file)
+        return f"train on it: {used}, with --r as the part that you think is wrong still"
     before, after = (float(np.mean(labels != issues.true)) for labels in (issues.given, issues.cleaned))
     n, whole = len(issues), len(run.labels["list_given"])
     changed = (n * after + (whole - n) * before) / whole
     rate = min(1.0, round(changed * issues.num_class / (issues.num_class - 1), 2))
-    dataset = f"--dataset {run.args['dataset']} " if "dataset" in run.args else ""
-    return f"train on it: python Train_cifar.py {dataset}--noise_mode sym --r {rate:g} --noise_file {file}"
+    flags = "--noise_mode", "sym", "--r", f"{rate:g}", "--noise_file", file
+    return f"train on it: {command('Train_cifar.py', run, *flags)}"
 
 
 def use_list(run: RunFolder, issues: LabelIssues, file: Path) -> str:
@@ -118,7 +117,15 @@ def use_list(run: RunFolder, issues: LabelIssues, file: Path) -> str:
 
 
 def use_csv(run: RunFolder, issues: LabelIssues, file: Path) -> str:
-    return f"train on it: python Train_folder.py --data_path {run.args.get('data_path')} --labels {file}"
+    return f"train on it: {command('Train_folder.py', run, '--labels', file)}"
+
+
+def command(script: str, run: RunFolder, *flags: str | Path) -> str:
+    """As a shell takes it: the script on the run's data, with other flags."""
+    dataset = run.args.get("dataset")
+    data = {"--dataset": dataset, "--data_path": None if dataset == "digits" else run.args.get("data_path")}
+    words = [str(word) for name, value in data.items() if value is not None for word in (name, value)]
+    return shlex.join(["python", script, *words, *map(str, flags)])
 
 
 Use = Callable[[RunFolder, LabelIssues, Path], str]

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dividemix.html_report import number
+from dividemix.html_report import number, numbers
 from dividemix.label_issues import Agreement, percent
 from dividemix.page import page, paragraph, png_figure, section, table
 from dividemix.run import FREE_FLAGS
@@ -22,12 +22,30 @@ def group_by_setting(runs: Sequence[RunFolder]) -> list[Group]:
     groups: dict[str, list[RunFolder]] = {}
     for run in runs:
         groups.setdefault(repr(sorted(setting(run).items())), []).append(run)
-    return [(group[0].name if len(group) == 1 else without_seed(group[0].name), group) for group in groups.values()]
+    names = distinct([group[0].path for group in groups.values()])
+    return [
+        (name if len(group) == 1 else without_seed(name), group)
+        for name, group in zip(names, groups.values(), strict=True)
+    ]
+
+
+def distinct(paths: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many of the folders that they are in as tell one from the others."""
+    parts = [path.resolve().parts for path in paths]
+
+    def name(own: tuple[str, ...]) -> str:
+        others = [other for other in parts if other != own]
+        n = next(n for n in range(1, len(own) + 1) if all(other[-n:] != own[-n:] for other in others))
+        return "/".join(own[-n:])
+
+    return list(map(name, parts))
 
 
 def setting(run: RunFolder) -> dict[str, str]:
     """The flags that decide what is computed, but for the seeds; how long it trained counts."""
-    flags = {k: str(v) for k, v in run.args.items() if k not in FREE_FLAGS | _SEEDS}
+    given = {k: v for k, v in run.args.items() if k not in FREE_FLAGS | _SEEDS}
+    # A recipe's 25 is a flag's 25.0.
+    flags = {k: str(int(v) if isinstance(v, float) and v.is_integer() else v) for k, v in given.items()}
     return flags | {"epochs": str(len(run.records))}
 
 
@@ -51,15 +69,17 @@ def run_rows(runs: Sequence[RunFolder], agreements: Sequence[Agreement | None]) 
     """A head and one row a run. Where the truth is known: how many of the wrong labels the run lists, how many of those
     listed are wrong, and how many of the largest losses are, as many as there are wrong labels."""
     listed = ("wrong labels listed", "of those listed, wrong", "of the largest losses, wrong")
-    rows = [("run", "epochs", "best", "last epoch", "last 10", "AUC net 1/2", *listed)]
-    for run, found in zip(runs, agreements, strict=True):
+    validated = ["validation, peak"] if any(run.measured == "val_acc" for run in runs) else []
+    rows = [("run", "epochs", "best", "last epoch", "last 10", *validated, "AUC net 1/2", *listed)]
+    for name, run, found in zip(distinct([run.path for run in runs]), runs, agreements, strict=True):
         last = run.records[-1]
-        accuracy = [number(value) for value in (run.best, last.get("test_acc"), last.get("last10_acc"))]
+        peak = [peak_validation(run)] if validated else []
+        accuracy = [number(value) for value in (run.best, last.get("test_acc"), last.get("last10_acc"), *peak)]
         both = [number(last.get(f"auc_net{k}"), ".3f") for k in (1, 2)]
         auc = "-" if both == ["-", "-"] else "/".join(both)
         pairs = [(found.found, found.wrong), (found.found, found.listed), (found.by_loss, found.wrong)] if found else []
         cells = [f"{a} of {b} ({percent(a / b)})" if b else "-" for a, b in pairs] or ["-"] * 3
-        rows.append((run.name, str(len(run.records)), *accuracy, auc, *cells))
+        rows.append((name, str(len(run.records)), *accuracy, auc, *cells))
     return rows
 
 
@@ -80,17 +100,23 @@ def spread_rows(groups: Sequence[Group], agreements: dict[Path, Agreement | None
 
     columns: dict[str, tuple[Callable[[RunFolder], float | None], str]] = {
         "best": (lambda run: run.best, ".2f"),
-        "last epoch": (lambda run: run.records[-1].get(run.measured), ".2f"),
+        "last epoch": (lambda run: run.records[-1].get("test_acc"), ".2f"),
         "last 10": (lambda run: run.records[-1].get("last10_acc"), ".2f"),
         "AUC, mean of nets": (auc, ".4f"),
         "precision of the list, %": (of_list("precision"), ".1f"),
         "recall of the list, %": (of_list("recall"), ".1f"),
     }
+    if any(run.measured == "val_acc" for _, runs in groups for run in runs):
+        columns["validation, peak"] = (peak_validation, ".2f")
     rows = [("setting", "seeds", *columns)]
     for name, runs in groups:
         cells = [mean_and_spread([value(run) for run in runs], form) for value, form in columns.values()]
         rows.append((name, str(len(runs)), *cells))
     return rows
+
+
+def peak_validation(run: RunFolder) -> float | None:
+    return max(numbers(run, "val_acc"), default=None)
 
 
 def mean_and_spread(values: Sequence[float | None], form: str) -> str:

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from dividemix import histograms
+from dividemix import histograms, transition
 from dividemix.checkpoint import write_atomically
 from dividemix.histograms import Histogram
-from dividemix.label_issues import LabelIssues, transition
+from dividemix.label_issues import LabelIssues
 from dividemix.runfolder import RunFolder
 
 CLEAN, WRONG, ALL, LINE = "#0072b2", "#d55e00", "#999999", "#333333"  # told apart by the colour-blind, too
@@ -175,7 +175,8 @@ def numbers(values: Sequence[float | None]) -> NDArray[np.float64]:
 
 
 def visible(name: str) -> str:
-    """A legend leaves out names that begin with an underscore."""
+    """A legend leaves out names that begin with an underscore; a font takes none that are no text."""
+    name = name.encode("utf-8", "backslashreplace").decode()
     return f" {name}" if name.startswith("_") else name
 
 
@@ -218,7 +219,7 @@ def draw_transition(axes: Axes, issues: LabelIssues, actual: NDArray, kind: str)
     """A heat map of parts from 0 to 1, rows by the actual label (N,), 'corrected' or 'true'; a class without samples is
     an empty row."""
     n = issues.num_class
-    matrix = transition(issues.given, actual, n)
+    matrix = transition.rates(transition.count(actual, issues.given, n))
     image = axes.imshow(matrix, vmin=0, vmax=1, cmap="Blues", interpolation="nearest", aspect="auto")
     axes.figure.colorbar(image, ax=axes)
     if n <= _NAMED:
@@ -235,7 +236,7 @@ def draw_transition(axes: Axes, issues: LabelIssues, actual: NDArray, kind: str)
 
 
 def shorter(name: str, limit: int = 14) -> str:
-    name = " ".join(name.split())
+    name = " ".join(visible(name).split())
     return name if len(name) <= limit else f"{name[: limit - 1]}…"
 
 

@@ -2,21 +2,22 @@
 lacks is left out with a sentence. `compare` has the page of several runs."""
 
 import shlex
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dividemix import histograms, recipes
+from dividemix import blind, histograms, recipes
 from dividemix.label_issues import IN_SAMPLE, Agreement, LabelIssues, against_truth, by_class, percent
 from dividemix.page import cards, page, paragraph, picture, png_figure, section, table, text
 from dividemix.runfolder import RunFolder
 
 _CLASSES = 20  # rows of the table of classes
 NO_SCORES = (
-    "The run has no scores of its labels: they are made when it has come to its end. Of a run that was finished by an "
-    "older version, the same training command again makes them."
+    "The run has no scores of its labels. They are made when it has come to its end, unless by --no_label_scores; of a "
+    "finished run, the same training command without this flag makes them."
 )
 NO_DIVISIONS = "Plain cross-entropy divides nothing."
 
@@ -27,7 +28,7 @@ def run_page(run: RunFolder, issues: LabelIssues | None, figures: dict[str, Path
     images = {name: path.read_bytes() for name, path in figures.items()}
     body = [
         head(run, issues, found),
-        section("Accuracy and time", paper(run), panels(images, ["accuracy", "seconds"], run.name)),
+        section("Accuracy and time", accuracies(run), paper(run), panels(images, ["accuracy", "seconds"], run.name)),
         section("Labeled and unlabeled sets", divisions(run, images)),
         section("Loss histograms", loss_histograms(run)),
         section("Labels that look wrong", labels(run, issues, found, images)),
@@ -42,13 +43,15 @@ def head(run: RunFolder, issues: LabelIssues | None, found: Agreement | None) ->
     done = "finished" if run.result else "not finished"
     parts = [f"<h1>{text(run.name)}</h1>", paragraph(f"{len(run.records)} epochs, {done}", dim=True)]
     parts += [paragraph(text(line)) for line in (lines if isinstance(lines, list) else [])]
-    values = [("best test accuracy, %", number(run.best)), ("mean of the last 10, %", number(last.get("last10_acc")))]
-    if run.measured == "val_acc":
-        both = max((v for v in run.column("val_acc") if isinstance(v, float)), default=None)
-        values = [("test accuracy, %", number(run.best)), ("peak validation accuracy, %", number(both))]
+    if isinstance(matrix := run.data.get("matrix"), list):
+        parts.append(f'<pre class="matrix">{text(chr(10).join(map(str, matrix)))}</pre>')
+    if run.measured == "test_acc":
+        best = "test accuracy, %, of the epoch that validation chose" if "val_acc" in last else "best test accuracy, %"
+        values = [(best, number(run.best)), ("mean of the last 10, %", number(last.get("last10_acc")))]
+    else:
+        values = [("test accuracy, %", number(run.best))] if run.best is not None else []
+        values.append(("peak validation accuracy, %", number(max(numbers(run, "val_acc"), default=None))))
     values.append(("last epoch, %", number(last.get(run.measured))))
-    for k in (1, 2):
-        values.append((f"last epoch, net {k} alone, %", number(last.get(f"{run.measured}_net{k}"))))
     if last.get("auc_net1") is not None or last.get("auc_net2") is not None:
         both = "/".join(number(last.get(f"auc_net{k}"), ".3f") for k in (1, 2))
         values.append(("AUC, net 1/2", both))
@@ -63,6 +66,11 @@ def number(value: Any, form: str = ".2f") -> str:
     return format(value, form) if isinstance(value, int | float) else "-"
 
 
+def numbers(run: RunFolder, name: str) -> list[float]:
+    """A metric over the epochs, those without a value left out."""
+    return [value for value in run.column(name) if isinstance(value, int | float)]
+
+
 def panels(images: dict[str, bytes], names: Sequence[str], run_name: str) -> str:
     """The figures side by side, '' where there are none."""
     found = [png_figure(images[name], f"{name.replace('_', ' ')} of {run_name}") for name in names if name in images]
@@ -71,6 +79,19 @@ def panels(images: dict[str, bytes], names: Sequence[str], run_name: str) -> str
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sections
+
+
+def accuracies(run: RunFolder) -> str:
+    """Both networks together and each by itself: the largest, the mean of the last 10 epochs, the last."""
+    kind = "test" if run.measured == "test_acc" else "validation"
+    rows = [(f"{kind} accuracy, %", "peak", "last 10", "last")]
+    for name, suffix in (("both networks", ""), ("net 1", "_net1"), ("net 2", "_net2")):
+        if values := numbers(run, f"{run.measured}{suffix}"):
+            rows.append((name, *map(number, (max(values), statistics.fmean(values[-10:]), values[-1]))))
+    note = 'All numbers of each epoch: <a href="metrics.csv">metrics.csv</a>.'
+    if kind == "validation" and run.script == "Train_folder.py":
+        note = f"There is no test part: this is against the validation images' own labels, which may be wrong. {note}"
+    return table(rows) + paragraph(note, dim=True)
 
 
 def paper(run: RunFolder) -> str:
@@ -120,7 +141,21 @@ def divisions(run: RunFolder, images: dict[str, bytes]) -> str:
         )
     else:
         explained = "The true labels are not known, so how good the labeled set is cannot be said."
-    return paragraph(explained, dim=True) + shown
+    return paragraph(explained, dim=True) + chosen(run) + shown
+
+
+def chosen(run: RunFolder) -> str:
+    """What --recipe blind has come to."""
+    last = run.records[-1]
+    found = [last.get(name) for name in blind.FIELDS]
+    if not all(isinstance(value, int | float) for value in found):
+        return ""
+    rate, concentration, *values = found
+    used = ", ".join(f"{name} {value:g}" for name, value in zip(blind.NAMES, values, strict=True))
+    return paragraph(
+        f"Chosen from the divisions (--recipe blind), in the last epoch: {used}. It seemed that {rate:.1%} of the "
+        f"labels are wrong, with a concentration of {concentration:.2f}."
+    )
 
 
 def loss_histograms(run: RunFolder) -> str:
@@ -160,11 +195,11 @@ def labels(run: RunFolder, issues: LabelIssues | None, found: Agreement | None, 
         if issues.p_clean
         else ("the probability that both networks together give the label (cross-entropy has no clean probability)")
     )
-    threshold = number(float(run.label_scores["threshold"]), "g")
     parts = [
         paragraph(
             f"{listed} of {len(issues)} labels ({listed / len(issues):.1%}) look wrong: their quality, {quality}, is "
-            f"below {threshold}, and the networks suggest another class. As of the end of epoch {issues.epochs - 1}. "
+            f"below {issues.threshold:g}, and the networks suggest another class. As of the end of epoch "
+            f"{issues.epochs - 1}. "
             f'<b>Note: {IN_SAMPLE}.</b> All samples: <a href="label_issues.csv">label_issues.csv</a>; the labels with '
             'the suggestions taken: <a href="cleaned_labels.csv">cleaned_labels.csv</a>.'
         )
@@ -227,6 +262,7 @@ def settings(run: RunFolder) -> str:
     items = {"machine": run.about.get("machine"), "commit": run.about.get("commit")}
     versions = run.about.get("versions")
     items |= versions if isinstance(versions, dict) else {}
+    items |= {f"images to {name}": run.data[name] for name in ("train", "val", "test") if name in run.data}
     parts.append(listing({k: v for k, v in items.items() if v}))
     parts.append(f"<details><summary>all flags</summary>{listing(run.args)}</details>")
     return "\n".join(parts)

@@ -8,8 +8,6 @@ The columns of label_issues.csv follow cleanlab's CleanLearning, which takes the
 `CleanLearning(classifier).fit(X, labels, label_issues=pandas.read_csv("label_issues.csv"))`.
 """
 
-import csv
-import io
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 
 from dividemix import warn
 from dividemix.checkpoint import write_atomically
+from dividemix.csvfile import to_csv
 from dividemix.runfolder import RunFolder
 
 IN_SAMPLE = "scores are in-sample: the networks were trained on these labels"
@@ -42,6 +41,7 @@ class LabelIssues:
     confidence: NDArray[np.float32]  # probability that both networks together give their prediction
     true: NDArray[np.int64] | None  # where it is known
     class_names: list[str]
+    threshold: float  # of the quality
     epochs: int  # after how many the scores were made
 
     def __len__(self) -> int:
@@ -54,15 +54,11 @@ class LabelIssues:
 
     @property
     def num_class(self) -> int:
-        largest = max(int(each.max(initial=0)) for each in (self.given, self.suggested))
-        return max(len(self.class_names), largest + 1)
+        known = [each for each in (self.given, self.suggested, self.true) if each is not None]
+        return max(len(self.class_names), *(int(each.max(initial=0)) + 1 for each in known))
 
     def class_name(self, label: int) -> str:
         return self.class_names[label] if label < len(self.class_names) else str(label)
-
-    def most_doubtful(self, n: int) -> NDArray[np.int64]:
-        """The rows of the n worst labels, the worst first: issues before others, then by quality, then by loss."""
-        return worst_first(self.quality, self.is_issue, self.loss)[:n]
 
 
 @dataclass(frozen=True)
@@ -102,6 +98,7 @@ def judge(scores: dict[str, NDArray], given: NDArray) -> tuple[NDArray, NDArray,
 
 
 def worst_first(quality: NDArray, is_issue: NDArray, loss: NDArray) -> NDArray[np.int64]:
+    """The rows in the order in which they are worth a look: issues before others, then by quality, then by loss."""
     return np.lexsort((-loss, quality, ~is_issue))
 
 
@@ -127,11 +124,15 @@ def find(run: RunFolder) -> LabelIssues | None:
             confidence=scores["confidence"],
             true=labels["true"] if known else None,
             class_names=run.class_names,
+            threshold=float(scores["threshold"]),
             epochs=int(scores["epochs"]),
         )
         lengths = {len(each) for each in (given, quality, is_issue, loss, issues.suggested, issues.confidence)}
         if lengths != {len(index)} or not len(index):
             raise ValueError("arrays that do not go together")
+        numbers = [quality, loss, issues.confidence, issues.threshold, *(issues.p_clean or [])]
+        if not all(np.isfinite(each).all() for each in numbers):
+            raise ValueError("numbers that are none")
         classes = [given, issues.suggested, *([] if issues.true is None else [issues.true])]
         if any(each.min() < 0 or each.max() >= (len(run.class_names) or _MOST_CLASSES) for each in classes):
             raise ValueError("labels of no class")
@@ -156,15 +157,6 @@ def against_truth(issues: LabelIssues) -> Agreement | None:
         by_loss=int(wrong[by_loss].sum()),
         wrong_after=int((issues.cleaned != issues.true).sum()),
     )
-
-
-def transition(given: NDArray, actual: NDArray, num_class: int) -> NDArray[np.float64]:
-    """(num_class, num_class): of the samples whose actual class is the row, which part has the column as its given
-    label. A row without samples is NaN."""
-    counts = np.zeros((num_class, num_class))
-    np.add.at(counts, (actual, given), 1)
-    sums = counts.sum(axis=1, keepdims=True)
-    return np.divide(counts, sums, out=np.full_like(counts, np.nan), where=sums > 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,20 +230,12 @@ def issues_csv(issues: LabelIssues) -> bytes:
     if issues.class_names:
         labels = {"given_class": issues.given, "suggested_class": issues.suggested}
         columns |= {name: map(issues.class_name, each.tolist()) for name, each in labels.items()}
-    return table(columns)
+    return to_csv(columns, zip(*columns.values(), strict=True))
 
 
 def cleaned_csv(issues: LabelIssues) -> bytes:
     """One row a sample: the corrected label, and what it was."""
     columns: dict[str, Iterable] = {"index": issues.index}
     columns |= {"path": issues.paths} if issues.paths is not None else {}
-    return table(columns | {"label": issues.cleaned, "was": issues.given})
-
-
-def table(columns: dict[str, Iterable]) -> bytes:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
-    # A file name need not be text. The list stays readable; the images are named by their index, too.
-    return text.getvalue().encode("utf-8", "backslashreplace")
+    columns |= {"label": issues.cleaned, "was": issues.given}
+    return to_csv(columns, zip(*columns.values(), strict=True))

@@ -285,12 +285,15 @@ def resolve_recipe(args: argparse.Namespace, wrong: float | None = None) -> tupl
 
 
 def resolve_blind(args: argparse.Namespace) -> list[str]:
-    """The same for `--recipe blind`, which leaves what `blind` chooses as None: fill warm_up. -> lines."""
+    """The same for `--recipe blind`, which leaves what `blind` chooses as None: fill warm_up. Cross-entropy has no
+    divisions to choose by, so that it has what holds before the first. -> lines."""
     source = "given"
     if args.warm_up is None:
         args.warm_up, source = recipes.warm_up(args.dataset), "as the paper's for this data set, whatever the noise"
     by_data = "chosen in each divided epoch by the divisions so far"
     chosen = {name: getattr(args, name) for name in blind.NAMES}
+    if args.method == "ce":
+        vars(args).update(blind.setting(None, chosen))
     always = f"{'on' if blind.CONF_PENALTY else 'off'} (in warm-up, whatever the noise)"
     penalty = always if args.conf_penalty == "auto" else f"{args.conf_penalty} (given)"
     return [

@@ -41,6 +41,7 @@ th { color: var(--dim); font-weight: 600; }
 .settings li { break-inside: avoid; border-bottom: 1px solid var(--line); padding: 2px 0; }
 code, .settings b { font: 13px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 pre { background: var(--soft); padding: 8px 12px; border-radius: 8px; white-space: pre-wrap; margin: 6px 0; }
+.matrix { white-space: pre; overflow-x: auto; overflow-wrap: normal; font-size: 12px; }
 .thumbs { display: grid; grid-template-columns: repeat(auto-fill, minmax(128px, 1fr)); gap: 12px; }
 .thumbs img { width: 96px; height: 96px; object-fit: contain; background: #eef0f2; display: block; }
 .thumbs figcaption { line-height: 1.35; color: inherit; }
@@ -115,10 +116,9 @@ def tagged(rows: Sequence[Sequence[Any]]) -> list[tuple[str, Sequence[Any]]]:
     return [("td" if i else "th", row) for i, row in enumerate(rows)]
 
 
-def png_figure(content: bytes, alt: str, caption: str = "") -> str:
-    """alt: escaped here; caption: HTML."""
-    below = f"<figcaption>{caption}</figcaption>" if caption else ""
-    return f'<figure><img src="{data_uri(content, "png")}" alt="{text(alt)}">{below}</figure>'
+def png_figure(content: bytes, alt: str) -> str:
+    """alt: escaped here."""
+    return f'<figure><img src="{data_uri(content, "png")}" alt="{text(alt)}"></figure>'
 
 
 def data_uri(content: bytes, kind: str) -> str:

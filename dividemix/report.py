@@ -1,6 +1,6 @@
 """What a run did, for people: report.html, figures and lists of doubtful labels in each run folder.
 
-    python -m dividemix.report RUN                              # RUN/report.html, figures/, label_issues.csv
+    python -m dividemix.report RUN                              # RUN/report.html, figures/, *.csv
     python -m dividemix.report RUN RUN RUN --out seeds          # the same of each, and seeds/report.html of all
     python -m dividemix.report RUN --export_clean my-labels     # a corrected copy of the labels
 
@@ -10,8 +10,9 @@ Reads run folders only. Each page is one file that needs no network and no other
 from collections.abc import Sequence
 from pathlib import Path
 
-from dividemix import DivideMixError, clean_labels, compare, figures, label_issues
+from dividemix import DivideMixError, clean_labels, compare, figures, label_issues, warn
 from dividemix.checkpoint import write_atomically
+from dividemix.csvfile import to_csv
 from dividemix.html_report import run_page
 from dividemix.options import Parser, command_line
 from dividemix.runfolder import RunFolder, read_run
@@ -29,12 +30,19 @@ def draw_run(run: RunFolder, out: Path | None = None) -> list[str]:
     out.mkdir(parents=True, exist_ok=True)
     issues = label_issues.find(run)
     drawn = figures.draw_all(run, issues, out / "figures")
+    write_atomically(out / "metrics.csv", metrics_csv(run))
     lines = []
     if issues is not None:
         files = label_issues.write(issues, out)
         lines += [*label_issues.summary(issues), f"  {', '.join(map(str, files))}"]
     write_atomically(out / PAGE, run_page(run, issues, drawn).encode("utf-8", "backslashreplace"))
     return [*lines, f"report: {out / PAGE}"]
+
+
+def metrics_csv(run: RunFolder) -> bytes:
+    """What the curves show: a row for each epoch, of all that metrics.jsonl has; empty where an epoch lacks it."""
+    names = dict.fromkeys(name for record in run.records for name in record)
+    return to_csv(names, ([record.get(name) for name in names] for record in run.records))
 
 
 def draw_comparison(runs: Sequence[RunFolder], out: Path) -> list[str]:
@@ -78,12 +86,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.export_clean and len(args.runs) > 1:
         raise DivideMixError("--export_clean: expected one run, whose labels are written; give the others apart")
-    runs = [read_run(path) for path in args.runs]
+    runs = [read_run(path) for path in {path.resolve(): path for path in args.runs}.values()]  # each once
     several = len(runs) > 1
     print(table(runs))
     try:
         for run in runs:
-            print("", run.path, *draw_run(run, None if several else args.out), sep="\n")
+            try:
+                print("", run.path, *draw_run(run, None if several else args.out), sep="\n")
+            except OSError as error:
+                if not several:
+                    raise
+                warn(f"{run.path}: no report of its own is written there ({error.strerror})")
         if several:
             print(*draw_comparison(runs, args.out or Path("report")), sep="\n")
     except OSError as error:
@@ -98,7 +111,8 @@ def export(run: RunFolder, folder: Path) -> list[str]:
     issues = label_issues.find(run)
     if issues is None:
         raise DivideMixError(
-            f"--export_clean: {run.path} has no scores of its labels yet: finish it, with the same training command"
+            f"--export_clean: {run.path} has no scores of its labels yet: finish it, with the same training command "
+            "and without --no_label_scores"
         )
     return clean_labels.export(run, issues, folder)
 

@@ -3,7 +3,6 @@ some of it; damaged files count as missing, with a warning."""
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +68,6 @@ class RunFolder:
     def column(self, name: str) -> list[float | None]:
         """A metric over the epochs, None where it has no value."""
         return [record.get(name) for record in self.records]
-
-    @cached_property
-    def truly_wrong(self) -> NDArray[np.bool_] | None:
-        """Of the samples of `labels`, where the truth is known."""
-        return self.labels["given"] != self.labels["true"] if "true" in self.labels else None
 
 
 def read_run(path: Path) -> RunFolder:
@@ -155,5 +149,7 @@ def arrays(path: Path) -> dict[str, NDArray]:
     except FileNotFoundError:
         return {}
     except Exception as error:  # damage can end in anything: BadZipFile, ValueError, EOFError, zlib.error, KeyError ...
-        warn(f"{path} cannot be read and is left out ({' '.join(str(error).split())[:200] or type(error).__name__})")
+        what = " ".join(str(error).split())[:200] or type(error).__name__
+        what = "not an archive of plain arrays" if "pickle" in what else what  # numpy's advice is to trust the file
+        warn(f"{path} cannot be read and is left out ({what})")
         return {}

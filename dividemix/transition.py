@@ -3,12 +3,12 @@
 Counts (C, C) hold the samples of the true class [row] that have the given label [column].
 """
 
-import csv
-import io
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dividemix import csvfile
 
 FILE = "transition.csv"
 _SHOWN = 12  # classes whose matrix is printed whole; of more, a line tells the extremes
@@ -42,15 +42,11 @@ def rates(counts: NDArray[np.int64]) -> NDArray[np.float64]:
 def to_csv(counts: NDArray[np.int64], names: Sequence[str]) -> bytes:
     """One row for each true class c, in the order of the classes: true_label, true_class, samples; rate_0, rate_1 ...,
     P(given label 0 | c) and so on, empty where the class has no samples; count_0, count_1 ..."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
     classes = range(len(counts))
     columns = [f"rate_{c}" for c in classes] + [f"count_{c}" for c in classes]
-    writer.writerow(["true_label", "true_class", "samples", *columns])
-    for c, (row, rate) in enumerate(zip(counts, rates(counts), strict=True)):
-        shown = ["" if np.isnan(value) else f"{value:.6g}" for value in rate]
-        writer.writerow([c, names[c], row.sum(), *shown, *row])
-    return file.getvalue().encode(errors="replace")
+    shown = [["" if np.isnan(value) else f"{value:.6g}" for value in row] for row in rates(counts)]
+    rows = ([c, names[c], counts[c].sum(), *shown[c], *counts[c]] for c in classes)
+    return csvfile.to_csv(["true_label", "true_class", "samples", *columns], rows)
 
 
 def table(counts: NDArray[np.int64], names: Sequence[str]) -> list[str]:

@@ -16,10 +16,11 @@ from test_torchrun import torchrun
 
 import dataloader_cifar
 import Train_cifar
-from dividemix import blind, noise, report
+from dividemix import blind, label_issues, noise, report
 from dividemix.blind import Choice, Estimate, choose, estimate
 from dividemix.codivide import CoDivide, Division, codivide
 from dividemix.ranks import Ranks
+from dividemix.runfolder import read_run
 
 NO_FLAGS = dict.fromkeys(blind.NAMES)
 
@@ -267,9 +268,12 @@ def test_confidence_penalty_does_not_depend_on_the_noise(tmp_path, phases, mode,
 
 
 def test_cross_entropy_has_no_choice_to_make(tmp_path, phases):
-    """Else the baseline's records fill with nulls, or its warm-up is penalised."""
+    """Else the baseline's records fill with nulls, its warm-up is penalised, or its list of doubtful labels, for which
+    nobody chose a threshold, is empty."""
     final = Train_cifar.main(tiny(tmp_path, "--recipe", "blind", "--method", "ce"))
     assert not set(blind.FIELDS) & final.keys() and not any(call["conf_penalty"] for call in phases)
+    issues = label_issues.find(read_run(Path(final["run_dir"])))
+    assert issues.threshold == 0.5 and issues.is_issue.any()  # of 48 digits that an untrained network looks at
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import shutil
 
 import numpy as np
@@ -47,7 +48,7 @@ def test_the_rate_that_is_named_is_one_that_the_file_passes(tmp_path, num_class,
     given, classes = (true + 1) % num_class, [str(c) for c in range(num_class)]
     fields = {"index": np.arange(n), "paths": None, "given": given, "suggested": labels, "quality": np.zeros(n)}
     fields |= {"is_issue": np.ones(n, bool), "loss": np.zeros(n), "p_clean": None, "confidence": np.zeros(n)}
-    issues = label_issues.LabelIssues(**fields, true=true, class_names=classes, epochs=1)
+    issues = label_issues.LabelIssues(**fields, true=true, class_names=classes, threshold=0.5, epochs=1)
     rate = float(clean_labels.use_json(run, issues, tmp_path).split("--r ")[1].split()[0])
     file = tmp_path / "labels.json"
     file.write_text(json.dumps(labels.tolist()))
@@ -104,7 +105,9 @@ def test_other_image_lists_become_a_csv_with_the_names_of_the_classes(tmp_path):
     assert [row[1] for row in rows[1:]] == [["cat", "dog", "bird"][label] for label in CLEANED]
 
 
-@pytest.mark.parametrize("where", ["not empty", "file", "data folder", "below the data folder", "link to it"])
+@pytest.mark.parametrize(
+    "where", ["not empty", "file", "data folder", "below the data folder", "link to it", "beside the list"]
+)
 def test_the_originals_are_never_touched(tmp_path, where):
     """A corrected list over the published one is data that is lost."""
     data = tmp_path / "data"
@@ -119,7 +122,12 @@ def test_the_originals_are_never_touched(tmp_path, where):
         target = tmp_path / "link"
         target.symlink_to(data)
     before = sorted(tmp_path.rglob("*"))
-    folder = make_run(tmp_path.parent / f"{tmp_path.name}-run", data_path=str(data))
+    path = data
+    if where == "beside the list":  # --data_path flowers/labels.csv
+        path = data / "labels.csv"
+        path.touch()
+        before = sorted(tmp_path.rglob("*"))
+    folder = make_run(tmp_path.parent / f"{tmp_path.name}-run", data_path=str(path))
     with pytest.raises(
         DivideMixError, match=r"--export_clean .*: is (there and not empty|in the data folder)"
     ) as caught:
@@ -132,3 +140,19 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DivideMixError, match=r"--export_clean .*file/x: cannot be written"):
         export(make_run(tmp_path / "run"), tmp_path / "file" / "x")
+
+
+def test_the_command_that_is_named_is_one_that_a_shell_takes(tmp_path):
+    """Else who copies it trains on another folder's images, or gets an error for a name with a blank."""
+    runs = [
+        make_run(tmp_path / "a", dataset="cifar10", data_path="my data/cifar"),
+        make_run(tmp_path / "b", command="Train_folder.py", paths=[b"x"] * N, data_path="my data", truth=False),
+        make_run(tmp_path / "c", dataset="cifar10", data_path="d", truth=False),
+    ]
+    lines = [export(run, tmp_path / f"clean {run.name}")[1].removeprefix("  train on it: ") for run in runs]
+    words = ["python", "Train_cifar.py", "--dataset", "cifar10", "--data_path", "my data/cifar", "--noise_mode", "sym"]
+    file = str(tmp_path / "clean a" / "cleaned_labels.json")
+    assert shlex.split(lines[0]) == [*words, "--r", "0.25", "--noise_file", file]
+    file = str(tmp_path / "clean b" / "labels.csv")
+    assert shlex.split(lines[1]) == ["python", "Train_folder.py", "--data_path", "my data", "--labels", file]
+    assert "--data_path d --noise_file" in lines[2] and lines[2].endswith("that you think is wrong still")

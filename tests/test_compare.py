@@ -39,6 +39,8 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group(runs, tmp_path):
     assert [name for name, _ in groups] == ["digits_0.5_sym", "longer", "wider"]
     assert compare.differing(groups) == [["epochs", "3", "4", "3"], ["width", "-", "-", "32"]]
     assert compare.group_by_setting([runs[2]])[0][0] == "digits_0.5_sym_seed1"  # alone it keeps its seed
+    same = [read_run(make_run(tmp_path / f"s{k}", seed=k, lambda_u=value)) for k, value in enumerate((25, 25.0, 25.5))]
+    assert [len(group) for _, group in compare.group_by_setting(same)] == [2, 1]  # a recipe's value, and flags
 
 
 def test_mean_and_spread_by_hand(runs):
@@ -69,13 +71,17 @@ def test_the_table_has_a_row_a_run_with_its_numbers(runs):
 
 
 def test_a_run_without_truth_list_or_test_has_dashes(tmp_path):
-    """Else one run of another kind takes the table of all runs with it."""
+    """Else one run of another kind takes the table of all runs with it, or its accuracy on the images that chose the
+    epoch stands below others' on the test set, or nowhere."""
     folder = make_run(tmp_path / "a", truth=False, scored=False)
     records = [{"epoch": 0, "val_acc": 60.0, "auc_net1": 0.5, "auc_net2": None}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     run = read_run(folder)
-    assert compare.run_rows([run], [None])[1] == ("a", "1", "-", "-", "-", "0.500/-", "-", "-", "-")
-    assert compare.spread_rows([("a", [run])], {})[1] == ("a", "1", "-", "60.00", "-", "-", "-", "-")
+    row = ("a", "1", "-", "-", "-", "60.00", "0.500/-", "-", "-", "-")
+    assert compare.run_rows([run], [None])[1] == row and compare.run_rows([run], [None])[0][5] == "validation, peak"
+    mixed = compare.run_rows([run, read_run(make_run(tmp_path / "b"))], [None] * 2)
+    assert mixed[1] == row and mixed[2][2:6] == ("52.00", "52.00", "51.00", "-")
+    assert compare.spread_rows([("a", [run])], {})[1] == ("a", "1", "-", "-", "-", "-", "-", "-", "60.00")
 
 
 def test_the_page_of_several_runs(runs, tmp_path, monkeypatch):
@@ -90,3 +96,13 @@ def test_the_page_of_several_runs(runs, tmp_path, monkeypatch):
     assert len(read.all("img")) == len(drawn) == 5
     alone = compare.comparison_page(groups[2:], {}, drawn)
     assert "No two runs differ in the seed alone" in alone and "settings differ" not in alone
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    """The same setting in two --out_dir: else two rows, and two curves, have one name."""
+    paths = [tmp_path / "bf16" / "digits", tmp_path / "fp32" / "digits", tmp_path / "fp32" / "other"]
+    assert compare.distinct(paths) == ["bf16/digits", "fp32/digits", "other"]
+    assert compare.distinct([tmp_path / "a", tmp_path / "b" / "a"])[1] == "b/a"
+    a, b = (read_run(make_run(path, precision=path.parent.name)) for path in paths[:2])
+    assert [row[0] for row in compare.run_rows([a, b], [None] * 2)[1:]] == ["bf16/digits", "fp32/digits"]
+    assert [name for name, _ in compare.group_by_setting([a, b])] == ["bf16/digits", "fp32/digits"]

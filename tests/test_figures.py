@@ -166,10 +166,10 @@ def test_runs_of_one_group_share_a_colour_and_a_name(tmp_path, axes, unrendered)
 
 
 def test_names_from_the_data_are_text(tmp_path):
-    """A class or folder called `$\\frac{$` is no formula: else the figure, and with it the report, fails. Nor does a
-    script that the font lacks print a page of warnings."""
-    classes = ["$\\frac{$", "_x\n", "\u732b" * 40]
-    folder = make_run(tmp_path / "_$x_{", classes=classes, histograms=False)
+    """A class or folder called `$\\frac{$` is no formula, and a name that is no text cannot be drawn: else the figure,
+    and with it the report, fails. Nor does a script that the font lacks print a page of warnings."""
+    classes = ["$\\frac{$", "_x\n\0\ud800", "\u732b" * 40]
+    folder = make_run(tmp_path / "_$x_{\udce9", classes=classes, histograms=False)
     run = read_run(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -64,7 +64,7 @@ def assert_self_contained(content: str) -> Reader:
     assert len(read.all("script")) == 1 and read.all("script") == [{}]
     assert read.all("img") and all(each["src"].startswith("data:image/") for each in read.all("img"))
     addresses = [v for _, attributes in read.elements for k, v in attributes.items() if k in ("src", "href")]
-    names = {"label_issues.csv", "cleaned_labels.csv"}
+    names = {"label_issues.csv", "cleaned_labels.csv", "metrics.csv"}
     assert {address for address in addresses if not address.startswith("data:")} <= names
     assert not re.search(r"https?://|url\(|@import", content)
     assert not [k for _, attributes in read.elements for k in attributes if k.startswith("on")]
@@ -77,7 +77,7 @@ def test_the_page_of_a_whole_run(tmp_path):
     for words in (
         "52.00 best test accuracy",
         "51.00 mean of the last 10",
-        "51.00 last epoch, net 1 alone",
+        "both networks 52.00 51.00 52.00 net 1 51.00 50.00 51.00 net 2 50.00 49.00 50.00",
         "0.875/0.875 AUC, net 1/2",
         "3 of 12 labels look wrong",
         "100.0% precision of that list 75.0% recall of that list",
@@ -128,7 +128,7 @@ def test_hostile_names_are_shown_and_do_nothing(tmp_path):
         **{"paths": [f"{HOSTILE}{i}.jpg".encode() for i in range(N)], "note": HOSTILE, HOSTILE: 1},
     )
     about = json.loads((folder / "args.json").read_text())
-    about["data"]["lines"] = [HOSTILE]
+    about["data"] |= {"lines": [HOSTILE], "matrix": [HOSTILE, HOSTILE], "train": HOSTILE}
     (folder / "args.json").write_text(json.dumps(about | {"machine": HOSTILE, "versions": {HOSTILE: HOSTILE}}))
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [json.dumps(each | {"test_acc_net1": HOSTILE}) + "\n" for each in records]
@@ -179,6 +179,33 @@ def test_the_papers_numbers_are_those_of_the_setting(tmp_path):
     (finished / "result.json").write_text(json.dumps(result))
     text = Reader(page_of(finished)).text
     assert "test accuracy, % 74.50 74.76 ILSVRC12, % - 75.2" in text and "3 epochs, finished" in text
+
+
+def test_an_accuracy_is_called_what_it_is(tmp_path):
+    """Else the accuracy that chose the epoch is read as a test's, or one against doubtful labels as one of truth."""
+    folder = make_run(tmp_path / "run", command="Train_folder.py")
+    lines = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(lines.replace('"test_acc', '"val_acc').replace('"best_acc', '"best_val_acc'))
+    text = Reader(page_of(folder)).text
+    assert "52.00 peak validation accuracy" in text and "validation accuracy, % peak" in text
+    assert "against the validation images' own labels" in text and "test accuracy" not in text
+    held_out = make_run(tmp_path / "held out")
+    lines = (held_out / "metrics.jsonl").read_text()
+    (held_out / "metrics.jsonl").write_text(lines.replace('{"epoch"', '{"val_acc": 30.0, "epoch"'))
+    text = Reader(page_of(held_out)).text
+    assert "52.00 test accuracy, %, of the epoch that validation chose" in text and "best test" not in text
+
+
+def test_what_the_blind_recipe_chose_is_said(tmp_path):
+    """Its flags are empty: else nobody sees from the report what the run trained with."""
+    folder = make_run(tmp_path / "run", recipe="blind")
+    found = {"noise_rate_estimate": 0.444, "concentration": 0.125, "lambda_u": 25, "p_threshold": 0.5, "loss_window": 1}
+    lines = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(lines.replace("}", f", {json.dumps(found)[1:-1]}}}"))
+    text = Reader(page_of(folder)).text
+    assert "in the last epoch: lambda_u 25, p_threshold 0.5, loss_window 1." in text
+    assert "44.4% of the labels are wrong, with a concentration of 0.12" in text
+    assert "--recipe blind" not in Reader(page_of(make_run(tmp_path / "other"))).text
 
 
 def test_thumbnails_that_do_not_fit_are_left_out(tmp_path):

@@ -1,11 +1,14 @@
 """The command: `python -m dividemix.report RUN [RUN ...]`."""
 
+import csv
 import sys
 
 import pytest
 from make_run import make_run
 
-from dividemix import DivideMixError, figures, report
+from dividemix import DivideMixError, DivideMixWarning, figures, report
+
+MADE = {"report.html", "figures", "metrics.csv", "label_issues.csv", "cleaned_labels.csv"}
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +22,7 @@ def test_one_run_has_its_report_and_lists_in_its_folder(tmp_path, capsys):
     before = {path.name for path in folder.iterdir()}
     report.main([str(folder)])
     made = {path.name for path in folder.iterdir()} - before
-    assert made == {"report.html", "figures", "label_issues.csv", "cleaned_labels.csv"}
+    assert made == MADE
     out = capsys.readouterr().out
     assert "labels: 3 of 12 look wrong (25.0%); scores are in-sample" in out and "recall 75.0%" in out
     assert f"report: {folder / 'report.html'}\n" in out and "3 of 4 (75.0%)" in out.splitlines()[1]
@@ -32,7 +35,7 @@ def test_another_folder_leaves_the_run_as_it_is(tmp_path):
     report.main([str(folder), "--out", str(tmp_path / "new" / "place")])
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     made = {path.name for path in (tmp_path / "new" / "place").iterdir()}
-    assert made == {"report.html", "figures", "label_issues.csv", "cleaned_labels.csv"}
+    assert made == MADE
 
 
 def test_an_older_or_unfinished_run_has_a_report(tmp_path, capsys):
@@ -84,3 +87,35 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DivideMixError, match=r"file.*cannot be written"):
         report.main([str(make_run(tmp_path / "run")), "--out", str(tmp_path / "file")])
+
+
+def test_a_run_that_is_named_twice_is_one_run(tmp_path, capsys):
+    """A pattern of the shell that matches a run and its link: else it counts as two seeds, with a spread of 0."""
+    folder = make_run(tmp_path / "run")
+    (tmp_path / "link").symlink_to(folder)
+    report.main([str(folder), str(tmp_path / "link"), f"{folder}/", "--out", str(tmp_path / "new")])
+    assert f"report: {tmp_path / 'new' / 'report.html'}" in capsys.readouterr().out
+    assert "2 runs" not in (tmp_path / "new" / "report.html").read_text()
+
+
+def test_runs_of_others_can_be_compared(tmp_path):
+    """Folders that cannot be written: else there is no page of all, and no flag that would help."""
+    folders = [make_run(tmp_path / name, seed=k) for k, name in enumerate(("a_seed0", "a_seed1"))]
+    (folders[0] / "figures").touch()  # in the way, also of root
+    with pytest.warns(DivideMixWarning, match="a_seed0: no report of its own is written there"):
+        report.main([*map(str, folders), "--out", str(tmp_path / "new")])
+    assert (folders[1] / "report.html").is_file() and "2 runs" in (tmp_path / "new" / "report.html").read_text()
+
+
+def test_the_numbers_of_the_curves_are_a_csv(tmp_path):
+    """Else whoever draws a figure of his own has to find out how the logs are made. Epochs lack what others have."""
+    folder = make_run(tmp_path / "run")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 3, "test_acc": 1.5, "odd, name": "a\\rb"}\n')
+    report.main([str(folder)])
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file, strict=True))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2", "3"]
+    assert [row["test_acc"] for row in rows] == ["50.0", "51.0", "52.0", "1.5"]
+    assert [row["auc_net1"] for row in rows] == ["", "0.875", "0.875", ""]
+    assert [row["odd, name"] for row in rows] == ["", "", "", "a\rb"]

@@ -18,9 +18,9 @@ def test_a_whole_run_folder(tmp_path):
     assert run.column("test_acc") == [50.0, 51.0, 52.0] and run.best == 52.0
     assert run.column("auc_net1") == [None, 0.875, 0.875] and run.column("nothing") == [None] * 3
     assert [entry["epoch"] for entry in run.histograms] == [1, 2]
-    assert run.truly_wrong.tolist() == WRONG.tolist()
+    assert (run.labels["given"] != run.labels["true"]).tolist() == WRONG.tolist()
     assert len(run.label_scores["index"]) == 12 and run.result == {}
-    assert read_run(make_run(tmp_path / "b", truth=False, method="ce")).truly_wrong is None
+    assert "true" not in read_run(make_run(tmp_path / "b", truth=False, method="ce")).labels
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "no args", "no flags", "broken json", "no epoch", "other json"])
@@ -68,11 +68,15 @@ def test_numbers_that_are_none_are_gaps(tmp_path):
 
 
 def test_arrays_that_would_run_code_are_refused(tmp_path):
-    """A run folder from somebody else is a pickle's way in: reading it must not be trusting it."""
+    """A run folder from somebody else is a pickle's way in: reading it must not be trusting it, nor advise to."""
     folder = make_run(tmp_path / "run")
     np.savez(folder / "label_scores.npz", index=np.array([{"a": 1}], dtype=object))
-    with pytest.warns(UserWarning, match=r"label_scores\.npz cannot be read"):
+    with pytest.warns(UserWarning, match=r"label_scores\.npz cannot be read") as warned:
         assert read_run(folder).label_scores == {}
+    (folder / "label_scores.npz").write_bytes(b"text")
+    with pytest.warns(UserWarning, match=r"left out \(not an archive of plain arrays\)") as again:
+        assert read_run(folder).label_scores == {}
+    assert not any("trust" in str(each.message) or "allow_pickle" in str(each.message) for each in [*warned, *again])
 
 
 def test_damaged_histograms_are_left_out_one_by_one(tmp_path):
