@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import end_of, reference_logits
 from make_data import grey_digits
-from make_runs import COLOUR, GREY, KINDS, NAMES, draw_photos, make_run, nets_of, train
+from make_trained import COLOUR, GREY, KINDS, NAMES, draw_photos, make_trained, nets_of, train
 from PIL import Image
 
 from dividemix import checkpoint, deploy, predict, report
@@ -21,7 +21,7 @@ RANKED = [f"{name}_{k}" for k in (2, 3, 4, 5) for name in ("label", "class", "pr
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    return make_run(tmp_path / "run")
+    return make_trained(tmp_path / "run")
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_a_row_is_what_torchvision_and_both_networks_give(run, start, tmp_path):
 @pytest.mark.parametrize(("num_class", "columns"), [(2, RANKED[:3]), (3, RANKED[:6]), (7, RANKED)])
 def test_there_are_no_more_columns_than_classes(start, tmp_path, num_class, columns):
     """Else two classes end in a traceback, or in columns that are always empty."""
-    run = make_run(tmp_path / "run", classes=None, num_class=num_class)
+    run = make_trained(tmp_path / "run", classes=None, num_class=num_class)
     draw_photos(tmp_path / "photos", 2)
     assert start(run, "photos")[0] == 0
     for row in rows_of(tmp_path / "predictions.csv"):
@@ -115,7 +115,7 @@ def test_there_are_no_more_columns_than_classes(start, tmp_path, num_class, colu
 
 def test_a_tie_goes_as_in_the_test(start, tmp_path):
     """Else equal logits, as of networks that learnt nothing, give another class than the ensemble's argmax."""
-    run = make_run(tmp_path / "run")
+    run = make_trained(tmp_path / "run")
     state = torch.load(run / "best.pt", weights_only=True)
     for net in state["nets"]:
         net["linear.weight"].zero_(), net["linear.bias"].zero_()
@@ -169,7 +169,7 @@ def test_damaged_weights_say_nothing(run, start, tmp_path):
 
 def test_hostile_names_are_read_back_from_the_csv(start, tmp_path):
     """Else one file name with a comma or a line end shifts columns, or makes rows of its own choosing."""
-    run = make_run(tmp_path / "run", classes=["a,b", 'c"d', "e\nf", "=1+1", " ", "<b>&amp;\r\n"])
+    run = make_trained(tmp_path / "run", classes=["a,b", 'c"d', "e\nf", "=1+1", " ", "<b>&amp;\r\n"])
     names = ["a,b.png", 'a"b".png', "a\nb,0,cat,1.png", "=cmd().png", " a .png", "\u202egnp.png", "ä.png", "'.png"]
     [source] = draw_photos(tmp_path / "one", 1)
     (tmp_path / "photos").mkdir()
@@ -189,7 +189,7 @@ def test_hostile_names_are_read_back_from_the_csv(start, tmp_path):
 @pytest.mark.parametrize("preparation", [COLOUR, GREY], ids=["colour", "grey"])
 def test_any_mode_of_image_is_read(start, tmp_path, preparation):
     """Else a folder with one transparent or 16-bit image among thousands ends the command."""
-    run = make_run(tmp_path / "run", preparation)
+    run = make_trained(tmp_path / "run", preparation)
     folder = tmp_path / "photos"
     [path] = draw_photos(folder, 1, sides=(20, 21))
     with Image.open(path) as image:
@@ -385,7 +385,7 @@ def test_the_table_is_there_whole_or_not_at_all(run, start, tmp_path, monkeypatc
 
 def test_grey_digits_of_any_size_are_read(start, tmp_path):
     """Else a network of grey 14x14 images takes files of that size alone."""
-    run = make_run(tmp_path / "run", GREY)
+    run = make_trained(tmp_path / "run", GREY)
     (tmp_path / "photos").mkdir()
     for i, digit in enumerate(grey_digits(2)[0]):
         Image.fromarray(digit).resize((14 + 9 * i, 14 + 30 * i)).save(tmp_path / "photos" / f"{i}.png")

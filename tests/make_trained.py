@@ -1,6 +1,6 @@
 """Run folders, made by hand in a moment or by the real scripts, for tests of what is done with a trained run.
 
-Importable from any test: `from make_runs import make_run`. Nothing here needs pytest.
+Importable from any test: `from make_trained import make_trained`. Nothing here needs pytest.
 """
 
 import functools
@@ -29,7 +29,7 @@ GREY = Preparation((0.3,) * 3, (0.35,) * 3, image_size=14, resize=14, channels=1
 NAMES = ["ant", "bee", "cat", "dog", "elk", "fox"]
 
 
-def make_run(
+def make_trained(
     folder: Path,
     preparation: Preparation = COLOUR,
     classes: list[str] | None = NAMES,
