@@ -66,6 +66,20 @@ def test_what_is_no_run_folder_is_said(tmp_path, content):
     refused(read_description, tmp_path / "args.json")  # a file instead of a folder
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_what_is_no_file_is_said(tmp_path, make):
+    """Else a strange run folder is waited for without a word, for ever."""
+    run = make_trained(tmp_path / "run")
+    description = read_description(run)
+    for name, call in (
+        ("best.pt", lambda: load_ensemble(run, description)),
+        ("args.json", lambda: read_description(run)),
+    ):
+        (run / name).unlink()
+        make(run / name)
+        assert f"{run / name} cannot be read: not a file" in refused(call)
+
+
 DAMAGE = {
     "no arch": lambda m: m.pop("arch"),
     "arch is a number": lambda m: m.update(arch=3),
@@ -221,20 +235,19 @@ def test_an_unknown_network_is_said(tmp_path):
     """Else a run of a later version ends in a KeyError."""
     run = make_trained(tmp_path / "run")
     edit(run, lambda about: about["model"].update(arch="resnet1001"))
-    assert "'resnet1001'" in refused(load_ensemble, run, read_description(run))
+    message = refused(load_ensemble, run, read_description(run))
+    assert message.startswith("args.json names the network 'resnet1001'") and "--arch" not in message
 
 
-@pytest.mark.parametrize("arch", networks.ARCHITECTURES)
+@pytest.mark.parametrize("arch", [*networks.ARCHITECTURES, "squeezenet1_1", "regnet_y_400mf", "mnasnet0_5"])
 def test_the_shapes_of_every_network_are_known_without_building_it(arch):
     """Else a network that cannot be looked at beforehand cannot be used after training."""
     model = describe(arch, networks.WIDTH, 6, None, COLOUR)
     found = deploy._shapes(deploy._checked(model))
-    if arch == "preresnet18":
+    if arch in ("preresnet18", "regnet_y_400mf"):
         net = networks.build(arch, 6)
         assert found == {name: value.shape for name, value in net.state_dict().items()}
-    assert (
-        next(shape for name, shape in found.items() if name.startswith(networks.ARCHITECTURES[arch].classifier))[0] == 6
-    )
+    assert found[f"{networks.architecture(arch).classifier}.weight"][0] == 6
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
