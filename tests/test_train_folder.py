@@ -81,7 +81,7 @@ def test_output_says_what_was_chosen_and_what_accuracy_means(done):
     """Else the user learns neither what was trained, nor that 81 % may be all that wrong labels allow."""
     lines = done.out.splitlines()
     side = dataloader_folder.survey(dataloader_folder.load(done.tree).train).side
-    expected = [f"train: 40 images, {done.tree}", "36 images to train on, 4 classes"]
+    expected = [f"train: 40 images, {done.tree}", "36 images to train on, 4 classes: c0, c1, c2, c3"]
     expected += ["images of a class: 9 (c0) to 9 (c0), 1.0 times"]
     expected += ["4 training images held out with their labels, drawn by seed 123, to select the best epoch"]
     expected += ["no test part: accuracies are against the validation images' own labels, which may be wrong too"]
