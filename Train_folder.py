@@ -31,6 +31,7 @@ from dividemix import DivideMixError, check_data, defaults, deploy, logs, networ
 from dividemix.codivide import CoDivide
 from dividemix.data import DeviceImages
 from dividemix.engine import ensemble_accuracy, per_sample_loss, set_learning_rate, train_epoch, warmup_epoch
+from dividemix.filelist import some
 from dividemix.images import Preparation, Views
 from dividemix.run import Run, folder_for, score_arrays
 from dividemix.runtime import Runtime, is_out_of_memory
@@ -76,8 +77,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, or continue. -> the last epoch's metrics with `run_dir`. After --check_data: {}."""
     args = parse_args(argv)
     if args.check_data:
-        found = dataloader_folder.find(args.data_path, args.labels)
-        check_data.run_check(found, full=args.check_data == "full", skip=bool(args.skip_bad_images))
+        lists, problems, lines = dataloader_folder.find(args.data_path, args.labels)
+        check_data.run_check(
+            (lists, problems), full=args.check_data == "full", skip=bool(args.skip_bad_images), about=lines
+        )
         return {}
     data = dataloader_folder.load(args.data_path, args.labels)
     look = dataloader_folder.survey(data.train)
@@ -212,7 +215,8 @@ def split(args: argparse.Namespace, data: Folder, run: Run, machine: Runtime):
     line, warning = balance(data.train.labels[index], data.class_names, defaults.IMBALANCE)
     if warning:
         warn(warning)
-    return index, parts, lists, [f"{len(index)} images to train on, {data.num_class} classes", line, *lines]
+    classes = f"{data.num_class} classes: {some(data.class_names)}"
+    return index, parts, lists, [f"{len(index)} images to train on, {classes}", line, *lines]
 
 
 def read(args: argparse.Namespace, parts: dict[str, tuple[str, NDArray]], run: Run, pipeline: Pipeline):

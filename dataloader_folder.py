@@ -16,6 +16,7 @@ by value where all are whole numbers. Lists are read here; images are not, but f
 
 import os
 import re
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -27,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dividemix import DivideMixError
-from dividemix.filelist import Boundary, ImageList, images_below, is_image, read_table
+from dividemix.filelist import Boundary, ImageList, images_below, is_image, read_table, some
 from dividemix.images import BadImage, opened
 
 PARTS = ("train", "val", "test")
@@ -84,12 +85,15 @@ def load(data_path: str | Path, labels: str | Path | None = None) -> Folder:
     return Folder(name, lists["train"], lists.get("val"), lists.get("test"), classes, _describe(parts))
 
 
-def find(data_path: str | Path, labels: str | Path | None = None) -> tuple[dict[str, ImageList], list[str]]:
-    """The lists of the parts, and what keeps them from being read (for `check_data.run_check`)."""
+def find(data_path: str | Path, labels: str | Path | None = None) -> tuple[dict[str, ImageList], list[str], list[str]]:
+    """The lists of the parts, what keeps them from being read (for `check_data.run_check`), and lines on what they are:
+    where they were found, and their classes by number."""
     try:
-        return load(data_path, labels).lists, []
+        data = load(data_path, labels)
     except DivideMixError as error:
-        return {}, [str(error)]
+        return {}, [str(error)], []
+    classes = ", ".join(f"{c} {name}" for c, name in enumerate(data.class_names))
+    return data.lists, [], [*data.lines, *textwrap.wrap(f"classes: {classes}", 110, subsequent_indent="    ")]
 
 
 def class_order(names: Iterable[str]) -> list[str]:
@@ -140,14 +144,14 @@ def _training_source(root: Path) -> Path:
         # Classes of the training images; but beside other class folders it may be a class, of trains.
         if any(images_below(root / name)[0] for name in classes):
             raise DivideMixError(
-                f"{root} holds train/ and other folders with images ({_some(classes)}): if train/ holds the classes, "
+                f"{root} holds train/ and other folders with images ({some(classes)}): if train/ holds the classes, "
                 "move the others away; if it is a class, its images must lie directly in it"
             )
         return root / "train"
     for name in sorted(nested):
         if same := sorted({*_folders(root / name)} & {*classes}):
             raise DivideMixError(
-                f"{root} holds class folders and {name}/ with folders of the same names ({_some(same)}): move those of "
+                f"{root} holds class folders and {name}/ with folders of the same names ({some(same)}): move those of "
                 f"the training images into {root / 'train'}"
             )
     return root
@@ -173,6 +177,8 @@ def _folders(base: Path) -> list[str]:
         if not name.isprintable():
             shown = repr(os.fsencode(name))
             raise DivideMixError(f"{base}: the folder {shown} has a name that is no printable UTF-8 text: rename it")
+        if name != name.strip():  # a table's labels are read without, and would be of another class
+            raise DivideMixError(f"{base}: the folder {name!r} has a name that begins or ends with a space: rename it")
     return names
 
 
@@ -202,7 +208,7 @@ def _read(name: str, source: Path, root: Path) -> Found:
             "with a line path,label"
         )
     if empty and name == "train":
-        raise DivideMixError(f"{source}: class folders without an image: {_some(empty)}: remove them, or fill them")
+        raise DivideMixError(f"{source}: class folders without an image: {some(empty)}: remove them, or fill them")
     return Found(source, source.relative_to(root).as_posix().removeprefix("."), paths, labels, None, passed_over)
 
 
@@ -213,7 +219,7 @@ def _labelled(part: Found, root: Path, classes: Sequence[str]) -> ImageList:
     if -1 in labels:
         i = labels.index(-1)
         raise DivideMixError(
-            f"{part.where(i)}: {part.labels[i]!r:.100} is no class of the training images ({_some(classes)})"
+            f"{part.where(i)}: {part.labels[i]!r:.100} is no class of the training images ({some(classes)})"
         )
     return ImageList.build(part.source, root, part.folder, part.paths, labels, len(classes), part.numbers)
 
@@ -232,10 +238,6 @@ def _refuse_shared(parts: Sequence[Found]) -> None:
                     raise DivideMixError(
                         f"{part.where(i)}: {shown!r:.100} is already in another part ({other.where(k)}): remove one"
                     )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _describe(parts: dict[str, Found]) -> list[str]:

@@ -14,7 +14,7 @@ import json
 import os
 import textwrap
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dividemix import DivideMixError, warn
-from dividemix.checkpoint import write_atomically
+from dividemix.checkpoint import read_file, write_atomically
 from dividemix.filelist import Boundary, ImageList
 from dividemix.images import MISSING, BadImage, opened
 from dividemix.ranks import Ranks, from_environment
@@ -141,14 +141,17 @@ def _check_list(name: str, images: ImageList, full: bool, pool: ThreadPoolExecut
     return ListReport(name, images, np.array([i for i, _ in bad], np.int64), [what for _, what in bad])
 
 
-def run_check(found: tuple[Mapping[str, ImageList], list[str]], full: bool = False, skip: bool = False) -> None:
-    """`--check_data`: prints the report on what a data loader's `find` found, and with `skip` what --skip_bad_images
-    would leave. Raises DivideMixError where training could not run. Of several ranks the first looks."""
+def run_check(
+    found: tuple[Mapping[str, ImageList], list[str]], full: bool = False, skip: bool = False, about: Sequence[str] = ()
+) -> None:
+    """`--check_data`: prints the report on what a data loader's `find` found, after the lines `about`, and with `skip`
+    what --skip_bad_images would leave. Raises DivideMixError where training could not run. Of several ranks the first
+    looks."""
     if from_environment()[0] != 0:
         return
     lists, problems = found
     report = check(lists, problems, full)
-    print(report, flush=True)
+    print(*about, report, sep="\n", flush=True)
     if report.ok:
         return
     can_skip = bool(lists) and not problems  # the bad images are all that is wrong
@@ -175,7 +178,7 @@ def usable(
 
     def find() -> dict[str, Any]:
         try:
-            found = json.loads(file.read_bytes())
+            found = json.loads(read_file(file))
             if how in (None, found["how"]):
                 return {"lists": found["lists"], "old": True}
         except FileNotFoundError:

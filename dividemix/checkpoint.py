@@ -148,7 +148,7 @@ def from_bytes(content: bytes) -> dict[str, Any]:
 def load_networks(path: Path) -> list[dict[str, Any]]:
     """The two networks' state dicts of any checkpoint this project writes. Raises DivideMixError naming the file."""
     try:
-        nets = from_bytes(path.read_bytes()).get("nets")
+        nets = from_bytes(read_file(path)).get("nets")
     except OSError as error:
         raise DivideMixError(f"checkpoint {path} cannot be read: {error.strerror}") from error
     except DivideMixError as error:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dividemix import DivideMixError, networks, runtime
-from dividemix.checkpoint import load_last, load_networks
+from dividemix.checkpoint import load_last, load_networks, read_file
 from dividemix.images import Preparation
 from dividemix.state import load_weights
 
@@ -72,7 +72,7 @@ def read_description(run: Path) -> Description:
     """Raises DivideMixError for what is no run folder, for a run of before descriptions, and for a damaged one."""
     path = run / "args.json"
     try:
-        about = json.loads(path.read_bytes())
+        about = json.loads(read_file(path))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DivideMixError(f"{run} is not a run folder: it has no args.json") from error
     except OSError as error:
@@ -195,15 +195,16 @@ def load_ensemble(run: Path, description: Description, weights: str = "best") ->
 
 def _shapes(description: Description) -> dict[str, torch.Size]:
     """Of the network's state dict. On no device: a width from a strange args.json may be anything."""
-    with torch.device("meta"):
-        return {name: value.shape for name, value in _build(description).state_dict().items()}
+    net = networks.skeleton(lambda: _build(description))
+    return {name: value.shape for name, value in net.state_dict().items()}
 
 
 def _build(description: Description) -> nn.Module:
     try:
         return networks.build(description.arch, description.num_class, description.width)
-    except KeyError as error:
-        raise DivideMixError(f"args.json names an unknown network {description.arch!r:.100}") from error
+    except DivideMixError as error:  # it speaks of the flag, which nobody gave
+        known = str(error).removeprefix("--arch ")
+        raise DivideMixError(f"args.json names the network {known}") from error
     except (RuntimeError, MemoryError) as error:
         if not runtime.is_out_of_memory(error):
             raise

@@ -176,7 +176,11 @@ def read_table(path: Path) -> Table:
         elif columns is None:
             columns = {name.strip().lower(): k for k, name in reversed([*enumerate(row)])}
             if not {"path", "label"} <= columns.keys():
-                raise _bad(path, number, f"columns {_show(','.join(row).encode())}, expected `path,label`, with commas")
+                shown = _show(",".join(row).encode())
+                raise DivideMixError(
+                    f"{path}, line {number}: columns {shown}, expected `path,label`, with commas: name the columns "
+                    "so, or add such a line before the first"
+                )
         else:
             key, label = (row[columns[name]].strip() if columns[name] < len(row) else "" for name in ("path", "label"))
             if not key or not label:
@@ -263,7 +267,7 @@ def list_folders(root: Path, folder: str, names: Sequence[str]) -> ImageList:
     """
     base = root / folder
     if absent := [name for name in names if not os.path.isdir(base / name)]:  # Path.is_dir: OSError for a long name
-        raise DivideMixError(f"{base}: class folders missing: {_some(absent)}")
+        raise DivideMixError(f"{base}: class folders missing: {some(absent)}")
     paths, labels, empty = [], [], []
     for label, name in enumerate(names):
         try:
@@ -275,7 +279,7 @@ def list_folders(root: Path, folder: str, names: Sequence[str]) -> ImageList:
         paths += [os.fsencode(name) + b"/" + file for file in found]
         labels += [label] * len(found)
     if empty:
-        raise DivideMixError(f"{base}: class folders without an image: {_some(empty)}")
+        raise DivideMixError(f"{base}: class folders without an image: {some(empty)}")
     return ImageList.build(base, root, folder, paths, labels, len(names))
 
 
@@ -320,7 +324,8 @@ def is_image(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first ten of them, for messages."""
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return ", ".join(name if name.isprintable() else repr(name) for name in names[:10]) + more
 

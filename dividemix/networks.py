@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import InceptionResNetV2
 import PreResNet
 from dividemix import DivideMixError
-from dividemix.checkpoint import from_bytes, load_networks
+from dividemix.checkpoint import from_bytes, load_networks, read_file
 from dividemix.ranks import Ranks
 from dividemix.runtime import Runtime, is_out_of_memory
 from dividemix.seeds import seeded
@@ -144,13 +144,17 @@ def _torchvisions(name: str) -> Architecture:
 
 @functools.cache
 def _skeleton(name: str) -> nn.Module:
-    """A network without memory for its weights."""
+    return skeleton(lambda: torchvisions_own(name, 2))
+
+
+def skeleton(build: Callable[[], nn.Module]) -> nn.Module:
+    """The network that `build` makes, without memory for its weights."""
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
-                return torchvisions_own(name, 2)
+                return build()
         except NotImplementedError:  # the regnets compute their shapes by tensors
-            return torchvisions_own(name, 2).to("meta")
+            return build().to("meta")
 
 
 def refusal(arch: str, image_size: int) -> str:
@@ -245,7 +249,7 @@ def read_weights(weights: str, arch: str, ranks: Ranks) -> dict[str, Any] | None
     from_hub = functools.partial(imagenet_file, found.imagenet)
     path = ranks.local_first(from_hub) if weights == "imagenet" else Path(weights).expanduser()
     try:
-        state = from_bytes(path.read_bytes())
+        state = from_bytes(read_file(path))
     except OSError as error:
         raise DivideMixError(f"weights {path} cannot be read: {error.strerror}") from error
     except DivideMixError as error:

@@ -26,7 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dividemix import DivideMixError, deploy, options, runtime, warn
-from dividemix.checkpoint import write_atomically
+from dividemix.checkpoint import read_file, write_atomically
+from dividemix.csvfile import to_csv
 from dividemix.filelist import IMAGE_SUFFIXES, Boundary
 from dividemix.images import BadImage
 from dividemix.runtime import Runtime, available_cores
@@ -69,7 +70,7 @@ def find_images(source: Path) -> Files:
     if source.suffix.lower() != ".csv":
         return Files([str(source)], [str(source)], Anywhere())
     names = _listed(source)
-    return Files(names, [os.path.join(source.parent, name) for name in names], Anywhere())
+    return Files(names, [os.path.join(source.parent, name.strip()) for name in names], Anywhere())
 
 
 def _below(root: str) -> Iterator[str]:
@@ -98,11 +99,11 @@ def _below(root: str) -> Iterator[str]:
 
 def _listed(source: Path) -> list[str]:
     try:
-        with open(source, encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file)
-            if "path" not in (rows.fieldnames or []):
-                raise DivideMixError(f"{source} has no column `path` in its first line: add it")
-            names = [row["path"] or "" for row in rows]
+        rows = csv.DictReader(io.StringIO(read_file(source).decode("utf-8-sig"), newline=""))
+        columns = {name.strip().lower(): name for name in reversed(rows.fieldnames or [])}  # as in `read_table`
+        if "path" not in columns:
+            raise DivideMixError(f"{source} has no column `path` in its first line: add it")
+        names = [row[columns["path"]] or "" for row in rows]
     except (UnicodeDecodeError, csv.Error) as error:
         raise DivideMixError(f"{source} is not a CSV in UTF-8 ({error}): save it as one") from error
     if not names:
@@ -175,20 +176,14 @@ def header(num_class: int) -> list[str]:
 
 
 def row(name: str, answer: tuple[NDArray, NDArray] | str, description: deploy.Description) -> list[str]:
-    """Empty but for the path, where the image could not be read."""
+    """Empty but for the path, where the image could not be read. Bytes of a path that are no UTF-8 stand as \\x.."""
+    shown = os.fsencode(name).decode(errors="backslashreplace")
     if isinstance(answer, str):
-        return [name] + [""] * (len(header(description.num_class)) - 1)
-    cells = [name]
+        return [shown] + [""] * (len(header(description.num_class)) - 1)
+    cells = [shown]
     for label, probability in zip(*(part.tolist() for part in answer), strict=True):
         cells += [str(label), description.name(label), f"{probability:.6g}"]
     return cells
-
-
-def write(rows: Iterable[list[str]], path: Path) -> None:
-    """UTF-8; a name that is not is written with \\x.. in the place of the strange bytes."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_atomically(path, text.getvalue().encode(errors="backslashreplace"))
 
 
 def check_out(out: Path, source: Path) -> None:
@@ -216,7 +211,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=options.positive_int, default=100, help="images at once")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="as in training")
     parser.add_argument(
-        "--workers", type=options.positive_int, default=min(16, available_cores()), help="threads that read images"
+        "--workers", type=options.processes, default=min(16, available_cores()), help="threads that read images"
     )
     return parser.parse_args(argv)
 
@@ -233,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def read(path: str) -> NDArray:
         return description.preparation.pixels(path, files.boundary)
 
-    rows, bad = [header(description.num_class)], 0
+    rows, bad = [], 0
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\b")  # remarks on metadata; what cannot be read is an exception
         answers = classify(machine.prepare(ensemble), machine, read, files.paths, args.batch_size, args.workers)
@@ -250,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         warn(f"{bad - _SHOWN} more images cannot be read")
     if bad == len(files.names):
         raise DivideMixError(f"{args.images}: not one of {bad} images can be read; nothing is written")
-    write(rows, args.out)
+    write_atomically(args.out, to_csv(header(description.num_class), rows))
     left = f", of which {bad} cannot be read and are left empty" if bad else ""
     print(f"{args.out}: {len(files.names)} images{left}")
 

@@ -188,6 +188,11 @@ def test_names_that_are_not_utf8(tmp_path, name, said):
     assert "\\xff" in refused(tmp_path, said)
 
 
+def test_class_folders_whose_names_a_table_cannot_hold(tmp_path):
+    """Corrected labels, given back as a table, would be of a class 'a' that no folder has."""
+    refused(put(tmp_path, "a /1.jpg", "b/1.jpg"), f"{tmp_path}: the folder 'a ' has a name that begins or ends with")
+
+
 def test_links_that_lead_out_are_listed_so_that_they_are_refused(tmp_path):
     """A folder that was put together by someone else would read any image of the machine, or silently lack a part."""
     put(tmp_path / "out", "1.jpg")
@@ -200,9 +205,10 @@ def test_links_that_lead_out_are_listed_so_that_they_are_refused(tmp_path):
 
 def test_find_gives_the_problem_instead_of_raising(tmp_path):
     """--check_data would end before its report."""
-    assert find(tmp_path) == ({}, [refused(tmp_path)])
-    lists, problems = find(put(tmp_path, "a/1.jpg", "b/1.jpg"))
+    assert find(tmp_path) == ({}, [refused(tmp_path)], [])
+    lists, problems, lines = find(put(tmp_path, "10/1.jpg", "9/1.jpg"))
     assert [*lists] == ["train"] and problems == []
+    assert lines == [f"train: 2 images, {tmp_path}", "classes: 0 9, 1 10"]
 
 
 # ---- What kind of images they are ----

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, end_of
-from make_runs import COLOUR, GREY, KINDS, NAMES, draw_photos, make_run, train
+from make_trained import COLOUR, GREY, KINDS, NAMES, draw_photos, make_trained, train
 from test_predict import refused, rows_of
 from torch.export.passes import move_to_device_pass
 
@@ -47,7 +47,7 @@ def assert_same(exported, run: Path, weights: str = "best", sizes: tuple[int, ..
 def done(tmp_path_factory):
     """A run of grey images with a border, and its export."""
     root = tmp_path_factory.mktemp("export")
-    run, file = make_run(root / "a run", GREY), root / "model.pt2"
+    run, file = make_trained(root / "a run", GREY), root / "model.pt2"
     with pytest.MonkeyPatch.context() as patch:
         status = end_of(export, [str(run), str(file)], patch)
     assert status == 0
@@ -100,7 +100,7 @@ def test_every_network_can_be_exported(arch, start, tmp_path):
     """Else it is found out after the training."""
     side = max(16, networks.ARCHITECTURES[arch].min_side)
     width = 4 if networks.ARCHITECTURES[arch].has_width else networks.WIDTH
-    run = make_run(
+    run = make_trained(
         tmp_path / "run", Preparation((0.5,) * 3, (0.5,) * 3, side, side), arch=arch, width=width, last=False
     )
     status, _, error = start(run, "model.pt2")
@@ -111,7 +111,7 @@ def test_every_network_can_be_exported(arch, start, tmp_path):
 @pytest.mark.slow
 def test_weights_last(start, tmp_path):
     """Else the best epoch's networks are deployed as the last one's."""
-    run = make_run(tmp_path / "run", COLOUR)
+    run = make_trained(tmp_path / "run", COLOUR)
     assert start(run, "model.pt2", "--weights", "last")[0] == 0
     exported, about = load(tmp_path / "model.pt2")
     assert_same(exported, run, "last")
@@ -171,7 +171,7 @@ def test_the_program_on_a_card_equals_the_ensemble(done):
 def test_the_readmes_code_gives_the_answers_of_predict(preparation, start, tmp_path):
     """In a process that has PyTorch, Pillow and numpy, and not this project. Else the file cannot be used by those who
     get it, or the recipe that they copy prepares images otherwise."""
-    run = make_run(tmp_path / "run", preparation)
+    run = make_trained(tmp_path / "run", preparation)
     assert start(run, "model.pt2")[0] == 0
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     [code] = [block for block in blocks if "torch.export.load" in block]
@@ -205,7 +205,7 @@ def as_if_exported(done, monkeypatch) -> None:
 def test_a_program_that_differs_is_not_written(done, start, monkeypatch, tmp_path, change, what):
     """Else a fault of the exporter goes into production with a file that looks sound, or networks that diverged do, as
     NaN is above no tolerance."""
-    run = make_run(tmp_path / "run", GREY)
+    run = make_trained(tmp_path / "run", GREY)
     state = torch.load(run / "best.pt", weights_only=True)
     state["nets"][0]["linear.bias"][0] += change
     torch.save(state, run / "best.pt")
@@ -225,7 +225,7 @@ def test_what_cannot_be_is_refused_at_the_start(done, start, tmp_path, monkeypat
     refused(start(done.run, "nowhere/model.pt2"), "nowhere/model.pt2", "folder that exists")
     refused(start(done.run, "folder.pt2"), "folder.pt2")
     refused(start("nowhere", "model.pt2"), "nowhere is not a run folder")
-    run = make_run(tmp_path / "run", last=False)
+    run = make_trained(tmp_path / "run", last=False)
     refused(start(run, "model.pt2", "--weights", "last"), "not one epoch is finished")
     (run / "best.pt").unlink()
     refused(start(run, "model.pt2"), "best.pt is missing")

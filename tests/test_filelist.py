@@ -183,7 +183,9 @@ def test_tables_without_rows_or_columns_are_refused(tmp_path):
         with pytest.raises(DivideMixError, match=r"list\.txt: not one row with an image below a line `path,label`"):
             read_table(written(tmp_path, content))
     for content in (b"path;label\na.jpg;3\n", b"a.jpg,3\nb.jpg,4\n", b"path,labels\na.jpg,3\n"):
-        with pytest.raises(DivideMixError, match=r"line 1: columns '.*', expected `path,label`, with commas"):
+        with pytest.raises(
+            DivideMixError, match=r"line 1: columns '.*', expected `path,label`, with commas: .* add such a line before"
+        ):
             read_table(written(tmp_path, content))
     with pytest.raises(DivideMixError, match=r"none\.csv is missing"):
         read_table(tmp_path / "none.csv")

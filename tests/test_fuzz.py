@@ -20,9 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_data import Pickler, Python2Pickler, colour_digits, make_cifar10, pickled, rows_of, torch_archive
 from make_image_trees import make_clothing1M, make_webvision
-from make_run import N
-from make_run import make_run as finished_run
-from make_runs import COLOUR, draw_photos, make_run
+from make_run import N, make_run
+from make_trained import COLOUR, draw_photos, make_trained
 from test_dataloader_cifar import batch
 
 import dataloader_cifar
@@ -194,7 +193,7 @@ def last_checkpoint(root: Path) -> Target:
 
 def run_description(root: Path) -> Target:
     """args.json of a run whose networks are loaded by what it says."""
-    run = make_run(root / "run", last=False)
+    run = make_trained(root / "run", last=False)
 
     def read(content: bytes, _: int) -> None:
         (run / "args.json").write_bytes(content)
@@ -226,7 +225,7 @@ def prediction_list(root: Path) -> Target:
 
 def run_folder(root: Path) -> Target:
     """The files that the report reads, one of which is damaged. Its figures are left out: they take too long."""
-    folder = finished_run(root / "run", paths=[b"a/%d.jpg" % i for i in range(N)])
+    folder = make_run(root / "run", paths=[b"a/%d.jpg" % i for i in range(N)])
     (folder / "result.json").write_text('{"test_acc": 52.0, "paper_best": 94.6}')
     names = ["args.json", "metrics.jsonl", "histograms.jsonl", "result.json", "labels.npz", "label_scores.npz"]
     files = [folder / name for name in [*names, "thumbnails.npz"]]

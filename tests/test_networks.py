@@ -1,6 +1,7 @@
 """The networks by name, and the weights that they start from. Nothing here touches the network."""
 
 import functools
+import os
 import re
 import urllib.error
 
@@ -133,6 +134,9 @@ def test_weights_that_do_not_fit_or_cannot_be_read_are_refused_in_one_line(tmp_p
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
     with pytest.raises(DivideMixError, match=r"gone\.pt cannot be read: No such file"):
         networks.read_weights(f"{tmp_path}/gone.pt", "preresnet18", ALONE)
+    os.mkfifo(tmp_path / "pipe.pt")  # would be waited for
+    with pytest.raises(DivideMixError, match=r"pipe\.pt cannot be read: not a file"):
+        networks.read_weights(f"{tmp_path}/pipe.pt", "preresnet18", ALONE)
     torch.save([print], tmp_path / "code.pt")
     with pytest.raises(DivideMixError, match=r"code\.pt: not a loadable checkpoint"):
         networks.read_weights(f"{tmp_path}/code.pt", "preresnet18", ALONE)

@@ -11,17 +11,18 @@ import pytest
 import torch
 from conftest import end_of, reference_logits
 from make_data import grey_digits
-from make_runs import COLOUR, GREY, KINDS, NAMES, draw_photos, make_run, nets_of, train
+from make_trained import COLOUR, GREY, KINDS, NAMES, QUICK, draw_photos, make_trained, nets_of, train
 from PIL import Image
 
 from dividemix import checkpoint, deploy, predict, report
+from dividemix.filelist import read_table
 
 RANKED = [f"{name}_{k}" for k in (2, 3, 4, 5) for name in ("label", "class", "probability")]
 
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    return make_run(tmp_path / "run")
+    return make_trained(tmp_path / "run")
 
 
 @pytest.fixture
@@ -54,7 +55,9 @@ def refused(ended: tuple[int, str, str], *expected: object) -> None:
 # ---- Every kind of run ----
 
 
-@pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
+@pytest.mark.parametrize(
+    "kind", [*QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in QUICK)]
+)
 def test_predictions_on_the_test_images_have_the_runs_accuracy(kind, start, tmp_path, monkeypatch):
     """Else what a user gets is not the classifier whose accuracy was reported: other weights, images or classes."""
     monkeypatch.setattr(report, "draw", lambda *_: [])
@@ -102,7 +105,7 @@ def test_a_row_is_what_torchvision_and_both_networks_give(run, start, tmp_path):
 @pytest.mark.parametrize(("num_class", "columns"), [(2, RANKED[:3]), (3, RANKED[:6]), (7, RANKED)])
 def test_there_are_no_more_columns_than_classes(start, tmp_path, num_class, columns):
     """Else two classes end in a traceback, or in columns that are always empty."""
-    run = make_run(tmp_path / "run", classes=None, num_class=num_class)
+    run = make_trained(tmp_path / "run", classes=None, num_class=num_class)
     draw_photos(tmp_path / "photos", 2)
     assert start(run, "photos")[0] == 0
     for row in rows_of(tmp_path / "predictions.csv"):
@@ -115,7 +118,7 @@ def test_there_are_no_more_columns_than_classes(start, tmp_path, num_class, colu
 
 def test_a_tie_goes_as_in_the_test(start, tmp_path):
     """Else equal logits, as of networks that learnt nothing, give another class than the ensemble's argmax."""
-    run = make_run(tmp_path / "run")
+    run = make_trained(tmp_path / "run")
     state = torch.load(run / "best.pt", weights_only=True)
     for net in state["nets"]:
         net["linear.weight"].zero_(), net["linear.bias"].zero_()
@@ -131,7 +134,7 @@ def test_batches_and_threads_change_nothing(run, start, tmp_path):
     draw_photos(tmp_path / "photos", 9)
     (tmp_path / "photos" / "photo_04.png").write_bytes(b"no image")
     tables = []
-    for size, workers in ((1, 1), (2, 3), (9, 2), (100, 8)):
+    for size, workers in ((1, 1), (2, 3), (9, 0), (100, 8)):
         assert start(run, "photos", "--batch_size", size, "--workers", workers, "--out", "a.csv")[0] == 0
         tables.append(rows_of(tmp_path / "a.csv"))
     for table in tables[1:]:
@@ -169,8 +172,18 @@ def test_damaged_weights_say_nothing(run, start, tmp_path):
 
 def test_hostile_names_are_read_back_from_the_csv(start, tmp_path):
     """Else one file name with a comma or a line end shifts columns, or makes rows of its own choosing."""
-    run = make_run(tmp_path / "run", classes=["a,b", 'c"d', "e\nf", "=1+1", " ", "<b>&amp;\r\n"])
-    names = ["a,b.png", 'a"b".png', "a\nb,0,cat,1.png", "=cmd().png", " a .png", "\u202egnp.png", "ä.png", "'.png"]
+    run = make_trained(tmp_path / "run", classes=["a,b", 'c"d', "e\nf", "=1+1", " ", "<b>&amp;\r\n"])
+    names = [
+        "a,b.png",
+        'a"b".png',
+        "a\nb,0,cat,1.png",
+        "a\rb.png",
+        "=cmd().png",
+        " a .png",
+        "\u202egnp.png",
+        "ä.png",
+        "'.png",
+    ]
     [source] = draw_photos(tmp_path / "one", 1)
     (tmp_path / "photos").mkdir()
     for name in names:
@@ -179,7 +192,7 @@ def test_hostile_names_are_read_back_from_the_csv(start, tmp_path):
     status, _, error = start(run, "photos")
     assert (status, error) == (0, "")
     rows = rows_of(tmp_path / "predictions.csv")
-    assert {row["path"] for row in rows} == {f"photos/{name}" for name in [*names, "\\udcff.png"]}
+    assert {row["path"] for row in rows} == {f"photos/{name}" for name in [*names, r"\xff.png"]}
     assert len(rows) == len(names) + 1
     known = deploy.read_description(run).classes
     assert all(row["class"] == known[int(row["label"])] for row in rows)
@@ -189,7 +202,7 @@ def test_hostile_names_are_read_back_from_the_csv(start, tmp_path):
 @pytest.mark.parametrize("preparation", [COLOUR, GREY], ids=["colour", "grey"])
 def test_any_mode_of_image_is_read(start, tmp_path, preparation):
     """Else a folder with one transparent or 16-bit image among thousands ends the command."""
-    run = make_run(tmp_path / "run", preparation)
+    run = make_trained(tmp_path / "run", preparation)
     folder = tmp_path / "photos"
     [path] = draw_photos(folder, 1, sides=(20, 21))
     with Image.open(path) as image:
@@ -323,6 +336,17 @@ def test_a_list_of_files(run, start, tmp_path):
     assert rows[0]["confidence"] == rows[2]["confidence"]
 
 
+def test_the_table_of_a_training_is_a_list(run, start, tmp_path):
+    """Else a table that Train_folder.py takes has to be written anew to be classified."""
+    draw_photos(tmp_path, 2)
+    (tmp_path / "labels.csv").write_text("Label, Path,path\ncat, photo_00.png,x\ndog,photo_01.png ,x\n")
+    assert [os.path.basename(path) for path in read_table(tmp_path / "labels.csv").paths] == [
+        *(b"photo_00.png", b"photo_01.png")
+    ]
+    assert start(run, "labels.csv")[0] == 0
+    assert all(row["label"] for row in rows_of(tmp_path / "predictions.csv"))
+
+
 @pytest.mark.parametrize(
     ("content", "what"),
     [
@@ -351,6 +375,11 @@ def test_what_cannot_be_is_refused_at_the_start(run, start, tmp_path):
     refused(start(run, "photos", "--out", "photos/photo_00.png"), "--out", ".csv")
     refused(start(run, "photos", "--out", "nowhere/a.csv"), "--out nowhere/a.csv", "folder")
     refused(start(run, "photos", "--out", "folder.csv"), "--out folder.csv")
+    os.mkfifo(tmp_path / "pipe.csv")
+    refused(start(run, "pipe.csv"), "pipe.csv: not a file")
+    status, _, error = start(run, "photos", "--workers", "9999")
+    assert status == 2 and "expected a whole number from 0 to 256" in error
+    (tmp_path / "pipe.csv").unlink()
     refused(start(run, "list.csv", "--out", "list.csv"), "is the list")
     (run / "best.pt").unlink()
     refused(start(run, "photos"), "best.pt is missing", "--weights last")
@@ -385,7 +414,7 @@ def test_the_table_is_there_whole_or_not_at_all(run, start, tmp_path, monkeypatc
 
 def test_grey_digits_of_any_size_are_read(start, tmp_path):
     """Else a network of grey 14x14 images takes files of that size alone."""
-    run = make_run(tmp_path / "run", GREY)
+    run = make_trained(tmp_path / "run", GREY)
     (tmp_path / "photos").mkdir()
     for i, digit in enumerate(grey_digits(2)[0]):
         Image.fromarray(digit).resize((14 + 9 * i, 14 + 30 * i)).save(tmp_path / "photos" / f"{i}.png")

@@ -1,6 +1,6 @@
 """Run folders, made by hand in a moment or by the real scripts, for tests of what is done with a trained run.
 
-Importable from any test: `from make_runs import make_run`. Nothing here needs pytest.
+Importable from any test: `from make_trained import make_trained`. Nothing here needs pytest.
 """
 
 import functools
@@ -12,16 +12,19 @@ import numpy as np
 import torch
 from conftest import SMALL_NET, golden_weights, tiny
 from make_data import make_cifar10, make_cifar100, make_fashionmnist
-from make_image_trees import make_clothing1M, make_webvision
+from make_image_trees import make_clothing1M, make_folder, make_webvision
 from PIL import Image
 
 import dataloader_cifar
 import dataloader_clothing1M
+import dataloader_folder
 import dataloader_webvision
 import Train_cifar
 import Train_clothing1M
+import Train_folder
 import Train_webvision
 from dividemix import augment, checkpoint, deploy, networks
+from dividemix.filelist import ImageList
 from dividemix.images import Preparation, Views
 
 COLOUR = Preparation((0.5, 0.45, 0.4), (0.25, 0.2, 0.3), image_size=16, resize=20)
@@ -29,7 +32,7 @@ GREY = Preparation((0.3,) * 3, (0.35,) * 3, image_size=14, resize=14, channels=1
 NAMES = ["ant", "bee", "cat", "dog", "elk", "fox"]
 
 
-def make_run(
+def make_trained(
     folder: Path,
     preparation: Preparation = COLOUR,
     classes: list[str] | None = NAMES,
@@ -61,7 +64,7 @@ def lively(arch: str, num_class: int, width: int, seed: int, images: torch.Tenso
     its logits are those of `images` (N, 3, S, S), normalised ones, by default coarse noise."""
     if images is None:
         coarse = torch.randn(20, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
-        side = max(16, networks.ARCHITECTURES[arch].min_side)
+        side = max(16, networks.architecture(arch).min_side or 64)
         images = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic")
     net = golden_weights(networks.build(arch, num_class, width), seed).train()
     for module in net.modules():
@@ -70,7 +73,7 @@ def lively(arch: str, num_class: int, width: int, seed: int, images: torch.Tenso
             module.momentum = None  # so one pass gives the statistics of `images`
     with torch.no_grad():
         net(images)
-        bias = net.get_parameter(f"{networks.ARCHITECTURES[arch].classifier}.bias")
+        bias = net.get_parameter(f"{networks.architecture(arch).classifier}.bias")
         bias.sub_(net.eval()(images).mean(dim=0))
     return net
 
@@ -101,15 +104,27 @@ class Trained:
     last: float | None  # None where the last epoch is not tested
 
 
-KINDS = ("fashionmnist", "digits", "digits_ce", "cifar10", "cifar100", "clothing1M", "webvision")  # the first is quick
+# Of own images: flags, the network
+FOLDERS = {
+    "folder": (["--image_size", "24", "--data_mode", "device"], "preresnet18"),
+    "folder_ce": (["--image_size", "24", "--data_mode", "stream", "--method", "ce"], "preresnet18"),
+    "folder_torchvision": (
+        ["--image_size", "64", "--arch", "shufflenet_v2_x0_5", "--width", "64"],
+        "shufflenet_v2_x0_5",
+    ),
+}
+KINDS = ("fashionmnist", "digits", "digits_ce", "cifar10", "cifar100", "clothing1M", "webvision", *FOLDERS)
+QUICK = ("fashionmnist", "folder")  # of these kinds
 
 
 def train(kind: str, root: Path) -> Trained:
     """Run the script of this kind, tiny, in `root`, in float32; two epochs, which change little: the networks start
     with answers that differ from image to image, which so few steps would not teach them."""
-    run, images, labels, x = (_large if kind in ("clothing1M", "webvision") else _small)(kind, root)
-    num_class = {"cifar100": 100, "clothing1M": 14}.get(kind, 10)
-    nets = [lively("preresnet18", num_class, 4, k, x) for k in range(2)]
+    make = _own if kind in FOLDERS else _large if kind in ("clothing1M", "webvision") else _small
+    run, images, labels, x = make(kind, root)
+    num_class = {"cifar100": 100, "clothing1M": 14}.get(kind, 4 if kind in FOLDERS else 10)
+    arch = FOLDERS.get(kind, ([], "preresnet18"))[1]
+    nets = [lively(arch, num_class, 4, k, x) for k in range(2)]
     start = checkpoint.to_bytes({"nets": [net.state_dict() for net in nets]})
     (root / "start.pt").write_bytes(start)
     final = run("--init_from", str(root / "start.pt"), "--lr", "0.001", "--out_dir", str(root / "out"))
@@ -151,16 +166,33 @@ def _large(kind: str, root: Path):
         make_webvision(root / "data", sides=(16, 32))
         script, size, data = Train_webvision, ["--num_class", "10"], dataloader_webvision.load(root / "data", 10)
         images = data.val
-    paths = [Path(images.path(i)) for i in range(len(images))]
+    paths, labels, x = _test_images(images, Views(script.PAPER.resize_for(16), 16), data.mean, data.std)
+    return _starter(script, root, size), paths, labels, x
 
+
+def _own(kind: str, root: Path):
+    make_folder(root / "data", parts=("train", "test"), sides=(16, 40))
+    flags, _ = FOLDERS[kind]
+    images, side = dataloader_folder.load(root / "data").test, int(flags[1])
+    mean_std = dataloader_folder.IMAGENET_MEAN, dataloader_folder.IMAGENET_STD
+    paths, labels, x = _test_images(images, Views(side, side), *mean_std)
+    return _starter(Train_folder, root, ["--warm_up", "1", "--weights", "none", *flags]), paths, labels, x
+
+
+def _starter(script, root: Path, more: list[str]):
     def run(*flags: str) -> dict:
         common = ["--data_path", str(root / "data"), *SMALL_NET, "--num_epochs", "2", "--workers", "0"]
-        return script.main([*common, *size, *flags])
+        return script.main([*common, *more, *flags])
 
-    views = Views(script.PAPER.resize_for(16), 16)
+    return run
+
+
+def _test_images(images: ImageList, views: Views, mean: tuple, std: tuple):
+    """-> their files, their labels, and they as a network sees them."""
+    paths = [Path(images.path(i)) for i in range(len(images))]
     pixels = [views.eval(views.resized(Image.open(path))) for path in paths]
-    x = augment.to_float(torch.from_numpy(np.stack(pixels)), torch.tensor(data.mean), torch.tensor(data.std))
-    return run, paths, images.labels.tolist(), x
+    x = augment.to_float(torch.from_numpy(np.stack(pixels)), torch.tensor(mean), torch.tensor(std))
+    return paths, images.labels.tolist(), x
 
 
 def nets_of(folder: Path, arch: str = "preresnet18", num_class: int = 6, width: int = 4) -> list[torch.nn.Module]:

@@ -1,0 +1,202 @@
+"""Train_folder.py: what its flags and its images make of a run, down to what each phase is given."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import note_phases, read_records, same, snapshot
+from make_image_trees import make_folder
+from test_train_folder import EPOCHS, MODES, starter, tiny
+
+import Train_folder
+from dividemix import DivideMixWarning, networks, report
+from dividemix.codivide import normalise
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """24 images of 4 classes; 2 of them are held out."""
+    return make_folder(tmp_path_factory.mktemp("own") / "images")
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *_: [])
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch, capsys):
+    return starter(tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_phase_is_given(tree, start, monkeypatch, mode):
+    """The flags of a run, and what follows from its images, would not be those that were printed."""
+    calls = note_phases(monkeypatch, Train_folder)
+    status, _, error = start(tree, "--data_mode", mode, "--num_epochs", "4", "--warm_up", "2", "--lr_drop", "3")
+    assert status == 0 and "error" not in error
+    assert [call["kind"] for call in calls] == ["warmup"] * 4 + ["train"] * 4
+    for i, call in enumerate(calls):
+        assert call["lr"] == pytest.approx(0.02 if i < 6 else 0.002)
+        assert (call["momentum"], call["nesterov"], call["weight_decay"]) == (0.9, False, 5e-4)
+        assert len(call["data"]) == 22
+        if call["kind"] == "warmup":
+            assert (call["batch_size"], call["conf_penalty"]) == (16, False)
+        else:
+            expected = {"batch_size": 8, "warm_up": 2, "alpha": 4, "T": 0.5, "num_class": 4, "epoch": i // 2}
+            assert call.items() >= expected.items()
+            assert (call["unlabeled_loss"], call["lambda_u"]) == (True, 0)
+    assert not same(calls[0]["state"], calls[1]["state"])  # two networks that start differently
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_flip(tree, start, monkeypatch, mode):
+    """Mirrored digits, or organs, are other ones."""
+    calls = note_phases(monkeypatch, Train_folder)
+    for flags, expected in (([], True), (["--no_flip", "--fresh"], False)):
+        assert start(tree, "--data_mode", mode, "--num_epochs", "1", *flags)[0] == 0
+        data = calls[-1]["data"]
+        assert (data.flip if mode == "device" else data.pipeline.views.flip) == expected
+
+
+def test_flags_reach_the_phases(tree, start, monkeypatch):
+    """Else somebody tunes for a week what nothing depends on."""
+    calls = note_phases(monkeypatch, Train_folder)
+    assert start(tree, "--conf_penalty", "on", "--T", "0.7", "--alpha", "2", "--p_threshold", "0.6")[0] == 0
+    assert calls[0]["conf_penalty"] and (calls[-1]["T"], calls[-1]["alpha"]) == (0.7, 2)
+    assert calls[-1]["division"].threshold == 0.6
+    large = ["--image_size", "72", "--batch_size", "4"]  # large images: as WebVision's, unless lambda_u says otherwise
+    for flags, expected in (([], (False, 0)), (["--lambda_u", "3"], (True, 3))):
+        assert start(tree, *large, *flags, "--fresh", "--num_epochs", "2")[0] == 0
+        assert (calls[-1]["unlabeled_loss"], calls[-1]["lambda_u"]) == expected
+
+
+def test_imagenets_weights_come_with_their_normalisation(tree, start, tmp_path, monkeypatch):
+    """Weights of one normalisation, images of another: a network that starts with nonsense."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    file = tmp_path / "torch/hub/checkpoints" / networks.architecture("squeezenet1_1").imagenet.rsplit("/", 1)[1]
+    file.parent.mkdir(parents=True)
+    state = networks.build("squeezenet1_1", 1000).state_dict()
+    torch.save(state, file)
+    calls = note_phases(monkeypatch, Train_folder)
+    flags = ["--arch", "squeezenet1_1", "--width", "64", "--image_size", "32", "--num_epochs", "1"]
+    status, out, error = start(tree, *flags)
+    assert status == 0, error
+    assert "weights imagenet (torchvision's)\n" in out and "lr 0.002 (as Clothing1M)\n" in out
+    assert "mean 0.485 0.456 0.406, std 0.229 0.224 0.225 (ImageNet's)\n" in out
+    for call in calls:
+        assert torch.equal(call["state"]["features.0.weight"], state["features.0.weight"])
+        assert call["data"].mean.tolist() == pytest.approx([0.485, 0.456, 0.406])
+        assert call["weight_decay"] == 1e-3
+
+
+def test_networks_swap_divisions_and_the_peer_is_fresh(tree, tmp_path, monkeypatch):
+    """Exchanged divisions make each net confirm its own errors; a stale peer is another method. Also over a restart."""
+    events: list[dict] = []
+    loss, train = Train_folder.per_sample_loss, Train_folder.train_epoch
+
+    def spy_loss(net, data, **flags):
+        scored = loss(net, data, **flags)
+        events.append({"what": "score", "net": snapshot(net), "loss": normalise(scored.loss.numpy())})
+        return scored
+
+    def spy_train(net, peer, optimizer, data, division, **flags):
+        about = {"what": "train", "net": snapshot(net), "peer": snapshot(peer), "loss": division.loss}
+        terms = train(net, peer, optimizer, data, division, **flags)
+        events.append({**about, "after": snapshot(net)})
+        return terms
+
+    monkeypatch.setattr(Train_folder, "per_sample_loss", spy_loss)
+    monkeypatch.setattr(Train_folder, "train_epoch", spy_train)
+    for epochs in ("2", "3"):
+        Train_folder.main(tiny(tree, tmp_path / "run", "--num_epochs", epochs))
+    assert [e["what"] for e in events] == (["score"] * 2 + ["train"] * 2) * 2 + ["score"] * 2
+    for begin in (0, 4):
+        net2, net1, first, second = events[begin : begin + 4]
+        assert same(first["net"], net1["net"]) and same(second["net"], net2["net"])
+        assert same(first["peer"], net2["net"]), "net 1's peer is not net 2"
+        assert same(second["peer"], first["after"]) and not same(first["after"], first["net"]), "a stale peer"
+        assert np.abs(net1["loss"] - net2["loss"]).max() > 1e-3  # the two divisions can be told apart
+        for trained, divided in ((first, net2), (second, net1)):
+            np.testing.assert_allclose(trained["loss"], divided["loss"], rtol=1e-5, atol=1e-6)
+
+
+def test_plain_cross_entropy(tree, start, tmp_path):
+    """The comparison would divide after all, or end without the losses that its labels are ranked by."""
+    status, _, error = start(tree, "--method", "ce")
+    assert status == 0, error
+    records = read_records(tmp_path / "run")
+    assert [record["phase"] for record in records] == ["ce"] * EPOCHS
+    assert not any("seconds_gmm" in record for record in records)
+    [scores] = (tmp_path / "run/scores").glob("*.npz")
+    assert scores.name == f"epoch_{EPOCHS - 1:03d}.npz"
+    assert set(np.load(scores)) == {f"{name}_net{k}" for name in ("raw_loss", "prediction") for k in (1, 2)}
+    assert Train_folder.folder_for("out", None, "folder", "x", "ce", "", "").name == "folder_x_ce"
+
+
+@pytest.mark.parametrize(
+    ("parts", "flags", "sizes", "chosen"),
+    [
+        ((), [], (22, 2, None), "the validation images: validation"),
+        (("train", "test"), [], (24, None, 24), "the test set: test"),
+        (("train", "test"), ["--val_fraction", "0.25"], (18, 6, 24), "the validation images: validation"),
+        (("train", "val"), [], (24, 24, None), "the validation images: validation"),
+        (("train", "val", "test"), [], (24, 24, 24), "the validation images: validation"),
+    ],
+)
+def test_what_the_best_epoch_is_chosen_on(tmp_path, start, monkeypatch, parts, flags, sizes, chosen):
+    """Else the best epoch is chosen on what it is then tested with, or on images that were trained on."""
+    note_phases(monkeypatch, Train_folder)
+    named = [name for name, size in zip(("val", "test"), sizes[1:], strict=True) if size]
+    values = {"val": iter([10.0, 30.0, 20.0]), "test": iter([50.0, 40.0, 60.0])}
+    evaluated: list[int] = []
+
+    def accuracy(nets, data, **_):
+        name = named[len(evaluated) % len(named)]
+        evaluated.append(len(data))
+        return [next(values[name]), 0.0, 0.0]
+
+    monkeypatch.setattr(Train_folder, "ensemble_accuracy", accuracy)
+    status, out, error = start(make_folder(tmp_path / "data", parts=parts), *flags)
+    assert status == 0, error
+    assert evaluated == [size for size in sizes[1:] if size] * EPOCHS
+    data = json.loads((tmp_path / "run/args.json").read_text())["data"]
+    assert tuple(data.get(name) for name in ("train", "val", "test")) == sizes
+    assert f"chosen on {chosen} " in out and ("no test part: " in out) == ("test" not in named)
+    best = torch.load(tmp_path / "run/best.pt", weights_only=True)["epochs"]
+    assert best == ([1, 1] if "val" in named else [2, 2])
+    record = read_records(tmp_path / "run")[-1]
+    assert ("test_acc" in record, "val_acc" in record) == ("test" in named, "val" in named)
+    assert record.get("best_acc") == {"test": 60.0, "val test": 40.0}.get(" ".join(named))
+
+
+def test_an_imbalance_is_reported(tmp_path, start, monkeypatch):
+    """A class of four among hundreds loses half of its right labels, and nobody knows why."""
+    note_phases(monkeypatch, Train_folder)
+    tree = make_folder(tmp_path / "data", 40, num_class=2, parts=("train", "test"))
+    for image in sorted((tree / "train/c1").iterdir())[2:]:
+        image.unlink()
+    status, out, error = start(tree)
+    assert status == 0
+    assert "images of a class: 2 (c1) to 20 (c0), 10.0 times\n" in out and error == ""
+    next((tree / "train/c1").iterdir()).unlink()
+    with pytest.warns(DivideMixWarning, match="the largest class has 20 times as many images as the smallest: "):
+        status, out, _ = start(tree, "--fresh")
+    assert status == 0 and "images of a class: 1 (c1) to 20 (c0), 20.0 times\n" in out
+
+
+def test_other_settings_are_refused(tree, start, monkeypatch):
+    """A run that goes on with another network, crop or rate half way is a result of no setting."""
+    note_phases(monkeypatch, Train_folder)
+    assert start(tree, "--num_epochs", "1")[0] == 0
+    for flags, said in (
+        (["--data_mode", "stream"], "--data_mode was device, now stream"),
+        (["--no_flip"], "--no_flip was False, now True"),
+        (["--image_size", "24"], "--image_size was 16, now 24"),
+        (["--val_fraction", "0.2"], "--val_fraction was 0.1, now 0.2"),
+    ):
+        status, _, error = start(tree, *flags)
+        assert status == 1 and said in error
+    assert start(tree, "--keep_images", "no", "--eval_batch_size", "3")[0] == 0
