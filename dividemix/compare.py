@@ -1,10 +1,13 @@
 """Several runs: which of them differ in their seed alone, mean and spread of each such group, and the page that sets
 them side by side."""
 
+import hashlib
 import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from dividemix.html_report import number, numbers
 from dividemix.label_issues import Agreement, percent
@@ -13,6 +16,7 @@ from dividemix.run import FREE_FLAGS
 from dividemix.runfolder import RunFolder
 
 _SEEDS = frozenset(["seed", "noise_seed", "id"])
+_LABELS = frozenset(["noise_file"])  # may change between two starts of a run, which sees to it that its labels do not
 Group = tuple[str, list[RunFolder]]  # its name, the runs
 
 
@@ -42,10 +46,14 @@ def distinct(paths: Sequence[Path]) -> list[str]:
 
 
 def setting(run: RunFolder) -> dict[str, str]:
-    """The flags that decide what is computed, but for the seeds; how long it trained counts."""
-    given = {k: v for k, v in run.args.items() if k not in FREE_FLAGS | _SEEDS}
+    """The flags that decide what is computed, but for the seeds; how long it trained counts, and on which labels, where
+    no seed makes these."""
+    given = {k: v for k, v in run.args.items() if k not in (FREE_FLAGS | _SEEDS) - _LABELS}
     # A recipe's 25 is a flag's 25.0.
     flags = {k: str(int(v) if isinstance(v, float) and v.is_integer() else v) for k, v in given.items()}
+    if {"list_path", "list_given"} <= run.labels.keys():
+        paths, labels = (np.ascontiguousarray(run.labels[name]).tobytes() for name in ("list_path", "list_given"))
+        flags["images and labels"] = hashlib.sha256(paths + labels).hexdigest()[:12]
     return flags | {"epochs": str(len(run.records))}
 
 

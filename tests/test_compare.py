@@ -3,8 +3,9 @@
 import json
 import statistics
 
+import numpy as np
 import pytest
-from make_run import make_run
+from make_run import N, make_run
 from test_html_report import HOSTILE, assert_self_contained
 
 from dividemix import compare, figures, label_issues
@@ -41,6 +42,22 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group(runs, tmp_path):
     assert compare.group_by_setting([runs[2]])[0][0] == "digits_0.5_sym_seed1"  # alone it keeps its seed
     same = [read_run(make_run(tmp_path / f"s{k}", seed=k, lambda_u=value)) for k, value in enumerate((25, 25.0, 25.5))]
     assert [len(group) for _, group in compare.group_by_setting(same)] == [2, 1]  # a recipe's value, and flags
+
+
+def test_other_labels_are_another_setting(tmp_path):
+    """`Train_folder.py --labels corrected.csv --id corrected` beside the run before, or two folders of images: else the
+    mean of the two is called a mean over seeds. The noise that a seed makes is no other setting."""
+    kinds = {"paths": [b"%d.jpg" % i for i in range(N)], "command": "Train_folder.py", "truth": False}
+    runs = [make_run(tmp_path / name, seed=k, id=name, **kinds) for k, name in enumerate(("a", "b", "corrected"))]
+    labels = dict(np.load(runs[2] / "labels.npz"))
+    np.savez(runs[2] / "labels.npz", **labels | {"list_given": np.zeros(N, np.int64)})
+    runs.append(make_run(tmp_path / "other", **kinds | {"paths": [b"x%d.jpg" % i for i in range(N)]}))
+    groups = compare.group_by_setting(list(map(read_run, runs)))
+    assert [[run.path.name for run in group] for _, group in groups] == [["a", "b"], ["corrected"], ["other"]]
+    assert "images and labels" in [row[0] for row in compare.differing(groups)]
+    small = [make_run(tmp_path / f"s{k}", noise_file=file) for k, file in enumerate((None, None, "cleaned.json"))]
+    np.savez(small[1] / "labels.npz", index=np.arange(N), given=np.zeros(N), true=np.zeros(N), list_given=np.zeros(N))
+    assert [len(group) for _, group in compare.group_by_setting(list(map(read_run, small)))] == [2, 1]
 
 
 def test_mean_and_spread_by_hand(runs):

@@ -137,6 +137,7 @@ def test_hostile_names_are_shown_and_do_nothing(tmp_path):
     read = assert_self_contained(page_of(folder))
     assert read.text.count(HOSTILE) >= 10 and f"{HOSTILE}0.jpg" in read.all("figure")[-4]["title"]
     assert "<img src=x onerror=alert(1)>" in read.text
+    assert [each.get("class") for each in read.all("pre")] == ["matrix", None]  # and the command
 
 
 @pytest.mark.parametrize(

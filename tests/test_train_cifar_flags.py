@@ -292,11 +292,14 @@ def test_human_labels_of_other_images_are_refused(tmp_path, phases):
 
 
 def test_the_transition_matrix_is_printed_and_saved(tmp_path, phases, capsys):
-    """Else nobody sees which classes are confused, or the matrix is of all samples while the run has a part of them."""
+    """Else nobody sees which classes are confused, or the matrix is of all samples while the run has a part of them.
+    The report sets it in columns, other lines not."""
     flags = ["--noise_mode", "asym", "--r", "1", "--num_epochs", "1", "--val_fraction", "0.25"]
     final = Train_cifar.main(tiny(tmp_path, *flags, "--limit_train", "200"))
     out = capsys.readouterr().out
     assert "\n".join([" " + "".join(f"{c:6d}" for c in range(10)), "0     . 100.0" + "     ." * 8]) in out
+    about = json.loads(Path(final["run_dir"], "args.json").read_text())["data"]
+    assert "\n".join(about["matrix"]) in out and not {*about["lines"]} & {*about["matrix"]}
     with open(Path(final["run_dir"], "transition.csv")) as file:
         rows = list(csv.DictReader(file))
     assert [row["true_class"] for row in rows] == [str(c) for c in range(10)]
