@@ -285,6 +285,10 @@ def test_a_damaged_record_is_refused(damaged, tmp_path, content):
     file.write_text(content)
     with pytest.raises(DivideMixError, match=r"skipped\.json cannot be read .* delete it, and give --skip_bad_images"):
         usable(lists_of(damaged), "quick", file, Ranks())
+    file.unlink()
+    os.mkfifo(file)  # would be waited for
+    with pytest.raises(DivideMixError, match="not a file"):
+        usable(lists_of(damaged), "quick", file, Ranks())
 
 
 def test_bad_images_are_left_out_of_each_list(damaged):
