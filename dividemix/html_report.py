@@ -47,11 +47,11 @@ def head(run: RunFolder, issues: LabelIssues | None, found: Agreement | None) ->
         both = max((v for v in run.column("val_acc") if isinstance(v, float)), default=None)
         values = [("test accuracy, %", number(run.best)), ("peak validation accuracy, %", number(both))]
     values.append(("last epoch, %", number(last.get(run.measured))))
-    for k in (1, 2):
+    for k in run.nets if len(run.nets) > 1 else ():
         values.append((f"last epoch, net {k} alone, %", number(last.get(f"{run.measured}_net{k}"))))
     if last.get("auc_net1") is not None or last.get("auc_net2") is not None:
-        both = "/".join(number(last.get(f"auc_net{k}"), ".3f") for k in (1, 2))
-        values.append(("AUC, net 1/2", both))
+        both = "/".join(number(last.get(f"auc_net{k}"), ".3f") for k in run.nets)
+        values.append((f"AUC, net {'/'.join(map(str, run.nets))}", both))
     if issues is not None:
         values.append((f"of {len(issues)} labels look wrong", str(int(issues.is_issue.sum()))))
     if found is not None:
@@ -91,7 +91,8 @@ def paper_rows(run: RunFolder) -> list[tuple[str, str, str]]:
         setting = [run.args.get(name) for name in ("dataset", "noise_mode", "r")]
         row, exact = recipes.nearest(*setting) if isinstance(setting[2], int | float) else (None, False)
         if exact:
-            papers = {"best": row.best, "last": row.last} if run.divides else {"best": row.ce_best}
+            method = "dividemix" if run.divides else "ce"
+            papers = recipes.paper_results(row, method, str(run.args.get("ablation", "none")))
     names = {"best": "best", "last": "mean of the last 10", "test_acc": "test accuracy", "test_acc_top5": "top-5"}
     names |= {"imagenet_acc": "ILSVRC12", "imagenet_acc_top5": "ILSVRC12, top-5"}
     keys = {"best": "best_acc", "last": "last10_acc"}
@@ -155,8 +156,9 @@ def labels(run: RunFolder, issues: LabelIssues | None, found: Agreement | None, 
     if issues is None:
         return paragraph(NO_SCORES, dim=True)
     listed = int(issues.is_issue.sum())
+    of_nets = ("the network's clean probability", "the mean clean probability of the two networks")
     quality = (
-        "the mean clean probability of the two networks"
+        of_nets[len(issues.p_clean) - 1]
         if issues.p_clean
         else ("the probability that both networks together give the label (cross-entropy has no clean probability)")
     )

@@ -57,6 +57,12 @@ class RunFolder:
         return "test_acc" if "test_acc" in self.records[-1] else "val_acc"
 
     @property
+    def nets(self) -> tuple[int, ...]:
+        """The networks' numbers: 1 and 2, or, of an ablation with one network, 1."""
+        last, first, second = self.records[-1], f"{self.measured}_net1", f"{self.measured}_net2"
+        return (1,) if first in last and second not in last else (1, 2)
+
+    @property
     def best(self) -> float | None:
         """Test accuracy of the best epoch; None where it is not known yet."""
         return self.records[-1].get("best_acc", self.result.get("test_acc"))
