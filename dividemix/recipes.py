@@ -80,7 +80,7 @@ class Ablation:
 
     paper_name: str
     best: tuple[float, ...]
-    reading: str  # what it is here: the paper says little more than the name
+    reading: str  # what it is here
     nets: int = 2  # 1: no peer, the network divides and guesses for itself
     refine: bool = True  # whether labels of the labeled set are co-refined, or stay as given
     M: int = 2  # views of an image in guesses, refinement and the mixed batch

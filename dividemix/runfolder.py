@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dividemix import DivideMixError, histograms, warn
+from dividemix import DivideMixError, histograms, recipes, warn
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class RunFolder:
     @property
     def nets(self) -> tuple[int, ...]:
         """The networks' numbers: 1 and 2, or, of an ablation with one network, 1."""
-        last, first, second = self.records[-1], f"{self.measured}_net1", f"{self.measured}_net2"
-        return (1,) if first in last and second not in last else (1, 2)
+        ablation = recipes.ABLATIONS.get(str(self.args.get("ablation")))
+        return (1,) if ablation and ablation.nets == 1 else (1, 2)
 
     @property
     def best(self) -> float | None:

@@ -83,7 +83,7 @@ def test_the_recipes_are_the_papers_table():
 
 def test_the_readme_says_the_same():
     """Else the table that people compare with is another than the program's."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text().split("### Ablations")[1].split("\n## ")[0]
     for name, best in [*TABLE5.items(), ("none", [row.best for row in CIFAR10]), ("", ONE_NET_TEST)]:
         found = recipes.ABLATIONS[name] if name else recipes.ONE_NET_TEST
         shown = f"| `--ablation {name}` |" if name in TABLE5 else f"| {found.paper_name} |"
@@ -213,7 +213,7 @@ def test_phases_survive_the_smallest_sets(tiny_images, labeled, name):
     assert (terms.unlabeled == 0) == (labeled == 24)
 
 
-@pytest.mark.parametrize(("precision", "merge"), [("fp32", False), ("bf16", True)])
+@pytest.mark.parametrize(("precision", "merge"), [("bf16", True), pytest.param("fp32", False, marks=pytest.mark.slow)])
 def test_replayed_steps_equal_eager_ones(monkeypatch, tiny_images, precision, merge):
     """On a card every full batch is a replay. A graph of two views that is replayed for one, or of one ablation for
     another on the same networks, trains another method without an error."""
@@ -257,7 +257,7 @@ EPOCHS = 3
 
 
 def flags(out_dir: Path, name: str, *more: str) -> list[str]:
-    return tiny(out_dir, "--limit_train", "150", "--num_epochs", str(EPOCHS), "--ablation", name, *more)
+    return tiny(out_dir, "--limit_train", "64", "--num_epochs", str(EPOCHS), "--ablation", name, *more)
 
 
 @pytest.fixture(scope="module")
@@ -434,8 +434,8 @@ def test_interrupted_is_uninterrupted(tmp_path, monkeypatch, name):
     """Else a run of one network cannot be continued, or ends as another."""
     monkeypatch.setattr(report, "draw", lambda *_: [])
     asked = ["--ablation", name, "--save_scores", "--r", "0.9"]  # averages losses over epochs
-    Train_cifar.main(tiny(tmp_path, *asked, "--run_dir", f"{tmp_path}/whole", "--num_epochs", "4"))
-    for epochs in ("1", "2", "4"):
+    Train_cifar.main(tiny(tmp_path, *asked, "--run_dir", f"{tmp_path}/whole", "--num_epochs", "3"))
+    for epochs in ("2", "3"):
         Train_cifar.main(tiny(tmp_path, *asked, "--run_dir", f"{tmp_path}/parts", "--num_epochs", epochs))
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
@@ -448,7 +448,7 @@ def test_another_ablation_in_the_same_folder_is_refused(tmp_path, monkeypatch):
         return Train_cifar.main(tiny(tmp_path, "--run_dir", f"{tmp_path}/run", *more))
 
     start("--num_epochs", "1")
-    for name in TABLE5:
+    for name in ("no_refinement", "no_cotraining"):
         with pytest.raises(DivideMixError, match=rf"other settings \(--ablation was none, now {name}\)"):
             start("--ablation", name)
     state = checkpoint.load_last(tmp_path / "run")
@@ -492,13 +492,14 @@ def test_blind_recipe_works_with_one_network(tmp_path, monkeypatch):
 # ---- A run that has ended ----
 
 
+@pytest.mark.slow
 def test_the_report_of_one_network(done, tmp_path):
     """Else the page has an empty second network, or does not come."""
     run = done["no_cotraining"].folder
     report.main([str(run), "--out", str(tmp_path / "report")])
     page = (tmp_path / "report" / "report.html").read_text()
     assert "net 2" not in page and "net 1/2" not in page and "two networks" not in page
-    assert "their quality, the network&#x27;s clean probability" in page or "the network's clean probability" in page
+    assert "their quality, the network's clean probability" in page
     assert "AUC, net 1" in page and "net 1, epoch 2" in page
 
 
@@ -528,7 +529,7 @@ def test_prediction_of_one_network(done, tmp_path, monkeypatch):
     assert end_of(predict, [str(run.folder), "digit.png", "--device", "cpu"], monkeypatch) == 0
     row = dict(zip(*(line.split(",") for line in Path("predictions.csv").read_text().splitlines()), strict=True))
     with torch.no_grad():
-        pixels = torch.from_numpy(description.preparation.pixels(f"{tmp_path}/digit.png", Boundary(str(tmp_path))))
+        pixels = torch.tensor(description.preparation.pixels(f"{tmp_path}/digit.png", Boundary(tmp_path)))
         p = ensemble(deploy.to_images(pixels[None])).softmax(1)[0]
     assert int(row["label"]) == p.argmax() and float(row["confidence"]) == pytest.approx(float(p.max()), abs=1e-3)
     # A file with another number of networks than the run has is not this run's
