@@ -80,7 +80,8 @@ def paper(run: RunFolder) -> str:
         return paragraph("The paper has no result for this setting.", dim=True)
     notes = departures(run)
     note = paragraph(f"But this run: {text(', '.join(notes))}.", dim=True) if notes else ""
-    return table([("", "this run", "paper"), *rows]) + note
+    whose = "paper" if run.ablation is recipes.ABLATIONS["none"] else f"paper, {run.ablation.paper_name}"
+    return table([("", "this run", whose), *rows]) + note
 
 
 def paper_rows(run: RunFolder) -> list[tuple[str, str, str]]:

@@ -57,10 +57,14 @@ class RunFolder:
         return "test_acc" if "test_acc" in self.records[-1] else "val_acc"
 
     @property
-    def nets(self) -> tuple[int, ...]:
-        """The networks' numbers: 1 and 2, or, of an ablation with one network, 1."""
-        ablation = recipes.ABLATIONS.get(str(self.args.get("ablation")))
-        return (1,) if ablation and ablation.nets == 1 else (1, 2)
+    def ablation(self) -> recipes.Ablation:
+        """What was left out; nothing where the run does not say so."""
+        return recipes.ABLATIONS.get(str(self.args.get("ablation")), recipes.ABLATIONS["none"])
+
+    @property
+    def nets(self) -> range:
+        """The networks' numbers: 1 and 2, or 1 alone."""
+        return range(1, 1 + self.ablation.nets)
 
     @property
     def best(self) -> float | None:
