@@ -7,6 +7,7 @@
     python Train_cifar.py --dataset digits --width 16 --warm_up 8 --num_epochs 20 # no download, minutes on a CPU
     python Train_cifar.py ... --method ce                                         # plain cross-entropy, to compare
     python Train_cifar.py ... --recipe blind                                      # chosen from the data
+    python Train_cifar.py ... --ablation no_refinement                            # a part left out (Table 5)
     torchrun --nproc_per_node=2 -- Train_cifar.py --r 0.5                         # two GPUs (-- shields --r)
 
 The same command again continues the run. lambda_u, p_threshold and the loss window are the paper's for the setting
@@ -72,6 +73,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="ce: plain cross-entropy, the same nets and schedule",
     )
     group.add_argument(
+        "--ablation",
+        choices=list(recipes.ABLATIONS),
+        default="none",
+        help="leave a part of the method out, as in the paper's Table 5",
+    )
+    group.add_argument(
         "--recipe",
         choices=["paper", "blind"],
         default="paper",
@@ -88,6 +95,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_run(parser)
     args = parser.parse_args(argv)
     noise_flags.resolve(parser, args)
+    if args.ablation != "none" and args.method == "ce":
+        parser.error(f"--ablation {args.ablation}: --method ce has no part of DivideMix to leave out; drop one of them")
     return args
 
 
@@ -109,8 +118,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         args.conf_penalty == "auto" and by_recipe and args.method == "dividemix"
     )
     choosing = args.recipe == "blind" and args.method == "dividemix"
+    ablation = recipes.ABLATIONS[args.ablation]
 
-    suffixes = ["ce" if args.method == "ce" else "", f"seed{args.seed}" if args.seed != 123 else "", args.id]
+    variant = "ce" if args.method == "ce" else args.ablation if args.ablation != "none" else ""
+    suffixes = [variant, f"seed{args.seed}" if args.seed != 123 else "", args.id]
     spec = noise_flags.spec(args)
     folder = folder_for(args.out_dir, args.run_dir, args.dataset, *spec.folder_parts, *suffixes)
     sources = images.folder, folder, args.noise_file
@@ -119,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with Run(folder, vars(args), args.fresh, machine.ranks) as run:
         train, validation, test, truly_clean, about = prepare_data(args, images, spec, run, machine)
         start = {"init_from": args.init_from, "seed": args.seed, "machine": machine, "begun": bool(run.state)}
-        nets = networks.pair(args.arch, args.num_class, args.width, "none", **start)
+        nets = networks.pair(args.arch, args.num_class, args.width, "none", **start, count=ablation.nets)
         optimizers = [machine.optimizer(net, args.lr, recipes.CIFAR_WEIGHT_DECAY) for net in nets]
         keep = blind.HISTORY if choosing else 1
         codivide = [CoDivide(args.p_threshold, args.loss_window, keep) for _ in nets]
@@ -129,18 +140,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 "command": ["Train_cifar.py", *(sys.argv[1:] if argv is None else argv)],
                 "args": vars(args),
                 "data": about,
-                "model": deploy.describe(args.arch, args.width, args.num_class, images.class_names, images.preparation),
+                "model": deploy.describe(
+                    args.arch, args.width, args.num_class, images.class_names, images.preparation, len(nets)
+                ),
                 "machine": machine.describe(),
             }
         )
         recipe_lines = recipe_lines if args.method == "dividemix" else []
+        if args.ablation != "none":
+            recipe_lines = [f"ablation {args.ablation}: {ablation.reading} ({ablation.paper_name})", *recipe_lines]
         run.say(machine.describe(), *about["lines"], *about["matrix"], *recipe_lines, f"run folder {folder}")
 
         warmup = {"batch_size": 2 * args.batch_size, "conf_penalty": conf_penalty, "machine": machine}
         mixmatch = {
             name: getattr(args, name) for name in ("batch_size", "warm_up", "alpha", "T", "lambda_u", "num_class")
         }
-        mixmatch["machine"] = machine
+        mixmatch |= {"refine": ablation.refine, "M": ablation.M, "machine": machine}
         evaluation = {"batch_size": args.eval_batch_size, "machine": machine}
         flags = {name: getattr(args, name) for name in blind.NAMES}
         about_noise = (train.labels, args.num_class, flags, machine.ranks)
@@ -153,8 +168,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
             # W = GMM(X, Y, theta): both networks score the data before either is trained. Net 2 first, whose division
             # is needed first: on a GPU each mixture is fitted while the card goes on.
-            scored, dividing = [None, None], [None, None]
-            for k in (1, 0):
+            scored, dividing = [None] * len(nets), [None] * len(nets)
+            for k in reversed(range(len(nets))):
                 if not warming_up or args.save_scores:
                     with run.phase("loss") as bar:
                         scored[k] = per_sample_loss(nets[k], train, bar=bar, **evaluation)
@@ -173,12 +188,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     run.say(line)
 
             # Co-divide: net 1 learns from net 2's division, then net 2 from net 1's with the updated net 1 as its peer.
-            divisions, terms = [None, None], []
-            for k, (net, peer) in enumerate([nets, nets[::-1]]):
-                if dividing[1 - k]:
+            divisions, terms = [None] * len(nets), []
+            for k, net in enumerate(nets):
+                other = len(nets) - 1 - k  # k itself without co-training: its own division, and no peer
+                peer = nets[other] if other != k else None
+                if dividing[other]:
                     with run.phase("gmm"):
-                        divisions[1 - k] = dividing[1 - k]()
-                if divisions[1 - k] is None:
+                        divisions[other] = dividing[other]()
+                if divisions[other] is None:
                     with run.phase(f"warmup{k + 1}") as bar:
                         rng = draws(args.seed, "warmup", epoch, k)
                         terms.append(warmup_epoch(net, optimizers[k], train, rng=rng, bar=bar, **warmup))
@@ -186,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     with run.phase(f"train{k + 1}") as bar:
                         rng = draws(args.seed, "train", epoch, k)
                         step = {"epoch": epoch, "rng": rng, "bar": bar, **mixmatch}
-                        terms.append(train_epoch(net, peer, optimizers[k], train, divisions[1 - k], **step))
+                        terms.append(train_epoch(net, peer, optimizers[k], train, divisions[other], **step))
 
             with run.phase("test") as bar:
                 accuracy = ensemble_accuracy(nets, test, bar=bar, **evaluation)
@@ -194,7 +211,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
             metrics = {"phase": "ce" if args.method == "ce" else "train" if any(divisions) else "warmup", "lr": lr}
             metrics |= epoch_metrics(accuracy, held_out, divisions, terms, truly_clean) | chosen
-            scores = {name: array for k in range(2) for name, array in score_arrays(k, scored[k], divisions[k]).items()}
+            scores = {}
+            for k, found in enumerate(zip(scored, divisions, strict=True)):
+                scores |= score_arrays(k, *found)
             run.end_epoch(metrics, state_of(nets, optimizers, codivide), scores, args.save_scores)
 
         divide = args.method == "dividemix"
@@ -263,9 +282,10 @@ def prepare_data(
 
 def epoch_metrics(accuracy, held_out, divisions, terms, truly_clean) -> dict[str, Any]:
     """The record of an epoch, flat."""
-    metrics = dict(zip(("test_acc", "test_acc_net1", "test_acc_net2"), accuracy, strict=True))
-    if held_out:
-        metrics |= dict(zip(("val_acc", "val_acc_net1", "val_acc_net2"), held_out, strict=True))
+    metrics = {}
+    for name, values in (("test_acc", accuracy), ("val_acc", held_out)):
+        if values:  # of the networks together, then of each
+            metrics |= {name: values[0]} | {f"{name}_net{k}": value for k, value in enumerate(values[1:], start=1)}
     metrics |= {f"auc_net{k}": division.auc if division else None for k, division in enumerate(divisions, start=1)}
     metrics |= logs.training(divisions, terms, truly_clean)
     divided = [t.unlabeled for t, division in zip(terms, divisions[::-1], strict=True) if division]
@@ -285,12 +305,14 @@ def finish(
         other = options.departures(args, recipes.CIFAR_SETTING)
         other += [] if official else [f"not the official {args.dataset}"]
         but = f" (but this run: {', '.join(other)})" if other else ""
+        paper = recipes.paper_results(row, args.method, args.ablation)
+        final |= {f"paper_{name}": value for name, value in paper.items()}
         if args.method == "ce":
             line += f"; paper's cross-entropy, one net: best {row.ce_best}{but}"
-            final["paper_best"] = row.ce_best
-        else:
+        elif args.ablation == "none":
             line += f"; paper: {row.best} / {row.last}{but}"
-            final |= {"paper_best": row.best, "paper_last": row.last}
+        elif paper:
+            line += f"; paper's {recipes.ABLATIONS[args.ablation].paper_name} (Table 5): best {paper['best']}{but}"
     run.say(line)
     return run.finish(final, score)
 

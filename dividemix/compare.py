@@ -83,8 +83,8 @@ def run_rows(runs: Sequence[RunFolder], agreements: Sequence[Agreement | None]) 
         last = run.records[-1]
         peak = [peak_validation(run)] if validated else []
         accuracy = [number(value) for value in (run.best, last.get("test_acc"), last.get("last10_acc"), *peak)]
-        both = [number(last.get(f"auc_net{k}"), ".3f") for k in (1, 2)]
-        auc = "-" if both == ["-", "-"] else "/".join(both)
+        both = [number(last.get(f"auc_net{k}"), ".3f") for k in run.nets]
+        auc = "-" if set(both) == {"-"} else "/".join(both)
         pairs = [(found.found, found.wrong), (found.found, found.listed), (found.by_loss, found.wrong)] if found else []
         cells = [f"{a} of {b} ({percent(a / b)})" if b else "-" for a, b in pairs] or ["-"] * 3
         rows.append((name, str(len(run.records)), *accuracy, auc, *cells))
@@ -95,8 +95,8 @@ def spread_rows(groups: Sequence[Group], agreements: dict[Path, Agreement | None
     """A head and one row a group: mean and, of several seeds, standard deviation over them (n - 1)."""
 
     def auc(run: RunFolder) -> float | None:
-        both = [run.records[-1].get(f"auc_net{k}") for k in (1, 2)]
-        return sum(both) / 2 if all(isinstance(value, int | float) for value in both) else None
+        both = [run.records[-1].get(f"auc_net{k}") for k in run.nets]
+        return sum(both) / len(both) if all(isinstance(value, int | float) for value in both) else None
 
     def of_list(name: str) -> Callable[[RunFolder], float | None]:
         def value(run: RunFolder) -> float | None:

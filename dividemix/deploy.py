@@ -39,6 +39,7 @@ class Description:
     num_class: int
     classes: list[str] | None
     preparation: Preparation
+    count: int = 2  # networks; an ablation may have one
 
     def name(self, label: int) -> str:
         """Of a class; its number, where classes have no names."""
@@ -48,19 +49,21 @@ class Description:
         width = f", width {self.width}" if self.width != networks.WIDTH else ""
         side = f"{self.preparation.image_size}x{self.preparation.image_size}"
         colour = "grey" if self.preparation.channels == 1 else "colour"
-        return f"two {self.arch}{width}, {self.num_class} classes, {colour} images of {side}"
+        count = ("one", "two")[self.count - 1]
+        return f"{count} {self.arch}{width}, {self.num_class} classes, {colour} images of {side}"
 
 
 # ---- In args.json ----
 
 
 def describe(
-    arch: str, width: int, num_class: int, classes: list[str] | None, preparation: Preparation
+    arch: str, width: int, num_class: int, classes: list[str] | None, preparation: Preparation, count: int = 2
 ) -> dict[str, Any]:
     """The entry "model" of args.json, which `read_description` reads."""
     preprocessing = {**asdict(preparation), "interpolation": "bilinear"}
     return {
         "arch": arch,
+        "count": count,
         "width": width,
         "num_class": num_class,
         "classes": classes,
@@ -112,7 +115,8 @@ def _checked(model: dict[str, Any]) -> Description:
     if channels == 2:
         raise ValueError("channels are neither 1 nor 3")
     preparation = Preparation(mean, std, image_size, resize, channels, border)
-    return Description(model["arch"], _whole(model, "width", 1, 2**20), num_class, classes, preparation)
+    width, count = _whole(model, "width", 1, 2**20), _whole({"count": 2, **model}, "count", 1, 2)
+    return Description(model["arch"], width, num_class, classes, preparation, count)
 
 
 def _whole(entry: dict[str, Any], name: str, least: int, most: int) -> int:
@@ -134,7 +138,7 @@ def _short(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:150]
 
 
-# ---- The two networks as one ----
+# ---- The networks as one ----
 
 
 class Ensemble(nn.Module):
@@ -185,10 +189,11 @@ def load_ensemble(run: Path, description: Description, weights: str = "best") ->
             raise DivideMixError(f"{path} is missing: --weights last takes the run's last checkpoint, if it has one")
         source, states = str(path), load_networks(path)
     shapes = _shapes(description)
-    if not isinstance(states, list) or len(states) != 2 or not all(_fits(state, shapes) for state in states):
+    count = description.count
+    if not isinstance(states, list) or len(states) != count or not all(_fits(state, shapes) for state in states):
         raise DivideMixError(f"{source} does not hold what {run / 'args.json'} describes: {description}")
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced at once
-        nets = [_build(description) for _ in range(2)]
+        nets = [_build(description) for _ in range(count)]
     load_weights(nets, states, source)
     return Ensemble(nets, description.preparation).eval()
 

@@ -66,7 +66,7 @@ class Scores(NamedTuple):
 
 def mixmatch_step(
     net: nn.Module,
-    peer: nn.Module,
+    peer: nn.Module | None,
     optimizer: Optimizer,
     x1: Tensor,
     x2: Tensor,
@@ -81,6 +81,8 @@ def mixmatch_step(
     lambda_u: Tensor | float,
     num_class: int,
     unlabeled_loss: bool = True,
+    refine: bool = True,
+    M: int = 2,
     forward: Forward = plain_forward,
     ranks: Ranks = ALONE,
 ) -> StepTerms:
@@ -91,23 +93,31 @@ def mixmatch_step(
     + 2B' rows; lambda_u: already ramped. unlabeled_loss=False is the Clothing1M / WebVision form: unlabeled images
     are mix partners only, and just the first 2B rows are forwarded. Sets the nets' modes. `ranks`: all come to the same
     step, each with its own rows; the terms are those of these rows, but for the penalty, which is of all.
+
+    Ablations (Table 5). peer None: `net` guesses alone. refine=False: the given labels are the targets, whatever w is;
+    all forwards stay, and with them BN's statistics. M=1, views of an image: x2 and u2 are not looked at, `index` is of
+    B + B' rows.
     """
     net.train()  # also while guessing: each forward's own batch statistics, and four updates of the running ones
-    peer.eval()
+    if peer is not None:
+        peer.eval()
+    xs, us = [x1, x2][:M], [u1, u2][:M]
     with torch.no_grad():
         if len(u1):
-            *own_u, own_x1, own_x2 = forward(net, u1, u2, x1, x2)
-            targets_u = co_guess([*own_u, *forward(peer, u1, u2)], T)
+            own = forward(net, *us, *xs)
+            own_u, own_x = own[:M], own[M:]
+            theirs = [] if peer is None else forward(peer, *us)
+            targets_u = co_guess([*own_u, *theirs], T)
         else:
-            own_x1, own_x2 = forward(net, x1, x2)
+            own_x = forward(net, *xs)
             targets_u = w.new_zeros(0, num_class)
         # one_hot of torch.nn.functional checks the range on the host: a sync
         one_hot = (labels.unsqueeze(1) == torch.arange(num_class, device=labels.device)).to(w.dtype)
-        targets_x = co_refine(one_hot, w, [own_x1, own_x2], T)
+        targets_x = co_refine(one_hot, w, own_x, T) if refine else one_hot
 
-    inputs = torch.cat([x1, x2, u1, u2])
-    targets = torch.cat([targets_x, targets_x, targets_u, targets_u])
-    rows_x = 2 * len(x1)
+    inputs = torch.cat([*xs, *us])
+    targets = torch.cat([targets_x] * M + [targets_u] * M)
+    rows_x = M * len(x1)
     mixed, mixed_targets = mixup(inputs, targets, lam, index if unlabeled_loss else index[:rows_x])
 
     [logits] = forward(net, mixed)  # all rows in one forward, also where lambda_u is 0: BN and the penalty see them all
@@ -186,7 +196,7 @@ def warmup_epoch(
 
 def train_epoch(
     net: nn.Module,
-    peer: nn.Module,
+    peer: nn.Module | None,
     optimizer: Optimizer,
     data,
     division: Division,
@@ -200,20 +210,22 @@ def train_epoch(
     num_class: int,
     rng: np.random.Generator,
     unlabeled_loss: bool = True,
+    refine: bool = True,
+    M: int = 2,
     machine: Runtime = PLAIN,
     bar: Callable[[Iterable], Iterable] = iter,
 ) -> PhaseTerms:
     """Train `net` for one pass over the labeled set of its peer's `division`, with `peer` frozen.
 
-    lambda_u is ramped up over 16 epochs from `warm_up` on. Raises DivideMixError when a loss or gradient was not
-    finite.
+    lambda_u is ramped up over 16 epochs from `warm_up` on. peer None, refine, M: see `mixmatch_step`; images and
+    crops are drawn alike in all cases. Raises DivideMixError when a loss or gradient was not finite.
     """
     batches = data.mixmatch_batches(division, batch_size, rng)
     views = data.mixmatch_views
     device, ranks = data.device, machine.ranks
     lam = rng.beta(alpha, alpha, size=len(batches))
     lam = torch.from_numpy(np.maximum(lam, 1 - lam)).float().to(device)
-    rows = [2 * sum(size) for size in batches.sizes]
+    rows = [M * sum(size) for size in batches.sizes]
     index = [[rng.permutation(n) for _ in range(ranks.world)][ranks.rank] for n in rows]
     index = torch.from_numpy(np.concatenate(index)).to(device).split(rows)
     num_iter = int(division.labeled.sum()) // batch_size + 1  # as the authors count: one too many when it divides
@@ -232,11 +244,13 @@ def train_epoch(
             lambda_u=lambda_u,
             num_class=num_class,
             unlabeled_loss=unlabeled_loss,
+            refine=refine,
+            M=M,
             forward=forward,
             ranks=ranks,
         )
 
-    key = ("mixmatch", net, peer, optimizer, views, batch_size, T, num_class, unlabeled_loss)
+    key = ("mixmatch", net, peer, optimizer, views, batch_size, T, num_class, unlabeled_loss, refine, M)
     draws = [(lam[i], index[i], ramp[i]) for i in range(len(batches))]
     with layers_draw_from(rng, net, machine):
         return run_steps(key, step, batches, draws, batch_size, net, optimizer, machine, bar)

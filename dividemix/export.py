@@ -53,19 +53,25 @@ def metadata(run: Path, weights: str, description: deploy.Description) -> dict[s
         f"values / 255, float32 ({p.channels}, {side}, {side})",
     ]
     described = deploy.describe(
-        description.arch, description.width, description.num_class, description.classes, description.preparation
+        *(description.arch, description.width, description.num_class, description.classes, description.preparation),
+        description.count,
     )
+    nets = ("one network", "two networks trained together")[description.count - 1]
+    meaning = (
+        "logits: argmax is the class, softmax(logits) the probabilities",
+        "sum of the two networks' logits: argmax is the class, softmax(logits / 2) the probabilities",
+    )[description.count - 1]
     return {
-        "program": "DivideMix: two networks trained together",
+        "program": f"DivideMix: {nets}",
         "input": {"name": "images", "dtype": "float32", "shape": ["batch", p.channels, side, side], "range": [0, 1]},
         "preprocessing": {**described["preprocessing"], "steps": steps, "in_the_program": ["border", "mean", "std"]},
         "output": {
             "name": "logits",
             "shape": ["batch", description.num_class],
-            "meaning": "sum of the two networks' logits: argmax is the class, softmax(logits / 2) the probabilities",
+            "meaning": meaning,
         },
         "classes": description.classes,
-        "networks": {name: described[name] for name in ("arch", "width", "num_class")},
+        "networks": {name: described[name] for name in ("arch", "count", "width", "num_class")},
         "run": {"name": run.resolve().name, "weights": weights},
         "versions": versions(),
         "commit": commit(),

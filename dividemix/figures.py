@@ -102,10 +102,11 @@ def draw_accuracy(axes: Axes, run: RunFolder) -> None:
     kind = "test" if tested else "validation"
     for k, color in NET.items():
         y = numbers(run.column(f"{run.measured}_net{k}"))
-        if not np.isnan(y).all():
+        if len(run.nets) > 1 and not np.isnan(y).all():
             axes.plot(x, y, color=color, linewidth=0.9, alpha=0.8, label=f"net {k}")
     both = numbers(run.column(run.measured))
-    axes.plot(x, both, color="#009e73", linewidth=2.2, label="both networks")
+    label = "both networks" if len(run.nets) > 1 else "the network"
+    axes.plot(x, both, color="#009e73", linewidth=2.2, label=label)
     if tested and "val_acc" in run.records[-1]:
         axes.plot(x, numbers(run.column("val_acc")), color=LINE, linewidth=0.9, linestyle=":", label="held-out part")
     if "imagenet_acc" in run.records[-1]:
@@ -122,7 +123,7 @@ def draw_accuracy(axes: Axes, run: RunFolder) -> None:
 def draw_nets(axes: Axes, run: RunFolder, metrics: Sequence[str], title: str) -> None:
     """Metrics that each network has, over the epochs: colours tell the networks, line styles the metrics."""
     for metric, style in zip(metrics, ("-", "--"), strict=False):
-        for k, color in NET.items():
+        for k, color in [(k, NET[k]) for k in run.nets]:
             name = f"net {k}" if len(metrics) == 1 else f"{metric.removeprefix('clean_')}, net {k}"
             axes.plot(run.column("epoch"), numbers(run.column(f"{metric}_net{k}")), style, color=color, label=name)
     finish_curves(axes, run, title, "samples" if metrics[0] == "labeled" else "")
@@ -160,12 +161,13 @@ def overlay(
     kinds = {"test_acc": "test", "val_acc": "validation"}
     if metric is None:
         measured = sorted({kinds[run.measured] for _, runs in groups for run in runs})
-        title = f"{' or '.join(measured)} accuracy, both networks"
+        alone = any(len(run.nets) == 1 for _, runs in groups for run in runs)
+        title = f"{' or '.join(measured)} accuracy{'' if alone else ', both networks'}"
     finish_axes(axes, title, "%" if metric is None else "")
 
 
 def mean_of_nets(run: RunFolder, metric: str) -> list[float | None]:
-    both = (numbers(run.column(f"{metric}_net1")) + numbers(run.column(f"{metric}_net2"))) / 2
+    both = sum(numbers(run.column(f"{metric}_net{k}")) for k in run.nets) / len(run.nets)
     return [None if np.isnan(value) else value for value in both.tolist()]
 
 

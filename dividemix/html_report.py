@@ -53,8 +53,8 @@ def head(run: RunFolder, issues: LabelIssues | None, found: Agreement | None) ->
         values.append(("peak validation accuracy, %", number(max(numbers(run, "val_acc"), default=None))))
     values.append(("last epoch, %", number(last.get(run.measured))))
     if last.get("auc_net1") is not None or last.get("auc_net2") is not None:
-        both = "/".join(number(last.get(f"auc_net{k}"), ".3f") for k in (1, 2))
-        values.append(("AUC, net 1/2", both))
+        both = "/".join(number(last.get(f"auc_net{k}"), ".3f") for k in run.nets)
+        values.append((f"AUC, net {'/'.join(map(str, run.nets))}", both))
     if issues is not None:
         values.append((f"of {len(issues)} labels look wrong", str(int(issues.is_issue.sum()))))
     if found is not None:
@@ -82,10 +82,12 @@ def panels(images: dict[str, bytes], names: Sequence[str], run_name: str) -> str
 
 
 def accuracies(run: RunFolder) -> str:
-    """Both networks together and each by itself: the largest, the mean of the last 10 epochs, the last."""
+    """Both networks together and each by itself, or the one network: the largest, the mean of the last 10 epochs, the
+    last."""
     kind = "test" if run.measured == "test_acc" else "validation"
     rows = [(f"{kind} accuracy, %", "peak", "last 10", "last")]
-    for name, suffix in (("both networks", ""), ("net 1", "_net1"), ("net 2", "_net2")):
+    nets = [("both networks", ""), *((f"net {k}", f"_net{k}") for k in run.nets)]
+    for name, suffix in nets if len(run.nets) > 1 else [("the network", "")]:
         if values := numbers(run, f"{run.measured}{suffix}"):
             rows.append((name, *map(number, (max(values), statistics.fmean(values[-10:]), values[-1]))))
     note = 'All numbers of each epoch: <a href="metrics.csv">metrics.csv</a>.'
@@ -101,7 +103,8 @@ def paper(run: RunFolder) -> str:
         return paragraph("The paper has no result for this setting.", dim=True)
     notes = departures(run)
     note = paragraph(f"But this run: {text(', '.join(notes))}.", dim=True) if notes else ""
-    return table([("", "this run", "paper"), *rows]) + note
+    whose = "paper" if run.ablation is recipes.ABLATIONS["none"] else f"paper, {run.ablation.paper_name}"
+    return table([("", "this run", whose), *rows]) + note
 
 
 def paper_rows(run: RunFolder) -> list[tuple[str, str, str]]:
@@ -112,7 +115,8 @@ def paper_rows(run: RunFolder) -> list[tuple[str, str, str]]:
         setting = [run.args.get(name) for name in ("dataset", "noise_mode", "r")]
         row, exact = recipes.nearest(*setting) if isinstance(setting[2], int | float) else (None, False)
         if exact:
-            papers = {"best": row.best, "last": row.last} if run.divides else {"best": row.ce_best}
+            method = "dividemix" if run.divides else "ce"
+            papers = recipes.paper_results(row, method, str(run.args.get("ablation", "none")))
     names = {"best": "best", "last": "mean of the last 10", "test_acc": "test accuracy", "test_acc_top5": "top-5"}
     names |= {"imagenet_acc": "ILSVRC12", "imagenet_acc_top5": "ILSVRC12, top-5"}
     keys = {"best": "best_acc", "last": "last10_acc"}
@@ -190,8 +194,9 @@ def labels(run: RunFolder, issues: LabelIssues | None, found: Agreement | None, 
     if issues is None:
         return paragraph(NO_SCORES, dim=True)
     listed = int(issues.is_issue.sum())
+    of_nets = ("the network's clean probability", "the mean clean probability of the two networks")
     quality = (
-        "the mean clean probability of the two networks"
+        of_nets[len(issues.p_clean) - 1]
         if issues.p_clean
         else ("the probability that both networks together give the label (cross-entropy has no clean probability)")
     )

@@ -1,8 +1,9 @@
 """Which labels look wrong: label_issues.csv and cleaned_labels.csv, from what `scoring` left in the run folder.
 
 A label is an issue where its quality is below the run's p_threshold and the networks suggest another class. Quality is
-the mean clean probability of the two networks; of a cross-entropy run, which divides nothing, it is the probability
-that both networks together give the label. All scores are in-sample: the networks were trained on these labels.
+the mean clean probability of the two networks, or an ablation's one; of a cross-entropy run, which divides nothing, it
+is the probability that both networks together give the label. All scores are in-sample: the networks were trained on
+these labels.
 
 The columns of label_issues.csv follow cleanlab's CleanLearning, which takes the file as it is:
 `CleanLearning(classifier).fit(X, labels, label_issues=pandas.read_csv("label_issues.csv"))`.
@@ -37,7 +38,7 @@ class LabelIssues:
     quality: NDArray[np.float64]
     is_issue: NDArray[np.bool_]
     loss: NDArray[np.float32]  # mean of both networks
-    p_clean: list[NDArray[np.float64]] | None  # net 1's and net 2's; None of a cross-entropy run
+    p_clean: list[NDArray[np.float64]] | None  # net 1's and, where there is one, net 2's; None of a cross-entropy run
     confidence: NDArray[np.float32]  # probability that both networks together give their prediction
     true: NDArray[np.int64] | None  # where it is known
     class_names: list[str]
@@ -89,12 +90,18 @@ class Agreement:
 
 def judge(scores: dict[str, NDArray], given: NDArray) -> tuple[NDArray, NDArray, NDArray]:
     """Quality, is_issue and mean loss of each label, from the arrays of label_scores.npz."""
-    if "p_clean_net1" in scores:
-        quality = (scores["p_clean_net1"] + scores["p_clean_net2"]) / 2
+    if p_clean := of_nets(scores, "p_clean"):
+        quality = sum(p_clean) / len(p_clean)
     else:
         quality = scores["p_given"].astype(np.float64)
-    loss = (scores["loss_net1"] + scores["loss_net2"]) / 2
+    losses = of_nets(scores, "loss")
+    loss = sum(losses) / len(losses)
     return quality, (quality < scores["threshold"]) & (scores["prediction"] != given), loss
+
+
+def of_nets(scores: dict[str, NDArray], name: str) -> list[NDArray]:
+    """Net 1's and net 2's arrays, those that are there."""
+    return [scores[f"{name}_net{k}"] for k in (1, 2) if f"{name}_net{k}" in scores]
 
 
 def worst_first(quality: NDArray, is_issue: NDArray, loss: NDArray) -> NDArray[np.int64]:
@@ -120,7 +127,7 @@ def find(run: RunFolder) -> LabelIssues | None:
             quality=quality,
             is_issue=is_issue,
             loss=loss,
-            p_clean=[scores[f"p_clean_net{k}"] for k in (1, 2)] if "p_clean_net1" in scores else None,
+            p_clean=of_nets(scores, "p_clean") or None,
             confidence=scores["confidence"],
             true=labels["true"] if known else None,
             class_names=run.class_names,
@@ -221,7 +228,7 @@ def write(issues: LabelIssues, folder: Path) -> list[Path]:
 def issues_csv(issues: LabelIssues) -> bytes:
     """One row a sample. Numbers as text that reads back to the bit."""
     nothing = [""] * len(issues)
-    p_clean = issues.p_clean or [nothing, nothing]
+    p_clean = [*(issues.p_clean or []), nothing, nothing]  # one column for each network, empty where there is none
     columns: dict[str, Iterable] = {"index": issues.index}
     columns |= {"path": issues.paths} if issues.paths is not None else {}
     columns |= {"given_label": issues.given, "suggested_label": issues.suggested}

@@ -120,7 +120,7 @@ def divided(record: Record) -> list[int]:
 
 
 def cifar_stats(record: Record) -> str:
-    """Two lines a divided epoch, the authors' spelling included."""
+    """Two lines a divided epoch (one of a run with one network), the authors' spelling included."""
     auc = {k: record.get(f"auc_net{k}") for k in (1, 2)}
     auc = {k: "null" if value is None else f"{value:.3f}" for k, value in auc.items()}
     return "".join(f"Numer of labeled samples:{record[f'labeled_net{k}']}   AUC:{auc[k]}\n" for k in divided(record))
@@ -137,8 +137,8 @@ def labeled_stats(record: Record) -> str:
 
 def cifar_epoch(record: Record, num_epochs: int) -> str:
     validation = f"val {record['val_acc']:.2f} " if "val_acc" in record else ""
-    accuracy = f"{validation}test {record['test_acc']:.2f} (nets {pair(record, 'test_acc', '.2f')})"
-    return epoch_line(record, num_epochs, accuracy, so_far(record))
+    nets = f" (nets {pair(record, 'test_acc', '.2f')})" if "test_acc_net2" in record else ""
+    return epoch_line(record, num_epochs, f"{validation}test {record['test_acc']:.2f}{nets}", so_far(record))
 
 
 def webvision_epoch(record: Record, num_epochs: int) -> str:
@@ -175,8 +175,8 @@ def epoch_line(record: Record, num_epochs: int, *accuracy: str) -> str:
 
 
 def pair(record: Record, name: str, form: str) -> str:
-    """Net 1's and net 2's value, '-' for one that has none."""
-    values = [record[f"{name}_net{k}"] for k in (1, 2)]
+    """Net 1's and net 2's value, '-' for one that has none; of a run with one network, its value."""
+    values = [record[f"{name}_net{k}"] for k in (1, 2) if k == 1 or f"{name}_net{k}" in record]
     return "/".join("-" if value is None else format(value, form) for value in values)
 
 

@@ -222,14 +222,16 @@ def pair(
     seed: int,
     machine: Runtime,
     begun: bool,
+    count: int = 2,
 ) -> list[nn.Module]:
-    """The two networks on the device. A run that has `begun` goes on from its checkpoint, and reads no weights."""
+    """The two networks on the device, or the first alone where `count` is 1. A run that has `begun` goes on from its
+    checkpoint, and reads no weights."""
     weights = "none" if begun or init_from else weights
     state = read_weights(weights, arch, machine.ranks)
     try:
-        nets = [seeded(seed, k, lambda: build(arch, num_class, width, state)) for k in range(2)]
+        nets = [seeded(seed, k, lambda: build(arch, num_class, width, state)) for k in range(count)]
         if init_from and not begun:
-            load_weights(nets, load_networks(Path(init_from).expanduser()), init_from)
+            load_weights(nets, load_networks(Path(init_from).expanduser(), count)[:count], init_from)
         return [machine.prepare(net) for net in nets]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

@@ -66,6 +66,8 @@ FREE_FLAGS = frozenset(
         "no_label_scores",
     ]
 )
+# Flags that came later and do change it: what runs of before have.
+LATER_FLAGS = {"ablation": "none"}
 
 
 class Run:
@@ -139,13 +141,13 @@ class Run:
             for record in state["records"]:
                 for _, line in self._files():
                     line(record)
-                for k in range(2):
+                for k in range(len(state["nets"])):
                     float(self.best_by(record, k))
         except (KeyError, TypeError, ValueError) as error:
             raise DivideMixError(f"record {record['epoch']} is not one of this script ({error!r})") from error
 
     def _refuse_other_config(self, state: dict[str, Any]) -> None:
-        before = state.get("config", self.config)
+        before = {**LATER_FLAGS, **state.get("config", self.config)}
         # Only what both know: a flag that a later version adds does not cut older runs off.
         names = sorted(k for k in before.keys() & self.config.keys() if before[k] != self.config[k])
         if names:
@@ -259,7 +261,7 @@ class Run:
                 self._copy = to_host(state, self._copy)
         record = self.ranks.from_first(self._record, metrics)
         self.records.append(record)
-        best = self.best_epochs or [record["epoch"]] * 2
+        best = self.best_epochs or [record["epoch"]] * len(state["nets"])
         self.best_epochs = [
             record["epoch"] if self.best_by(record, k) > self.best_by(self.records[epoch], k) else epoch
             for k, epoch in enumerate(best)

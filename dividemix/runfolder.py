@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dividemix import DivideMixError, histograms, warn
+from dividemix import DivideMixError, histograms, recipes, warn
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,16 @@ class RunFolder:
     def measured(self) -> str:
         """The accuracy that every epoch has."""
         return "test_acc" if "test_acc" in self.records[-1] else "val_acc"
+
+    @property
+    def ablation(self) -> recipes.Ablation:
+        """What was left out; nothing where the run does not say so."""
+        return recipes.ABLATIONS.get(str(self.args.get("ablation")), recipes.ABLATIONS["none"])
+
+    @property
+    def nets(self) -> range:
+        """The networks' numbers: 1 and 2, or 1 alone."""
+        return range(1, 1 + self.ablation.nets)
 
     @property
     def best(self) -> float | None:

@@ -74,7 +74,7 @@ def score_labels(
 def clean_probabilities(
     scores: dict[str, NDArray], codivide: list[CoDivide], seed: int, epochs: int
 ) -> dict[str, NDArray[np.float64]]:
-    """p_clean_net1 and p_clean_net2: what a further epoch would divide by."""
+    """p_clean_net1 and, of two networks, p_clean_net2: what a further epoch would divide by."""
     found = {}
     for k, part in enumerate(codivide):
         random_state = int(draws(seed, "divide", epochs, k).integers(2**32))

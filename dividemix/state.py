@@ -38,6 +38,8 @@ def restore(state: dict[str, Any], nets, optimizers, codivide, samples: int | No
 
 def load_weights(nets, states, source: str) -> None:
     """Raises DivideMixError, naming `source`, for states that are not those of such networks."""
+    if len(states) != len(nets):
+        raise DivideMixError(f"{source} holds another number of networks: {len(states)}, not {len(nets)}")
     for net, state in zip(nets, states, strict=True):
         try:
             net.load_state_dict(state)
@@ -70,15 +72,18 @@ def check(state: dict[str, Any]) -> None:
         expect(plain and is_count(record.get("epoch")) and record["epoch"] == epoch, f"record {epoch}")
         estimate = [record.get(name) for name in ("noise_rate_estimate", "concentration")]  # see `blind`
         expect(all(isinstance(value, float | None) for value in estimate), f"record {epoch}")
+    nets = state.get("nets")
+    expect(is_list(nets, dict) and len(nets) in (1, 2), "nets")  # one: of an ablation
     best = state.get("best_epochs", [state.get("best_epoch")] * 2)  # one for both: of earlier versions
-    expect(is_list(best, int, 2) and all(is_count(epoch) and epoch < len(records) for epoch in best), "best epochs")
+    expect(is_list(best, int, len(nets)), "best epochs")
+    expect(all(is_count(epoch) and epoch < len(records) for epoch in best), "best epochs")
     expect(is_list(state.get("histograms", []), dict), "histograms")
     expect(all(map(histograms.is_sound, state.get("histograms", []))), "histograms")
     for name in ("config", "pins"):
         expect(is_named(state.get(name)), name)
-    for name in ("nets", "optimizers", "codivide"):
-        expect(is_list(state.get(name), dict, 2), name)
-    for net, optimizer, part in zip(state["nets"], state["optimizers"], state["codivide"], strict=True):
+    for name in ("optimizers", "codivide"):
+        expect(is_list(state.get(name), dict, len(nets)), name)
+    for net, optimizer, part in zip(nets, state["optimizers"], state["codivide"], strict=True):
         expect(is_named(net) and all(isinstance(value, Tensor) for value in net.values()), "weights")
         momenta = optimizer.get("state")
         expect(isinstance(momenta, dict) and is_list(optimizer.get("param_groups"), dict, 1), "optimizer")
@@ -88,8 +93,8 @@ def check(state: dict[str, Any]) -> None:
         expect(len({len(loss) for loss in history}) <= 1, "losses")
         expect(division is None or is_division(division), "division")
     # The samples that were divided, where not all are: of each network (Clothing1M), or of both (WebVision)
-    samples = state.get("samples", [state.get("index")] * 2)
-    expect(isinstance(samples, list) and len(samples) == 2, "samples")
+    samples = state.get("samples", [state.get("index")] * len(nets))
+    expect(isinstance(samples, list) and len(samples) == len(nets), "samples")
     for sample, part in zip(samples, state["codivide"], strict=True):
         expect(sample is None or is_array(sample, torch.int64), "samples")
         both = sample is not None and part["division"] is not None

@@ -86,6 +86,7 @@ DAMAGE = {
     "a list": lambda m: m.update(preprocessing=[]),
     "width 0": lambda m: m.update(width=0),
     "width true": lambda m: m.update(width=True),
+    "three networks": lambda m: m.update(count=3),
     "one class": lambda m: m.update(num_class=1, classes=["a"]),
     "a name too few": lambda m: m["classes"].pop(),
     "a name that is a number": lambda m: m["classes"].__setitem__(0, 1),

@@ -159,6 +159,22 @@ def test_graph_equals_eager_step_by_step(exact, digits, merge):
     assert all(isinstance(step, graph.CapturedStep) for step in replayed.steps.values())
 
 
+def test_graphs_of_ablations_equal_eager_steps(exact, digits):
+    """One view has other shapes, one network no peer: each is another step on the same networks, never another's
+    graph."""
+    runs = []
+    for machine in (card(merge=True), card(merge=True, graph=True)):
+        nets, optimizers = start_nets(machine)
+        how, terms = train_arguments(num_class=10, machine=machine, batch_size=8), []
+        for peer, refine, M in ((nets[1], True, 2), (None, True, 2), (nets[1], False, 2), (nets[1], True, 1)):
+            how |= {"rng": np.random.default_rng(0), "refine": refine, "M": M}
+            terms.append(engine.train_epoch(nets[0], peer, optimizers[0], digits, half(167), **how))
+        runs.append((terms, state(nets, optimizers)))
+    assert len(machine.steps) == 4 and all(isinstance(step, graph.CapturedStep) for step in machine.steps.values())
+    assert runs[0][0] == runs[1][0]
+    assert_equal(runs[0][1], runs[1][1])
+
+
 def test_bf16_graph_and_compiled_step_stay_near_eager_fp32(digits):
     """The run as users start it: compiled, captured, bf16. After an epoch its losses are those of the reference."""
     fast = card(precision="bf16", merge=True, compile=True, graph=True)

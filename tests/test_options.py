@@ -64,6 +64,7 @@ DEFAULTS = {
     "download": False,
     "save_scores": False,
     "method": "dividemix",
+    "ablation": "none",
     "recipe": "paper",
 }
 
