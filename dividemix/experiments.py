@@ -7,7 +7,7 @@ Names: <dataset>-<mode>-<per cent>, then -ce (cross-entropy), or the ablation. N
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ TABLES = {
     "5": "Table 5: parts of the method left out, CIFAR-10",
     "here": "Small sets, which the paper lacks",
 }
+SMOKE = "smoke"  # the rows of --smoke, which are no results and in no list
 FIRST_SEED = 123  # the scripts' default
 MEASURES = {  # name of a number -> its name in tables
     **{"best": "best", "last": "last", "test_acc": "test", "test_acc_top5": "top-5"},
@@ -168,6 +169,14 @@ def borrowed(dataset: str, mode: str, r: float) -> recipes.Recipe:
     row, _ = recipes.nearest(dataset, mode, r)
     values = {name: getattr(row, name) for name in ("lambda_u", "p_threshold", "loss_window")}
     return recipes.Recipe(dataset, mode, r, **values)
+
+
+def smoke_rows() -> list[Experiment]:
+    """The machinery in miniature: cross-entropy, DivideMix, an ablation, and a row whose runs fail."""
+    row = borrowed("digits", "sym", 0.5)
+    rows = [small_images(row, SMOKE, variant, recipes.SMOKE) for variant in ("ce", "", "no_refinement")]
+    broken = replace(rows[0], name=f"{rows[0].name}-fails", flags=(*rows[0].flags, "--init_from", "no-such-file.pt"))
+    return [rows[0], broken, *rows[1:]]
 
 
 def every_row() -> list[Experiment]:

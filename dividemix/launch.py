@@ -49,6 +49,7 @@ class Show(Protocol):
     """The status on the terminal."""
 
     def update(self, tasks: Sequence[Task]) -> None: ...
+    def say(self, line: str) -> None: ...
 
 
 def make_tasks(runs: Sequence[Plan], logs: Path) -> list[Task]:
@@ -168,7 +169,6 @@ def launch(
     executor: Any,
     session: Path,
     show: Show,
-    say: Callable[[str], None],
     on_cluster: bool = False,
 ) -> int:
     """Run all waiting tasks, and change their states. -> the signal that ended it early, or 0."""
@@ -179,7 +179,7 @@ def launch(
         while waiting or active:
             if stop.count > told:
                 told = stop.count
-                waiting = give_up(waiting, active, session, told, on_cluster, say)
+                waiting = give_up(waiting, active, session, told, on_cluster, show.say)
             while waiting and free and not stop.count:
                 slot = free.pop(0)
                 batch, waiting = waiting[: slot.size], waiting[slot.size :]

@@ -162,6 +162,7 @@ SMALL_NOISE = {
     "digits": (("sym", 0.2), ("sym", 0.5), ("sym", 0.8), ("asym", 0.4)),
     "fashionmnist": (("sym", 0.5),),
 }
+SMOKE = {"limit_train": 300, "width": 4, "warm_up": 2, "num_epochs": 5}  # of digits: a test of reproduce.py, no result
 
 
 @dataclass(frozen=True)
