@@ -113,11 +113,11 @@ def small_images(row: recipes.Recipe, table: str, variant: str = "", own: dict[s
     paper: dict[str, float | None] = {"best": row.best, "last": row.last}
     setting = recipes.setting(row, "ce" if variant == "ce" else "dividemix") | (own or {})
     setting |= {"dataset": row.dataset, "noise_mode": row.mode, "r": row.r}
-    setting |= {"method": "ce" if variant == "ce" else "dividemix"}
+    setting |= {"method": "ce" if variant == "ce" else "dividemix", "ablation": "none"}
     if variant == "ce":
         flags["method"], paper = "ce", {"best": row.ce_best, "last": None}
     elif variant:
-        flags["ablation"], setting["ablation"] = variant, variant
+        flags["ablation"] = setting["ablation"] = variant
         kind, paper = recipes.ABLATIONS[variant].paper_name, {"best": recipes.ABLATIONS[variant].paper_best(row)}
     title = f"{data.title} {row.mode} {row.r:.0%}, {kind}"
     # The paper's cross-entropy is one network; where there is nothing to compare with, it is both, as for DivideMix.
@@ -151,7 +151,7 @@ def paper_rows() -> list[Experiment]:
     rows.append(large_images(recipes.WEBVISION, "webvision", "4", "webvision", "Train_webvision.py"))
     for row in (row for row in recipes.ROWS if row.dataset == "cifar10"):
         rows.append(one_net_test(row))
-        rows += [small_images(row, "5", ablation) for ablation in recipes.ABLATIONS]
+        rows += [small_images(row, "5", ablation) for ablation in recipes.ABLATIONS if ablation != "none"]
     return sorted(rows, key=lambda each: list(TABLES).index(each.table))
 
 
