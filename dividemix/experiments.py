@@ -118,7 +118,8 @@ def small_images(row: recipes.Recipe, table: str, variant: str = "", own: dict[s
         flags["method"], paper = "ce", {"best": row.ce_best, "last": None}
     elif variant:
         flags["ablation"] = setting["ablation"] = variant
-        kind, paper = recipes.ABLATIONS[variant].paper_name, {"best": recipes.ABLATIONS[variant].paper_best(row)}
+        kind = recipes.ABLATIONS[variant].paper_name
+        paper = {"best": recipes.ABLATIONS[variant].paper_best(row)} if row.best else {"best": None, "last": None}
     title = f"{data.title} {row.mode} {row.r:.0%}, {kind}"
     # The paper's cross-entropy is one network; where there is nothing to compare with, it is both, as for DivideMix.
     column = "test_acc_net1" if variant == "ce" and row.ce_best is not None else "test_acc"

@@ -183,7 +183,8 @@ def group_cells(row: Experiment, names: Sequence[str], group: Sequence[Outcome],
 
 
 def papers(row: Experiment, names: Sequence[str]) -> str:
-    return " / ".join("-" if row.paper.get(name) is None else f"{row.paper[name]:g}" for name in names)
+    values = [row.paper.get(name) for name in names]
+    return " / ".join("-" if v is None else f"{v:.1f}" if round(v, 1) == v else f"{v:.2f}" for v in values)
 
 
 def spread(values: Sequence[float]) -> str:

@@ -126,6 +126,7 @@ def test_an_interrupted_command_says_what_the_next_continues(tmp_path):
 
 def test_what_slurm_is_told():
     """A job of the default five minutes, or without a card."""
+    slurm = ["--table", "1", "--launcher", "slurm"]
     args = reproduce.parse_args(
         ["--table", "1", "--launcher", "slurm", "--slurm_partition", "p", "--slurm_extra", "qos=high"]
     )
@@ -133,7 +134,7 @@ def test_what_slurm_is_told():
         **{"timeout_min": 1440, "cpus_per_task": 8, "name": "dividemix", "gpus_per_node": 1, "slurm_partition": "p"},
         "slurm_additional_parameters": {"qos": "high"},
     }
-    args = reproduce.parse_args(["--table", "1", "--launcher", "slurm", "--jobs_per_gpu", "2", "--slurm_jobs", "3"])
+    args = reproduce.parse_args([*slurm, "--jobs_per_gpu", "2", "--slurm_jobs", "3"])
     assert reproduce.make_slots(args) == [launch.Slot({"OMP_NUM_THREADS": "4"}, 2)] * 3
 
 

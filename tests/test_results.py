@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+from conftest import ROOT
 
 from dividemix import DivideMixError, figures, results
 from dividemix.experiments import every_row, select
@@ -197,3 +198,13 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(DivideMixError, match=r"--out_dir .*out: cannot be written"):
         results.write([ROWS["clothing1m"]], tmp_path / "out", lambda row: "")
+
+
+def test_the_readme_has_each_row_with_the_papers_numbers():
+    """Its results page is pasted: a row that was added later, or a number that was mended, would be missing there."""
+    readme = (ROOT / "README.md").read_text()
+    for row in ROWS.values():
+        if row.table != "5":
+            with_paper = row.table != "here"
+            begin = f"| {row.name} | " + (f"{results.papers(row, list(row.paper))} | " if with_paper else "")
+            assert sum(line.startswith(begin) for line in readme.splitlines()) == 1, begin
