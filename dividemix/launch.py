@@ -262,7 +262,9 @@ def why(task: Task, status: int | None) -> str:
         return "its job ended without a word"
     if status < 0:
         return f"ended by {signal.Signals(-status).name}" + (f" after: {last}" if last else "")
-    return last or (f"exit status {status}" if status else f"ended without a result in {task.run.folder}")
+    if status == 0:
+        return f"ended without error, and without {task.run.num_epochs} epochs and a result in {task.run.folder}"
+    return last or f"exit status {status}"
 
 
 def give_up(

@@ -1,8 +1,12 @@
 """The command itself: with fake_script.py in the place of the training scripts, and once, in miniature, with them."""
 
+import os
+import pty
+import select
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -146,3 +150,42 @@ def test_the_smoke_test_passes():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "smoke test passed" in done.stdout and "## In miniature" in done.stdout
+
+
+DRIVER = """
+import sys; sys.path[:0] = {path!r}
+from pathlib import Path
+import reproduce
+from dividemix import options, plan
+plan.ROOT = Path({scripts!r})
+sys.argv[1:] = {argv!r}
+options.command_line(reproduce.main)
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_a_terminal_reaches_each_run_once(fake):
+    """A terminal sends it to every process of the command: a run that gets it twice dies in the middle of writing."""
+    argv = ["--rows", "cifar10-sym-50", "--seeds", "2", "--jobs_per_gpu", "2", "--out_dir", str(fake / "out")]
+    argv += ["--", "--seconds", "0.3", "--device", "cpu", "--num_epochs", "300"]
+    driver = DRIVER.format(path=[str(ROOT)], scripts=str(fake), argv=argv)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ["TERM"] = "xterm"
+        os.execv(sys.executable, [sys.executable, "-c", driver])
+    shown, interrupted, give_up = b"", False, time.monotonic() + 240
+    while time.monotonic() < give_up:
+        if select.select([terminal], [], [], 0.1)[0]:
+            try:
+                content = os.read(terminal, 65536)
+            except OSError:  # closed by its end
+                break
+            shown += content
+        if not interrupted and len(list((fake / "out").glob("*/metrics.jsonl"))) == 2:
+            os.write(terminal, b"\x03")
+            interrupted = True
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 130, shown.decode(errors="replace")
+    logs = [log.read_text().splitlines() for log in (fake / "out" / "logs").glob("*.log")]
+    assert [log[-1] for log in logs] == ["interrupted: by SIGTERM"] * 2, shown.decode(errors="replace")
+    assert b"s/epoch" in shown and b"the same command continues 2 runs" in shown
