@@ -21,7 +21,7 @@ from dividemix.plan import ROOT, Plan
 WAITING, QUEUED, RUNNING, FINISHED = "waiting", "queued", "running", "finished"
 FAILED, STOPPED, NOT_RUN = "failed", "stopped", "not run"
 _TRIES = 3  # submissions of a run that ends before it gets further, on a cluster
-_POLL = 0.5  # seconds
+_POLL, _POLL_QUEUE = 0.5, 5.0  # seconds; each look at jobs that are told to end asks the queue
 
 
 @dataclass
@@ -146,9 +146,9 @@ class Stop:
         self.number, self.count = self.number or number, self.count + 1
         self._event.set()
 
-    def wait(self) -> None:
+    def wait(self, seconds: float) -> None:
         """Until the next look at the runs, or a signal."""
-        self._event.wait(_POLL)
+        self._event.wait(seconds)
         self._event.clear()
 
 
@@ -185,7 +185,7 @@ def launch(
                 batch, waiting = waiting[: slot.size], waiting[slot.size :]
                 active.append(Active(submit(batch, slot, executor, session, scheduler), batch, slot))
             for each in list(active):
-                is_over = each.job.done()  # before the files are read: they are complete then
+                is_over = each.job.done(bool(stop.count))  # before the files are read: they are complete then
                 for task in each.tasks:
                     look(task, session)
                 if is_over:
@@ -195,7 +195,7 @@ def launch(
                         waiting += [task] if settle(task, session, on_cluster, bool(stop.count)) else []
             show.update(tasks)
             if waiting or active:
-                stop.wait()
+                stop.wait(_POLL_QUEUE if on_cluster else _POLL)
     return stop.number
 
 

@@ -190,7 +190,7 @@ def test_a_run_whose_node_was_taken_away_is_submitted_again(tmp_path, capsys):
             job.write(f"{command.name}.json", f'{{"status": {status}}}')
         if status == 0:
             subprocess.run(run.command, check=True)
-        return SimpleNamespace(done=lambda: True)
+        return SimpleNamespace(done=lambda _: True)
 
     tasks, session = launch.make_tasks([run], tmp_path / "logs"), tmp_path / "session"
     session.mkdir()
@@ -238,6 +238,12 @@ SCONTROL = """#!/bin/bash
 echo PENDING > "$FAKE_SLURM/$2.state"; touch "$FAKE_SLURM/$2.requeued"
 ( sleep 1; rm "$FAKE_SLURM/$2.requeued"; "$FAKE_SLURM/go" $2 ) > /dev/null 2>&1 &
 """
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """A real queue is asked less often."""
+    monkeypatch.setattr(launch, "_POLL_QUEUE", 0.3)
 
 
 @pytest.fixture
