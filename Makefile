@@ -39,6 +39,7 @@ gpu:
 	$(PYTHON) benchmarks/bench_cifar.py --device cuda --ablate --repeats 2 --warmups 1 --json gpu-ablation.json
 	$(PYTHON) benchmarks/bench_images.py --device cuda --arch resnet50 --json gpu-images.json
 	$(PYTHON) benchmarks/bench_checkpoint.py --device cuda --json gpu-checkpoint.json
+	$(PYTHON) benchmarks/bench_jobs.py --device cuda --json gpu-jobs.json
 
 lint: .venv/.installed
 	$(PY) -m ruff check .

@@ -281,6 +281,13 @@ def resolve_recipe(args: argparse.Namespace, wrong: float | None = None) -> tupl
         else:
             origin = f"given; {row.name} has {value:g}"
         lines.append(f"{name} {getattr(args, name):g} ({origin})")
+    penalty = "on" if args.noise_mode == "asym" else "off"
+    origin = (
+        "the authors', by the kind of noise" if args.conf_penalty == "auto" else f"given; the authors have {penalty}"
+    )
+    lines.append(f"conf_penalty {penalty if args.conf_penalty == 'auto' else args.conf_penalty} ({origin}, in warm-up)")
+    other = departures(args, recipes.setting(row, args.method)) if exact else []
+    lines += [f"not the paper's setting: {', '.join(other)}"] if other else []
     return (row if exact else None), lines
 
 

@@ -46,8 +46,18 @@ ROWS = (
 
 # What these results were made with, beside the rows: flags of Train_cifar.py
 CIFAR_SETTING = {"num_epochs": 300, "arch": "preresnet18", "width": 64, "batch_size": 64, "limit_train": None}
-CIFAR_SETTING |= {"recipe": "paper"}
+CIFAR_SETTING |= {"recipe": "paper", "lr": 0.02, "lr_drop": 150, "val_fraction": 0.0}
 CIFAR_WEIGHT_DECAY = 5e-4
+
+
+def setting(row: Recipe, method: str = "dividemix") -> dict[str, Any]:
+    """All flags that a row's result was made with; of cross-entropy those that it has a use for."""
+    if method == "ce":
+        return CIFAR_SETTING
+    of_row = {name: getattr(row, name) for name in ("lambda_u", "p_threshold", "loss_window")}
+    of_row |= {"noise_definition": "with_self"} if row.mode == "sym" else {}
+    return CIFAR_SETTING | {"alpha": 4, "T": 0.5, "conf_penalty": "auto", "warm_up": warm_up(row.dataset)} | of_row
+
 
 WARM_UP = {"cifar100": 30}  # epochs; 10 for every other small set
 
@@ -179,6 +189,19 @@ WEBVISION = ImageRecipe(
     results={"test_acc": 77.32, "test_acc_top5": 91.64, "imagenet_acc": 75.20, "imagenet_acc_top5": 90.84},
     results_with={"num_epochs": 100, "lr_drop": 50},
 )
+
+
+# Runs of minutes to hours on a CPU, for `reproduce.py --table here`: no paper has results for them. Flags of
+# Train_cifar.py beside the noise
+SMALL_SETS = {
+    "digits": {"width": 16, "warm_up": 8, "num_epochs": 20},
+    "fashionmnist": {"limit_train": 5000, "width": 16, "warm_up": 4, "num_epochs": 8},
+}
+SMALL_NOISE = {
+    "digits": (("sym", 0.2), ("sym", 0.5), ("sym", 0.8), ("asym", 0.4)),
+    "fashionmnist": (("sym", 0.5),),
+}
+SMOKE = {"limit_train": 300, "width": 4, "warm_up": 2, "num_epochs": 5}  # of digits: a test of reproduce.py, no result
 
 
 @dataclass(frozen=True)

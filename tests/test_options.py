@@ -152,6 +152,20 @@ def test_a_setting_of_the_paper_gets_its_own_values_and_says_so(setting):
     assert f"warm_up {args.warm_up} (paper, Sec. 4.2)" in lines
 
 
+def test_what_is_not_the_papers_setting_is_said_before_300_epochs_are_over():
+    """A user who left out a zero, the penalty or the batch size finds out from the last line of the run."""
+    _, _, lines = resolved("--r", "0.2")
+    assert lines[-1] == "conf_penalty off (the authors', by the kind of noise, in warm-up)"
+    *_, penalty, other = resolved("--noise_mode", "asym", "--r", "0.4", "--conf_penalty", "off", "--batch_size", "128")[
+        2
+    ]
+    assert penalty == "conf_penalty off (given; the authors have on, in warm-up)"
+    assert other == "not the paper's setting: --batch_size 128, --conf_penalty off"
+    *_, other = resolved("--r", "0.2", "--lambda_u", "25", "--T", "1", "--lr", "0.1")[2]
+    assert other == "not the paper's setting: --lr 0.1, --T 1.0, --lambda_u 25.0"
+    assert "not the paper's setting" not in str(resolved("--dataset", "digits", "--width", "16")[2])  # no row of it
+
+
 def test_other_settings_are_not_called_the_papers():
     """Else a result on digits or at 45 % would pass for one of the paper's settings and be set beside its numbers."""
     for flags in (["--dataset", "digits"], ["--r", "0.45"], ["--noise_mode", "asym", "--r", "0.5"]):
@@ -168,7 +182,7 @@ def test_given_flags_win_and_are_named_as_given():
     args, row, lines = resolved("--r", "0.9", *flags)
     assert (args.lambda_u, args.p_threshold, args.loss_window, args.warm_up) == (0, 0.7, 3, 0)
     assert row.best == 76.0  # still the paper's row to compare with
-    assert lines == [
+    assert lines[:4] == [
         "lambda_u 0 (given; cifar10 sym 90% has 50)",
         "p_threshold 0.7 (given; cifar10 sym 90% has 0.6)",
         "loss_window 3 (given; cifar10 sym 90% has 5)",

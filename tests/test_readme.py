@@ -19,9 +19,9 @@ from dividemix import DivideMixError, report
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # its scripts import each other
 
-SOURCES = ("Train_*.py", "dataloader_*.py", "dividemix/*.py", "benchmarks/*.py")
+SOURCES = ("Train_*.py", "reproduce.py", "dataloader_*.py", "dividemix/*.py", "benchmarks/*.py")
 MODULES = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern))
-OURS = re.compile(r"python3? +(Train_\w+\.py|benchmarks/\w+\.py|-m +dividemix\b)")
+OURS = re.compile(r"python3? +(Train_\w+\.py|reproduce\.py|benchmarks/\w+\.py|-m +dividemix\b)")
 
 
 # ---- Finding commands ----
@@ -76,7 +76,7 @@ def check(command: list[str]) -> None:
         check_arguments(importlib.import_module(arguments[1]).parse_args, arguments[2:])
     elif arguments[0] == "-m":
         assert arguments[1] in ("venv", "pip", "pytest"), f"unknown module {arguments[1]}"
-    elif re.fullmatch(r"Train_\w+\.py|benchmarks/\w+\.py", arguments[0]):
+    elif re.fullmatch(r"Train_\w+\.py|reproduce\.py|benchmarks/\w+\.py", arguments[0]):
         assert (ROOT / arguments[0]).is_file(), f"unknown script {arguments[0]}"
         module = arguments[0].removesuffix(".py").replace("/", ".")
         check_arguments(importlib.import_module(module).parse_args, arguments[1:])
@@ -162,6 +162,8 @@ def test_every_command_that_the_makefile_runs_parses():
         "some text python Train_cifar.py --r 0.5",
         "python Train_cifar.py --id 'open",
         "python benchmarks/bench_cifar.py --rate 1",
+        "python reproduce.py --table 7",
+        "python reproduce.py --table 1 -- --dataset cifar11",
         "python benchmarks/accuracy_pairs.py --seeds 2 -- --dataset cifar11",
     ],
 )

@@ -18,7 +18,7 @@ from test_run import assert_equal, last_state
 import dataloader_cifar
 import PreResNet
 import Train_cifar
-from dividemix import DivideMixError, noise, noise_instance, recipes, report
+from dividemix import DivideMixError, noise, noise_instance, options, recipes, report
 from dividemix.checkpoint import load_last
 from dividemix.codivide import normalise
 from dividemix.runtime import Runtime
@@ -461,10 +461,13 @@ def test_the_papers_number_stands_alone_only_beside_the_papers_setting(tmp_path)
     for flags, official, expected in (
         ([], True, "; paper: 94.6 / 94.4"),
         (["--width", "16"], True, "; paper: 94.6 / 94.4 (but this run: --width 16)"),
+        (["--lambda_u", "0"], True, "; paper: 94.6 / 94.4 (but this run: --lambda_u 0.0)"),
         ([], False, "; paper: 94.6 / 94.4 (but this run: not the official cifar10)"),
     ):
+        args = Train_cifar.parse_args(flags)
+        options.resolve_recipe(args)
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            Train_cifar.finish(run, row, Train_cifar.parse_args(flags), official)
+            Train_cifar.finish(run, row, args, official)
         assert out.getvalue().splitlines()[0] == f"best 94.00 (epoch 0), mean of the last 10 93.00{expected}"
 
 

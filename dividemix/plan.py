@@ -1,0 +1,117 @@
+"""Which runs make the chosen rows: a command and a run folder for each row and seed, the same at every start."""
+
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dividemix import DivideMixError
+from dividemix.experiments import DATA, FIRST_SEED, Experiment
+
+ROOT = Path(__file__).resolve().parent.parent  # of the scripts
+_OURS = {"seed": "--seeds", "run_dir": "--out_dir", "out_dir": "--out_dir", "data_path": "--data_root"}
+_OURS |= {"fresh": "another --out_dir", "id": "another --out_dir", "noise_seed": "--seeds"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run. missing: why it cannot be started, '' where it can."""
+
+    experiment: Experiment
+    seed: int
+    folder: Path
+    command: tuple[str, ...]
+    num_epochs: int
+    missing: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+def plan(
+    experiments: Sequence[Experiment], seeds: int, data_root: Path, out_dir: Path, extra: Sequence[str]
+) -> list[Plan]:
+    """The runs, in the order of the rows, each folder once. extra: more flags of the scripts, which name the folders
+    where they decide what is computed. Raises DivideMixError for flags that are reproduce.py's to give."""
+    given = grouped(extra)
+    for name, instead in _OURS.items():
+        if name in given:
+            raise DivideMixError(f"--{name} after --: reproduce.py gives it to each run; use {instead}")
+    end, plans = variant(given), {}
+    for experiment in experiments:
+        data = DATA[experiment.data]
+        missing = data.missing(data_root, "download" in given)
+        for seed in range(FIRST_SEED, FIRST_SEED + seeds):
+            folder = out_dir / f"{experiment.run_name}_seed{seed}{end}"
+            flags = [*experiment.flags, *seed_flags(experiment, seed), *extra, "--run_dir", str(folder)]
+            flags = [*(["--data_path", str(data_root / data.folder)] if data.folder else []), *flags]
+            command = (sys.executable, str(ROOT / experiment.script), *flags)
+            epochs = int(given["num_epochs"][0]) if given.get("num_epochs") else experiment.num_epochs
+            plans.setdefault(folder, Plan(experiment, seed, folder, command, epochs, missing))
+    return list(plans.values())
+
+
+def seed_flags(experiment: Experiment, seed: int) -> list[str]:
+    """The first seed is the scripts' own. Noise is that of the first seed for all, as in the paper."""
+    if seed == FIRST_SEED:
+        return []
+    noise = ["--noise_seed", str(FIRST_SEED)] if experiment.script == "Train_cifar.py" else []
+    return ["--seed", str(seed), *noise]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags behind --
+
+
+def grouped(extra: Sequence[str]) -> dict[str, list[str]]:
+    """['--lr', '0.1', '--no_graph'] -> {'lr': ['0.1'], 'no_graph': []}. Raises DivideMixError for words that belong to
+    no flag, and for a --num_epochs that is no number."""
+    found: dict[str, list[str]] = {}
+    for word in extra:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            found[name] = [value] if equals else []
+        elif found:
+            found[next(reversed(found))].append(word)
+        else:
+            raise DivideMixError(f"{word}: expected flags of the training scripts after --, like -- --num_epochs 20")
+    if "num_epochs" in found and not re.fullmatch("[1-9][0-9]{0,8}", " ".join(found["num_epochs"])):
+        raise DivideMixError(f"--num_epochs {' '.join(found['num_epochs'])}: expected a whole number of 1 or more")
+    return found
+
+
+def variant(given: dict[str, list[str]]) -> str:
+    """What a folder's name has for these flags: '' or '_num_epochs-20_width-16'. Flags that change nothing that is
+    computed are left out, but for num_epochs."""
+    if not given:
+        return ""
+    from dividemix.run import FREE_FLAGS  # imports torch
+
+    kept = sorted(name for name in given if name == "num_epochs" or name not in FREE_FLAGS)
+    return "".join("_" + re.sub(r"[^\w.+-]", "-", "-".join([name, *given[name]])) for name in kept)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands to copy
+
+
+def shown(command: Sequence[str]) -> str:
+    """A run's command for the terminal that reproduce.py was started in."""
+    python, script, *flags = command
+    here = shutil.which("python")
+    python = "python" if here and os.path.realpath(here) == os.path.realpath(python) else python
+    script = os.path.relpath(script) if Path.cwd() == ROOT else script
+    return shlex.join([python, script, *flags])
+
+
+def row_command(experiment: Experiment, seeds: int, data_root: Path, extra: Sequence[str]) -> str:
+    """The reproduce.py command that makes a row."""
+    words = ["python", "reproduce.py", "--rows", experiment.name]
+    words += ["--seeds", str(seeds)] if seeds > 1 else []
+    words += ["--data_root", str(data_root)] if data_root != Path() else []
+    return shlex.join([*words, *(["--", *extra] if extra else [])])
