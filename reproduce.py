@@ -115,8 +115,9 @@ def list_rows(rows: Sequence[Experiment], data_root: Path, out_dir: Path) -> Non
         if row.table != table:
             print(f"{table and chr(10)}{experiments.TABLES[row.table]} (--table {row.table})")
             table = row.table
-        found = [measured.read(folder) for folder in sorted(out_dir.glob(f"{row.run_name}_seed*"))]
-        finished = sum(each.is_finished(row.num_epochs) for each in found)
+        begin = f"{row.run_name}_seed"  # and a number: what follows it are other flags
+        own = [folder for folder in out_dir.glob(f"{begin}*") if folder.name.removeprefix(begin).isdecimal()]
+        finished = sum(measured.read(folder).is_finished(row.num_epochs) for folder in own)
         notes = [f"read from {row.run}" if row.run else "", f"{finished} finished" if finished else ""]
         notes.append(experiments.DATA[row.data].missing(data_root))
         paper = " / ".join("-" if value is None else f"{value:g}" for value in row.paper.values())
@@ -172,7 +173,7 @@ def conclude(tasks: Sequence[launch.Task], stopped: int) -> None:
     if stopped:
         error = signals.Stopped(stopped)
         begun = sum(task.state == launch.STOPPED and bool(task.found and task.found.records) for task in tasks)
-        error.add_note(f"the same command continues {begun} runs, and starts what had not begun")
+        error.add_note(f"the same command continues the runs that have begun ({begun}), and starts the others")
         raise error
     if failed:
         raise DivideMixError(f"{len(failed)} of {len(tasks)} runs failed; the same command tries them again")

@@ -1,7 +1,9 @@
 """Stands for a training script: a run folder with records, and the same command again continues. No torch, so that a
 test can start dozens of them.
 
-    python fake_script.py --num_epochs 3 --run_dir DIR [--seconds 0.1] [--fail] [--deaf] [--ablation NAME ...]
+    python fake_script.py --num_epochs 3 --run_dir DIR [--seconds 0.1] [--fail] [--deaf] [--quiet]
+
+--seconds: of an epoch; --deaf: signals are ignored; --quiet: no result at the end. All other flags are passed over.
 """
 
 import argparse

@@ -242,8 +242,11 @@ echo PENDING > "$FAKE_SLURM/$2.state"; touch "$FAKE_SLURM/$2.requeued"
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    """A real queue is asked less often."""
+    """A real queue is asked less often. Ctrl-C's signal is ignored where a shell started the tests in the background."""
     monkeypatch.setattr(launch, "_POLL_QUEUE", 0.3)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

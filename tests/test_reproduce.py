@@ -4,6 +4,7 @@ import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -100,6 +101,17 @@ def test_tables_can_be_written_without_running(fake, capsys):
     ]
 
 
+def test_the_list_counts_the_rows_own_finished_runs(fake, capsys):
+    """A short run with other flags would be listed as the paper's row, done."""
+    for name, epochs in (("seed123", 20), ("seed124", 3), ("seed123_width-8", 20)):
+        folder = fake / "out" / f"digits-sym-50_{name}"
+        subprocess.run([sys.executable, str(FAKE), "--run_dir", str(folder), "--num_epochs", str(epochs)], check=True)
+    reproduce.main(["--list", "--rows", "digits-sym-50*", "--out_dir", "out"])
+    first, second = capsys.readouterr().out.splitlines()[1:]
+    assert first.split() == ["digits-sym-50-ce", "-", "/", "-"]
+    assert second.split() == ["digits-sym-50", "-", "/", "-", "1", "finished"]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -124,7 +136,7 @@ def test_an_interrupted_command_says_what_the_next_continues(tmp_path):
     with pytest.raises(signals.Stopped) as stopped:
         reproduce.conclude([task], 15)
     assert stopped.value.status == 143 and stopped.value.__notes__ == [
-        "the same command continues 0 runs, and starts what had not begun"
+        "the same command continues the runs that have begun (0), and starts the others"
     ]
 
 
@@ -172,6 +184,7 @@ def test_ctrl_c_on_a_terminal_reaches_each_run_once(fake):
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ["TERM"] = "xterm"
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where a shell started the tests in the background
         os.execv(sys.executable, [sys.executable, "-c", driver])
     shown, interrupted, give_up = b"", False, time.monotonic() + 240
     while time.monotonic() < give_up:
@@ -188,4 +201,4 @@ def test_ctrl_c_on_a_terminal_reaches_each_run_once(fake):
     assert os.waitstatus_to_exitcode(status) == 130, shown.decode(errors="replace")
     logs = [log.read_text().splitlines() for log in (fake / "out" / "logs").glob("*.log")]
     assert [log[-1] for log in logs] == ["interrupted: by SIGTERM"] * 2, shown.decode(errors="replace")
-    assert b"s/epoch" in shown and b"the same command continues 2 runs" in shown
+    assert b"s/epoch" in shown and b"the runs that have begun (2)" in shown
