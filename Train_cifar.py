@@ -127,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     sources = images.folder, folder, args.noise_file
     wrong = machine.ranks.from_first(noise_file.wrong_share, images.train_labels, spec, *sources)
     row, recipe_lines = options.resolve_recipe(args, wrong)
+    if args.ablation != "none":
+        recipe_lines.insert(0, f"ablation {args.ablation}: {ablation.reading} ({ablation.paper_name})")
     with Run(folder, vars(args), args.fresh, machine.ranks) as run:
         train, validation, test, truly_clean, about = prepare_data(args, images, spec, run, machine)
         start = {"init_from": args.init_from, "seed": args.seed, "machine": machine, "begun": bool(run.state)}
@@ -147,8 +149,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             }
         )
         recipe_lines = recipe_lines if args.method == "dividemix" else []
-        if args.ablation != "none":
-            recipe_lines = [f"ablation {args.ablation}: {ablation.reading} ({ablation.paper_name})", *recipe_lines]
         run.say(machine.describe(), *about["lines"], *about["matrix"], *recipe_lines, f"run folder {folder}")
 
         warmup = {"batch_size": 2 * args.batch_size, "conf_penalty": conf_penalty, "machine": machine}

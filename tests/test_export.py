@@ -133,7 +133,7 @@ def test_the_metadata_say_what_goes_in_and_what_comes_out(done):
     expected = {"channels": 1, "resize": side, "image_size": side, "border": 2, "interpolation": "bilinear"}
     expected |= {"mean": list(GREY.mean), "std": list(GREY.std), "in_the_program": ["border", "mean", "std"]}
     assert {name: about["preprocessing"][name] for name in expected} == expected
-    assert about["networks"] == {"arch": "preresnet18", "width": 4, "num_class": 6}
+    assert about["networks"] == {"arch": "preresnet18", "count": 2, "width": 4, "num_class": 6}
     assert about["run"] == {"name": "a run", "weights": "best"} and about["versions"]["torch"] == torch.__version__
     assert str(done.run.parent) not in json.dumps(about) and str(ROOT) not in json.dumps(about)
 
