@@ -67,7 +67,7 @@ def departs(experiment: Experiment, found: Found, end: str) -> str:
     official = f"(official {experiment.data})"
     if experiment.data in ("cifar10", "cifar100") and not (isinstance(lines, list) and official in str(lines[:1])):
         notes.append(f"not the official {experiment.data}")
-    return ", ".join(notes) or end.replace("_", " ")
+    return ", ".join(notes) or end
 
 
 def numbers(experiment: Experiment, found: Found) -> dict[str, float]:

@@ -242,7 +242,7 @@ echo PENDING > "$FAKE_SLURM/$2.state"; touch "$FAKE_SLURM/$2.requeued"
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    """A real queue is asked less often. Ctrl-C's signal is ignored where a shell started the tests in the background."""
+    """A real queue is asked less often. Ctrl-C is ignored where a shell started the tests in the background."""
     monkeypatch.setattr(launch, "_POLL_QUEUE", 0.3)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
