@@ -12,7 +12,7 @@ from dividemix import DivideMixError, experiments, measured
 from dividemix.plan import ROOT
 
 SEEDS = 2
-_WAIT = 600  # seconds, for a machine that is busy with other things
+_WAIT = 1800  # seconds, for a machine that is busy with other things
 
 
 def run() -> None:
