@@ -1,5 +1,7 @@
 """--ablation: each switches off what it names, and nothing else, from the step to the run's report."""
 
+import contextlib
+import io
 import json
 import re
 from pathlib import Path
@@ -269,11 +271,12 @@ def done(tmp_path_factory):
         for name in ASKED:
             built, trained, divided = [], [], []
             spy_on(patch, built, trained, divided)
-            final = Train_cifar.main(flags(out, name))
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                final = Train_cifar.main(flags(out, name))
             folder = Path(final["run_dir"])
-            runs[name] = SimpleNamespace(
-                final=final, folder=folder, records=read_records(folder), built=built, trained=trained, divided=divided
-            )
+            made = {"final": final, "folder": folder, "records": read_records(folder)}
+            happened = {"built": built, "trained": trained, "divided": divided, "said": said.getvalue().splitlines()}
+            runs[name] = SimpleNamespace(**made, **happened)
             patch.undo()
             patch.setattr(report, "draw", lambda *_: [])
     return runs
@@ -387,15 +390,13 @@ def test_the_list_of_wrong_labels_is_the_one_networks(done, name):
     assert float(row["p_clean_net1"]) == float(row["label_quality"]) and row["p_clean_net2"] == ""
 
 
-def test_what_is_printed(tmp_path, capsys, monkeypatch):
+def test_what_is_printed(done):
     """Else nobody sees in a log that a part was left out, or a network's line speaks of two."""
-    monkeypatch.setattr(report, "draw", lambda *_: [])
-    Train_cifar.main(tiny(tmp_path, "--ablation", "no_cotraining", "--num_epochs", "2"))
-    lines = capsys.readouterr().out.splitlines()
+    lines = done["no_cotraining"].said
     assert (
         "ablation no_cotraining: one network, which divides and guesses for itself (DivideMix w/o co-training)" in lines
     )
-    [divided] = [line for line in lines if line.startswith("epoch 1/1")]
+    [divided] = [line for line in lines if line.startswith("epoch 2/2")]
     assert re.search(r"\| labeled \d+ unlabeled \d+ \| AUC \d\.\d+ \|", divided)
     assert re.search(r"\| test \d+\.\d\d \| best", divided) and "net" not in divided
 
@@ -482,6 +483,7 @@ def test_a_checkpoint_of_one_network_and_one_of_two(done, tmp_path, monkeypatch)
         Train_cifar.main(flags(tmp_path, "none", *short, "--init_from", str(one)))
 
 
+@pytest.mark.slow
 def test_blind_recipe_works_with_one_network(tmp_path, monkeypatch):
     """It estimates the noise from both divisions; there may be one."""
     monkeypatch.setattr(report, "draw", lambda *_: [])
