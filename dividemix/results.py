@@ -4,8 +4,6 @@ A number that stands here was read from a run that has come to its end; what was
 runs it.
 """
 
-import csv
-import io
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import Any
 
 from dividemix import DivideMixError, measured, warn
 from dividemix.checkpoint import write_atomically
+from dividemix.csvfile import to_csv
 from dividemix.experiments import DATA, MEASURES, SMOKE, TABLES, Experiment
 from dividemix.measured import Found
 
@@ -89,13 +88,11 @@ def numbers(experiment: Experiment, found: Found) -> dict[str, float]:
 # results.csv
 
 
-def csv_text(runs: Sequence[Outcome]) -> str:
+def results_csv(runs: Sequence[Outcome]) -> bytes:
     """A line for each run, also for those that are under way."""
     head = ["row", "table", "seed", "setting", "finished", *MEASURES, *(f"paper_{name}" for name in MEASURES)]
     head += ["epochs", "seconds", "commit", "torch", "python", "device", "run_folder"]
-    content = io.StringIO()
-    table = csv.writer(content, lineterminator="\n")
-    table.writerow(head)
+    rows = []
     for run in runs:
         experiment, about = run.experiment, run.found.about
         own = [f"{run.numbers[name]:.4f}" if name in run.numbers else "" for name in MEASURES]
@@ -104,8 +101,8 @@ def csv_text(runs: Sequence[Outcome]) -> str:
         row = [experiment.name, experiment.table, run.seed, run.setting or "the row's", run.is_finished, *own, *paper]
         row += [len(run.found.records), f"{run.seconds:.1f}", about.get("commit") or ""]
         row += [versions.get("torch", ""), versions.get("python", ""), about.get("machine", ""), run.found.folder.name]
-        table.writerow(row)
-    return content.getvalue()
+        rows.append(row)
+    return to_csv(head, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,11 +244,11 @@ def write(
         runs = {experiment.name: outcomes(experiment, out_dir) for experiment in experiments}
         curves = draw_curves(experiments, runs, out_dir / "curves") if with_curves else {}
         files = {
-            "results.csv": csv_text([run for each in runs.values() for run in each]),
-            "RESULTS.md": markdown(experiments, runs, command, curves),
+            "results.csv": results_csv([run for each in runs.values() for run in each]),
+            "RESULTS.md": markdown(experiments, runs, command, curves).encode(),
         }
         for name, content in files.items():
-            write_atomically(out_dir / name, content.encode())
+            write_atomically(out_dir / name, content)
     except OSError as error:
         raise DivideMixError(f"--out_dir {out_dir}: cannot be written ({error.strerror}); choose another") from error
     return [out_dir / name for name in files]
