@@ -28,6 +28,7 @@ from dividemix import (
     graph,
     label_issues,
     networks,
+    options,
     predict,
     recipes,
     report,
@@ -416,7 +417,9 @@ def test_the_paper_number_beside_an_ablation_is_its_own(tmp_path, capsys, asked,
     """One network without co-training beside 94.6: its user looks for a mistake that is not there."""
     records = [{"epoch": 0, "best_acc": 94.0, "last10_acc": 93.0, "test_acc": 94.0, "test_acc_net1": 94.0}]
     run = SimpleNamespace(records=records, best_epochs=[0], folder=tmp_path, say=print, finish=lambda final, _: final)
-    final = Train_cifar.finish(run, CIFAR10[1], Train_cifar.parse_args(asked), True)
+    args = Train_cifar.parse_args(asked)
+    options.resolve_recipe(args)
+    final = Train_cifar.finish(run, CIFAR10[1], args, True)
     assert capsys.readouterr().out.splitlines()[0] == f"best 94.00 (epoch 0), mean of the last 10 93.00{expected}"
     assert ("paper_last" in final) == (not asked)
     row = next(row for row in recipes.ROWS if row.dataset == "cifar100")  # which Table 5 lacks

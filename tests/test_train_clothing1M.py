@@ -75,7 +75,7 @@ def test_files_of_a_run(done):
     files = {path.name for path in done.folder.iterdir()} - {".lock"}
     logs = {"acc.txt", "stats.txt", "metrics.jsonl", "histograms.jsonl", "args.json", "tensorboard", "scores"}
     logs |= {"labels.npz", "label_scores.npz", "thumbnails.npz"}
-    logs |= {"report.html", "figures", "label_issues.csv", "cleaned_labels.csv"}
+    logs |= {"report.html", "metrics.csv", "figures", "label_issues.csv", "cleaned_labels.csv"}
     assert files == logs | {"last.json", "best.pt", "epoch-001.pt", "epoch-002.pt", "result.json"}
     assert (done.folder / "figures" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
     assert sorted(path.name for path in (done.folder / "scores").iterdir()) == [f"epoch_{e:03d}.npz" for e in range(3)]
