@@ -3,8 +3,8 @@
     python reproduce.py --list                                       # the rows, what they need, what is there
     python reproduce.py --table 1 --seeds 3 --dry_run                # the commands, and the hours that they take
     python reproduce.py --table 1 --seeds 3                          # runs them; the same command again continues
-    python reproduce.py --rows 'cifar10-sym-*' --jobs_per_gpu 2      # several runs share a card
-    python reproduce.py --table here --out_dir here                  # small sets: hours on a CPU, nothing to download
+    python reproduce.py --rows 'cifar10-sym-??' --jobs_per_gpu 2     # by name; several runs share a card
+    python reproduce.py --table here                                 # small sets: digits, Fashion-MNIST; hours on a CPU
     python reproduce.py --rows cifar10-sym-50 -- --num_epochs 20     # flags of the scripts: said not to be the paper's
     python reproduce.py --table all --report_only                    # results.csv, RESULTS.md, curves of what is there
     python reproduce.py --table 5 --launcher slurm --slurm_partition gpu
@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import dataloader_cifar
 from dividemix import DivideMixError, estimates, experiments, launch, measured, options, plan, results, signals, status
 from dividemix.experiments import Experiment
 from dividemix.runtime import available_cores
@@ -42,11 +43,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--seeds", type=options.positive_int, default=1, help="runs of each row, seeds 123, 124 ...")
     group.add_argument(
         "--data_root",
-        type=Path,
+        type=folder,
         default=Path(),
         help="holds cifar-10, cifar-100, data (Fashion-MNIST), Clothing1M/data and webvision",
     )
-    group.add_argument("--out_dir", type=Path, default=Path("reproduced"), help="run folders, logs, results")
+    group.add_argument("--out_dir", type=folder, default=plan.OUT_DIR, help="run folders, logs, results")
     group.add_argument("--dry_run", action="store_true", help="show the commands and the hours they take, and end")
     group.add_argument("--report_only", action="store_true", help="run nothing: write the results of what is there")
     group.add_argument("--smoke", action="store_true", help="try all of this in miniature, on digits")
@@ -69,17 +70,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="MINUTES",
         help="of a job; its runs go on in the next one",
     )
-    group.add_argument("--slurm_gpus_per_node", type=options.count, default=1, metavar="N", help="of a job")
+    group.add_argument("--slurm_gpus_per_node", type=int, choices=[0, 1], default=1, help="of a job")
     group.add_argument("--slurm_cpus_per_task", type=options.positive_int, default=8, metavar="N", help="of a job")
     group.add_argument("--slurm_jobs", type=options.positive_int, default=100, metavar="N", help="in the queue at once")
     group.add_argument("--slurm_extra", action="append", metavar="KEY=VALUE", help="for sbatch; may be repeated")
     args = parser.parse_args(words[:end])
     args.extra = words[end + 1 :]
+    if args.table and experiments.SMOKE in args.table and (len(args.table) > 1 or args.rows):
+        parser.error("--table smoke: its runs are no results; give it alone")
     if not (args.list or args.smoke or args.table or args.rows):
         parser.error("say what to run: --table 1, --rows 'cifar10-sym-*', or --list to see the rows")
     if any("=" not in word for word in args.slurm_extra or ()):
         parser.error("--slurm_extra: expected KEY=VALUE")
     return args
+
+
+def folder(word: str) -> Path:
+    """An argparse type."""
+    return Path(word).expanduser()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -90,21 +98,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         return smoke.run()
     tables = args.table or ([] if args.rows else ["all"])
-    rows = experiments.smoke_rows() if tables == [experiments.SMOKE] else experiments.every_row()
-    rows = experiments.select(rows, tables, args.rows or [])
+    every = experiments.smoke_rows() if tables == [experiments.SMOKE] else experiments.every_row()
+    rows = experiments.select(every, tables, args.rows or [])
     if args.list:
         return list_rows(rows, args.data_root, args.out_dir)
     runs = plan.plan(rows, args.seeds, args.data_root, args.out_dir, args.extra)
+    with_others = [row for row in every if row in rows or results.outcomes(row, args.out_dir)]
     if args.report_only:
-        return report(rows, args)
+        return report(with_others, args)
     slots = make_slots(args)
     if args.dry_run:
         at_once = sum(slot.size for slot in slots)
         where = f"with {at_once} at once" + (" in the queue" if args.launcher == "slurm" else " here")
         return print(*estimates.dry_run(runs, args.extra, args.out_dir, at_once, where), sep="\n")
     tasks = launch.make_tasks(runs, args.out_dir / "logs")
+    fetch(runs, args)
     stopped = run(tasks, slots, args)
-    report(rows, args)
+    report(with_others, args)
     conclude(tasks, stopped)
 
 
@@ -113,7 +123,8 @@ def list_rows(rows: Sequence[Experiment], data_root: Path, out_dir: Path) -> Non
     width, table = max(len(row.name) for row in rows), ""
     for row in rows:
         if row.table != table:
-            print(f"{table and chr(10)}{experiments.TABLES[row.table]} (--table {row.table})")
+            title = experiments.TABLES.get(row.table, "In miniature")
+            print(f"{table and chr(10)}{title} (--table {row.table})")
             table = row.table
         begin = f"{row.run_name}_seed"  # and a number: what follows it are other flags
         own = [folder for folder in out_dir.glob(f"{begin}*") if folder.name.removeprefix(begin).isdecimal()]
@@ -156,9 +167,18 @@ def run(tasks: Sequence[launch.Task], slots: Sequence[launch.Slot], args: argpar
             return launch.launch(tasks, slots, executor, session, show, on_cluster)
 
 
+def fetch(runs: Sequence[plan.Plan], args: argparse.Namespace) -> None:
+    """For `-- --download`: once, before several runs do it in one folder."""
+    if "download" in plan.grouped(args.extra):
+        for name in sorted({run.experiment.data for run in runs}):
+            data = experiments.DATA[name]
+            if data.can_download and not data.place(args.data_root):
+                dataloader_cifar.load(name, args.data_root / data.folder, download=True)
+
+
 def report(rows: Sequence[Experiment], args: argparse.Namespace) -> None:
     def command(row: Experiment) -> str:
-        return plan.row_command(row, args.seeds, args.data_root, args.extra)
+        return plan.row_command(row, args.seeds, args.data_root, args.out_dir, args.extra)
 
     for path in results.write(rows, args.out_dir, command):
         print(path)

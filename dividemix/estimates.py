@@ -90,6 +90,7 @@ def dry_run(runs: Sequence[Plan], extra: Sequence[str], out_dir: Path, slots: in
     lines.append(f"# {len(runs)} runs: {len(known)} of known length, {unknown} not measured here, {missing} lack data")
     if known:
         lines.append(
-            f"# those of known length: {hours(sum(known))} of runs, {hours(wall_seconds(known, slots))} {where}"
+            f"# those of known length: {hours(sum(known))} of runs, {hours(wall_seconds(known, slots))} {where}, "
+            "were they not to slow each other"
         )
     return lines

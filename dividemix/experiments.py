@@ -1,8 +1,7 @@
 """The rows of the paper's tables as experiments: which script with which flags makes a row, from what data, and what
 the paper reports. All of it comes from `recipes`; here is only how it is put together.
 
-Names: <dataset>-<mode>-<per cent>, then -ce (cross-entropy), or the ablation. Nothing here imports torch, so that
-`reproduce.py --list` answers at once.
+Names: <dataset>-<mode>-<per cent>, then -ce (cross-entropy), or the ablation.
 """
 
 import fnmatch
@@ -31,20 +30,26 @@ MEASURES = {  # name of a number -> its name in tables
 
 @dataclass(frozen=True)
 class DataSet:
-    """Where a set is looked for below --data_root, and what has to be there: of each of `needs`, patterns of which one
-    must match."""
+    """Where a set is looked for: in `folder` below --data_root, then in --data_root itself. needs: what has to be
+    there, of each a choice of patterns of which one must match."""
 
     title: str
     folder: str = ""
     needs: tuple[tuple[str, ...], ...] = ()
     can_download: bool = False
 
+    def place(self, data_root: Path) -> Path | None:
+        """The first folder that has all, None where none has."""
+        for folder in (data_root / self.folder, data_root):
+            if all(any(any(folder.glob(pattern)) for pattern in patterns) for patterns in self.needs):
+                return folder
+        return None
+
     def missing(self, data_root: Path, download: bool = False) -> str:
         """What a row that has no data says, '' where nothing is missing."""
-        folder = data_root / self.folder
-        if all(any(any(folder.glob(pattern)) for pattern in patterns) for patterns in self.needs):
+        if self.place(data_root) or (download and self.can_download):
             return ""
-        return "" if download and self.can_download else f"needs {self.title} in {folder}"
+        return f"needs {self.title} in {data_root / self.folder}"
 
 
 _FASHION = "train-images-idx3-ubyte*"
@@ -71,7 +76,6 @@ class Experiment:
 
     name: str
     table: str
-    title: str
     script: str
     flags: tuple[str, ...]
     data: str
@@ -105,11 +109,10 @@ def to_flags(values: dict[str, Any]) -> tuple[str, ...]:
 def small_images(row: recipes.Recipe, table: str, variant: str = "", own: dict[str, Any] | None = None) -> Experiment:
     """A row of Train_cifar.py. variant: '', 'ce' or an ablation; own: flags that are not the paper's, of a set that the
     paper lacks."""
-    data, name = DATA[row.dataset], f"{row.dataset}-{row.mode}-{round(100 * row.r)}"
+    name = f"{row.dataset}-{row.mode}-{round(100 * row.r)}"
     flags: dict[str, Any] = {} if row.dataset == "cifar10" else {"dataset": row.dataset}
     flags |= {} if row.mode == "sym" else {"noise_mode": row.mode}
     flags |= {"r": f"{row.r:g}", **(own or {})}
-    kind = {"": "DivideMix", "ce": "cross-entropy"}.get(variant)
     paper: dict[str, float | None] = {"best": row.best, "last": row.last}
     setting = recipes.setting(row, "ce" if variant == "ce" else "dividemix") | (own or {})
     setting |= {"dataset": row.dataset, "noise_mode": row.mode, "r": row.r}
@@ -118,28 +121,25 @@ def small_images(row: recipes.Recipe, table: str, variant: str = "", own: dict[s
         flags["method"], paper = "ce", {"best": row.ce_best, "last": None}
     elif variant:
         flags["ablation"] = setting["ablation"] = variant
-        kind = recipes.ABLATIONS[variant].paper_name
         paper = {"best": recipes.ABLATIONS[variant].paper_best(row)} if row.best else {"best": None, "last": None}
-    title = f"{data.title} {row.mode} {row.r:.0%}, {kind}"
     # The paper's cross-entropy is one network; where there is nothing to compare with, it is both, as for DivideMix.
     column = "test_acc_net1" if variant == "ce" and row.ce_best is not None else "test_acc"
     named = f"{name}-{variant}" if variant else name
-    return Experiment(named, table, title, "Train_cifar.py", to_flags(flags), row.dataset, paper, setting, column)
+    return Experiment(named, table, "Train_cifar.py", to_flags(flags), row.dataset, paper, setting, column)
 
 
 def one_net_test(row: recipes.Recipe) -> Experiment:
     """Table 5's test with net 1 alone: another reading of the row's own runs."""
     base = small_images(row, "5")
     paper = {"best": recipes.ONE_NET_TEST.paper_best(row)}
-    title = f"{DATA[row.dataset].title} {row.mode} {row.r:.0%}, {recipes.ONE_NET_TEST.paper_name}"
     shared = base.script, base.flags, base.data, paper, base.setting
-    return Experiment(f"{base.name}-one_net", "5", title, *shared, "test_acc_net1", base.name)
+    return Experiment(f"{base.name}-one_net", "5", *shared, "test_acc_net1", base.name)
 
 
 def large_images(recipe: recipes.ImageRecipe, name: str, table: str, data: str, script: str) -> Experiment:
-    setting = {**recipe.method, **recipe.images, **recipe.results_with}
+    setting = {**recipe.method, **recipe.images, **recipe.results_with, "val_fraction": 0.0}
     flags = to_flags(recipe.results_with)
-    return Experiment(name, table, f"{recipe.name}, DivideMix", script, flags, data, dict(recipe.results), setting)
+    return Experiment(name, table, script, flags, data, dict(recipe.results), setting)
 
 
 def paper_rows() -> list[Experiment]:
@@ -173,9 +173,10 @@ def borrowed(dataset: str, mode: str, r: float) -> recipes.Recipe:
 
 
 def smoke_rows() -> list[Experiment]:
-    """The machinery in miniature: cross-entropy, DivideMix, an ablation, and a row whose runs fail."""
+    """The machinery in miniature: DivideMix, cross-entropy, an ablation, and a row whose runs fail."""
     row = borrowed("digits", "sym", 0.5)
-    rows = [small_images(row, SMOKE, variant, recipes.SMOKE) for variant in ("ce", "", "no_refinement")]
+    rows = [small_images(row, SMOKE, variant, recipes.SMOKE) for variant in ("", "ce", "no_refinement")]
+    rows = [replace(row, name=f"smoke-{row.name}") for row in rows]
     broken = replace(rows[0], name=f"{rows[0].name}-fails", flags=(*rows[0].flags, "--init_from", "no-such-file.pt"))
     return [rows[0], broken, *rows[1:]]
 

@@ -9,6 +9,7 @@ send theirs to all processes at once, and a script that gets a second one dies a
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -39,10 +40,11 @@ class Job:
     commands: Sequence[Command]
     session: Path
     scheduler: int | None
+    children: dict[str, subprocess.Popen] = field(default_factory=dict, init=False)
+    told: bool = field(default=False, init=False)
+    asked: bool = field(default=False, init=False)
 
     def __call__(self) -> dict[str, int]:
-        self.children: dict[str, subprocess.Popen] = {}
-        self.told, self.asked = False, False
         ended: dict[str, int] = {}
         if self.scheduler is not None:  # on a cluster it reaches the scripts without us
             signal.signal(signal.SIGTERM, self.ask)
@@ -84,7 +86,7 @@ class Job:
         self.write(f"{command.name}.started", "")
         command.log.parent.mkdir(parents=True, exist_ok=True)
         with open(command.log, "ab") as log:
-            log.write(f"$ {' '.join(command.words)}\n".encode())
+            log.write(f"$ {shlex.join(command.words)}\n".encode("utf-8", "backslashreplace"))
             log.flush()
             return subprocess.Popen(
                 command.words,

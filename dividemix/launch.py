@@ -6,10 +6,10 @@ fails is noted and the rest goes on. The first Ctrl-C or SIGTERM ends all runs c
 
 import contextlib
 import os
+import queue
 import shutil
 import signal
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +58,10 @@ def make_tasks(runs: Sequence[Plan], logs: Path) -> list[Task]:
     for run in runs:
         task = Task(run, logs / f"{run.name}.log", found=measured.read(run.folder))
         if task.found.is_finished(run.num_epochs):
-            task.state = FINISHED
+            notes = run.experiment.departures(task.found.args)
+            other = [note for note in notes if note.split()[0].removeprefix("--") not in run.given]
+            task.state = FAILED if other else FINISHED
+            task.note = f"{run.folder} holds a run with {', '.join(other)}: move it away" if other else ""
         elif run.missing:
             task.state, task.note = NOT_RUN, run.missing
         tasks.append(task)
@@ -128,7 +131,8 @@ class Stop:
     """Counts the signals that ask to end. number: the first one's, 0 before."""
 
     def __init__(self) -> None:
-        self.number, self.count, self._event = 0, 0, threading.Event()
+        self.number, self.count = 0, 0
+        self._told: queue.SimpleQueue[None] = queue.SimpleQueue()  # unlike an Event's set, a handler may call its put
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -144,12 +148,12 @@ class Stop:
 
     def _heard(self, number: int, _: object) -> None:
         self.number, self.count = self.number or number, self.count + 1
-        self._event.set()
+        self._told.put(None)
 
     def wait(self, seconds: float) -> None:
         """Until the next look at the runs, or a signal."""
-        self._event.wait(seconds)
-        self._event.clear()
+        with contextlib.suppress(queue.Empty):
+            self._told.get(timeout=seconds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,31 +175,44 @@ def launch(
     show: Show,
     on_cluster: bool = False,
 ) -> int:
-    """Run all waiting tasks, and change their states. -> the signal that ended it early, or 0."""
+    """Run all waiting tasks, and change their states. -> the signal that ended it early, or 0. Raises DivideMixError
+    where not one job can be submitted; whatever it raises, the jobs that run are told to end."""
     waiting = [task for task in tasks if task.state == WAITING]
     free, active, stop, told = list(slots), [], Stop(), 0
     scheduler = None if on_cluster else os.getpid()
-    with stop.listening():
-        while waiting or active:
-            if stop.count > told:
-                told = stop.count
-                waiting = give_up(waiting, active, session, told, on_cluster, show.say)
-            while waiting and free and not stop.count:
-                slot = free.pop(0)
-                batch, waiting = waiting[: slot.size], waiting[slot.size :]
-                active.append(Active(submit(batch, slot, executor, session, scheduler), batch, slot))
-            for each in list(active):
-                is_over = each.job.done(bool(stop.count))  # before the files are read: they are complete then
-                for task in each.tasks:
-                    look(task, session)
-                if is_over:
-                    active.remove(each)
-                    free.append(each.slot)
+    try:
+        with stop.listening():
+            while waiting or active:
+                if stop.count > told:
+                    told = stop.count
+                    waiting = give_up(waiting, active, session, told, on_cluster, show.say)
+                while waiting and free and not stop.count:
+                    slot = free.pop(0)
+                    batch, waiting = waiting[: slot.size], waiting[slot.size :]
+                    try:
+                        active.append(Active(submit(batch, slot, executor, session, scheduler), batch, slot))
+                    except DivideMixError as error:  # a queue takes so many jobs of a user
+                        if not active:
+                            raise
+                        show.say(f"{error}; tried again when another job has ended")
+                        for task in batch:
+                            task.state, task.tries = WAITING, task.tries - 1
+                        waiting, free = batch + waiting, []
+                for each in list(active):
+                    is_over = each.job.done(bool(stop.count))  # before the files are read: they are complete then
                     for task in each.tasks:
-                        waiting += [task] if settle(task, session, on_cluster, bool(stop.count)) else []
-            show.update(tasks)
-            if waiting or active:
-                stop.wait(_POLL_QUEUE if on_cluster else _POLL)
+                        look(task, session)
+                    if is_over:
+                        active.remove(each)
+                        free.append(each.slot)
+                        for task in each.tasks:
+                            waiting += [task] if settle(task, session, on_cluster, bool(stop.count)) else []
+                show.update(tasks)
+                if waiting or active:
+                    stop.wait(_POLL_QUEUE if on_cluster else _POLL)
+    except BaseException:
+        (session / jobs.STOP).touch()
+        raise
     return stop.number
 
 

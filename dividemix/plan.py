@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dividemix import DivideMixError
 from dividemix.experiments import DATA, FIRST_SEED, Experiment
+from dividemix.run import FREE_FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent  # of the scripts
 _OURS = {"seed": "--seeds", "run_dir": "--out_dir", "out_dir": "--out_dir", "data_path": "--data_root"}
@@ -19,7 +20,7 @@ _OURS |= {"fresh": "another --out_dir", "id": "another --out_dir", "noise_seed":
 
 @dataclass(frozen=True)
 class Plan:
-    """One run. missing: why it cannot be started, '' where it can."""
+    """One run. missing: why it cannot be started, '' where it can. given: flags beside the row's, by name."""
 
     experiment: Experiment
     seed: int
@@ -27,6 +28,7 @@ class Plan:
     command: tuple[str, ...]
     num_epochs: int
     missing: str = ""
+    given: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -45,19 +47,19 @@ def plan(
     end, plans = variant(given), {}
     for experiment in experiments:
         data = DATA[experiment.data]
-        missing = data.missing(data_root, "download" in given)
+        missing, place = data.missing(data_root, "download" in given), data.place(data_root) or data_root / data.folder
         for seed in range(FIRST_SEED, FIRST_SEED + seeds):
             folder = out_dir / f"{experiment.run_name}_seed{seed}{end}"
             flags = [*experiment.flags, *seed_flags(experiment, seed), *extra, "--run_dir", str(folder)]
-            flags = [*(["--data_path", str(data_root / data.folder)] if data.folder else []), *flags]
+            flags = [*(["--data_path", str(place)] if data.folder else []), *flags]
             command = (sys.executable, str(ROOT / experiment.script), *flags)
             epochs = int(given["num_epochs"][0]) if given.get("num_epochs") else experiment.num_epochs
-            plans.setdefault(folder, Plan(experiment, seed, folder, command, epochs, missing))
+            plans.setdefault(folder, Plan(experiment, seed, folder, command, epochs, missing, tuple(given)))
     return list(plans.values())
 
 
 def seed_flags(experiment: Experiment, seed: int) -> list[str]:
-    """The first seed is the scripts' own. Noise is that of the first seed for all, as in the paper."""
+    """The first seed is the scripts' own. The noise is the same for all."""
     if seed == FIRST_SEED:
         return []
     noise = ["--noise_seed", str(FIRST_SEED)] if experiment.script == "Train_cifar.py" else []
@@ -70,7 +72,7 @@ def seed_flags(experiment: Experiment, seed: int) -> list[str]:
 
 def grouped(extra: Sequence[str]) -> dict[str, list[str]]:
     """['--lr', '0.1', '--no_graph'] -> {'lr': ['0.1'], 'no_graph': []}. Raises DivideMixError for words that belong to
-    no flag, and for a --num_epochs that is no number."""
+    no flag, and for a --num_epochs or --warm_up that is no number."""
     found: dict[str, list[str]] = {}
     for word in extra:
         if word.startswith("--"):
@@ -80,19 +82,17 @@ def grouped(extra: Sequence[str]) -> dict[str, list[str]]:
             found[next(reversed(found))].append(word)
         else:
             raise DivideMixError(f"{word}: expected flags of the training scripts after --, like -- --num_epochs 20")
-    if "num_epochs" in found and not re.fullmatch("[1-9][0-9]{0,8}", " ".join(found["num_epochs"])):
-        raise DivideMixError(f"--num_epochs {' '.join(found['num_epochs'])}: expected a whole number of 1 or more")
+    for name, pattern in (("num_epochs", "[1-9][0-9]{0,8}"), ("warm_up", "[0-9]{1,9}")):
+        if name in found and not re.fullmatch(pattern, " ".join(found[name])):
+            raise DivideMixError(f"--{name} {' '.join(found[name])}: expected a whole number")
     return found
 
 
 def variant(given: dict[str, list[str]]) -> str:
-    """What a folder's name has for these flags: '' or '_num_epochs-20_width-16'. Flags that change nothing that is
-    computed are left out, but for num_epochs."""
-    if not given:
-        return ""
-    from dividemix.run import FREE_FLAGS  # imports torch
-
-    kept = sorted(name for name in given if name == "num_epochs" or name not in FREE_FLAGS)
+    """What a folder's name has for these flags: '' or '_num_epochs-20_width-16'. Left out are those that a run may
+    change, but for the three that make it another one: its length and its data (whose labels it keeps)."""
+    named = {"num_epochs", "noise_file", "skip_bad_images"}
+    kept = sorted(name for name in given if name in named or name not in FREE_FLAGS)
     return "".join("_" + re.sub(r"[^\w.+-]", "-", "-".join([name, *given[name]])) for name in kept)
 
 
@@ -109,9 +109,13 @@ def shown(command: Sequence[str]) -> str:
     return shlex.join([python, script, *flags])
 
 
-def row_command(experiment: Experiment, seeds: int, data_root: Path, extra: Sequence[str]) -> str:
+OUT_DIR = Path("reproduced")  # the default
+
+
+def row_command(experiment: Experiment, seeds: int, data_root: Path, out_dir: Path, extra: Sequence[str]) -> str:
     """The reproduce.py command that makes a row."""
     words = ["python", "reproduce.py", "--rows", experiment.name]
     words += ["--seeds", str(seeds)] if seeds > 1 else []
     words += ["--data_root", str(data_root)] if data_root != Path() else []
+    words += ["--out_dir", str(out_dir)] if out_dir != OUT_DIR else []
     return shlex.join([*words, *(["--", *extra] if extra else [])])

@@ -53,7 +53,7 @@ CIFAR_WEIGHT_DECAY = 5e-4
 def setting(row: Recipe, method: str = "dividemix") -> dict[str, Any]:
     """All flags that a row's result was made with; of cross-entropy those that it has a use for."""
     if method == "ce":
-        return CIFAR_SETTING
+        return CIFAR_SETTING | {"conf_penalty": "auto"}
     of_row = {name: getattr(row, name) for name in ("lambda_u", "p_threshold", "loss_window")}
     of_row |= {"noise_definition": "with_self"} if row.mode == "sym" else {}
     return CIFAR_SETTING | {"alpha": 4, "T": 0.5, "conf_penalty": "auto", "warm_up": warm_up(row.dataset)} | of_row
@@ -195,7 +195,7 @@ WEBVISION = ImageRecipe(
 # Train_cifar.py beside the noise
 SMALL_SETS = {
     "digits": {"width": 16, "warm_up": 8, "num_epochs": 20},
-    "fashionmnist": {"limit_train": 5000, "width": 16, "warm_up": 4, "num_epochs": 8},
+    "fashionmnist": {"limit_train": 5000, "width": 16, "warm_up": 6, "num_epochs": 16},
 }
 SMALL_NOISE = {
     "digits": (("sym", 0.2), ("sym", 0.5), ("sym", 0.8), ("asym", 0.4)),

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dividemix import DivideMixError, measured, warn
+from dividemix import DivideMixError, figures, measured, warn
 from dividemix.checkpoint import write_atomically
 from dividemix.csvfile import to_csv
 from dividemix.experiments import DATA, MEASURES, SMOKE, TABLES, Experiment
 from dividemix.measured import Found
+from dividemix.runfolder import read_run
 
+LAST = 10  # epochs that "last" is the mean of
 NOTE = (
     "Test accuracy in per cent: best is the peak over the epochs, last the mean of the last 10. Ours: mean ± standard "
     "deviation over n seeds (none of one seed), all with the same noise. Cross-entropy beside the paper's is net 1 "
@@ -39,6 +41,13 @@ class Outcome:
     def seconds(self) -> float:
         return sum(map(measured.seconds, self.found.records))
 
+    @property
+    def commits(self) -> list[str]:
+        """Of all starts: a run may have been continued with another version."""
+        starts = self.found.about.get("starts")
+        starts = [each for each in starts if isinstance(each, dict)] if isinstance(starts, list) else []
+        return list(dict.fromkeys(str(each.get("commit") or "-") for each in starts or [self.found.about]))
+
 
 def outcomes(experiment: Experiment, out_dir: Path) -> list[Outcome]:
     """All runs of a row that are in out_dir and have an epoch, by setting and seed."""
@@ -59,28 +68,31 @@ def expected_epochs(found: Found, experiment: Experiment) -> int:
 
 
 def departs(experiment: Experiment, found: Found, end: str) -> str:
-    """What makes a run another one than the row asks for: its flags, and whether the data are the published ones."""
-    notes = experiment.departures(found.args)
+    """What makes a run another one than the row asks for: the flags in its folder's name (`plan.variant`), those that
+    are not the row's all the same, and whether the data are the published ones."""
+    notes = [end] if end else []
+    notes += [note for note in experiment.departures(found.args) if f"{note.split()[0][2:]}-" not in end]
     lines = found.about.get("data", {})
     lines = lines.get("lines") if isinstance(lines, dict) else None
     official = f"(official {experiment.data})"
     if experiment.data in ("cifar10", "cifar100") and not (isinstance(lines, list) and official in str(lines[:1])):
         notes.append(f"not the official {experiment.data}")
-    return ", ".join(notes) or end
+    return ", ".join(notes)
 
 
 def numbers(experiment: Experiment, found: Found) -> dict[str, float]:
     """The run's value of each measure of the row."""
     own = found.column(experiment.column)
     last = found.records[-1]
-    top = max(found.records, key=lambda record: record.get("test_acc") or 0.0)
+    chosen_by = "val_acc" if "val_acc" in last else "test_acc"
+    top = max(found.records, key=lambda record: record.get(chosen_by) or 0.0)
     values: dict[str, Any] = {name: top.get(name) for name in MEASURES}
     if experiment.script == "Train_clothing1M.py":  # tested once, with each network's best epoch
         values["test_acc"] = found.result.get("test_acc")
     if own:
         of_both = experiment.column == "test_acc"  # where an epoch is chosen by held-out labels, this is its accuracy
         values["best"] = last.get("best_acc", max(own)) if of_both else max(own)
-        values["last"] = statistics.fmean(own[-10:])
+        values["last"] = statistics.fmean(own[-LAST:]) if len(own) >= LAST else None
     return {name: values[name] for name in experiment.paper if isinstance(values.get(name), int | float)}
 
 
@@ -99,7 +111,7 @@ def results_csv(runs: Sequence[Outcome]) -> bytes:
         paper = ["" if experiment.paper.get(name) is None else experiment.paper[name] for name in MEASURES]
         versions = about.get("versions") if isinstance(about.get("versions"), dict) else {}
         row = [experiment.name, experiment.table, run.seed, run.setting or "the row's", run.is_finished, *own, *paper]
-        row += [len(run.found.records), f"{run.seconds:.1f}", about.get("commit") or ""]
+        row += [len(run.found.records), f"{run.seconds:.1f}", " ".join(run.commits)]
         row += [versions.get("torch", ""), versions.get("python", ""), about.get("machine", ""), run.found.folder.name]
         rows.append(row)
     return to_csv(head, rows)
@@ -136,9 +148,7 @@ def table_lines(
     measures = " / ".join(MEASURES[name] for name in names)
     with_paper = any(value is not None for row in rows for value in row.paper.values())
     head = ["row", *([f"paper: {measures}"] if with_paper else []), f"ours: {measures}"]
-    head += [*(["difference"] if with_paper else []), "n", "epochs", "seconds a run", "commit", "not the paper's"]
-    if not with_paper:
-        head[-1] = "not the row's"
+    head += [*(["difference"] if with_paper else []), "n", "epochs", "seconds a run", "commit", "not the row's"]
     lines = [joined(head), joined(["---"] * len(head))]
     for row in rows:
         finished = [run for run in runs.get(row.name, []) if run.is_finished]
@@ -165,7 +175,7 @@ def group_cells(row: Experiment, names: Sequence[str], group: Sequence[Outcome],
         for name in names
     ]
     epochs = sorted({len(run.found.records) for run in group})
-    commits = sorted({str(run.found.about.get("commit") or "-") for run in group})
+    commits = sorted({commit for run in group for commit in run.commits})
     return [
         row.name,
         *([papers(row, names)] if with_paper else []),
@@ -208,9 +218,6 @@ def joined(row: Sequence[str]) -> str:
 def draw_curves(experiments: Sequence[Experiment], runs: dict[str, list[Outcome]], folder: Path) -> dict[str, str]:
     """A figure of each row that has runs: test accuracy over the epochs, a style for each setting, and the paper's
     numbers as lines. -> their paths, from the folder above"""
-    from dividemix import figures
-    from dividemix.runfolder import read_run
-
     drawn: dict[str, str] = {}
     for row in experiments:
         groups: dict[str, list[Any]] = {}
@@ -222,8 +229,10 @@ def draw_curves(experiments: Sequence[Experiment], runs: dict[str, list[Outcome]
         if groups:
 
             def draw(axes: Any, row: Experiment = row, groups: dict[str, list[Any]] = groups) -> None:
+                # Cross-entropy beside the paper's is net 1; the curves of Clothing1M are of its validation set.
+                comparable = row.column == "test_acc" and row.script != "Train_clothing1M.py"
                 for name, style in (("best", "--"), ("last", ":"), ("test_acc", "--")):
-                    if row.paper.get(name) is not None:
+                    if comparable and row.paper.get(name) is not None:
                         axes.axhline(
                             row.paper[name], linestyle=style, color=figures.LINE, label=f"paper, {MEASURES[name]}"
                         )
@@ -235,6 +244,15 @@ def draw_curves(experiments: Sequence[Experiment], runs: dict[str, list[Outcome]
     return drawn
 
 
+def curves_or_warning(*args: Any) -> dict[str, str]:
+    """As `draw_curves`: a figure must not lose the tables."""
+    try:
+        return draw_curves(*args)
+    except Exception as error:
+        warn(f"no curves: {error}")
+        return {}
+
+
 def write(
     experiments: Sequence[Experiment], out_dir: Path, command: Callable[[Experiment], str], with_curves: bool = True
 ) -> list[Path]:
@@ -242,7 +260,7 @@ def write(
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         runs = {experiment.name: outcomes(experiment, out_dir) for experiment in experiments}
-        curves = draw_curves(experiments, runs, out_dir / "curves") if with_curves else {}
+        curves = curves_or_warning(experiments, runs, out_dir / "curves") if with_curves else {}
         files = {
             "results.csv": results_csv([run for each in runs.values() for run in each]),
             "RESULTS.md": markdown(experiments, runs, command, curves).encode(),

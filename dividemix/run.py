@@ -359,16 +359,15 @@ class Run:
         return share(self.ranks, {"nets": load_networks(self.folder / "best.pt")} if self.ranks.first else {})["nets"]
 
     def finish(self, final: dict[str, Any], score_labels: Callable[["Run"], None] | None = None) -> dict[str, Any]:
-        """Write result.json, the last line of acc.txt where the script's format has one, what `score_labels` writes
-        (see `scoring`), and the report. -> `final`, with null instead of NaN. Called again, it leaves the same."""
+        """Write what `score_labels` writes (see `scoring`), result.json, the last line of acc.txt where the script's
+        format has one, and the report. -> `final`, with null instead of NaN. Called again, it leaves the same."""
         final = without_nan(final)
+        if score_labels:  # first: with a result.json a run counts as finished
+            score_labels(self)
         if self.ranks.first:
             write_atomically(self.folder / "result.json", json.dumps(final, indent=1, allow_nan=False).encode())
             lines = [*map(self.logs.acc, self.records), self.logs.final(final)]
             write_atomically(self.folder / "acc.txt", "".join(lines).encode())
-        if score_labels:
-            score_labels(self)
-        if self.ranks.first:
             try:
                 from dividemix import report
 

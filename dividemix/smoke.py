@@ -50,7 +50,11 @@ def interrupt(command: list[str], out_dir: Path) -> subprocess.Popen:
             raise DivideMixError(f"smoke test: no run had an epoch within {_WAIT} s")
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    process.wait(_WAIT)
+    try:
+        process.wait(_WAIT)
+    except subprocess.TimeoutExpired as error:
+        process.kill()
+        raise DivideMixError(f"smoke test: it did not end within {_WAIT} s of a signal") from error
     return process
 
 

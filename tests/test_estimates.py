@@ -66,4 +66,6 @@ def test_the_dry_run_has_each_command_and_the_sum(tmp_path):
     assert sum("Train_cifar.py" in line and not line.startswith("#") for line in lines) == 3
     assert any(line.startswith("# webvision_seed123: needs WebVision in ") for line in lines)
     assert lines[-2] == "# 4 runs: 2 of known length, 0 not measured here, 2 lack data"
-    assert lines[-1] == "# those of known length: 32.0 h of runs, 16.0 h with 2 at once here"
+    assert lines[-1] == (
+        "# those of known length: 32.0 h of runs, 16.0 h with 2 at once here, were they not to slow each other"
+    )

@@ -1,7 +1,5 @@
 """The rows: made from recipes, and each a command that its script takes."""
 
-from dataclasses import replace
-
 import pytest
 
 import Train_cifar
@@ -108,6 +106,13 @@ def test_missing_data_are_found_before_anything_starts(tmp_path, data, files):
     assert DATA[data].missing(tmp_path) == ""
 
 
+def test_data_in_torchvisions_layout_are_found(tmp_path):
+    """--data_root data, where torchvision has put all sets side by side, would be refused, which the scripts take."""
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").touch()
+    assert DATA["cifar10"].place(tmp_path) == tmp_path and DATA["cifar100"].place(tmp_path) is None
+
+
 def test_what_can_be_fetched_is_not_missing(tmp_path):
     """`-- --download` on a new machine would run nothing; Clothing1M has no download."""
     assert DATA["cifar10"].missing(tmp_path, download=True) == "" and DATA["digits"].missing(tmp_path) == ""
@@ -117,5 +122,5 @@ def test_what_can_be_fetched_is_not_missing(tmp_path):
 def test_the_smoke_rows_are_in_no_list():
     """Their numbers, of 300 images, would stand among the results."""
     rows = experiments.smoke_rows()
-    assert len({row.name for row in rows}) == 4 and not any(row.table == experiments.SMOKE for row in every_row())
-    assert replace(rows[0], flags=()).setting["limit_train"] == recipes.SMOKE["limit_train"]
+    assert len({row.name for row in rows}) == 4 and not {row.run_name for row in rows} & {*ROWS}
+    assert all(row.setting["limit_train"] == recipes.SMOKE["limit_train"] for row in rows)

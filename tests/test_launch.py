@@ -1,11 +1,13 @@
 """Runs as jobs: with scripts that only write run folders (fake_script.py), through the real submitit."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ from conftest import ROOT
 
 from dividemix import DivideMixError, experiments, launch, measured, status
 from dividemix.jobs import Command, Job, is_alive
-from dividemix.launch import FAILED, FINISHED, NOT_RUN, QUEUED, STOPPED, WAITING, Slot
+from dividemix.launch import FAILED, FINISHED, NOT_RUN, QUEUED, STOPPED, Slot
 from dividemix.plan import Plan
 
 FAKE = Path(__file__).parent / "fake_script.py"
@@ -24,7 +26,7 @@ ROW = experiments.every_row()[0]
 def fake_run(out: Path, name: str, *flags: str, epochs: int = 2, missing: str = "") -> Plan:
     folder = out / name
     words = (sys.executable, str(FAKE), "--run_dir", str(folder), "--num_epochs", str(epochs), *flags)
-    return Plan(ROW, 123, folder, words, epochs, missing)
+    return Plan(ROW, 123, folder, words, epochs, missing, ("num_epochs",))
 
 
 def go(out: Path, runs: list[Plan], slots: int = 2, meanwhile=None, launcher="local", parameters=None, size=1):
@@ -80,11 +82,11 @@ def test_what_fails_is_reported_and_the_rest_goes_on(tmp_path, capsys):
 @pytest.mark.slow
 def test_slots_are_never_exceeded_and_all_used(tmp_path):
     """More runs at once than asked for do not fit in a card's memory; fewer leave it idle."""
-    runs = [fake_run(tmp_path, f"run{k}", "--seconds", "0.7") for k in range(4)]
+    runs = [fake_run(tmp_path, f"run{k}", "--seconds", "3") for k in range(4)]
     tasks, _ = go(tmp_path, runs, slots=2)
     spans = [[float(line.split()[1]) for line in (r.folder / "times").read_text().splitlines()] for r in runs]
     at_once = [sum(begin <= moment < end for begin, end in spans) for moment, _ in spans]
-    assert max(at_once) <= 2 and all(task.state == FINISHED for task in tasks)
+    assert max(at_once) == 2 and all(task.state == FINISHED for task in tasks)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
@@ -176,7 +178,7 @@ def test_cards_are_those_that_are_visible(monkeypatch):
 # ---- On a cluster ----
 
 
-def test_a_run_whose_node_was_taken_away_is_submitted_again(tmp_path, capsys):
+def test_a_run_whose_node_was_taken_away_is_submitted_again(tmp_path):
     """A preempted job, which is the rule in many queues, would count as failed and stop its row at epoch 40."""
     run = fake_run(tmp_path, "run", epochs=2)
     ends = iter([143, None, 0])
@@ -202,7 +204,50 @@ def test_a_run_whose_node_was_taken_away_is_submitted_again(tmp_path, capsys):
     launch.launch(tasks, [Slot()], executor, session, status.Lines(True), True)
     assert tasks[0].state == FAILED and len(submitted) == 3 + launch._TRIES
     assert tasks[0].note.startswith("its job ended without a word; see ") and (session / "keep").exists()
-    assert "never" not in capsys.readouterr().err
+
+
+def test_a_queue_that_takes_no_more_jobs_is_asked_again(tmp_path, capsys):
+    """A limit of so many jobs a user would end the command, with the jobs that were taken training on unseen."""
+    runs, inside = [fake_run(tmp_path, name) for name in ("a", "b", "c")], []
+
+    def submit(job):
+        if inside:
+            raise RuntimeError("QOSMaxSubmitJobPerUserLimit")
+        [command] = job.commands
+        inside.append(command)
+
+        def done(_):
+            subprocess.run(command.words, check=True)
+            job.write(f"{command.name}.json", '{"status": 0}')
+            inside.clear()
+            return True
+
+        return SimpleNamespace(done=done)
+
+    tasks, session = launch.make_tasks(runs, tmp_path / "logs"), tmp_path / "session"
+    session.mkdir()
+    executor = SimpleNamespace(submit=submit)
+    assert launch.launch(tasks, [Slot()] * 3, executor, session, status.Lines(True), True) == 0
+    assert [task.state for task in tasks] == [FINISHED] * 3
+    assert "QOSMaxSubmitJobPerUserLimit; tried again when another job has ended" in capsys.readouterr().out
+
+    inside.append("somebody else's")
+    tasks = launch.make_tasks([fake_run(tmp_path, "d")], tmp_path / "logs")
+    with pytest.raises(DivideMixError, match="a job could not be submitted: QOSMax"):
+        launch.launch(tasks, [Slot()], executor, session, status.Lines(True), True)
+    assert (session / "stop").exists()
+
+
+def test_a_finished_run_of_another_setting_is_not_the_rows(tmp_path):
+    """After a recipe was mended, runs with the old value would stand as finished for ever, and in no table."""
+    run = fake_run(tmp_path, "old")
+    subprocess.run(run.command, check=True)
+    path = run.folder / "args.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"args": {"width": 8, "num_epochs": 2}}))
+    [task] = launch.make_tasks([run], tmp_path / "logs")
+    assert task.state == FAILED and task.note == f"{run.folder} holds a run with --width 8: move it away"
+    [task] = launch.make_tasks([replace(run, given=("num_epochs", "width"))], tmp_path / "logs")
+    assert task.state == FINISHED
 
 
 def test_waiting_jobs_are_cancelled_at_the_first_signal(tmp_path):
@@ -314,9 +359,3 @@ def test_a_job_writes_how_each_command_ended(tmp_path):
     assert Job(commands, tmp_path, None)() == {"c0": 0, "c1": 3}
     assert (tmp_path / "c1.json").read_text() == '{"status": 3}' and (tmp_path / "c0.started").exists()
     assert (tmp_path / "logs" / "1.log").read_text().splitlines()[-1] == "hello"
-
-
-def test_states_that_nothing_else_shows():
-    """`waiting` runs at the end of a launch would be neither failed nor finished."""
-    task = launch.Task(SimpleNamespace(name="a", experiment=ROW, seed=1, num_epochs=3), Path("log"))
-    assert task.state == WAITING and launch.summary([task]) == "1 waiting"

@@ -30,7 +30,7 @@ def test_a_run_is_its_scripts_command(tmp_path):
 
 
 def test_seeds_share_the_noise():
-    """The spread would be that of the noise, too, which the paper's runs share."""
+    """The spread would be that of the noise, too."""
     first, second = plans("digits-sym-50", seeds=2)
     assert "--seed" not in first.command and second.folder == Path("out/digits-sym-50_seed124")
     args = Train_cifar.parse_args(second.command[2:])
@@ -55,13 +55,15 @@ def test_other_flags_have_folders_of_their_own():
     )
     [other] = plans("cifar10-sym-50", extra="--num_epochs=20 --width=16")
     assert other.name == run.name and other.num_epochs == 20
+    [other] = plans("cifar10-sym-50", extra="--noise_file x.json")
+    assert other.name == "cifar10-sym-50_seed123_noise_file-x.json"
     assert (
         plans("cifar10-sym-50", extra="--init_from /a/b c.pt")[0].name == "cifar10-sym-50_seed123_init_from--a-b-c.pt"
     )
 
 
 @pytest.mark.parametrize(
-    "extra", ["--seed 1", "--run_dir x", "--width 3 --fresh", "--data_path x", "16", "--num_epochs x"]
+    "extra", ["--seed 1", "--run_dir x", "--width 3 --fresh", "--data_path x", "16", "--num_epochs x", "--warm_up x"]
 )
 def test_flags_that_are_not_the_users_to_give_are_refused(extra):
     """All runs in one folder: each moves the one before aside."""
@@ -83,6 +85,7 @@ def test_commands_can_be_copied(monkeypatch, tmp_path):
 def test_a_rows_own_command_makes_it():
     """RESULTS.md would show a command that makes another table."""
     row = ROWS["cifar10-sym-50"]
-    assert plan.row_command(row, 1, Path(), []) == "python reproduce.py --rows cifar10-sym-50"
-    whole = plan.row_command(row, 3, Path("a b"), ["--width", "16"])
-    assert whole == "python reproduce.py --rows cifar10-sym-50 --seeds 3 --data_root 'a b' -- --width 16"
+    assert plan.row_command(row, 1, Path(), plan.OUT_DIR, []) == "python reproduce.py --rows cifar10-sym-50"
+    whole = plan.row_command(row, 3, Path("a b"), Path("o"), ["--width", "16"])
+    asked = "python reproduce.py --rows cifar10-sym-50 --seeds 3 --data_root 'a b' --out_dir o -- --width 16"
+    assert whole == asked
