@@ -29,7 +29,7 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN if args.deaf else stop)
     with open(folder / "times", "a") as times:
         print("start", time.time(), os.environ.get("OMP_NUM_THREADS"), os.getpid(), file=times)
-    flags = {"num_epochs": args.num_epochs, "seed": 123}
+    flags = {"num_epochs": args.num_epochs, "warm_up": 10, "seed": 123}
     about = {"command": ["Train_cifar.py"], "args": flags, "machine": "cpu", "commit": "c" * 40, "versions": {}}
     (folder / "args.json").write_text(json.dumps(about))
     if args.fail:
