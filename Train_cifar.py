@@ -148,7 +148,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 "machine": machine.describe(),
             }
         )
-        recipe_lines = recipe_lines if args.method == "dividemix" else []
         run.say(machine.describe(), *about["lines"], *about["matrix"], *recipe_lines, f"run folder {folder}")
 
         warmup = {"batch_size": 2 * args.batch_size, "conf_penalty": conf_penalty, "machine": machine}

@@ -137,7 +137,7 @@ def one_net_test(row: recipes.Recipe) -> Experiment:
 
 
 def large_images(recipe: recipes.ImageRecipe, name: str, table: str, data: str, script: str) -> Experiment:
-    setting = {**recipe.method, **recipe.images, **recipe.results_with, "val_fraction": 0.0}
+    setting = recipe.setting | {"val_fraction": 0.0}
     flags = to_flags(recipe.results_with)
     return Experiment(name, table, script, flags, data, dict(recipe.results), setting)
 

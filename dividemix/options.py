@@ -259,10 +259,11 @@ def add_run(
 
 def resolve_recipe(args: argparse.Namespace, wrong: float | None = None) -> tuple[recipes.Recipe | None, list[str]]:
     """Fill lambda_u, p_threshold, loss_window and warm_up that were not given. `wrong`: see `recipes.nearest`. -> (the
-    paper's row if there is one for this setting, lines that say where each value comes from)."""
+    paper's row if there is one for this setting, lines that say where each value comes from that the method uses)."""
     row, exact = recipes.nearest(args.dataset, args.noise_mode, args.r, wrong)
     if args.recipe == "blind":
-        return (row if exact else None), resolve_blind(args)
+        lines = resolve_blind(args)
+        return (row if exact else None), lines if args.method == "dividemix" else []
     by = "" if wrong is None else f" by {wrong:.1%} wrong labels"
     source = f"paper, Table 7: {row.name}" if exact else f"not in the paper; nearest row{by}, Table 7: {row.name}"
     found = {
@@ -286,6 +287,7 @@ def resolve_recipe(args: argparse.Namespace, wrong: float | None = None) -> tupl
         "the authors', by the kind of noise" if args.conf_penalty == "auto" else f"given; the authors have {penalty}"
     )
     lines.append(f"conf_penalty {penalty if args.conf_penalty == 'auto' else args.conf_penalty} ({origin}, in warm-up)")
+    lines = lines if args.method == "dividemix" else []
     other = departures(args, recipes.setting(row, args.method)) if exact else []
     lines += [f"not the paper's setting: {', '.join(other)}"] if other else []
     return (row if exact else None), lines
@@ -333,14 +335,16 @@ def resolve_images(args: argparse.Namespace, paper: recipes.ImageRecipe) -> list
     networks.check(args.arch, args.width, args.image_size, args.weights)
     if args.warm_up < 1:
         raise DivideMixError("--warm_up 0: expected 1 or more, since the first division is made at an epoch's end")
-    if args.lambda_u == 0:
-        return []
-    return [f"--lambda_u {args.lambda_u:g}: accepted, has no effect; unlabeled images are mix partners only"]
+    notes = []
+    if args.lambda_u > 0:
+        notes = [f"--lambda_u {args.lambda_u:g}: accepted, has no effect; unlabeled images are mix partners only"]
+    other = departures(args, paper.setting)
+    return [*notes, f"not the paper's setting: {', '.join(other)}"] if other else notes
 
 
 def but(args: argparse.Namespace, paper: recipes.ImageRecipe) -> str:
     """What stands behind the paper's result where this run is not the paper's setting."""
-    other = departures(args, {**paper.method, **paper.images, **paper.results_with})
+    other = departures(args, paper.setting)
     return f" (but this run: {', '.join(other)})" if other else ""
 
 

@@ -158,6 +158,12 @@ class ImageRecipe:
     results: dict[str, float]  # the paper's, by the names of an epoch's record
     results_with: dict[str, Any]  # the paper's flags for these, where they are not the defaults
 
+    @property
+    def setting(self) -> dict[str, Any]:
+        """All flags that the paper's results were made with; lambda_u, which has no effect here, is none of them."""
+        flags = self.method | self.images | self.results_with
+        return {name: value for name, value in flags.items() if name != "lambda_u"}
+
     def resize_for(self, image_size: int) -> int:
         """The short side for another crop, in the same proportion."""
         return round(image_size * self.resize / self.images["image_size"])

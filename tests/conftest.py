@@ -13,7 +13,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from dividemix import options
+from dividemix import options, report
 from dividemix.codivide import Division
 from dividemix.data import DeviceImages
 from dividemix.engine import PhaseTerms
@@ -148,3 +148,20 @@ def half(n, labeled=None):
     mask[: n // 2 if labeled is None else labeled] = True
     p = np.where(mask, 0.9, 0.1)
     return Division(p, mask, p.astype(np.float32), np.array([0.1, 0.9]), np.ones(2), np.ones(2) / 2, 0.5, None)
+
+
+def assert_co_divided(net2, net1, first, second) -> None:
+    """Of one epoch, noted: both networks' scores, then both networks' training. Each learns from the other's division
+    and with the other, as it is then, as its peer."""
+    assert same(first["net"], net1["net"]) and same(second["net"], net2["net"])
+    assert same(first["peer"], net2["net"]), "net 1's peer is not net 2"
+    assert same(second["peer"], first["after"]) and not same(first["after"], first["net"]), "a stale peer"
+    assert np.abs(net1["loss"] - net2["loss"]).max() > 1e-3  # the two divisions can be told apart
+    for trained, divided in ((first, net2), (second, net1)):
+        np.testing.assert_allclose(trained["loss"], divided["loss"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """The end of a run without its report, which takes seconds."""
+    monkeypatch.setattr(report, "draw", lambda *_: [])

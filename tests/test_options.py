@@ -164,6 +164,10 @@ def test_what_is_not_the_papers_setting_is_said_before_300_epochs_are_over():
     *_, other = resolved("--r", "0.2", "--lambda_u", "25", "--T", "1", "--lr", "0.1")[2]
     assert other == "not the paper's setting: --lr 0.1, --T 1.0, --lambda_u 25.0"
     assert "not the paper's setting" not in str(resolved("--dataset", "digits", "--width", "16")[2])  # no row of it
+    assert resolved("--r", "0.2", "--method", "ce", "--alpha", "1")[2] == []  # which has no use for it
+    ce = ("--method", "ce", "--recipe")
+    assert resolved("--r", "0.2", *ce, "paper", "--lr", "0.1")[2] == ["not the paper's setting: --lr 0.1"]
+    assert resolved("--r", "0.2", *ce, "blind")[2] == []
 
 
 def test_other_settings_are_not_called_the_papers():
@@ -341,15 +345,16 @@ def test_a_warm_up_is_needed_where_divisions_are_made_at_an_epochs_end():
 
 
 def test_the_papers_number_stands_beside_its_own_setting():
-    """WebVision's number is of 100 epochs, the default 80: else the two are compared without a word."""
+    """WebVision's number is of 100 epochs, the default 80: else the two are compared without a word, or it is said when
+    the 80 are over."""
     parser, recipe = image_parser(recipes.WEBVISION), recipes.WEBVISION
-    for flags, expected in (
-        ([], " (but this run: --lr_drop 40, --num_epochs 80)"),
-        (["--num_epochs", "100", "--lr_drop", "50"], ""),
+    for flags, other in (
+        ([], "--lr_drop 40, --num_epochs 80"),
+        (["--num_epochs", "100", "--lr_drop", "50", "--lambda_u", "0"], ""),
     ):
         args = parser.parse_args(flags)
-        options.resolve_images(args, recipe)
-        assert options.but(args, recipe) == expected
+        assert options.resolve_images(args, recipe) == ([f"not the paper's setting: {other}"] if other else [])
+        assert options.but(args, recipe) == (f" (but this run: {other})" if other else "")
 
 
 def test_departures_from_a_setting_are_written_as_flags():

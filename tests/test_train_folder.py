@@ -45,15 +45,13 @@ def starter(tmp_path: Path, monkeypatch, capsys):
     return run
 
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
     """24 images of 4 classes; 2 of them are held out."""
     return make_folder(tmp_path_factory.mktemp("own") / "images")
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    monkeypatch.setattr(report, "draw", lambda *_: [])
 
 
 @pytest.fixture

@@ -12,18 +12,15 @@ from PIL import Image
 from test_train_folder import EPOCHS, MODES, starter, tiny
 
 import Train_folder
-from dividemix import DivideMixWarning, networks, report
+from dividemix import DivideMixWarning, networks
+
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
     """24 images of 4 classes; 2 of them are held out."""
     return make_folder(tmp_path_factory.mktemp("own") / "images")
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    monkeypatch.setattr(report, "draw", lambda *_: [])
 
 
 @pytest.fixture

@@ -6,24 +6,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import note_phases, read_records, same, snapshot
+from conftest import assert_co_divided, note_phases, read_records, same, snapshot
 from make_image_trees import make_folder
 from test_train_folder import EPOCHS, MODES, starter, tiny
 
 import Train_folder
-from dividemix import DivideMixWarning, networks, report
+from dividemix import DivideMixWarning, networks
 from dividemix.codivide import normalise
+
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
     """24 images of 4 classes; 2 of them are held out."""
     return make_folder(tmp_path_factory.mktemp("own") / "images")
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    monkeypatch.setattr(report, "draw", lambda *_: [])
 
 
 @pytest.fixture
@@ -114,13 +111,7 @@ def test_networks_swap_divisions_and_the_peer_is_fresh(tree, tmp_path, monkeypat
         Train_folder.main(tiny(tree, tmp_path / "run", "--num_epochs", epochs))
     assert [e["what"] for e in events] == (["score"] * 2 + ["train"] * 2) * 2 + ["score"] * 2
     for begin in (0, 4):
-        net2, net1, first, second = events[begin : begin + 4]
-        assert same(first["net"], net1["net"]) and same(second["net"], net2["net"])
-        assert same(first["peer"], net2["net"]), "net 1's peer is not net 2"
-        assert same(second["peer"], first["after"]) and not same(first["after"], first["net"]), "a stale peer"
-        assert np.abs(net1["loss"] - net2["loss"]).max() > 1e-3  # the two divisions can be told apart
-        for trained, divided in ((first, net2), (second, net1)):
-            np.testing.assert_allclose(trained["loss"], divided["loss"], rtol=1e-5, atol=1e-6)
+        assert_co_divided(*events[begin : begin + 4])
 
 
 def test_plain_cross_entropy(tree, start, tmp_path):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_NET, read_records, reference_logits, run_script, same, snapshot
+from conftest import SMALL_NET, assert_co_divided, read_records, reference_logits, run_script, same, snapshot
 from make_image_trees import WNIDS, make_webvision
 from test_run import assert_equal, last_state, without_times
 
@@ -274,14 +274,8 @@ def test_networks_swap_divisions_and_the_peer_is_fresh(tree, tmp_path, monkeypat
     tests, scoring, training = ["val", "imagenet"], ["score"] * 2, ["train"] * 2
     assert [e["what"] for e in events] == (tests + scoring + training) * 2 + tests + scoring
     events = [e for e in events if e["what"] not in tests]
-    for start in (0, 4):
-        net2, net1, first, second = events[start : start + 4]
-        assert same(first["net"], net1["net"]) and same(second["net"], net2["net"])
-        assert same(first["peer"], net2["net"]), "net 1's peer is not net 2"
-        assert same(second["peer"], first["after"]) and not same(first["after"], first["net"]), "a stale peer"
-        assert np.abs(net1["loss"] - net2["loss"]).max() > 1e-3  # the two divisions can be told apart
-        for trained, divided in ((first, net2), (second, net1)):
-            np.testing.assert_allclose(trained["loss"], divided["loss"], rtol=1e-5, atol=1e-6)
+    for begin in (0, 4):
+        assert_co_divided(*events[begin : begin + 4])
 
 
 def test_an_empty_labeled_set_keeps_the_division_before(tree, tmp_path, monkeypatch):
