@@ -200,8 +200,8 @@ WEBVISION = ImageRecipe(
 # Runs of minutes to hours on a CPU, for `reproduce.py --table here`: no paper has results for them. Flags of
 # Train_cifar.py beside the noise
 SMALL_SETS = {
-    "digits": {"width": 16, "warm_up": 8, "num_epochs": 20},
-    "fashionmnist": {"limit_train": 5000, "width": 16, "warm_up": 6, "num_epochs": 16},
+    "digits": {"width": 16, "warm_up": 8, "num_epochs": 40},
+    "fashionmnist": {"limit_train": 5000, "width": 16, "warm_up": 6, "num_epochs": 40},
 }
 SMALL_NOISE = {
     "digits": (("sym", 0.2), ("sym", 0.5), ("sym", 0.8), ("asym", 0.4)),

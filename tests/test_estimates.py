@@ -19,7 +19,7 @@ def one(name: str, out: Path, extra: tuple = ()) -> estimates.Estimate:
 def test_the_same_rows_epochs_come_first_then_a_like_rows(tmp_path):
     """The hours would be those of another network, or of nothing."""
     assert one("digits-sym-50", tmp_path).seconds is None
-    assert str(one("digits-sym-50", tmp_path)) == "20 epochs; time not measured here"
+    assert str(one("digits-sym-50", tmp_path)) == "40 epochs; time not measured here"
     records = [epoch(0, 1, "warmup"), *(epoch(e, 3) for e in range(1, 4))]
     write(tmp_path / "digits-sym-20_seed123", records, **SIZE, warm_up=1)
     found = one("digits-sym-50", tmp_path)

@@ -26,7 +26,7 @@ def test_a_run_is_its_scripts_command(tmp_path):
     assert run.command == (sys.executable, script, *flags) and run.num_epochs == 300
     assert run.missing == "needs CIFAR-10 in data/cifar-10"
     [run] = plans("digits-sym-50-ce")
-    assert "--data_path" not in run.command and run.missing == "" and run.num_epochs == 20
+    assert "--data_path" not in run.command and run.missing == "" and run.num_epochs == 40
 
 
 def test_seeds_share_the_noise():
