@@ -4,11 +4,12 @@ from pathlib import Path
 
 from test_measured import epoch, write
 
-from dividemix import estimates, plan
+from dividemix import estimates, plan, recipes
 from dividemix.experiments import every_row, select
 from dividemix.measured import DIVIDED, PLAIN
 
 SIZE = {"dataset": "digits", "arch": "preresnet18", "width": 16, "batch_size": 64, "limit_train": None}
+EPOCHS = recipes.SMALL_SETS["digits"]["num_epochs"]
 
 
 def one(name: str, out: Path, extra: tuple = ()) -> estimates.Estimate:
@@ -19,16 +20,19 @@ def one(name: str, out: Path, extra: tuple = ()) -> estimates.Estimate:
 def test_the_same_rows_epochs_come_first_then_a_like_rows(tmp_path):
     """The hours would be those of another network, or of nothing."""
     assert one("digits-sym-50", tmp_path).seconds is None
-    assert str(one("digits-sym-50", tmp_path)) == "40 epochs; time not measured here"
+    assert str(one("digits-sym-50", tmp_path)) == f"{EPOCHS} epochs; time not measured here"
     records = [epoch(0, 1, "warmup"), *(epoch(e, 3) for e in range(1, 4))]
     write(tmp_path / "digits-sym-20_seed123", records, **SIZE, warm_up=1)
     found = one("digits-sym-50", tmp_path)
-    assert found.epochs == {PLAIN: 8, DIVIDED: 12} and found.seconds == 8 * 2 + 12 * 4
-    assert str(found) == "8 x 2.0 s + 12 x 4.0 s = 64 s (measured: digits-sym-20_seed123)"
+    assert found.epochs == {PLAIN: 8, DIVIDED: EPOCHS - 8} and found.seconds == 8 * 2 + (EPOCHS - 8) * 4
+    assert (
+        str(found)
+        == f"8 x 2.0 s + {EPOCHS - 8} x 4.0 s = {estimates.hours(found.seconds)} (measured: digits-sym-20_seed123)"
+    )
     write(tmp_path / "digits-sym-50_seed124", [epoch(0, 9, "warmup"), epoch(1, 19)], **SIZE, warm_up=1)
     assert one("digits-sym-50", tmp_path).each == {PLAIN: 10.0, DIVIDED: 20.0}
-    assert one("digits-sym-50-ce", tmp_path).epochs == {PLAIN: 20, DIVIDED: 0}
-    assert one("digits-sym-50-ce", tmp_path).seconds == 20 * 2.0  # a warm-up epoch is the same work
+    assert one("digits-sym-50-ce", tmp_path).epochs == {PLAIN: EPOCHS, DIVIDED: 0}
+    assert one("digits-sym-50-ce", tmp_path).seconds == EPOCHS * 2.0  # a warm-up epoch is the same work
     assert one("cifar10-sym-50", tmp_path).seconds is None
     assert one("digits-sym-50", tmp_path, ("--width", "8")).seconds is None
     assert one("digits-sym-50", tmp_path, ("--num_epochs", "9")).seconds == 8 * 10 + 20
@@ -44,8 +48,8 @@ def test_a_run_that_has_begun_needs_the_rest(tmp_path):
     """After a night the same estimate as before it."""
     records = [epoch(0, 1, "warmup"), epoch(1, 3)]
     write(tmp_path / "digits-sym-50_seed123", records, **SIZE, warm_up=1)
-    assert one("digits-sym-50", tmp_path).epochs == {PLAIN: 6, DIVIDED: 12}
-    records = [epoch(e, 1) for e in range(20)]
+    assert one("digits-sym-50", tmp_path).epochs == {PLAIN: 6, DIVIDED: EPOCHS - 8}
+    records = [epoch(e, 1) for e in range(EPOCHS)]
     write(tmp_path / "digits-sym-80_seed123", records, **SIZE, warm_up=1)
     assert str(one("digits-sym-80", tmp_path)) == "finished"
 
@@ -60,6 +64,7 @@ def test_wall_clock_of_several_at_once():
 def test_the_dry_run_has_each_command_and_the_sum(tmp_path):
     """What `--dry_run` is for: whether to start it tonight."""
     records = [epoch(0, 1799, "warmup"), epoch(1, 3599)]
+    each = (8 * 1800 + (EPOCHS - 8) * 3600) / 3600  # hours of a run
     write(tmp_path / "digits-sym-20_seed123", records, **SIZE, warm_up=1)
     rows = select(every_row(), [], ["digits-sym-50", "digits-sym-80", "cifar10-sym-50", "webvision"])
     lines = estimates.dry_run(plan.plan(rows, 1, tmp_path, tmp_path, ()), (), tmp_path, 2, "with 2 at once here")
@@ -67,5 +72,5 @@ def test_the_dry_run_has_each_command_and_the_sum(tmp_path):
     assert any(line.startswith("# webvision_seed123: needs WebVision in ") for line in lines)
     assert lines[-2] == "# 4 runs: 2 of known length, 0 not measured here, 2 lack data"
     assert lines[-1] == (
-        "# those of known length: 32.0 h of runs, 16.0 h with 2 at once here, were they not to slow each other"
+        f"# those of known length: {2 * each} h of runs, {each} h with 2 at once here, were they not to slow each other"
     )

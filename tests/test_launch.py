@@ -125,6 +125,15 @@ def test_a_second_signal_kills(tmp_path):
     assert number == signal.SIGINT and tasks[0].state == STOPPED and not is_alive(pid_of(tasks[0]))
 
 
+def test_which_processes_are_there():
+    """Runs whose command was killed train on, for as long as a script that started the command does not notice."""
+    ended = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    assert is_alive(os.getpid()) and not is_alive(ended.pid)
+    ended.wait()
+    assert not is_alive(ended.pid)
+
+
 @pytest.mark.slow
 def test_runs_end_when_the_command_is_killed(tmp_path):
     """Else they train on unseen, and the same command finds their folders locked."""
@@ -139,11 +148,11 @@ go(Path({str(tmp_path)!r}), [fake_run(Path({str(tmp_path)!r}), "run", "--seconds
     while not has_epoch([task]):
         assert process.poll() is None
         time.sleep(0.1)
-    process.kill()
-    process.wait()
+    process.kill()  # and its parent, a shell script perhaps, does not ask how it ended
     give_up = time.monotonic() + 60
     while is_alive(pid_of(task)) and time.monotonic() < give_up:
         time.sleep(0.1)
+    process.wait()
     assert not is_alive(pid_of(task)) and task.log.read_text().splitlines()[-1] == "interrupted: by SIGTERM"
 
 
