@@ -237,7 +237,7 @@ def draw_curves(experiments: Sequence[Experiment], runs: dict[str, list[Outcome]
                             row.paper[name], linestyle=style, color=figures.LINE, label=f"paper, {MEASURES[name]}"
                         )
                 figures.overlay(axes, list(groups.items()), None)
-                axes.set_title(row.name, fontsize=11)
+                axes.set_title(f"{row.name}: {axes.get_title()}", fontsize=11)
 
             figures.write_panels({row.name: draw}, folder)
             drawn[row.name] = f"{folder.name}/{row.name}.png"

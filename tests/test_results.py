@@ -228,7 +228,9 @@ def test_curves_of_a_row_have_the_papers_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "png", png)
     rows = select(list(ROWS.values()), [], ["cifar10-sym-50*"])
     results.write(rows, tmp_path, lambda row: "make")
-    assert drawn == [("cifar10-sym-50", ["paper, best", "paper, last", "as the row says"])]
+    assert drawn == [
+        ("cifar10-sym-50: test accuracy, both networks", ["paper, best", "paper, last", "as the row says"])
+    ]
     assert (tmp_path / "curves" / "cifar10-sym-50.png").read_bytes().startswith(b"\x89PNG")
     assert "![cifar10-sym-50](curves/cifar10-sym-50.png)" in (tmp_path / "RESULTS.md").read_text()
 
