@@ -301,7 +301,7 @@ def finish(
     if args.method == "ce":
         line += f"; net 1 alone: best {max(record['test_acc_net1'] for record in run.records):.2f}"
     if row:
-        other = options.departures(args, recipes.setting(row, args.method))
+        other = recipes.departures(vars(args), recipes.setting(row, args.method))
         other += [] if official else [f"not the official {args.dataset}"]
         but = f" (but this run: {', '.join(other)})" if other else ""
         paper = recipes.paper_results(row, args.method, args.ablation)

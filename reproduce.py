@@ -178,7 +178,7 @@ def fetch(runs: Sequence[plan.Plan], args: argparse.Namespace) -> None:
 
 def report(rows: Sequence[Experiment], args: argparse.Namespace) -> None:
     def command(row: Experiment) -> str:
-        return plan.row_command(row, args.seeds, args.data_root, args.out_dir, args.extra)
+        return plan.row_command(row, args.seeds, args.data_root, args.out_dir)
 
     for path in results.write(rows, args.out_dir, command):
         print(path)

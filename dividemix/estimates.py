@@ -1,6 +1,6 @@
 """How long runs will take: from the epochs that are in run folders already, and the exact commands, for --dry_run."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,26 +32,33 @@ class Estimate:
         return f"{' + '.join(parts)} = {hours(self.seconds)} (measured: {', '.join(self.sources)})"
 
 
-def estimate(run: Plan, extra: Sequence[str], out_dir: Path) -> Estimate:
-    """From the epochs of the same row's runs in out_dir, else of runs with the same data, network and batch."""
+def estimate(run: Plan, extra: Sequence[str], there: Sequence[Found]) -> Estimate:
+    """From the epochs of the same row's runs of those that are there, else of runs with the same data, network and
+    batch."""
     experiment, own = run.experiment, read(run.folder)
     wanted = experiment.setting | {name: " ".join(words) for name, words in grouped(extra).items()}
     warm_up = None if wanted.get("method") == "ce" else int(wanted["warm_up"])
-    epochs = to_do(run.num_epochs, warm_up, len(own.records) if own.records else 0)
+    epochs = to_do(run.num_epochs, warm_up, len(own.records))
     each: dict[str, float] = {}
     sources: dict[str, None] = {}
-    for found in ordered(run, out_dir):
+    for found in ordered(run, there) if sum(epochs.values()) else []:
+        if all(kind in each for kind, n in epochs.items() if n):
+            break
         for kind, value in epoch_seconds(found).items():
             if epochs[kind] and kind not in each and is_like(found, experiment, wanted):
                 each[kind], sources[found.folder.name] = value, None
     return Estimate(epochs, each, tuple(sources), total(epochs, each))
 
 
-def ordered(run: Plan, out_dir: Path) -> Iterable[Found]:
-    """All runs in out_dir: the run itself, those of its row, then others."""
-    folders = [path.parent for path in sorted(out_dir.glob("*/metrics.jsonl"))] if out_dir.is_dir() else []
+def all_in(out_dir: Path) -> list[Found]:
+    """The runs that are there."""
+    return [read(path.parent) for path in sorted(out_dir.glob("*/metrics.jsonl"))] if out_dir.is_dir() else []
+
+
+def ordered(run: Plan, there: Sequence[Found]) -> list[Found]:
+    """The run itself, those of its row, then others."""
     same = f"{run.experiment.run_name}_seed"
-    return map(read, sorted(folders, key=lambda path: (path != run.folder, not path.name.startswith(same), path)))
+    return sorted(there, key=lambda found: (found.folder != run.folder, not found.folder.name.startswith(same)))
 
 
 def is_like(found: Found, experiment: Experiment, wanted: dict[str, Any]) -> bool:
@@ -78,9 +85,9 @@ def hours(value: float) -> str:
 
 def dry_run(runs: Sequence[Plan], extra: Sequence[str], out_dir: Path, slots: int, where: str) -> list[str]:
     """Each run's command and time, then the time of all. slots: how many run at once; where: for people."""
-    lines, known, unknown = [], [], 0
+    lines, known, unknown, there = [], [], 0, all_in(out_dir)
     for run in runs:
-        found = estimate(run, extra, out_dir)
+        found = estimate(run, extra, there)
         lines += [f"# {run.name}: {'; '.join(filter(None, (run.missing, str(found))))}", shown(run.command)]
         if run.missing or not sum(found.epochs.values()):
             continue

@@ -17,7 +17,7 @@ TABLES = {
     "2": "Table 2: CIFAR-10, 40 % asymmetric noise",
     "3": "Table 3: Clothing1M",
     "4": "Table 4: WebVision, and ILSVRC12 with the same networks",
-    "5": "Table 5: parts of the method left out, CIFAR-10",
+    "5": "Table 5: parts of the method left out, CIFAR-10 (the paper's numbers are from memory)",
     "here": "Small sets, which the paper lacks",
 }
 SMOKE = "smoke"  # the rows of --smoke, which are no results and in no list
@@ -93,9 +93,8 @@ class Experiment:
         return self.setting["num_epochs"]
 
     def departures(self, args: dict[str, Any]) -> list[str]:
-        """The flags of a run, as args.json has them, that are not the row's. A flag that the run does not know is of a
-        later version."""
-        return [f"--{k} {args[k]}" for k, value in self.setting.items() if k in args and args[k] != value]
+        """The flags of a run, as args.json has them, that are not the row's."""
+        return recipes.departures(args, self.setting)
 
 
 def to_flags(values: dict[str, Any]) -> tuple[str, ...]:
@@ -137,9 +136,8 @@ def one_net_test(row: recipes.Recipe) -> Experiment:
 
 
 def large_images(recipe: recipes.ImageRecipe, name: str, table: str, data: str, script: str) -> Experiment:
-    setting = recipe.setting | {"val_fraction": 0.0}
     flags = to_flags(recipe.results_with)
-    return Experiment(name, table, script, flags, data, dict(recipe.results), setting)
+    return Experiment(name, table, script, flags, data, dict(recipe.results), recipe.setting)
 
 
 def paper_rows() -> list[Experiment]:

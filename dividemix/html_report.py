@@ -130,8 +130,7 @@ def departures(run: RunFolder) -> list[str]:
     """Flags in which a run of the small sets is not what the paper's results were made with."""
     if "noise_mode" not in run.args:
         return []
-    setting = recipes.CIFAR_SETTING.items()  # an older run lacks flags that came later
-    return [f"--{name} {run.args[name]}" for name, value in setting if run.args.get(name, value) != value]
+    return recipes.departures(run.args, recipes.CIFAR_SETTING)
 
 
 def divisions(run: RunFolder, images: dict[str, bytes]) -> str:

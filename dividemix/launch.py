@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dividemix import DivideMixError, jobs, measured
-from dividemix.plan import ROOT, Plan
+from dividemix.plan import ROOT, Plan, decides
 
 WAITING, QUEUED, RUNNING, FINISHED = "waiting", "queued", "running", "finished"
 FAILED, STOPPED, NOT_RUN = "failed", "stopped", "not run"
@@ -59,7 +59,7 @@ def make_tasks(runs: Sequence[Plan], logs: Path) -> list[Task]:
         task = Task(run, logs / f"{run.name}.log", found=measured.read(run.folder))
         if task.found.is_finished(run.num_epochs):
             notes = run.experiment.departures(task.found.args)
-            other = [note for note in notes if note.split()[0].removeprefix("--") not in run.given]
+            other = [note for note in notes if not decides(run.variant, note.split()[0].removeprefix("--"))]
             task.state = FAILED if other else FINISHED
             task.note = f"{run.folder} holds a run with {', '.join(other)}: move it away" if other else ""
         elif run.missing:
@@ -92,7 +92,9 @@ def visible_cards(chosen: str | None) -> list[str]:
     cards = cards or [str(k) for k in range(count)]
     if chosen is None:
         return cards
-    wanted = [card.strip() for card in chosen.split(",") if card.strip()]
+    wanted = [card.strip() for card in chosen.split(",")]
+    if len(set(wanted)) < len(wanted):
+        raise DivideMixError(f"--gpus {chosen}: a card twice; --jobs_per_gpu is how many runs are on each")
     for card in wanted:
         if card not in cards:
             raise DivideMixError(f"--gpus {chosen}: expected cards of {', '.join(cards) or 'none: no CUDA card here'}")
@@ -109,6 +111,7 @@ def make_executor(launcher: str, session: Path, parameters: dict[str, Any]) -> A
         executor = submitit.AutoExecutor(folder=session, cluster=launcher)
         executor.update_parameters(**parameters)
     except (RuntimeError, ValueError, TypeError, NameError) as error:
+        shutil.rmtree(session, ignore_errors=True)
         raise DivideMixError(f"--launcher {launcher}: {' '.join(str(error).split())[:300]}") from error
     return executor
 
@@ -116,8 +119,11 @@ def make_executor(launcher: str, session: Path, parameters: dict[str, Any]) -> A
 @contextlib.contextmanager
 def session_folder(out_dir: Path) -> Iterator[Path]:
     """A new folder for submitit's files and those of `jobs`, removed at the end unless it explains a failure."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    session = Path(tempfile.mkdtemp(prefix=".session-", dir=out_dir)).resolve()
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        session = Path(tempfile.mkdtemp(prefix=".session-", dir=out_dir)).resolve()
+    except OSError as error:
+        raise DivideMixError(f"--out_dir {out_dir}: cannot be written ({error.strerror}); choose another") from error
     yield session
     if not (session / "keep").exists():
         shutil.rmtree(session, ignore_errors=True)
@@ -178,7 +184,7 @@ def launch(
     """Run all waiting tasks, and change their states. -> the signal that ended it early, or 0. Raises DivideMixError
     where not one job can be submitted; whatever it raises, the jobs that run are told to end."""
     waiting = [task for task in tasks if task.state == WAITING]
-    free, active, stop, told = list(slots), [], Stop(), 0
+    free, active, stop, told, is_full = list(slots), [], Stop(), 0, False
     scheduler = None if on_cluster else os.getpid()
     try:
         with stop.listening():
@@ -186,7 +192,7 @@ def launch(
                 if stop.count > told:
                     told = stop.count
                     waiting = give_up(waiting, active, session, told, on_cluster, show.say)
-                while waiting and free and not stop.count:
+                while waiting and free and not is_full and not stop.count:
                     slot = free.pop(0)
                     batch, waiting = waiting[: slot.size], waiting[slot.size :]
                     try:
@@ -197,7 +203,8 @@ def launch(
                         show.say(f"{error}; tried again when another job has ended")
                         for task in batch:
                             task.state, task.tries = WAITING, task.tries - 1
-                        waiting, free = batch + waiting, []
+                        waiting, is_full = batch + waiting, True
+                        free.insert(0, slot)
                 for each in list(active):
                     is_over = each.job.done(bool(stop.count))  # before the files are read: they are complete then
                     for task in each.tasks:
@@ -205,6 +212,7 @@ def launch(
                     if is_over:
                         active.remove(each)
                         free.append(each.slot)
+                        is_full = False
                         for task in each.tasks:
                             waiting += [task] if settle(task, session, on_cluster, bool(stop.count)) else []
                 show.update(tasks)

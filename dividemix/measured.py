@@ -62,7 +62,7 @@ def text(path: Path) -> str:
 
 def parsed(content: str) -> dict[str, Any]:
     try:
-        found = json.loads(content)
+        found = json.loads(content, parse_constant=lambda _: None)  # NaN is no number
     except (ValueError, RecursionError):
         found = {}
     return found if isinstance(found, dict) else {}

@@ -6,6 +6,7 @@ WebVision the flags' defaults are those of the authors' scripts.
 Accuracies are test accuracies in per cent: best = the peak over all epochs, last = the mean of the last 10 epochs.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,16 @@ def setting(row: Recipe, method: str = "dividemix") -> dict[str, Any]:
     of_row = {name: getattr(row, name) for name in ("lambda_u", "p_threshold", "loss_window")}
     of_row |= {"noise_definition": "with_self"} if row.mode == "sym" else {}
     return CIFAR_SETTING | {"alpha": 4, "T": 0.5, "conf_penalty": "auto", "warm_up": warm_up(row.dataset)} | of_row
+
+
+def departures(args: Mapping[str, Any], setting: Mapping[str, Any]) -> list[str]:
+    """The flags whose values are not those of `setting`, as the user would write them. A flag that the script or its
+    version does not have is none; nor is one that `--recipe blind`, which is said, leaves open."""
+    return [
+        f"--{name} {args[name]}"
+        for name, value in setting.items()
+        if name in args and args[name] != value and (args[name] is not None or args.get("recipe") != "blind")
+    ]
 
 
 WARM_UP = {"cifar100": 30}  # epochs; 10 for every other small set
@@ -160,8 +171,9 @@ class ImageRecipe:
 
     @property
     def setting(self) -> dict[str, Any]:
-        """All flags that the paper's results were made with; lambda_u, which has no effect here, is none of them."""
-        flags = self.method | self.images | self.results_with
+        """All flags that the paper's results were made with; lambda_u, which has no effect here, is none of them.
+        (Clothing1M's script has no --val_fraction: its validation set is another one.)"""
+        flags = {"T": 0.5, "val_fraction": 0.0} | self.method | self.images | self.results_with
         return {name: value for name, value in flags.items() if name != "lambda_u"}
 
     def resize_for(self, image_size: int) -> int:

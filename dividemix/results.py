@@ -5,6 +5,7 @@ runs it.
 """
 
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,14 @@ from dividemix.checkpoint import write_atomically
 from dividemix.csvfile import to_csv
 from dividemix.experiments import DATA, MEASURES, SMOKE, TABLES, Experiment
 from dividemix.measured import Found
+from dividemix.plan import decides
 from dividemix.runfolder import read_run
 
 LAST = 10  # epochs that "last" is the mean of
 NOTE = (
     "Test accuracy in per cent: best is the peak over the epochs, last the mean of the last 10. Ours: mean ± standard "
-    "deviation over n seeds (none of one seed), all with the same noise. Cross-entropy beside the paper's is net 1 "
-    "alone, as there. Only runs that have come to their end are in the tables; `results.csv` has each run."
+    "deviation over n seeds (none of one seed), all with the same noise; a subset of the images is drawn by each seed. "
+    "Cross-entropy beside the paper's is net 1 alone, as there. Only runs that have come to their end are in the tables; `results.csv` has each run."
 )
 
 
@@ -57,8 +59,8 @@ def outcomes(experiment: Experiment, out_dir: Path) -> list[Outcome]:
         found = measured.read(folder)
         if seed.isdecimal() and found.records:
             whole = found.is_finished(expected_epochs(found, experiment))
-            runs.append(Outcome(experiment, int(seed), departs(experiment, found, end), found, {}, whole))
-    runs = [Outcome(**{**vars(run), "numbers": numbers(experiment, run.found)}) for run in runs]
+            values = numbers(experiment, found)
+            runs.append(Outcome(experiment, int(seed), departs(experiment, found, end), found, values, whole))
     return sorted(runs, key=lambda run: (run.setting, run.seed))
 
 
@@ -68,10 +70,10 @@ def expected_epochs(found: Found, experiment: Experiment) -> int:
 
 
 def departs(experiment: Experiment, found: Found, end: str) -> str:
-    """What makes a run another one than the row asks for: the flags in its folder's name (`plan.variant`), those that
-    are not the row's all the same, and whether the data are the published ones."""
+    """What makes a run another one than the row asks for: the flags in its folder's name (`plan.variant`; what follows
+    from them is not said), those that are not the row's all the same, and whether the data are the published ones."""
     notes = [end] if end else []
-    notes += [note for note in experiment.departures(found.args) if f"{note.split()[0][2:]}-" not in end]
+    notes += [note for note in experiment.departures(found.args) if not decides(f"_{end}", note.split()[0][2:])]
     lines = found.about.get("data", {})
     lines = lines.get("lines") if isinstance(lines, dict) else None
     official = f"(official {experiment.data})"
@@ -85,7 +87,7 @@ def numbers(experiment: Experiment, found: Found) -> dict[str, float]:
     own = found.column(experiment.column)
     last = found.records[-1]
     chosen_by = "val_acc" if "val_acc" in last else "test_acc"
-    top = max(found.records, key=lambda record: record.get(chosen_by) or 0.0)
+    top = max(found.records, key=lambda record: number(record.get(chosen_by)))
     values: dict[str, Any] = {name: top.get(name) for name in MEASURES}
     if experiment.script == "Train_clothing1M.py":  # tested once, with each network's best epoch
         values["test_acc"] = found.result.get("test_acc")
@@ -94,6 +96,11 @@ def numbers(experiment: Experiment, found: Found) -> dict[str, float]:
         values["best"] = last.get("best_acc", max(own)) if of_both else max(own)
         values["last"] = statistics.fmean(own[-LAST:]) if len(own) >= LAST else None
     return {name: values[name] for name in experiment.paper if isinstance(values.get(name), int | float)}
+
+
+def number(value: Any) -> float:
+    """0 for what is none."""
+    return value if isinstance(value, int | float) else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,7 +243,8 @@ def draw_curves(experiments: Sequence[Experiment], runs: dict[str, list[Outcome]
                         axes.axhline(
                             row.paper[name], linestyle=style, color=figures.LINE, label=f"paper, {MEASURES[name]}"
                         )
-                figures.overlay(axes, list(groups.items()), None)
+                named = [(textwrap.shorten(each.replace("_", " "), 40), own) for each, own in groups.items()]
+                figures.overlay(axes, named, None)
                 axes.set_title(f"{row.name}: {axes.get_title()}", fontsize=11)
 
             figures.write_panels({row.name: draw}, folder)

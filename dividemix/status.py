@@ -61,9 +61,11 @@ class Table:
         self.live = live
 
     def update(self, tasks: Sequence[Task]) -> None:
+        from rich.table import Column
         from rich.table import Table as RichTable
 
-        table = RichTable(*HEAD, caption=launch.summary(tasks), box=None, pad_edge=False)
+        columns = [Column(name, no_wrap=True, overflow="ellipsis") for name in HEAD]  # a line a run: they fit
+        table = RichTable(*columns, caption=launch.summary(tasks), box=None, pad_edge=False)
         for task in sorted(tasks, key=lambda task: _ORDER.index(task.state))[: max(self.live.console.height - 4, 3)]:
             table.add_row(*(cell.replace("[", r"\[") for cell in cells(task)), style=_STYLE.get(task.state))
         self.live.update(table)

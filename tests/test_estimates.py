@@ -14,7 +14,7 @@ EPOCHS = recipes.SMALL_SETS["digits"]["num_epochs"]
 
 def one(name: str, out: Path, extra: tuple = ()) -> estimates.Estimate:
     [run] = plan.plan(select(every_row(), [], [name]), 1, out, out, extra)
-    return estimates.estimate(run, extra, out)
+    return estimates.estimate(run, extra, estimates.all_in(out))
 
 
 def test_the_same_rows_epochs_come_first_then_a_like_rows(tmp_path):

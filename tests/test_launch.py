@@ -26,7 +26,7 @@ ROW = experiments.every_row()[0]
 def fake_run(out: Path, name: str, *flags: str, epochs: int = 2, missing: str = "") -> Plan:
     folder = out / name
     words = (sys.executable, str(FAKE), "--run_dir", str(folder), "--num_epochs", str(epochs), *flags)
-    return Plan(ROW, 123, folder, words, epochs, missing, ("num_epochs",))
+    return Plan(ROW, 123, folder, words, epochs, missing, f"_num_epochs-{epochs}")
 
 
 def go(out: Path, runs: list[Plan], slots: int = 2, meanwhile=None, launcher="local", parameters=None, size=1):
@@ -217,9 +217,10 @@ def test_a_run_whose_node_was_taken_away_is_submitted_again(tmp_path):
 
 def test_a_queue_that_takes_no_more_jobs_is_asked_again(tmp_path, capsys):
     """A limit of so many jobs a user would end the command, with the jobs that were taken training on unseen."""
-    runs, inside = [fake_run(tmp_path, name) for name in ("a", "b", "c")], []
+    runs, inside, submitted = [fake_run(tmp_path, name) for name in ("a", "b", "c")], [], []
 
     def submit(job):
+        submitted.append(job)
         if inside:
             raise RuntimeError("QOSMaxSubmitJobPerUserLimit")
         [command] = job.commands
@@ -240,11 +241,39 @@ def test_a_queue_that_takes_no_more_jobs_is_asked_again(tmp_path, capsys):
     assert [task.state for task in tasks] == [FINISHED] * 3
     assert "QOSMaxSubmitJobPerUserLimit; tried again when another job has ended" in capsys.readouterr().out
 
+    assert len(submitted) == 5  # each of b and c once more, when the one before had ended
+
     inside.append("somebody else's")
     tasks = launch.make_tasks([fake_run(tmp_path, "d")], tmp_path / "logs")
     with pytest.raises(DivideMixError, match="a job could not be submitted: QOSMax"):
         launch.launch(tasks, [Slot()], executor, session, status.Lines(True), True)
     assert (session / "stop").exists()
+
+
+def test_a_queue_that_fails_once_is_filled_again(tmp_path):
+    """One timeout of sbatch, and a hundred slots would be one for the rest of the week."""
+    runs, now, most, calls = [fake_run(tmp_path, f"run{k}") for k in range(9)], set(), [], []
+
+    def submit(job):
+        calls.append(job)
+        if len(calls) == 2:
+            raise RuntimeError("Socket timed out")
+        [command] = job.commands
+        now.add(command.name)
+        most.append(len(now))
+
+        def done(_):
+            subprocess.run(command.words, check=True)
+            job.write(f"{command.name}.json", '{"status": 0}')
+            now.discard(command.name)
+            return True
+
+        return SimpleNamespace(done=done)
+
+    tasks, session = launch.make_tasks(runs, tmp_path / "logs"), tmp_path / "session"
+    session.mkdir()
+    launch.launch(tasks, [Slot()] * 4, SimpleNamespace(submit=submit), session, status.Lines(False))
+    assert [task.state for task in tasks] == [FINISHED] * 9 and max(most) == 4 and most[:2] == [1, 1]
 
 
 def test_a_finished_run_of_another_setting_is_not_the_rows(tmp_path):
@@ -255,7 +284,7 @@ def test_a_finished_run_of_another_setting_is_not_the_rows(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"args": {"width": 8, "num_epochs": 2}}))
     [task] = launch.make_tasks([run], tmp_path / "logs")
     assert task.state == FAILED and task.note == f"{run.folder} holds a run with --width 8: move it away"
-    [task] = launch.make_tasks([replace(run, given=("num_epochs", "width"))], tmp_path / "logs")
+    [task] = launch.make_tasks([replace(run, variant=f"{run.variant}_width-8")], tmp_path / "logs")
     assert task.state == FINISHED
 
 

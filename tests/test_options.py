@@ -167,7 +167,9 @@ def test_what_is_not_the_papers_setting_is_said_before_300_epochs_are_over():
     assert resolved("--r", "0.2", "--method", "ce", "--alpha", "1")[2] == []  # which has no use for it
     ce = ("--method", "ce", "--recipe")
     assert resolved("--r", "0.2", *ce, "paper", "--lr", "0.1")[2] == ["not the paper's setting: --lr 0.1"]
-    assert resolved("--r", "0.2", *ce, "blind")[2] == []
+    assert resolved("--r", "0.2", *ce, "blind")[2] == ["not the paper's setting: --recipe blind"]
+    *_, other = resolved("--r", "0.2", "--recipe", "blind", "--batch_size", "128")[2]
+    assert other == "not the paper's setting: --batch_size 128, --recipe blind"
 
 
 def test_other_settings_are_not_called_the_papers():
@@ -351,9 +353,10 @@ def test_the_papers_number_stands_beside_its_own_setting():
     for flags, other in (
         ([], "--lr_drop 40, --num_epochs 80"),
         (["--num_epochs", "100", "--lr_drop", "50", "--lambda_u", "0"], ""),
+        (["--num_epochs", "100", "--lr_drop", "50", "--lambda_u", "9", "--T", "1"], "--T 1.0"),
     ):
         args = parser.parse_args(flags)
-        assert options.resolve_images(args, recipe) == ([f"not the paper's setting: {other}"] if other else [])
+        assert options.resolve_images(args, recipe)[-1:] == ([f"not the paper's setting: {other}"] if other else [])
         assert options.but(args, recipe) == (f" (but this run: {other})" if other else "")
 
 
@@ -361,8 +364,8 @@ def test_departures_from_a_setting_are_written_as_flags():
     """Else the paper's number stands beside a run of another setting without a word."""
     args = image_parser(recipes.CLOTHING1M).parse_args(["--arch", "preresnet18", "--lr", "0.1"])
     args.weights = "imagenet"
-    assert options.departures(args, recipes.CLOTHING1M.method) == ["--lr 0.1"]
-    assert options.departures(args, recipes.CLOTHING1M.images) == ["--arch preresnet18"]
+    assert recipes.departures(vars(args), recipes.CLOTHING1M.method) == ["--lr 0.1"]
+    assert recipes.departures(vars(args), recipes.CLOTHING1M.images) == ["--arch preresnet18"]
 
 
 def test_lines_of_several_ranks_say_whose_they_are(monkeypatch, capsys):

@@ -62,11 +62,21 @@ def test_other_flags_have_folders_of_their_own():
     )
 
 
+def test_many_flags_are_a_name_that_file_systems_take():
+    """A long path, and 'file name too long' ends the command and tells all other runs to stop."""
+    names = [plans("cifar10-sym-50", extra=f"--init_from /{'a' * 300}{k}")[0].name for k in range(2)]
+    assert names[0] != names[1] and all(len(name) < 200 for name in names)
+
+
 @pytest.mark.parametrize(
-    "extra", ["--seed 1", "--run_dir x", "--width 3 --fresh", "--data_path x", "16", "--num_epochs x", "--warm_up x"]
+    "extra",
+    [
+        *("--seed 1", "--run_dir x", "--width 3 --fresh", "--data_path x", "16", "--num_epochs x", "--num_epochs"),
+        *("--warm_up x", "--gpuid 1", "--check_data", "--check_data=full", "--help"),
+    ],
 )
 def test_flags_that_are_not_the_users_to_give_are_refused(extra):
-    """All runs in one folder: each moves the one before aside."""
+    """All runs in one folder: each moves the one before aside; on a card that they do not see; or nothing is run."""
     with pytest.raises(DivideMixError):
         plans("cifar10-sym-50", extra=extra)
 
@@ -85,7 +95,7 @@ def test_commands_can_be_copied(monkeypatch, tmp_path):
 def test_a_rows_own_command_makes_it():
     """RESULTS.md would show a command that makes another table."""
     row = ROWS["cifar10-sym-50"]
-    assert plan.row_command(row, 1, Path(), plan.OUT_DIR, []) == "python reproduce.py --rows cifar10-sym-50"
-    whole = plan.row_command(row, 3, Path("a b"), Path("o"), ["--width", "16"])
-    asked = "python reproduce.py --rows cifar10-sym-50 --seeds 3 --data_root 'a b' --out_dir o -- --width 16"
+    assert plan.row_command(row, 1, Path(), plan.OUT_DIR) == "python reproduce.py --rows cifar10-sym-50"
+    whole = plan.row_command(row, 3, Path("a b"), Path("o"))
+    asked = "python reproduce.py --rows cifar10-sym-50 --seeds 3 --data_root 'a b' --out_dir o"
     assert whole == asked

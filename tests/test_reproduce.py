@@ -55,9 +55,7 @@ def test_rows_are_run_reported_and_skipped_the_next_time(fake, capsys):
     assert "2 finished, 2 not run" in out and "cifar10-asym-40 seed 124: finished, best 51.00" in out
     markdown = (fake / "out" / "RESULTS.md").read_text()
     assert "| cifar10-asym-40 | 93.4 / 92.1 | 51.00 ± 0.00 / - | -42.40 / - | 2 |" in markdown
-    missing = (
-        "not run: needs WebVision; `python reproduce.py --rows webvision --seeds 2 --out_dir out -- --num_epochs 2`"
-    )
+    missing = "not run: needs WebVision; `python reproduce.py --rows webvision --seeds 2 --out_dir out`"
     assert missing in markdown
     times = (fake / "out" / "cifar10-asym-40_seed123_num_epochs-2" / "times").read_text()
     reproduce.main([*command, "--", "--num_epochs", "2"])
@@ -105,13 +103,63 @@ def test_tables_can_be_written_without_running(fake, capsys):
 
 def test_the_list_counts_the_rows_own_finished_runs(fake, capsys):
     """A short run with other flags would be listed as the paper's row, done."""
-    for name, epochs in (("seed123", 20), ("seed124", 3), ("seed123_width-8", 20)):
+    whole = experiments.select(experiments.every_row(), [], ["digits-sym-50"])[0].num_epochs
+    for name, epochs in (("seed123", whole), ("seed124", 3), ("seed123_width-8", whole)):
         folder = fake / "out" / f"digits-sym-50_{name}"
         subprocess.run([sys.executable, str(FAKE), "--run_dir", str(folder), "--num_epochs", str(epochs)], check=True)
     reproduce.main(["--list", "--rows", "digits-sym-50*", "--out_dir", "out"])
     first, second = capsys.readouterr().out.splitlines()[1:]
     assert first.split() == ["digits-sym-50-ce", "-", "/", "-"]
     assert second.split() == ["digits-sym-50", "-", "/", "-", "1", "finished"]
+
+
+def test_a_run_whose_flags_imply_others_is_finished_the_next_time(tmp_path, capsys):
+    """`--recipe blind` leaves lambda_u open, `--learning_rate` is --lr: else the same command fails on its own runs."""
+    command = ["--rows", "digits-sym-50", "--out_dir", str(tmp_path / "out"), "--", "--learning_rate", "0.1"]
+    command += ["--recipe", "blind", "--limit_train", "64", "--width", "4", "--num_epochs", "1", "--no_label_scores"]
+    for _ in range(2):
+        reproduce.main([*command, "--device", "cpu"])
+    assert capsys.readouterr().out.count("1 finished") == 2
+    table = (tmp_path / "out" / "RESULTS.md").read_text()
+    assert "| not run; `python reproduce.py --rows digits-sym-50 --out_dir" in table and " -- " not in table
+
+
+def test_data_are_fetched_once_and_for_the_rows_that_lack_them(tmp_path, monkeypatch):
+    """Several runs would unpack into one folder at once."""
+    fetched = []
+    monkeypatch.setattr(reproduce.dataloader_cifar, "load", lambda *args, **how: fetched.append((*args, how)))
+    names = [
+        "--rows",
+        "cifar10-sym-?0",
+        "--rows",
+        "digits-sym-50",
+        "--rows",
+        "clothing1m",
+        "--data_root",
+        str(tmp_path),
+    ]
+    for extra in ([], ["--download"]):
+        args = reproduce.parse_args([*names, "--", *extra])
+        rows = experiments.select(experiments.every_row(), [], args.rows)
+        reproduce.fetch(reproduce.plan.plan(rows, 2, tmp_path, tmp_path / "out", args.extra), args)
+    assert fetched == [("cifar10", tmp_path / "cifar-10", {"download": True})]
+
+
+def test_runs_on_the_cpu_get_no_card(monkeypatch):
+    """`-- --device cpu` on a box with eight cards would start eight runs."""
+    monkeypatch.setattr(reproduce.launch, "visible_cards", lambda _: ["0", "1"])
+    slots = [
+        reproduce.make_slots(reproduce.parse_args(["--table", "1", "--", *extra])) for extra in ([], ["--device=cpu"])
+    ]
+    assert [len(each) for each in slots] == [2, 1] and "CUDA_VISIBLE_DEVICES" not in slots[1][0].env
+
+
+@pytest.mark.parametrize("launcher", ["local", "slurm"])
+def test_an_out_dir_that_cannot_be_made_is_one_line(tmp_path, launcher):
+    """'File exists', of what nobody named."""
+    (tmp_path / "file").touch()
+    with pytest.raises(DivideMixError, match=r"--out_dir .*file: cannot be written"):
+        reproduce.main(["--rows", "digits-sym-50", "--launcher", launcher, "--out_dir", str(tmp_path / "file")])
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,7 @@ def test_damaged_folders_are_left_out(tmp_path):
         ("125", '{"epoch": 0}\n'),
         ("x", ""),
         ("126", '{"epoch": 0, "test_acc": "a"}\n'),
+        ("127", '{"epoch": 0, "test_acc": "a"}\n{"epoch": 1, "test_acc": 9.0}\n{"epoch": 2, "test_acc": NaN}\n'),
     ):
         folder = tmp_path / f"cifar10-sym-50_seed{name}"
         folder.mkdir()
@@ -209,7 +210,9 @@ def test_damaged_folders_are_left_out(tmp_path):
         "123",
         "125",
         "126",
+        "127",
     }
+    assert "nan" not in markdown
 
 
 def test_curves_of_a_row_have_the_papers_lines(tmp_path, monkeypatch):

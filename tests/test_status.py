@@ -59,6 +59,18 @@ def test_on_a_terminal_what_runs_comes_first_and_names_are_text(tmp_path):
     assert "1 failed, 1 running, 20 waiting" in lines[-1]
 
 
+def test_a_narrow_terminal_holds_a_line_a_run(tmp_path):
+    """Errors of three lines push the runs that go on, and the totals, off the screen."""
+    shown = []
+    live = SimpleNamespace(console=SimpleNamespace(height=24), update=shown.append)
+    tasks = [task(tmp_path, f"f{k}", "failed", note="a long line " * 30) for k in range(5)]
+    status.Table(live).update(tasks)
+    console = Console(width=50, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(shown[0])
+    lines = [line for line in console.export_text().splitlines() if line.strip()]
+    assert len(lines) == 1 + 5 + 1 and lines[-1].strip() == "5 failed"
+
+
 def test_lines_where_stdout_is_no_terminal(capsys):
     """A log full of control characters."""
     with status.show() as show:
