@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dividemix import blind, histograms, recipes
-from dividemix.label_issues import IN_SAMPLE, Agreement, LabelIssues, against_truth, by_class, percent
+from dividemix.label_issues import IN_SAMPLE, Agreement, LabelIssues, against_truth, by_class, lost_classes, percent
 from dividemix.page import cards, page, paragraph, picture, png_figure, section, table, text
 from dividemix.runfolder import RunFolder
 
@@ -224,6 +224,7 @@ def labels(run: RunFolder, issues: LabelIssues | None, found: Agreement | None, 
     parts += [table([("given class", "look wrong", "of", "part"), *rows])]
     if len(classes) > _CLASSES:
         parts.append(paragraph(f"{len(classes) - _CLASSES} more classes in the CSV.", dim=True))
+    parts += [paragraph(line) for line in lost_classes(issues)[:_CLASSES]]
     explained = "Noise: of the samples of each class, which part has which given label."
     parts.append(paragraph(f"{explained} Estimated: the classes are those after the suggestions.", dim=True))
     return "\n".join([*parts, panels(images, ["transition", "transition_true"], run.name)])

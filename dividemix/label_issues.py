@@ -24,6 +24,7 @@ from dividemix.runfolder import RunFolder
 
 IN_SAMPLE = "scores are in-sample: the networks were trained on these labels"
 _CLASSES_SHOWN = 10
+_FEW, _NEARLY_ALL = 10, 0.95  # labels of a class, and the part of them that looks wrong, from which it is suspicious
 _MOST_CLASSES = 100_000  # where their names are not known
 
 
@@ -178,6 +179,17 @@ def by_class(issues: LabelIssues) -> list[tuple[int, int, int]]:
     return [(int(c), int(listed[c]), int(counts[c])) for c in order if counts[c]]
 
 
+def lost_classes(issues: LabelIssues) -> list[str]:
+    """A line for each class whose labels nearly all look wrong. One mixture is fitted to the losses of all classes: one
+    that is harder to learn than the others, or rare, has the losses of wrong labels."""
+    return [
+        f"{printable(issues.class_name(c))}: {few} of {many} labels look wrong, nearly all: more likely a class that "
+        "the networks have not learned than so many errors; look at its images before you drop them"
+        for c, few, many in by_class(issues)
+        if many >= _FEW and few >= _NEARLY_ALL * many
+    ]
+
+
 def summary(issues: LabelIssues) -> list[str]:
     """What the list says, for the terminal."""
     listed = int(issues.is_issue.sum())
@@ -188,6 +200,7 @@ def summary(issues: LabelIssues) -> list[str]:
         shown.append(f"{len(rest)} more classes: {sum(row[1] for row in rest)} of {sum(row[2] for row in rest)}")
     if shown:
         lines.append(f"  by given class: {', '.join(shown)}")
+    lines += [f"  {line}" for line in lost_classes(issues)[:_CLASSES_SHOWN]]
     if found := against_truth(issues):
         lines += [f"  {line}" for line in truth_lines(found)]
     return lines

@@ -23,7 +23,8 @@ LAST = 10  # epochs that "last" is the mean of
 NOTE = (
     "Test accuracy in per cent: best is the peak over the epochs, last the mean of the last 10. Ours: mean ± standard "
     "deviation over n seeds (none of one seed), all with the same noise; a subset of the images is drawn by each seed. "
-    "Cross-entropy beside the paper's is net 1 alone, as there. Only runs that have come to their end are in the tables; `results.csv` has each run."
+    "Cross-entropy beside the paper's is net 1 alone, as there. Only runs that have come to their end are in the "
+    "tables; `results.csv` has each run."
 )
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -122,6 +123,16 @@ def test_the_summary_says_how_many_where_and_how_well(tmp_path):
     assert "wrong labels 33.3%, after the suggestions 16.7%" in lines[2]
     assert lines[3] == "  by loss alone: of the 4 with the largest loss 4 are wrong (100.0%)"
     assert len(label_issues.summary(issues_of(tmp_path / "b", truth=False))) == 2
+
+
+def test_a_class_that_was_not_learned_is_told_from_wrong_labels(tmp_path):
+    """All 503 shirts of Fashion-MNIST were listed in a run: whoever drops what is listed has no such class left."""
+    issues = issues_of(tmp_path)
+    given, listed = np.repeat([0, 1, 2], [20, 20, 4]), np.repeat([True, False, True], [19, 21, 4])
+    issues = replace(issues, given=given, suggested=given, is_issue=listed, true=None)
+    found = label_issues.lost_classes(issues)
+    assert len(found) == 1 and found[0].startswith(f"{issues.class_name(0)}: 19 of 20 labels look wrong, nearly all")
+    assert f"  {found[0]}" in label_issues.summary(replace(issues, index=np.arange(len(given))))
 
 
 def test_many_classes_are_cut_short_and_odd_names_stay_on_their_line(tmp_path):
