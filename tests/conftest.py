@@ -13,7 +13,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from dividemix import options, report
+from dividemix import options
 from dividemix.codivide import Division
 from dividemix.data import DeviceImages
 from dividemix.engine import PhaseTerms
@@ -163,5 +163,5 @@ def assert_co_divided(net2, net1, first, second) -> None:
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """The end of a run without its report, which takes seconds."""
-    monkeypatch.setattr(report, "draw", lambda *_: [])
+    """The end of a run without its report, which takes seconds; so does importing it, which is left to those who do."""
+    monkeypatch.setattr("dividemix.report.draw", lambda *_: [])
