@@ -10,6 +10,7 @@ import queue
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from dividemix.plan import ROOT, Plan, decides
 WAITING, QUEUED, RUNNING, FINISHED = "waiting", "queued", "running", "finished"
 FAILED, STOPPED, NOT_RUN = "failed", "stopped", "not run"
 _TRIES = 3  # submissions of a run that ends before it gets further, on a cluster
+_RETRY = 300.0  # seconds after which a queue that refused a job is asked again
 _POLL, _POLL_QUEUE = 0.5, 5.0  # seconds; each look at jobs that are told to end asks the queue
 
 
@@ -184,7 +186,7 @@ def launch(
     """Run all waiting tasks, and change their states. -> the signal that ended it early, or 0. Raises DivideMixError
     where not one job can be submitted; whatever it raises, the jobs that run are told to end."""
     waiting = [task for task in tasks if task.state == WAITING]
-    free, active, stop, told, is_full = list(slots), [], Stop(), 0, False
+    free, active, stop, told, refused = list(slots), [], Stop(), 0, -_RETRY
     scheduler = None if on_cluster else os.getpid()
     try:
         with stop.listening():
@@ -192,7 +194,7 @@ def launch(
                 if stop.count > told:
                     told = stop.count
                     waiting = give_up(waiting, active, session, told, on_cluster, show.say)
-                while waiting and free and not is_full and not stop.count:
+                while waiting and free and time.monotonic() >= refused + _RETRY and not stop.count:
                     slot = free.pop(0)
                     batch, waiting = waiting[: slot.size], waiting[slot.size :]
                     try:
@@ -200,11 +202,12 @@ def launch(
                     except DivideMixError as error:  # a queue takes so many jobs of a user
                         if not active:
                             raise
-                        show.say(f"{error}; tried again when another job has ended")
+                        show.say(f"{error}; tried again when another job has ended, or in a while")
                         for task in batch:
                             task.state, task.tries = WAITING, task.tries - 1
-                        waiting, is_full = batch + waiting, True
+                        waiting, refused = batch + waiting, time.monotonic()
                         free.insert(0, slot)
+                        break
                 for each in list(active):
                     is_over = each.job.done(bool(stop.count))  # before the files are read: they are complete then
                     for task in each.tasks:
@@ -212,7 +215,7 @@ def launch(
                     if is_over:
                         active.remove(each)
                         free.append(each.slot)
-                        is_full = False
+                        refused = -_RETRY
                         for task in each.tasks:
                             waiting += [task] if settle(task, session, on_cluster, bool(stop.count)) else []
                 show.update(tasks)
