@@ -14,7 +14,7 @@ from hypothesis import settings
 from PIL import Image
 
 from dividemix import options
-from dividemix.codivide import Division
+from dividemix.codivide import Division, normalise
 from dividemix.data import DeviceImages
 from dividemix.engine import PhaseTerms
 
@@ -154,6 +154,28 @@ def half(n, labeled=None):
     mask[: n // 2 if labeled is None else labeled] = True
     p = np.where(mask, 0.9, 0.1)
     return Division(p, mask, p.astype(np.float32), np.array([0.1, 0.9]), np.ones(2), np.ones(2) / 2, 0.5, None)
+
+
+def note_co_division(monkeypatch, script) -> list[dict]:
+    """From now on the script's scores and training of divided epochs are noted, with the networks as they are then, in
+    the form that `assert_co_divided` takes. -> the notes, to which more are added as it runs"""
+    events: list[dict] = []
+    loss, train = script.per_sample_loss, script.train_epoch
+
+    def spy_loss(net, data, **flags):
+        scored = loss(net, data, **flags)
+        events.append({"what": "score", "net": snapshot(net), "loss": normalise(scored.loss.numpy())})
+        return scored
+
+    def spy_train(net, peer, optimizer, data, division, **flags):
+        about = {"what": "train", "net": snapshot(net), "peer": snapshot(peer), "loss": division.loss}
+        terms = train(net, peer, optimizer, data, division, **flags)
+        events.append({**about, "after": snapshot(net)})
+        return terms
+
+    monkeypatch.setattr(script, "per_sample_loss", spy_loss)
+    monkeypatch.setattr(script, "train_epoch", spy_train)
+    return events
 
 
 def assert_co_divided(net2, net1, first, second) -> None:

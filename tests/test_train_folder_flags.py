@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_co_divided, note_phases, read_records, same, snapshot
+from conftest import assert_co_divided, note_co_division, note_phases, read_records, same
 from make_image_trees import make_folder
 from test_train_folder import EPOCHS, MODES, starter, tiny
 
 import Train_folder
 from dividemix import DivideMixWarning, networks
-from dividemix.codivide import normalise
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -91,22 +90,7 @@ def test_imagenets_weights_come_with_their_normalisation(tree, start, tmp_path, 
 
 def test_networks_swap_divisions_and_the_peer_is_fresh(tree, tmp_path, monkeypatch):
     """Exchanged divisions make each net confirm its own errors; a stale peer is another method. Also over a restart."""
-    events: list[dict] = []
-    loss, train = Train_folder.per_sample_loss, Train_folder.train_epoch
-
-    def spy_loss(net, data, **flags):
-        scored = loss(net, data, **flags)
-        events.append({"what": "score", "net": snapshot(net), "loss": normalise(scored.loss.numpy())})
-        return scored
-
-    def spy_train(net, peer, optimizer, data, division, **flags):
-        about = {"what": "train", "net": snapshot(net), "peer": snapshot(peer), "loss": division.loss}
-        terms = train(net, peer, optimizer, data, division, **flags)
-        events.append({**about, "after": snapshot(net)})
-        return terms
-
-    monkeypatch.setattr(Train_folder, "per_sample_loss", spy_loss)
-    monkeypatch.setattr(Train_folder, "train_epoch", spy_train)
+    events = note_co_division(monkeypatch, Train_folder)
     for epochs in ("2", "3"):
         Train_folder.main(tiny(tree, tmp_path / "run", "--num_epochs", epochs))
     assert [e["what"] for e in events] == (["score"] * 2 + ["train"] * 2) * 2 + ["score"] * 2

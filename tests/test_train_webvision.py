@@ -10,7 +10,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_NET, assert_co_divided, read_records, reference_logits, run_script, same, snapshot
+from conftest import (
+    SMALL_NET,
+    assert_co_divided,
+    note_co_division,
+    read_records,
+    reference_logits,
+    run_script,
+    same,
+    snapshot,
+)
 from make_image_trees import WNIDS, make_webvision
 from test_run import assert_equal, last_state, without_times
 
@@ -247,27 +256,13 @@ def test_a_cache_changes_nothing_and_is_used_again(tmp_path):
 def test_networks_swap_divisions_and_the_peer_is_fresh(tree, tmp_path, monkeypatch):
     """Exchanged divisions make each net confirm its own errors; a stale peer, or a division of before the epoch's
     training, is another method. All of these train without any error. Also over a restart."""
-    events: list[dict] = []
-    loss, train = Train_webvision.per_sample_loss, Train_webvision.train_epoch
+    events = note_co_division(monkeypatch, Train_webvision)
     top_k = Train_webvision.top_k_accuracy
-
-    def spy_loss(net, data, **flags):
-        scored = loss(net, data, **flags)
-        events.append({"what": "score", "net": snapshot(net), "loss": normalise(scored.loss.numpy())})
-        return scored
-
-    def spy_train(net, peer, optimizer, data, division, **flags):
-        about = {"what": "train", "net": snapshot(net), "peer": snapshot(peer), "loss": division.loss}
-        terms = train(net, peer, optimizer, data, division, **flags)
-        events.append({**about, "after": snapshot(net)})
-        return terms
 
     def spy_test(nets, data, ks, **flags):
         events.append({"what": data.name})
         return top_k(nets, data, ks, **flags)
 
-    monkeypatch.setattr(Train_webvision, "per_sample_loss", spy_loss)
-    monkeypatch.setattr(Train_webvision, "train_epoch", spy_train)
     monkeypatch.setattr(Train_webvision, "top_k_accuracy", spy_test)
     for epochs in ("2", "3"):
         Train_webvision.main(tiny(tree, tmp_path, "--num_epochs", epochs))
