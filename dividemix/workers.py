@@ -178,7 +178,12 @@ class Workers:
         loader, self._loader = self._loader, None
         iterator = getattr(loader, "_iterator", None)
         if iterator is not None:  # now, not when the last abandoned pass that refers to it is collected
-            iterator._shutdown_workers()
+            try:
+                iterator._shutdown_workers()
+            except RuntimeError as error:
+                # torch reports a killed worker wherever the main process is then, also here, where all of them end.
+                if not _is_death(error):
+                    raise
 
 
 def _as_it_is(result: Any) -> Any:
@@ -190,6 +195,11 @@ def _begin(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
+
+
+def _is_death(error: RuntimeError) -> bool:
+    """Whether torch reports by it that a worker was killed or ended."""
+    return "DataLoader worker" in str(error) and any(word in str(error) for word in ("killed", "exited"))
 
 
 @contextlib.contextmanager
@@ -211,7 +221,7 @@ def explained() -> Iterator[None]:
                 "the workers that read images have not enough shared memory (/dev/shm): give --workers 0, or make it "
                 f"larger (docker run --shm-size 2g); {again}"
             ) from error
-        if "DataLoader worker" in text and ("killed" in text or "exited" in text):
+        if _is_death(error):
             cause = " ".join(text.split())[:200].rstrip(". ")
             raise DivideMixError(
                 f"a worker that reads images died ({cause}), most likely for want of memory: give fewer --workers, or "

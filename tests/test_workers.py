@@ -96,6 +96,39 @@ def test_a_worker_that_is_killed_is_explained(workers):
     assert len(list(workers.run(tasks(5)))) == 5
 
 
+def test_a_death_that_is_reported_late_does_not_spoil_the_end(workers, monkeypatch):
+    """The report of a killed worker can reach the main process while it ends the workers: instead of the one line that
+    explains the death, the run would end with torch's own error, and leave the other workers behind."""
+    next(workers.run(tasks(10)))
+    pids = processes(workers)
+    event = workers._loader._iterator._workers_done_event
+
+    def report():
+        type(event).set(event)
+        raise RuntimeError(f"DataLoader worker (pid {pids[0]}) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(event, "set", report)
+    workers.close()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert len(list(workers.run(tasks(5)))) == 5
+
+
+def test_an_error_at_the_end_that_is_no_death_is_not_hidden(workers, monkeypatch):
+    """A mistake in the code would pass for a worker that was killed."""
+    next(workers.run(tasks(10)))
+    iterator = workers._loader._iterator
+
+    def fail():
+        type(iterator)._shutdown_workers(iterator)
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(iterator, "_shutdown_workers", fail)
+    with pytest.raises(RuntimeError, match="shapes"):
+        workers.close()
+
+
 @pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset by peer")])
 def test_a_result_that_breaks_off_is_explained(workers, monkeypatch, error):
     """The main process is taking a result over when the worker is killed, and hears of that only after: once in some
