@@ -1,6 +1,7 @@
 # make demo     the environment, then cross-entropy and DivideMix on digits with 50 % wrong labels (about 3 minutes on 2 cores)
-# make test     the environment, then the tests (under 10 minutes on 2 cores)
-# make test-all the tests with the long ones (under 50 minutes)
+# make test     the environment, then the fast tests (under 10 minutes on 2 cores)
+# make test-slow the long tests (under 35 minutes)
+# make test-all both
 # make gpu      on a machine with a CUDA card, with its own Python: the tests that need one, then the benchmarks and an ablation (gpu*.json)
 # make lint     ruff
 
@@ -9,9 +10,9 @@ PY := .venv/bin/python
 PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The tests start processes of their own: idle OpenMP threads that spin would take the cores from them.
-test test-all: export OMP_WAIT_POLICY = PASSIVE
+test test-slow: export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test test-all gpu lint clean
+.PHONY: demo test test-slow test-all gpu lint clean
 
 # The environment is whole only when the marker is newer than the pins: an install that was interrupted is repeated.
 .venv/.installed: requirements.txt
@@ -30,8 +31,10 @@ demo: .venv/.installed
 test: .venv/.installed
 	$(PYTEST) -m "not slow and not gpu"
 
-test-all: .venv/.installed
-	$(PYTEST) -m "not gpu"
+test-slow: .venv/.installed
+	$(PYTEST) -m "slow and not gpu"
+
+test-all: test test-slow
 
 gpu:
 	$(PYTHON) -m pytest -m gpu

@@ -1,7 +1,7 @@
 """Damaged and hostile files of every kind that the scripts read: each is read, or refused by a DivideMixError of one
 line. No traceback, no crash, no hang.
 
-`make test` tries a few files of each kind, always the same; `make test-all` 1,000 of each kind, others each time, or as
+`make test` tries a few files of each kind, always the same; `make test-slow` 1,000 of each kind, others each time, or as
 many as the environment variable FUZZ says.
 """
 

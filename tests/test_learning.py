@@ -1,4 +1,4 @@
-"""Whether it learns: real images with wrong labels, at a size that two cores can train (`make test-all`)."""
+"""Whether it learns: real images with wrong labels, at a size that two cores can train (`make test-slow`)."""
 
 import pytest
 
