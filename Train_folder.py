@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     views = Views(defaults.resize(args.data_mode, args.image_size), args.image_size, flip=not args.no_flip)
     streams = {"workers": args.workers, "ranks": machine.ranks, "keep": args.keep_images, "cache_dir": args.cache_dir}
 
-    with Run(folder, vars(args), args.fresh, machine.ranks, logs.FOLDER) as run:
+    with Run(folder, vars(args), args.fresh, machine.ranks, logs.FOLDER, logs.by_own_images) as run:
         index, parts, lists, lines = split(args, data, run, machine)
         with Pipeline(lists, views, IMAGENET_MEAN, IMAGENET_STD, machine.device, **streams) as pipeline:
             sets, mean, std = read(args, parts, run, pipeline)

@@ -145,15 +145,20 @@ def from_bytes(content: bytes) -> dict[str, Any]:
     return state
 
 
-def load_networks(path: Path, least: int = 1) -> list[dict[str, Any]]:
-    """The state dicts of the two networks, or of an ablation's one, of any checkpoint this project writes; `least`: how
-    many are needed. Raises DivideMixError naming the file."""
+def load_file(path: Path) -> dict[str, Any]:
+    """`from_bytes` of a file. Raises DivideMixError naming the file."""
     try:
-        nets = from_bytes(read_file(path)).get("nets")
+        return from_bytes(read_file(path))
     except OSError as error:
         raise DivideMixError(f"checkpoint {path} cannot be read: {error.strerror}") from error
     except DivideMixError as error:
         raise DivideMixError(f"checkpoint {path}: {error}") from error
+
+
+def load_networks(path: Path, least: int = 1) -> list[dict[str, Any]]:
+    """The state dicts of the two networks, or of an ablation's one, of any checkpoint this project writes; `least`: how
+    many are needed. Raises DivideMixError naming the file."""
+    nets = load_file(path).get("nets")
     if not isinstance(nets, list) or not least <= len(nets) <= 2:
         raise DivideMixError(f"checkpoint {path} does not hold two networks under 'nets'")
     return nets

@@ -11,6 +11,7 @@ description is checked, weights are read as tensors and plain values only, and n
 import json
 import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dividemix import DivideMixError, networks, runtime
-from dividemix.checkpoint import load_last, load_networks, read_file
+from dividemix.checkpoint import load_file, load_last, read_file
 from dividemix.images import Preparation
 from dividemix.state import load_weights
 
@@ -143,10 +144,12 @@ def _short(error: Exception) -> str:
 
 class Ensemble(nn.Module):
     """Images (B, channels, S, S), float32 in [0, 1] -> the sum of the networks' logits (B, num_class): what the paper
-    tests, and `engine.ensemble_accuracy` counts. S is the preparation's image_size."""
+    tests, and `engine.ensemble_accuracy` counts. S is the preparation's image_size. epochs: after which one the weights
+    of each network were saved."""
 
-    def __init__(self, nets: list[nn.Module], preparation: Preparation):
+    def __init__(self, nets: list[nn.Module], preparation: Preparation, epochs: Sequence[int] = ()):
         super().__init__()
+        self.epochs = list(epochs)
         self.nets = nn.ModuleList(nets)
         self.border = preparation.border
         self.register_buffer("mean", torch.tensor(preparation.mean)[:, None, None])
@@ -158,6 +161,12 @@ class Ensemble(nn.Module):
         x = (images.expand(-1, 3, -1, -1) - self.mean) / self.std  # bit for bit as `augment.to_float`
         first, *others = [net(x) for net in self.nets]
         return sum(others, first)
+
+
+def epochs_used(weights: str, epochs: Sequence[int]) -> str:
+    """What `predict` and `export` say of the weights of each network: 'weights of the best epoch 17'."""
+    numbers = epochs if len(set(epochs)) > 1 else epochs[:1]
+    return f"weights of the {weights} epoch{'s' if len(numbers) > 1 else ''} {' and '.join(map(str, numbers))}"
 
 
 def to_images(pixels: Tensor) -> Tensor:
@@ -182,12 +191,15 @@ def load_ensemble(run: Path, description: Description, weights: str = "best") ->
         state = load_last(run)
         if state is None:
             raise DivideMixError(f"{run} has no checkpoint yet: not one epoch is finished")
-        source, states = f"the last checkpoint of {run}", state.get("nets")
+        source = f"the last checkpoint of {run}"
+        epochs = [record["epoch"] for record in state["records"][-1:]] * description.count
     else:
         path = run / "best.pt"
         if not path.exists():
             raise DivideMixError(f"{path} is missing: --weights last takes the run's last checkpoint, if it has one")
-        source, states = str(path), load_networks(path)
+        source, state = str(path), load_file(path)
+        epochs = state.get("epochs", [])
+    states = state.get("nets")
     shapes = _shapes(description)
     count = description.count
     if not isinstance(states, list) or len(states) != count or not all(_fits(state, shapes) for state in states):
@@ -195,7 +207,7 @@ def load_ensemble(run: Path, description: Description, weights: str = "best") ->
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced at once
         nets = [_build(description) for _ in range(count)]
     load_weights(nets, states, source)
-    return Ensemble(nets, description.preparation).eval()
+    return Ensemble(nets, description.preparation, epochs).eval()
 
 
 def _shapes(description: Description) -> dict[str, torch.Size]:

@@ -42,7 +42,7 @@ def export(ensemble: deploy.Ensemble, preparation: Preparation) -> ExportedProgr
         raise DivideMixError(f"torch.export cannot trace this network ({type(error).__name__}: {reason})") from error
 
 
-def metadata(run: Path, weights: str, description: deploy.Description) -> dict[str, Any]:
+def metadata(run: Path, weights: str, epochs: Sequence[int], description: deploy.Description) -> dict[str, Any]:
     """What somebody needs who has the file alone."""
     p, side = description.preparation, description.preparation.image_size
     steps = [
@@ -72,7 +72,7 @@ def metadata(run: Path, weights: str, description: deploy.Description) -> dict[s
         },
         "classes": description.classes,
         "networks": {name: described[name] for name in ("arch", "count", "width", "num_class")},
-        "run": {"name": run.resolve().name, "weights": weights},
+        "run": {"name": run.resolve().name, "weights": weights, "epochs": list(epochs)},
         "versions": versions(),
         "commit": commit(),
     }
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     description = deploy.read_description(args.run)
     preparation = description.preparation
     ensemble = deploy.load_ensemble(args.run, description, args.weights)
-    about = metadata(args.run, args.weights, description)
+    about = metadata(args.run, args.weights, ensemble.epochs, description)
     content = to_file(export(ensemble, preparation), about)
     found = difference(content, ensemble, preparation)
     if not found <= TOLERANCE:
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     write_atomically(args.file, content)
     print(
-        f"{args.file}: {description}; {args.weights} weights, {len(content) / 1e6:.1f} MB\n"
+        f"{args.file}: {description}; {deploy.epochs_used(args.weights, ensemble.epochs)}; {len(content) / 1e6:.1f} MB\n"
         f"loaded and compared with the networks, batches of {', '.join(map(str, _BATCHES))}: largest difference "
         f"{found:.1e} of the largest |logit| (allowed: {TOLERANCE:.0e})\n"
         f"input: images float32 {about['input']['shape']} in [0, 1]; {METADATA} in the file says how to prepare them"

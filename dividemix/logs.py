@@ -35,12 +35,20 @@ class Logs:
 def by_ensemble(record: Record, k: int) -> float:
     """What net k's (0 or 1) best epoch is chosen by, for both alike: both networks' accuracy together on the validation
     part where there is one, else, as the authors do, on the test set."""
-    return record["val_acc"] if "val_acc" in record else record["test_acc"]
+    return float(record["val_acc"] if "val_acc" in record else record["test_acc"])
 
 
 def by_network(record: Record, k: int) -> float:
     """The same for Clothing1M: each network's (k is 0 or 1) own accuracy on the clean validation set."""
-    return record[f"val_acc_net{k + 1}"]
+    return float(record[f"val_acc_net{k + 1}"])
+
+
+def by_own_images(record: Record, k: int) -> tuple:
+    """The same for own images, whose few held-out labels tie often and are noisy: of equals the later epoch. Warm-up
+    epochs come last, of which DivideMix's networks have not been trained by it yet."""
+    if record["phase"] == "warmup":
+        return False, record["epoch"]
+    return True, by_ensemble(record, k), record["epoch"]
 
 
 def running(records: list[Record], best_epochs: list[int]) -> Record:

@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     description = deploy.read_description(args.run)
     ensemble = deploy.load_ensemble(args.run, description, args.weights)
     machine = runtime.start(args.device, precision="fp32", width=description.width, compile=False, graph=False)
-    print(f"{args.run}: {description}; {args.weights} weights; {machine.describe()}")
+    print(f"{args.run}: {description}; {deploy.epochs_used(args.weights, ensemble.epochs)}; {machine.describe()}")
 
     def read(path: str) -> NDArray:
         return description.preparation.pixels(path, files.boundary)

@@ -78,8 +78,9 @@ class Run:
     them what it read, so the others need not see the folder. labels: what `save_labels` was given, on the first rank.
 
     `config` holds the values that may not differ between two starts in one folder. `logs`: the script's formats.
-    `best_by`: (record, k) -> what the best epoch of net k (0 or 1) is chosen by. Raises DivideMixError, on the first
-    rank, for a folder that cannot be written, is in use by another process, or belongs to a run with another config.
+    `best_by`: (record, k) -> what the best epoch of net k (0 or 1) has most of; the first of equals is kept. Raises
+    DivideMixError, on the first rank, for a folder that cannot be written, is in use by another process, or belongs to
+    a run with another config.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Run:
         fresh: bool = False,
         ranks: Ranks = ALONE,
         logs: Logs = logs.CIFAR,
-        best_by: Callable[[dict[str, Any], int], float] = logs.by_ensemble,
+        best_by: Callable[[dict[str, Any], int], Any] = logs.by_ensemble,
     ):
         self.folder, self.ranks, self.logs, self.best_by = folder, ranks, logs, best_by
         self.config = {k: v for k, v in config.items() if k not in FREE_FLAGS}
@@ -142,7 +143,7 @@ class Run:
                 for _, line in self._files():
                     line(record)
                 for k in range(len(state["nets"])):
-                    float(self.best_by(record, k))
+                    self.best_by(record, k)
         except (KeyError, TypeError, ValueError) as error:
             raise DivideMixError(f"record {record['epoch']} is not one of this script ({error!r})") from error
 

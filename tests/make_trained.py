@@ -50,7 +50,7 @@ def make_trained(
 
     (folder / "best.pt").write_bytes(checkpoint.to_bytes({**pair(arch, num_class, width, 0), "epochs": [1, 1]}))
     if last:
-        checkpoint.save_last(folder, 2, pair(arch, num_class, width, 10))
+        checkpoint.save_last(folder, 2, {**pair(arch, num_class, width, 10), "records": [{"epoch": 2}]})
     return folder
 
 

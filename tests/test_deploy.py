@@ -157,11 +157,20 @@ def test_best_and_last_are_different_networks(tmp_path):
     run = make_trained(tmp_path / "run")
     description = read_description(run)
     best, last = (load_ensemble(run, description, weights) for weights in deploy.WEIGHTS)
+    assert (best.epochs, last.epochs) == ([1, 1], [2, 2])
     for ensemble, seed in ((best, 0), (last, 10)):
         for k, net in enumerate(ensemble.nets):
             expected = lively("preresnet18", 6, 4, seed + k).state_dict()
             assert all(torch.equal(value, expected[name]) for name, value in net.state_dict().items())
         assert not ensemble.training
+
+
+@pytest.mark.parametrize(
+    ("epochs", "expected"), [([17, 17], "best epoch 17"), ([5, 7], "best epochs 5 and 7"), ([3], "best epoch 3")]
+)
+def test_which_epochs_are_used_is_said(epochs, expected):
+    """Else nobody sees that the networks are of an early epoch, or of two, as Clothing1M's are."""
+    assert deploy.epochs_used("best", epochs) == f"weights of the {expected}"
 
 
 def test_loading_draws_nothing_from_the_global_stream(tmp_path):

@@ -93,6 +93,22 @@ def test_what_the_best_epoch_is_chosen_by():
     assert [logs.by_network(CLOTHING1M, k) for k in (0, 1)] == [73.456, 72.0]
 
 
+def test_the_best_epoch_of_own_images_is_no_warm_up_epoch():
+    """The model that is shipped would be one that DivideMix has not trained yet: few held-out labels tie often, and
+    some of them are wrong."""
+    accuracies = [("warmup", 99.0), ("train", 80.0), ("train", 90.0), ("train", 90.0), ("warmup", 95.0), ("train", 85.0)]
+    records = [{"epoch": e, "phase": phase, "val_acc": value} for e, (phase, value) in enumerate(accuracies)]
+
+    def best(count):
+        return max(records[:count], key=lambda record: logs.by_own_images(record, 0))["epoch"]
+
+    assert [best(count) for count in range(1, 7)] == [0, 1, 2, 3, 3, 3]
+    records = [{"epoch": e, "phase": phase, "val_acc": 9.0 - e} for e, phase in enumerate(["warmup"] * 3)]
+    assert best(3) == 2
+    records = [{"epoch": e, "phase": "ce", "test_acc": value} for e, value in enumerate([9.0, 9.0, 8.0])]
+    assert best(3) == 1
+
+
 def test_own_images_without_a_test_part():
     """Their accuracies would be called a test's, or the run end at the first epoch for want of one."""
     record = {"epoch": 3, "phase": "train", "val_acc": 81.5, "val_acc_net1": 80.0, "val_acc_net2": 79.0}

@@ -392,8 +392,8 @@ def test_what_cannot_be_is_refused_at_the_start(run, start, tmp_path):
 def test_weights_last_is_the_last_checkpoint(run, start, tmp_path):
     """Else --weights has no effect, and the last epoch's networks pass for the best."""
     draw_photos(tmp_path / "photos", 3)
-    start(run, "photos", "--out", "best.csv")
-    start(run, "photos", "--out", "last.csv", "--weights", "last")
+    assert "weights of the best epoch 1;" in start(run, "photos", "--out", "best.csv")[1]
+    assert "weights of the last epoch 2;" in start(run, "photos", "--out", "last.csv", "--weights", "last")[1]
     best, last = (rows_of(tmp_path / f"{name}.csv") for name in ("best", "last"))
     assert [row["confidence"] for row in best] != [row["confidence"] for row in last]
 

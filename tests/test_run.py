@@ -298,6 +298,20 @@ def test_each_network_keeps_the_weights_of_its_own_best_epoch(tmp_path):
     ] == "Validation Epoch:1      Acc1:70.00  Acc2:50.00"
 
 
+def test_the_shipped_networks_of_own_images_are_those_of_the_last_of_equal_epochs(tmp_path):
+    """Else `predict` and `export` take a warm-up epoch's networks, whose few held-out labels came out as well."""
+    epochs = [("warmup", 90.0), ("train", 80.0), ("train", 80.0)]
+    for stop, expected in enumerate([0, 1, 2], start=1):  # a new process for each epoch
+        with Run(tmp_path / "run", {}, logs=logs.FOLDER, best_by=logs.by_own_images) as run:
+            run.start({"command": [], "args": {"warm_up": 1}})
+            for epoch in run.epochs(stop):
+                phase, accuracy = epochs[epoch]
+                metrics = {"phase": phase, "loss_x": 1.0, "penalty": 0.0}
+                metrics |= dict.fromkeys(("val_acc", "val_acc_net1", "val_acc_net2"), accuracy)
+                run.end_epoch(metrics, weights(epoch), None, False)
+        assert best(tmp_path / "run") == [expected] * 2
+
+
 def test_a_machine_that_dies_between_checkpoint_and_best(tmp_path):
     """Else the run goes on with a best.pt that is not of its best epochs, and nobody is told."""
     go_on(tmp_path / "run", [(60.0, 60.0), (70.0, 50.0)])

@@ -108,6 +108,7 @@ def test_files_of_a_run(done):
     logs = {"acc.txt", "stats.txt", "metrics.jsonl", "args.json", "tensorboard", "labels.npz", "scores"}
     logs |= {"label_scores.npz", "label_issues.csv", "cleaned_labels.csv", "thumbnails.npz", "report.html", "figures"}
     assert files >= logs | {"last.json", "best.pt", "epoch-000.pt", "epoch-001.pt", "result.json"}
+    assert torch.load(done.folder / "best.pt", weights_only=True)["epochs"] == [1, 1]  # epoch 0 is of warm-up
     labels = np.load(done.folder / "labels.npz", allow_pickle=False)
     data = dataloader_folder.load(done.tree)
     assert len(labels["index"]) == 36
