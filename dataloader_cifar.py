@@ -10,6 +10,7 @@ unpickler here knows plain values and number arrays, and refuses everything else
 """
 
 import gzip
+import hashlib
 import io
 import math
 import os
@@ -29,8 +30,12 @@ from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
 
-from dividemix import DivideMixError
+from dividemix import DivideMixError, noise, transition
+from dividemix.data import DeviceImages
 from dividemix.images import Preparation
+from dividemix.noise_file import NoiseSpec, noisy_labels
+from dividemix.run import Run
+from dividemix.seeds import draws, hold_out
 
 # torchvision's classes hold the published file names, md5s and addresses
 _CIFAR = {"cifar10": (CIFAR10, "labels"), "cifar100": (CIFAR100, "fine_labels")}
@@ -103,6 +108,55 @@ def load(dataset: str, data_path: str | Path, download: bool = False) -> ImageDa
         )
     mean, std = _MEAN_STD.get(dataset) or [(float(value / 255),) * 3 for value in (train[0].mean(), train[0].std())]
     return ImageData(dataset, *train, *test, class_names, mean, std, dataset != "digits", folder, official)
+
+
+def noisy_sets(
+    images: ImageData,
+    spec: NoiseSpec,
+    run: Run,
+    *,
+    limit: int | None = None,
+    val_fraction: float = 0.0,
+    noise_file: Path | None = None,
+) -> tuple[DeviceImages, dict[str, DeviceImages], dict[str, Any], list[str]]:
+    """The images with noisy labels on the run's device. limit: a seeded subset of so many is trained on; val_fraction:
+    of these held out, with their noisy labels, to select the best epoch; noise_file: see `noise_file.noisy_labels`.
+
+    -> training set; 'test' and, where some are held out, 'val'; what args.json and the first lines say of the data.
+    """
+    truth, seed = images.train_labels, run.args.seed
+    given, origin = noisy_labels(
+        *(truth, spec, images.folder, run.folder, noise_file), begun=run.begun, images=images.train_images
+    )
+    labels_sha256 = hashlib.sha256(given.tobytes() + truth.tobytes()).hexdigest()
+    run.pin("labels_sha256", labels_sha256, f"the labels ({origin}) are not those that {run.folder} began with")
+    index = np.arange(len(given))
+    if limit:
+        index = np.sort(draws(seed, "subset").permutation(index)[:limit])
+    index, held_out = hold_out(index, val_fraction, seed)
+
+    def on_device(pixels: np.ndarray, labels: np.ndarray, truly_clean: np.ndarray | None = None) -> DeviceImages:
+        return DeviceImages(pixels, labels, images.mean, images.std, images.flip, run.runtime, truly_clean)
+
+    train = on_device(images.train_images[index], given[index], given[index] == truth[index])
+    tests = {"test": on_device(images.test_images, images.test_labels)}
+    if len(held_out):
+        tests["val"] = on_device(images.train_images[held_out], given[held_out])
+    run.save_labels(index=index, given=given[index], true=truth[index], list_given=given)
+    _, matrix = transition.describe(truth[index], given[index], images.class_names)
+    if matrix:
+        run.save_file(transition.FILE, matrix)
+    wrong = float((given[index] != truth[index]).mean())
+    lines = [
+        f"{images.name}: {len(index)} training, {len(images.test_labels)} test images, {images.num_class} classes"
+        + (f", {len(held_out)} held out with their noisy labels to select the best epoch" if len(held_out) else "")
+        + (f" (official {images.name})" if images.official else ""),
+        f"noise {spec.name}: {wrong:.1%} of the training labels are wrong; {origin}",
+    ]
+    if spec.mode == "asym":
+        lines.append(f"asymmetric map: {noise.asym_transition(images.num_class, images.name)[1]}")
+    about = {"classes": images.class_names, "train": len(index), "test": len(images.test_labels), "wrong": wrong}
+    return train, tests, about | {"lines": lines}, lines
 
 
 _Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 (n, H, W, 3), labels int64 (n,)

@@ -13,15 +13,15 @@ window, which a division needs beforehand, hold from the next one on. All of it 
 so far, which the checkpoint holds: a continued run chooses as the uninterrupted one.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from dividemix.codivide import CoDivide, Division
-from dividemix.ranks import Ranks
+from dividemix.codivide import Division, Mixture
+from dividemix.engine import MixMatch
 from dividemix.recipes import ROWS, Recipe
 
 NAMES = ("lambda_u", "p_threshold", "loss_window")  # what is chosen: names of flags and in an epoch's record
@@ -45,21 +45,19 @@ class Estimate(NamedTuple):
     concentration: float
 
 
-def estimate(
-    divisions: Sequence[Division | None], predictions: Sequence[NDArray], labels: NDArray, num_class: int
-) -> Estimate | None:
-    """Both networks' divisions, predicted classes (N,) and the given labels (N,) -> estimate; None without a division.
+def estimate(divisions: Sequence[Division | None], labels: NDArray, num_class: int) -> Estimate | None:
+    """Both networks' divisions and the given labels (N,) -> estimate; None without a division.
 
     A label counts as wrong by 1 - clean probability, and not at all where the network predicts it: the mixture alone
     takes clean labels of hard images for wrong, most of all in the first epochs. Where none counts, the wrong ones are
     taken as spread.
     """
-    views = [(d.clean_probability, p) for d, p in zip(divisions, predictions, strict=True) if d]
+    views = [division for division in divisions if division]
     if not views:
         return None
     wrong = np.zeros((num_class, num_class))  # predicted class, given label
-    for clean_probability, prediction in views:
-        np.add.at(wrong, (prediction, labels), 1 - clean_probability)
+    for division in views:
+        np.add.at(wrong, (division.prediction, labels), 1 - division.clean_probability)
     np.fill_diagonal(wrong, 0)
     total = wrong.sum()
     concentration = wrong.max(axis=1).sum() / total if total else spread(num_class)
@@ -113,40 +111,40 @@ def setting(row: Recipe | None, flags: Mapping[str, float | None]) -> dict[str, 
 
 
 class Choice:
-    """A run's choices: lambda_u of each divided epoch, and threshold and window of its `codivide`.
+    """A run's choices: lambda_u of each divided epoch, and threshold and window of its `mixtures`.
 
-    records: the run's, also those still to come; labels: the given ones (N,); flags: see `setting`.
+    records: the run's, also those still to come; labels: the given ones (N,); flags: see `setting`; say: prints a line.
+    record: what the present epoch's record says of the choice, FIELDS.
     """
 
     def __init__(
         self,
         records: Sequence[Mapping[str, Any]],
-        codivide: Sequence[CoDivide],
-        labels: Tensor,
+        mixtures: Sequence[Mixture],
+        labels: NDArray[np.int64],
         num_class: int,
         flags: Mapping[str, float | None],
-        ranks: Ranks,
+        say: Callable[[str], None] = print,
     ):
-        self.records, self.codivide, self.flags = records, codivide, flags
-        self.labels, self.num_class, self.ranks = labels.cpu().numpy(), num_class, ranks
+        self.records, self.mixtures, self.labels, self.num_class = records, mixtures, labels, num_class
+        self.flags, self.say = flags, say
+        self.record: dict[str, float | None] = dict.fromkeys(FIELDS)
         self._divide_by(setting(choose(self._estimates(), num_class), flags))
 
-    def by(
-        self, divisions: Sequence[Division | None], predictions: Sequence[Tensor]
-    ) -> tuple[dict[str, float | None], list[str]]:
-        """Both networks' divisions and predictions (N,) of this epoch -> (what its record says: FIELDS; the line to
-        print where the row is another than before)."""
-        fresh = [None if part.kept else division for part, division in zip(self.codivide, divisions, strict=True)]
-        predicted = [prediction.numpy() for prediction in predictions]
-        found = self.ranks.from_first(estimate, fresh, predicted, self.labels, self.num_class)
+    def by(self, divisions: Sequence[Division | None], mixmatch: MixMatch) -> MixMatch:
+        """This epoch's divisions and the method's settings -> these settings with lambda_u as chosen. Prints a line
+        where the row is another than before."""
+        fresh = estimate(divisions, self.labels, self.num_class)
         before = self._estimates()
-        now = [*before, found] if found else before
+        now = [*before, fresh] if fresh else before
         row_before, row = choose(before, self.num_class), choose(now, self.num_class)
         used, chosen = setting(row_before, self.flags), setting(row, self.flags)
         self._divide_by(chosen)
-        values = [*(found or (None, None)), chosen["lambda_u"], used["p_threshold"], used["loss_window"]]
-        news = [] if row is row_before else [line(recent(now), row, self.flags)]
-        return dict(zip(FIELDS, values, strict=True)), news
+        values = [*(fresh or (None, None)), chosen["lambda_u"], used["p_threshold"], used["loss_window"]]
+        self.record = dict(zip(FIELDS, values, strict=True))
+        if row is not row_before:
+            self.say(line(recent(now), row, self.flags))
+        return dataclasses.replace(mixmatch, lambda_u=chosen["lambda_u"])
 
     def _estimates(self) -> list[Estimate]:
         """Those of the epochs so far that made one."""
@@ -154,8 +152,8 @@ class Choice:
         return [each for each in found if None not in each]
 
     def _divide_by(self, chosen: Mapping[str, float]) -> None:
-        for part in self.codivide:
-            part.threshold, part.window = chosen["p_threshold"], int(chosen["loss_window"])
+        for mixture in self.mixtures:
+            mixture.threshold, mixture.window = chosen["p_threshold"], int(chosen["loss_window"])
 
 
 def line(found: Estimate, row: Recipe, flags: Mapping[str, float | None]) -> str:

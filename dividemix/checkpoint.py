@@ -12,14 +12,17 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dividemix import DivideMixError, warn
 from dividemix.ranks import Ranks
+
+FORMAT = 1  # of a checkpoint's state
 
 
 def write_atomically(path: Path, content: bytes | memoryview, exclusive: bool = False) -> None:
@@ -64,73 +67,46 @@ def to_bytes(state: dict[str, Any]) -> bytes:
 
 def save_last(folder: Path, epoch: int, state: dict[str, Any]) -> None:
     """Write `epoch-NNN.pt`, point last.json at it, and delete all but it and the one before."""
-    before = read_pointer(folder)
+    pointer = folder / "last.json"
+    before = json.loads(read_file(pointer)) if pointer.exists() else {}
     content = to_bytes(state)
-    file = folder / f"epoch-{epoch:03d}.pt"
-    write_atomically(file, content)
-    entry = {"file": file.name, "sha256": hashlib.sha256(content).hexdigest(), "epoch": epoch}
-    previous = before.get("previous")
-    if before and before["file"] != file.name:
-        previous = {k: before[k] for k in entry if k in before}
-    write_atomically(folder / "last.json", json.dumps(entry | {"previous": previous}, indent=1).encode())
-    # Where last.json was lost, so was the name of the one before: it is the last of an earlier epoch.
-    there = checkpoints(folder)
-    earlier = there[: there.index(file)]
-    keep = previous["file"] if previous else earlier[-1].name if earlier else ""
-    for old in there:
-        if old.name not in (file.name, keep):
+    entry = {"file": f"epoch-{epoch:03d}.pt", "sha256": hashlib.sha256(content).hexdigest(), "epoch": epoch}
+    write_atomically(folder / entry["file"], content)
+    previous = {k: before[k] for k in entry} if before and before["epoch"] != epoch else before.get("previous")
+    write_atomically(pointer, json.dumps(entry | {"previous": previous}, indent=1).encode())
+    keep = {entry["file"], previous["file"] if previous else ""}
+    for old in folder.glob("epoch-*.pt"):
+        if re.fullmatch(r"epoch-\d+\.pt", old.name) and old.name not in keep:  # copies under other names are the user's
             old.unlink()
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The files that `save_last` wrote, in the order of their epochs. Copies under other names are the user's."""
-    files = [file for file in folder.iterdir() if re.fullmatch(r"epoch-\d+\.pt", file.name) and file.is_file()]
-    return sorted(files, key=lambda file: (len(file.name), file.name))
+def load_last(folder: Path) -> dict[str, Any]:
+    """The state of the last checkpoint that is whole, {} where there is no checkpoint yet.
 
-
-def read_pointer(folder: Path) -> dict[str, Any]:
-    """The content of last.json, {} where it is missing or damaged; its 'previous' is None where that one is."""
-
-    def sound(entry: Any) -> bool:
-        # Path.name: the file is in this folder
-        return isinstance(entry, dict) and isinstance(entry.get("file"), str) and entry["file"].isprintable()
-
-    try:
-        pointer = json.loads(read_file(folder / "last.json"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not sound(pointer):
-        return {}
-    return pointer | {"previous": pointer["previous"] if sound(pointer.get("previous")) else None}
-
-
-def load_last(folder: Path, check: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any] | None:
-    """The state of the last checkpoint whose file is whole, None where there is no checkpoint yet.
-
-    A damaged one, or one whose state `check` refuses with DivideMixError, is passed over with a warning. Raises
+    One whose content is not what was written, or that another version wrote, is passed over with a warning. Raises
     DivideMixError where there are checkpoints but none that loads.
     """
-    pointer = read_pointer(folder)
-    entries = [entry for entry in (pointer, pointer.get("previous")) if entry]
-    known = {entry["file"] for entry in entries}
-    # Files that last.json does not vouch for (it is damaged, or a kill came between a checkpoint and it) are tried
-    # last.
-    entries += [{"file": file.name} for file in reversed(checkpoints(folder)) if file.name not in known]
-    for entry in entries:
-        path = folder / Path(entry["file"]).name
+    pointer = folder / "last.json"
+    try:
+        last = json.loads(read_file(pointer)) if pointer.exists() else {}
+        entries = [entry for entry in (last, last.get("previous")) if entry]
+        named = [(folder / Path(entry["file"]).name, entry["sha256"]) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DivideMixError(f"{pointer} is damaged: --fresh moves the folder aside and starts anew") from error
+    for path, sha256 in named:
         try:
             content = read_file(path)
-            if "sha256" in entry and hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            if hashlib.sha256(content).hexdigest() != sha256:
                 raise DivideMixError("its content is not what was written (sha256 differs)")
             state = from_bytes(content)
-            if check:
-                check(state)
+            if state.get("format") != FORMAT:
+                raise DivideMixError(f"it is of another version of the project (format {state.get('format')})")
             return state
         except (OSError, DivideMixError) as error:
             warn(f"checkpoint {path} is passed over: {error}")
-    if entries:
+    if named:
         raise DivideMixError(f"no checkpoint in {folder} can be read: --fresh moves the folder aside and starts anew")
-    return None
+    return {}
 
 
 def from_bytes(content: bytes) -> dict[str, Any]:
@@ -155,13 +131,13 @@ def load_file(path: Path) -> dict[str, Any]:
         raise DivideMixError(f"checkpoint {path}: {error}") from error
 
 
-def load_networks(path: Path, least: int = 1) -> list[dict[str, Any]]:
-    """The state dicts of the two networks, or of an ablation's one, of any checkpoint this project writes; `least`: how
-    many are needed. Raises DivideMixError naming the file."""
-    nets = load_file(path).get("nets")
-    if not isinstance(nets, list) or not least <= len(nets) <= 2:
-        raise DivideMixError(f"checkpoint {path} does not hold two networks under 'nets'")
-    return nets
+def load_weights(nets: Sequence[nn.Module], states: Sequence[dict[str, Any]], source: str) -> None:
+    """Raises DivideMixError, naming `source`, for states that are not those of such networks."""
+    try:
+        for net, state in zip(nets, states, strict=True):
+            net.load_state_dict(state)
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+        raise DivideMixError(f"{source} does not fit these networks: another --arch, --width or data set?") from error
 
 
 def share(ranks: Ranks, state: dict[str, Any]) -> dict[str, Any]:

@@ -3,10 +3,8 @@
 import dataclasses
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import roc_auc_score
@@ -27,7 +25,8 @@ class Division:
 
     clean_probability (N,) float64; labeled (N,) bool, True where clean_probability > threshold; loss (N,) float32, the
     normalised loss that the mixture was fitted to; means, variances, weights (2,) of the mixture, the clean component
-    first; auc of clean_probability against the truth, None where it is unknown or undefined (one kind only).
+    first; auc of clean_probability against the truth, None where it is unknown or undefined (one kind only). raw_loss
+    (N,) float32 and prediction (N,) int64: the losses as they were scored, and the class that the network predicts.
     """
 
     clean_probability: NDArray[np.float64]
@@ -38,16 +37,8 @@ class Division:
     weights: NDArray[np.float64]
     threshold: float
     auc: float | None
-
-    def state(self) -> dict[str, Any]:
-        """Plain tensors and numbers for a checkpoint."""
-        arrays = {k: torch.from_numpy(v) for k, v in vars(self).items() if isinstance(v, np.ndarray)}
-        return arrays | {"threshold": self.threshold, "auc": self.auc}
-
-    def select(self, rows: NDArray) -> "Division":
-        """The same of some samples alone: rows (N,) bool or indices."""
-        parts = {name: getattr(self, name)[rows] for name in ("clean_probability", "labeled", "loss")}
-        return dataclasses.replace(self, **parts)
+    raw_loss: NDArray[np.float32] | None = None
+    prediction: NDArray[np.int64] | None = None
 
     def precision_recall(self, truly_clean: NDArray[np.bool_]) -> tuple[float | None, float | None]:
         """Of the labeled set as "these labels are right", against the truth (N,): which part of it is right, and which
@@ -55,10 +46,6 @@ class Division:
         right = int((self.labeled & truly_clean).sum())
         labeled, clean = int(self.labeled.sum()), int(truly_clean.sum())
         return (right / labeled if labeled else None), (right / clean if clean else None)
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "Division":
-        return cls(**{k: v.numpy() if hasattr(v, "numpy") else v for k, v in state.items()})
 
 
 def normalise(losses: NDArray) -> NDArray[np.float64]:
@@ -154,68 +141,44 @@ def auc(probability: NDArray, truly_clean: NDArray[np.bool_] | None) -> float | 
     return float(roc_auc_score(truly_clean, probability))
 
 
-class CoDivide:
-    """One network's co-divide through the epochs: keeps the losses that the window averages, and the last usable
-    division.
+class Mixture:
+    """One network's mixture through the epochs. It keeps the losses that the next epoch's window averages."""
 
-    Where every epoch divides other samples (Clothing1M), window must be 1, and a division that was `kept` is of the
-    samples before: the caller trains on those again.
-    """
+    def __init__(self, threshold: float, window: int = 1, largest_window: int = 1):
+        """threshold and window may be set anew between two epochs; largest_window: the most that `window` will be."""
+        self.threshold, self.window = threshold, window
+        self.rows = max(window, largest_window) - 1
+        self.history: list[NDArray[np.float32]] = []  # raw losses of the last `rows` divided epochs, (N,) each
 
-    def __init__(self, threshold: float, window: int = 1, keep: int = 1):
-        """threshold and window may be set anew at any time; `keep`: the largest window that may come."""
-        self.threshold, self.window, self.keep = threshold, window, keep
-        self.history: list[NDArray[np.float32]] = []  # raw losses of the last divided epochs, (N,) each
-        self.division: Division | None = None
-        self.kept = False  # whether the last call found no labeled sample and gave back the division before
-
-    def __call__(
-        self, losses: torch.Tensor, truly_clean: NDArray[np.bool_] | None, random_state: int, name: str = "net"
-    ) -> Division | None:
-        """Divide by this epoch's raw losses (N,).
-
-        An empty labeled set leaves nothing to train on: the division before is kept and given back, with a warning
-        (`kept` tells); None where there is none yet (one more warm-up epoch is due). An empty unlabeled set is warned
-        of: only labeled images will be mixed.
-        """
-        self.history = self._with(losses)
-        division = codivide(np.stack(self.history), self.threshold, self.window, truly_clean, random_state)
-        if not division.labeled.any():
-            instead = "one more warm-up epoch" if self.division is None else "its division before is kept"
-            warn(f"{name} finds no sample clean with p > {self.threshold:g}: {instead}")
-            self.kept = self.division is not None
-            return self.division
-        if division.labeled.all():
-            warn(f"{name} finds every sample clean: no unlabeled images this epoch")
-        self.division, self.kept = division, False
-        return division
-
-    def preview(self, losses: torch.Tensor, random_state: int) -> Division:
-        """The division by this epoch's raw losses (N,), as a call would make it; nothing here changes."""
-        return codivide(np.stack(self._with(losses)), self.threshold, self.window, random_state=random_state)
-
-    def _with(self, losses: torch.Tensor) -> list[NDArray[np.float32]]:
-        return [*self.history, losses.cpu().numpy()][-max(self.window, self.keep) :]
+    def fit(
+        self,
+        loss: NDArray[np.float32],
+        prediction: NDArray[np.int64] | None = None,
+        truly_clean: NDArray[np.bool_] | None = None,
+        random_state: int = 0,
+    ) -> Division:
+        """The division by the window's losses with this epoch's (N,) as the last; nothing is kept. Raises as
+        `codivide`."""
+        losses = np.stack([*self.history, loss])
+        division = codivide(losses, self.threshold, self.window, truly_clean, random_state)
+        return dataclasses.replace(division, raw_loss=loss, prediction=prediction)
 
     def divide(
-        self, losses: torch.Tensor, truly_clean: NDArray[np.bool_] | None, random_state: int, name: str = "net"
-    ) -> tuple[Division | None, bool]:
-        """The same, and whether it is of these losses: False where it was `kept`."""
-        return self(losses, truly_clean, random_state, name), not self.kept
-
-    def select(self, rows: NDArray) -> None:
-        """Forget all samples but `rows`, (N,) bool or indices; without a labeled one left, the division too."""
-        self.history = [losses[rows] for losses in self.history]
-        if self.division is not None:
-            division = self.division.select(rows)
-            self.division = division if division.labeled.any() else None
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "history": [torch.from_numpy(losses) for losses in self.history],
-            "division": None if self.division is None else self.division.state(),
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.history = [losses.numpy() for losses in state["history"]]
-        self.division = None if state["division"] is None else Division.from_state(state["division"])
+        self,
+        loss: NDArray[np.float32],
+        prediction: NDArray[np.int64] | None = None,
+        truly_clean: NDArray[np.bool_] | None = None,
+        random_state: int = 0,
+        name: str = "net",
+    ) -> Division | None:
+        """`fit`, and the losses are kept for the next epochs. None, with a warning, where no sample is clean: the
+        network that would learn from it warms up once more. No unlabeled sample is warned of: only labeled images will
+        be mixed."""
+        division = self.fit(loss, prediction, truly_clean, random_state)
+        self.history = [*self.history, loss][-self.rows :] if self.rows else []
+        if not division.labeled.any():
+            warn(f"{name} finds no sample clean with p > {self.threshold:g}: its peer gets one more warm-up epoch")
+            return None
+        if division.labeled.all():
+            warn(f"{name} finds every sample clean: no unlabeled images this epoch")
+        return division

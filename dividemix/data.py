@@ -1,18 +1,6 @@
 """Small image sets that live on the device (the CIFAR family): all of a phase's draws first, then batches of indices.
 
-The engine asks a data set for its length, its `device` and these; `stream` answers them for images that are too large
-for the device:
-
-    warmup_batches(batch_size, rng)              -> batches;  warmup_views(*batch)   -> x, labels
-    mixmatch_batches(division, batch_size, rng)  -> batches;  mixmatch_views(*batch) -> x1, x2, labels, w, u1, u2
-    eval_batches(batch_size)                     -> batches of (x, labels) in the order of the samples
-    originals(rows)                              -> these images for people, uint8 (H, W, 3), one after the other
-
-Batches are gone through once, in order, and know their `sizes` beforehand: how many rows each has, labeled and
-(mixmatch) unlabeled. A batch is a tuple of device tensors. `*_views` is pure device work without a host
-synchronisation, the same function for all data that may share a captured step. Everything random comes from the host's
-numpy generator `rng`, so the draws do not depend on the device. batch_size and `rng`'s draws are those of all ranks
-together; the batches are this rank's rows of them (see `ranks`), and for evaluation this rank's share of whole batches.
+train = DeviceImages(images, labels, mean, std, flip=True, runtime=runtime)         # an `engine.DataSet`
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,7 +13,9 @@ from torch import Tensor
 from dividemix import augment
 from dividemix.codivide import Division
 from dividemix.ranks import Ranks
+from dividemix.runtime import PLAIN, Runtime
 
+ALONE = Ranks()
 Batch = tuple[Tensor, ...]
 
 
@@ -43,10 +33,10 @@ class Batches:
 
 
 class DeviceImages:
-    """N images with labels (the given ones, for training), uint8 on `device`.
+    """N images with labels (the given ones, for training), uint8 on the runtime's device.
 
     images uint8 (N, H, W, 3), labels int64 (N,), mean and std of pixel values in [0, 1] (3,), flip: whether views are
-    flipped.
+    flipped; truly_clean bool (N,), where it is known, says which labels are right.
     """
 
     def __init__(
@@ -56,15 +46,14 @@ class DeviceImages:
         mean: tuple,
         std: tuple,
         flip: bool,
-        device: torch.device | str = "cpu",
-        ranks: Ranks = Ranks(),  # noqa: B008
+        runtime: Runtime = PLAIN,
+        truly_clean: NDArray[np.bool_] | None = None,
     ):
-        self.device = torch.device(device)
-        self.ranks = ranks
-        self.padded = augment.pad_images(torch.from_numpy(images).to(self.device))
-        self.labels = torch.from_numpy(labels).to(self.device)
-        self.mean = torch.tensor(mean, dtype=torch.float32, device=self.device)
-        self.std = torch.tensor(std, dtype=torch.float32, device=self.device)
+        self.runtime, self.truly_clean = runtime, truly_clean
+        self.padded = augment.pad_images(torch.from_numpy(images).to(runtime.device))
+        self.labels = torch.from_numpy(labels).to(runtime.device)
+        self.mean = torch.tensor(mean, dtype=torch.float32, device=runtime.device)
+        self.std = torch.tensor(std, dtype=torch.float32, device=runtime.device)
         self.flip = flip
 
     def __len__(self) -> int:
@@ -72,10 +61,8 @@ class DeviceImages:
 
     def warmup_batches(self, batch_size: int, rng: np.random.Generator) -> Batches:
         """One pass over all samples in a new order: (index, crops) a batch, the partial last one kept."""
-        index = plan_warmup(len(self), batch_size, rng, self.ranks)
-        crops = [self._crops(rng, len(rows)) for rows in index]
-        mine = [self.ranks.mine(rows) for rows in index]
-        return self._to_device(mine, [self.ranks.mine(rows) for rows in crops])
+        index = plan_warmup(len(self), batch_size, rng)
+        return self._to_device(index, [self._crops(rng, len(rows)) for rows in index])
 
     def warmup_views(self, index: Tensor, crops: Tensor) -> tuple[Tensor, Tensor]:
         """One augmented view (B, 3, H, W) and the given labels (B,)."""
@@ -83,13 +70,8 @@ class DeviceImages:
 
     def mixmatch_batches(self, division: Division, batch_size: int, rng: np.random.Generator) -> Batches:
         """One pass over the labeled set: (labeled index, unlabeled index, crops, w) a batch; see `plan_mixmatch`."""
-        labeled, unlabeled = plan_mixmatch(division, batch_size, rng, self.ranks)
-        mine, crops = self.ranks.mine, []
-        for x, u in zip(labeled, unlabeled, strict=True):  # two views of each
-            drawn = self._crops(rng, 2 * (len(x) + len(u)))
-            views = np.split(drawn, np.cumsum([len(x), len(x), len(u)]))
-            crops.append(np.concatenate([mine(view) for view in views]))
-        labeled, unlabeled = [mine(x) for x in labeled], [mine(u) for u in unlabeled]
+        labeled, unlabeled = plan_mixmatch(division, batch_size, rng)
+        crops = [self._crops(rng, 2 * (len(x) + len(u))) for x, u in zip(labeled, unlabeled, strict=True)]
         w = [division.clean_probability[x].astype(np.float32) for x in labeled]
         return self._to_device(labeled, unlabeled, crops, w)
 
@@ -101,13 +83,16 @@ class DeviceImages:
         x1, x2, u1, u2 = views.split([len(labeled)] * 2 + [len(unlabeled)] * 2)
         return x1, x2, self.labels[labeled], w, u1, u2
 
-    def eval_batches(self, batch_size: int) -> "EvalBatches":
-        """This rank's batches of all images in order, without augmentation."""
-        return EvalBatches(self, batch_size)
+    def eval_batches(self, batch_size: int) -> Batches:
+        """(x, labels) of all images in order, without augmentation, made as they are asked for."""
+        images, starts = augment.centre(self.padded), range(0, len(self), batch_size)
+        rows = [slice(start, min(start + batch_size, len(self))) for start in starts]
+        batches = ((augment.to_float(images[part], self.mean, self.std), self.labels[part]) for part in rows)
+        return Batches([(part.stop - part.start,) for part in rows], batches)
 
     def originals(self, rows: NDArray) -> Iterator[NDArray[np.uint8]]:
         """The images `rows` (M,) as they came, (H, W, 3) each."""
-        return iter(augment.centre(self.padded)[torch.from_numpy(rows).to(self.device)].cpu().numpy())
+        return iter(augment.centre(self.padded)[torch.from_numpy(rows).to(self.runtime.device)].cpu().numpy())
 
     def _crops(self, rng: np.random.Generator, n: int) -> NDArray[np.uint8]:
         return augment.draw_crops(rng, n, self.flip)
@@ -119,41 +104,24 @@ class DeviceImages:
         """Columns of per-batch arrays -> batches of tensors, one transfer a column. The first columns hold indices."""
         moved = []
         for column in columns:
-            whole = torch.from_numpy(np.concatenate(column)).to(self.device)
+            whole = torch.from_numpy(np.concatenate(column)).to(self.runtime.device)
             moved.append(whole.split([len(part) for part in column]))
         indices = [column for column in columns if column[0].dtype == np.int64]
         sizes = [tuple(map(len, parts)) for parts in zip(*indices, strict=True)]
         return Batches(sizes, list(zip(*moved, strict=True)))
 
 
-class EvalBatches:
-    """This rank's (x, labels) slices of a `DeviceImages`, made as they are asked for."""
-
-    def __init__(self, data: DeviceImages, batch_size: int):
-        self.data, self.batch_size = data, batch_size
-        self.mine = data.ranks.deal(-(-len(data) // batch_size))
-
-    def __len__(self) -> int:
-        return len(self.mine)
-
-    def __iter__(self):
-        images = augment.centre(self.data.padded)
-        for k in self.mine:
-            rows = slice(k * self.batch_size, (k + 1) * self.batch_size)
-            yield augment.to_float(images[rows], self.data.mean, self.data.std), self.data.labels[rows]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Which samples make up the batches of all ranks together
+# Which samples make up the batches, of all ranks together
 
 
-def plan_warmup(n: int, batch_size: int, rng: np.random.Generator, ranks: Ranks) -> list[NDArray]:
+def plan_warmup(n: int, batch_size: int, rng: np.random.Generator, ranks: Ranks = ALONE) -> list[NDArray]:
     """One pass over n samples in a new order, the partial last batch kept and filled up for the ranks."""
     return [ranks.fill(rows) for rows in split(rng.permutation(n), batch_size)]
 
 
 def plan_mixmatch(
-    division: Division, batch_size: int, rng: np.random.Generator, ranks: Ranks
+    division: Division, batch_size: int, rng: np.random.Generator, ranks: Ranks = ALONE
 ) -> tuple[list[NDArray], list[NDArray]]:
     """One pass over the labeled set: the labeled and the unlabeled index of each batch.
 

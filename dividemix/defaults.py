@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Collection
 from typing import Any
 
-from dividemix import DivideMixError, networks, recipes
+from dividemix import DivideMixError, networks, ranks, recipes
 from dividemix.augment import PAD
 from dividemix.recipes import OwnRecipe
 
@@ -69,8 +69,6 @@ def choose(args: argparse.Namespace, n: int, side: int, parts: Collection[str]) 
     settle("lambda_u", 0.0, "as for 20 % and asymmetric noise; about 25 where half of the labels are wrong")
     settle("p_threshold", 0.5, "the paper's below 90 % noise")
     args.eval_batch_size = args.eval_batch_size or (1000 if args.image_size <= SMALL else 200)
-    if args.warm_up < 1:
-        raise DivideMixError("--warm_up 0: expected 1 or more, since the first division is made at an epoch's end")
     return recipe, lines
 
 
@@ -80,6 +78,10 @@ def settle_mode(args: argparse.Namespace, n: int, lines: list[str]) -> None:
     fits = args.image_size <= SMALL and size <= DEVICE_LIMIT
     why = f"at most {SMALL} px and {DEVICE_LIMIT >> 30} GB" if fits else f"over {SMALL} px or {DEVICE_LIMIT >> 30} GB"
     why = "given" if args.data_mode != "auto" else f"{size / 1e6:.0f} MB, {why}"
+    if ranks.from_environment()[1] > 1:
+        if args.data_mode == "device":
+            raise DivideMixError("--data_mode device trains on one card: leave it out, or start without torchrun")
+        fits, why = False, "several ranks"
     args.data_mode = args.data_mode if args.data_mode != "auto" else "device" if fits else "stream"
     lines.append(f"data_mode {args.data_mode} ({why})")
 

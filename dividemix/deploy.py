@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dividemix import DivideMixError, networks, runtime
-from dividemix.checkpoint import load_file, load_last, read_file
+from dividemix.checkpoint import load_file, load_last, load_weights, read_file
 from dividemix.images import Preparation
-from dividemix.state import load_weights
 
 WEIGHTS = ("best", "last")
 _LARGEST = 4096  # pixels of a side; what asks for more is damaged
@@ -189,7 +188,7 @@ def load_ensemble(run: Path, description: Description, weights: str = "best") ->
     """
     if weights == "last":
         state = load_last(run)
-        if state is None:
+        if not state:
             raise DivideMixError(f"{run} has no checkpoint yet: not one epoch is finished")
         source = f"the last checkpoint of {run}"
         epochs = [record["epoch"] for record in state["records"][-1:]] * description.count

@@ -1,34 +1,111 @@
-"""What a phase and a step compute (Algorithm 1). How it is run (device, precision, graphs) is the `machine`'s affair.
+"""What a phase and a step compute (Algorithm 1). How it is run (device, precision, graphs) is the runtime's affair.
 
-A phase function takes a data set as `dividemix.data` describes it and a numpy generator; all of the phase's draws are
-made from it before the first step. `mixmatch_step` and `warmup_step` are free of host synchronisation: no .item(), no
-branch on a tensor's value, no shape that depends on data. What changes from step to step is a tensor: a machine may
-capture one step and replay it for all others of its shapes. A phase reads its results back once, at its end.
+    divisions = co_divide(nets, [train, train], mixtures, phase)                      # W = GMM(X, Y, theta), both nets
+    train_epoch(net1, net2, optimizer1, train, divisions[1], mixmatch, phase("train", 0))
+    test(nets, {"test": images}, phase)
+
+A phase function takes a data set (`DataSet`), which knows its runtime, the method's settings (`MixMatch`) and, last,
+the `Phase`: all draws are made from its generator before the first step. A step is free of host synchronisation: no
+.item(), no branch on a tensor's value, no shape that depends on data. What changes from step to step is a tensor: a
+runtime may capture one step and replay it for all others of its shapes. A phase reads its results back once.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dividemix import Diverged, DivideMixError, runtime, warn
 from dividemix.algorithm import co_guess, co_refine, linear_rampup, mixup, neg_entropy, prior_penalty, semi_loss
-from dividemix.codivide import Division
-from dividemix.data import Batches
+from dividemix.codivide import Division, Mixture
 from dividemix.ranks import Ranks
 from dividemix.runtime import Runtime
 
 # forward(net, *batches) -> the logits of each batch, as one call of net after the other would give them
 Forward = Callable[..., list[Tensor]]
 
-PLAIN = Runtime(torch.device("cpu"))
 ALONE = Ranks()
+
+
+@dataclass(frozen=True)
+class MixMatch:
+    """The method's settings. Those that compare are read by the step, and are part of the key under which a step is
+    captured; those that act before it do not compare, so that they may change from epoch to epoch."""
+
+    num_class: int
+    batch_size: int = 64  # labeled = unlabeled images of a step; twice that in warm-up
+    T: float = 0.5  # sharpening temperature
+    refine: bool = True  # whether labels of the labeled set are co-refined, or stay as given (Table 5)
+    views: int = 2  # M, views of an image in guesses, refinement and the mixed batch (1: Table 5)
+    unlabeled_loss: bool = True  # else unlabeled images are mix partners only (Clothing1M, WebVision)
+    conf_penalty: bool = False  # confidence penalty in warm-up
+    alpha: float = field(default=4, compare=False)  # of mixup's Beta distribution
+    lambda_u: float = field(default=25, compare=False)  # weight of the unlabeled loss, ramped up over 16 epochs
+    warm_up: float = field(default=10, compare=False)  # epochs before the first division; inf: plain cross-entropy
+
+
+@dataclass
+class Phase:
+    """What a phase function is given of its run: the epoch, the generator of all draws, and a function that shows a
+    progress bar around batches. It is entered for the time that the phase takes. By itself it is silent."""
+
+    epoch: int = 0
+    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    bar: Callable[[Iterable], Iterable] = iter
+
+    def __enter__(self) -> "Phase":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def silent(name: str, k: int = 0) -> Phase:
+    """The phase `name` of net k (0 or 1), as `Run.phase` gives it, without a run."""
+    return Phase()
+
+
+class Batches(Protocol):
+    """The batches of one phase, gone through once, in order. sizes: of each, how many rows it has, labeled and
+    (mixmatch) unlabeled."""
+
+    sizes: list[tuple[int, ...]]
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]: ...
+
+
+class DataSet(Protocol):
+    """What the engine asks of N images with their given labels.
+
+    A batch is a tuple of device tensors. `*_views` makes the images of a batch: pure device work without a host
+    synchronisation, the same function for all data that may share a captured step. Everything random comes from the
+    host's generator `rng`, so the draws do not depend on the device. batch_size and the draws are those of all ranks
+    together; the batches are this rank's rows of them (see `ranks`), and for evaluation its share of whole batches.
+    """
+
+    runtime: Runtime
+    truly_clean: NDArray[np.bool_] | None  # (N,), where the truth is known: for the AUC alone
+    warmup_views: Callable[..., tuple[Tensor, Tensor]]  # (*batch) -> x, labels
+    mixmatch_views: Callable[..., tuple[Tensor, ...]]  # (*batch) -> x1, x2, labels, w, u1, u2
+
+    def __len__(self) -> int: ...
+    def warmup_batches(self, batch_size: int, rng: np.random.Generator) -> Batches: ...
+    def mixmatch_batches(self, division: Division, batch_size: int, rng: np.random.Generator) -> Batches: ...
+
+    def eval_batches(self, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """(x, labels) of all images in order, without augmentation."""
+
+    def originals(self, rows: NDArray) -> Iterable[NDArray[np.uint8]]:
+        """These images for people, (H, W, 3), one after the other."""
 
 
 def plain_forward(net: nn.Module, *batches: Tensor) -> list[Tensor]:
@@ -80,9 +157,31 @@ def mixmatch_step(
     T: float,
     lambda_u: Tensor | float,
     num_class: int,
-    unlabeled_loss: bool = True,
-    refine: bool = True,
-    M: int = 2,
+    forward: Forward = plain_forward,
+    ranks: Ranks = ALONE,
+    **settings: Any,
+) -> StepTerms:
+    """`train_step` with its settings one by one; settings: more fields of `MixMatch`."""
+    mixmatch = MixMatch(num_class, len(x1), T, **settings)
+    images = x1, x2, labels, w, u1, u2
+    return train_step(net, peer, optimizer, *images, mixmatch, lam, index, lambda_u, forward=forward, ranks=ranks)
+
+
+def train_step(
+    net: nn.Module,
+    peer: nn.Module | None,
+    optimizer: Optimizer,
+    x1: Tensor,
+    x2: Tensor,
+    labels: Tensor,
+    w: Tensor,
+    u1: Tensor,
+    u2: Tensor,
+    mixmatch: MixMatch,
+    lam: Tensor | float,
+    index: Tensor,
+    lambda_u: Tensor | float,
+    *,
     forward: Forward = plain_forward,
     ranks: Ranks = ALONE,
 ) -> StepTerms:
@@ -95,12 +194,12 @@ def mixmatch_step(
     step, each with its own rows; the terms are those of these rows, but for the penalty, which is of all.
 
     Ablations (Table 5). peer None: `net` guesses alone. refine=False: the given labels are the targets, whatever w is;
-    all forwards stay, and with them BN's statistics. M=1, views of an image: x2 and u2 are not looked at, `index` is of
-    B + B' rows.
+    all forwards stay, and with them BN's statistics. views=1: x2 and u2 are not looked at, `index` is of B + B' rows.
     """
     net.train()  # also while guessing: each forward's own batch statistics, and four updates of the running ones
     if peer is not None:
         peer.eval()
+    M, T = mixmatch.views, mixmatch.T
     xs, us = [x1, x2][:M], [u1, u2][:M]
     with torch.no_grad():
         if len(u1):
@@ -110,15 +209,15 @@ def mixmatch_step(
             targets_u = co_guess([*own_u, *theirs], T)
         else:
             own_x = forward(net, *xs)
-            targets_u = w.new_zeros(0, num_class)
+            targets_u = w.new_zeros(0, mixmatch.num_class)
         # one_hot of torch.nn.functional checks the range on the host: a sync
-        one_hot = (labels.unsqueeze(1) == torch.arange(num_class, device=labels.device)).to(w.dtype)
-        targets_x = co_refine(one_hot, w, own_x, T) if refine else one_hot
+        one_hot = (labels.unsqueeze(1) == torch.arange(mixmatch.num_class, device=labels.device)).to(w.dtype)
+        targets_x = co_refine(one_hot, w, own_x, T) if mixmatch.refine else one_hot
 
     inputs = torch.cat([*xs, *us])
     targets = torch.cat([targets_x] * M + [targets_u] * M)
     rows_x = M * len(x1)
-    mixed, mixed_targets = mixup(inputs, targets, lam, index if unlabeled_loss else index[:rows_x])
+    mixed, mixed_targets = mixup(inputs, targets, lam, index if mixmatch.unlabeled_loss else index[:rows_x])
 
     [logits] = forward(net, mixed)  # all rows in one forward, also where lambda_u is 0: BN and the penalty see them all
     Lx, Lu = semi_loss(logits[:rows_x], mixed_targets[:rows_x], logits[rows_x:], mixed_targets[rows_x:])
@@ -166,106 +265,73 @@ def update(optimizer: Optimizer, loss: Tensor, ranks: Ranks = ALONE) -> None:
 # One phase
 
 
-def warmup_epoch(
-    net: nn.Module,
-    optimizer: Optimizer,
-    data,
-    *,
-    batch_size: int,
-    rng: np.random.Generator,
-    conf_penalty: bool = False,
-    machine: Runtime = PLAIN,
-    bar: Callable[[Iterable], Iterable] = iter,
-) -> PhaseTerms:
+def warmup_epoch(net: nn.Module, optimizer: Optimizer, data: DataSet, mixmatch: MixMatch, phase: Phase) -> PhaseTerms:
     """One pass of plain cross-entropy over all samples with their given labels, one augmented view each.
 
-    Raises DivideMixError when a loss or gradient was not finite.
+    Raises Diverged when a loss or gradient was not finite.
     """
-    batches = data.warmup_batches(batch_size, rng)
-    views = data.warmup_views  # not `data`: what a machine keeps of a step must not hold on to images
+    with phase:
+        batch_size, views = 2 * mixmatch.batch_size, data.warmup_views
+        batches = data.warmup_batches(batch_size, phase.rng)
 
-    def step(forward: Forward, *batch: Tensor) -> StepTerms:
-        return warmup_step(
-            net, optimizer, *views(*batch), conf_penalty=conf_penalty, forward=forward, ranks=machine.ranks
-        )
+        def step(forward: Forward, *batch: Tensor) -> StepTerms:  # holds `views`, not `data`: a captured step is kept
+            x, labels = views(*batch)
+            penalty = mixmatch.conf_penalty
+            return warmup_step(net, optimizer, x, labels, conf_penalty=penalty, forward=forward, ranks=ranks)
 
-    key = ("warmup", net, optimizer, views, batch_size, conf_penalty)
-    with layers_draw_from(rng, net, machine):
-        return run_steps(key, step, batches, [()] * len(batches), batch_size, net, optimizer, machine, bar)
+        ranks = data.runtime.ranks
+        key = ("warmup", net, optimizer, views, mixmatch)
+        return run_steps(key, step, batches, [()] * len(batches), batch_size, net, optimizer, data.runtime, phase)
 
 
 def train_epoch(
     net: nn.Module,
-    peer: nn.Module | None,
+    peer: nn.Module,
     optimizer: Optimizer,
-    data,
+    data: DataSet,
     division: Division,
-    *,
-    epoch: int,
-    warm_up: int,
-    batch_size: int,
-    alpha: float,
-    T: float,
-    lambda_u: float,
-    num_class: int,
-    rng: np.random.Generator,
-    unlabeled_loss: bool = True,
-    refine: bool = True,
-    M: int = 2,
-    machine: Runtime = PLAIN,
-    bar: Callable[[Iterable], Iterable] = iter,
+    mixmatch: MixMatch,
+    phase: Phase,
 ) -> PhaseTerms:
-    """Train `net` for one pass over the labeled set of its peer's `division`, with `peer` frozen.
+    """Train `net` for one pass over the labeled set of its peer's `division`, with `peer` frozen. A network that is its
+    own peer guesses alone (Table 5, without co-training).
 
-    lambda_u is ramped up over 16 epochs from `warm_up` on. peer None, refine, M: see `mixmatch_step`; images and
-    crops are drawn alike in all cases. Raises DivideMixError when a loss or gradient was not finite.
+    lambda_u is ramped up over 16 epochs from warm_up on. Images and crops are drawn alike in all ablations. Raises
+    Diverged when a loss or gradient was not finite.
     """
-    batches = data.mixmatch_batches(division, batch_size, rng)
-    views = data.mixmatch_views
-    device, ranks = data.device, machine.ranks
-    lam = rng.beta(alpha, alpha, size=len(batches))
-    lam = torch.from_numpy(np.maximum(lam, 1 - lam)).float().to(device)
-    rows = [M * sum(size) for size in batches.sizes]
-    index = [[rng.permutation(n) for _ in range(ranks.world)][ranks.rank] for n in rows]
-    index = torch.from_numpy(np.concatenate(index)).to(device).split(rows)
-    num_iter = int(division.labeled.sum()) // batch_size + 1  # as the authors count: one too many when it divides
-    t = epoch + torch.arange(len(batches), device=device) / num_iter
-    ramp = linear_rampup(t, warm_up, lambda_u)
+    with phase:
+        rng, views = phase.rng, data.mixmatch_views
+        batches = data.mixmatch_batches(division, mixmatch.batch_size, rng)
+        device, ranks = data.runtime.device, data.runtime.ranks
+        lam = rng.beta(mixmatch.alpha, mixmatch.alpha, size=len(batches))
+        lam = torch.from_numpy(np.maximum(lam, 1 - lam)).float().to(device)
+        rows = [mixmatch.views * sum(size) for size in batches.sizes]
+        index = [[rng.permutation(n) for _ in range(ranks.world)][ranks.rank] for n in rows]
+        index = torch.from_numpy(np.concatenate(index)).to(device).split(rows)
+        num_iter = int(division.labeled.sum()) // mixmatch.batch_size + 1  # as the authors count: one too many at times
+        t = phase.epoch + torch.arange(len(batches), device=device) / num_iter
+        ramp = linear_rampup(t, mixmatch.warm_up, mixmatch.lambda_u)
+        peer = None if peer is net else peer
 
-    def step(forward: Forward, lam: Tensor, index: Tensor, lambda_u: Tensor, *batch: Tensor) -> StepTerms:
-        return mixmatch_step(
-            net,
-            peer,
-            optimizer,
-            *views(*batch),
-            lam=lam,
-            index=index,
-            T=T,
-            lambda_u=lambda_u,
-            num_class=num_class,
-            unlabeled_loss=unlabeled_loss,
-            refine=refine,
-            M=M,
-            forward=forward,
-            ranks=ranks,
-        )
+        def step(forward: Forward, lam: Tensor, index: Tensor, lambda_u: Tensor, *batch: Tensor) -> StepTerms:
+            images, draws = views(*batch), (lam, index, lambda_u)
+            return train_step(net, peer, optimizer, *images, mixmatch, *draws, forward=forward, ranks=ranks)
 
-    key = ("mixmatch", net, peer, optimizer, views, batch_size, T, num_class, unlabeled_loss, refine, M)
-    draws = [(lam[i], index[i], ramp[i]) for i in range(len(batches))]
-    with layers_draw_from(rng, net, machine):
-        return run_steps(key, step, batches, draws, batch_size, net, optimizer, machine, bar)
+        key = ("mixmatch", net, peer, optimizer, views, mixmatch)
+        draws = [(lam[i], index[i], ramp[i]) for i in range(len(batches))]
+        return run_steps(key, step, batches, draws, mixmatch.batch_size, net, optimizer, data.runtime, phase)
 
 
 @contextlib.contextmanager
-def layers_draw_from(rng: np.random.Generator, net: nn.Module, machine: Runtime) -> Iterator[None]:
+def layers_draw_from(rng: np.random.Generator, net: nn.Module, runtime: Runtime) -> Iterator[None]:
     """Within the block, layers that draw (dropout, stochastic depth; p is their probability) do so by a seed from
     `rng`, each rank by one of its own: they know torch's global stream alone. Nothing is drawn for networks without
     such layers, as the paper's are."""
     if not any(getattr(module, "p", 0) for module in net.modules()):
         yield
         return
-    seed = int(rng.integers(2**62)) + machine.ranks.rank
-    with torch.random.fork_rng([machine.device] if machine.device.type == "cuda" else []):
+    seed = int(rng.integers(2**62)) + runtime.ranks.rank
+    with torch.random.fork_rng([runtime.device] if runtime.device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
@@ -279,9 +345,9 @@ def run_steps(
     net: nn.Module,
     optimizer: Optimizer,
     machine: Runtime,
-    bar: Callable[[Iterable], Iterable],
+    phase: Phase,
 ) -> PhaseTerms:
-    """step(forward, *draws[i], *batch) for every batch, full ones on the machine's fast path (see `Runtime.run`); read
+    """step(forward, *draws[i], *batch) for every batch, full ones on the runtime's fast path (see `Runtime.run`); read
     the summed terms and the count of sound steps back once, at the end."""
     found_inf = getattr(optimizer, "found_inf", None)
     state = partial(changed_by_step, net, optimizer)
@@ -295,14 +361,15 @@ def run_steps(
 
     sums = torch.zeros(len(StepTerms._fields) + 1, device=machine.device)
     try:
-        for batch, drawn, sizes in zip(bar(batches), draws, batches.sizes, strict=True):
-            # A partial batch also occurs in mid-epoch, where the unlabeled set ends and is reshuffled.
-            if all(size == full for size in sizes):
-                sums = sums + machine.run(key, packed, (*drawn, *batch), state)
-            else:
-                sums = sums + packed(machine.forward, *drawn, *batch)
-        ranks.average_buffers(net)
-        *totals, sound = (ranks.sum(sums) / ranks.world).tolist()
+        with layers_draw_from(phase.rng, net, machine):
+            for batch, drawn, sizes in zip(phase.bar(batches), draws, batches.sizes, strict=True):
+                # A partial batch also occurs in mid-epoch, where the unlabeled set ends and is reshuffled.
+                if all(size == full for size in sizes):
+                    sums = sums + machine.run(key, packed, (*drawn, *batch), state)
+                else:
+                    sums = sums + packed(machine.forward, *drawn, *batch)
+            ranks.average_buffers(net)
+            *totals, sound = (ranks.sum(sums) / ranks.world).tolist()
     except RuntimeError as error:
         if not runtime.is_out_of_memory(error):
             raise
@@ -325,15 +392,44 @@ def changed_by_step(net: nn.Module, optimizer: Optimizer) -> list[Tensor]:
     return [*net.parameters(), *net.buffers(), *momentum, *flag]
 
 
+class Divisions(Sequence):
+    """Each network's division, None where it found no clean sample. One that is still being fitted is waited for when
+    it is read."""
+
+    def __init__(self, fits: list[Callable[[], Division | None]], phase: Callable[[str, int], Phase]):
+        self._fits, self._phase = fits, phase
+
+    def __len__(self) -> int:
+        return len(self._fits)
+
+    def __getitem__(self, k: int) -> Division | None:
+        with self._phase("gmm", k):
+            return self._fits[k]()
+
+
+def co_divide(
+    nets: Sequence[nn.Module],
+    sets: Sequence[DataSet],
+    mixtures: Sequence[Mixture],
+    phase: Callable[[str, int], Phase] = silent,
+) -> Divisions:
+    """W = GMM(X, Y, theta): each network scores its set, and a mixture divides it (Sec. 3.1), before any is trained.
+
+    Net 2 comes first, whose division is needed first: on a card each mixture is fitted in a thread while the card goes
+    on. Raises Diverged, also when a division is read, for losses that cannot be divided.
+    """
+    fits: list[Callable[[], Division | None]] = [lambda: None] * len(nets)
+    for k in reversed(range(len(nets))):
+        scores = per_sample_loss(nets[k], sets[k], phase("loss", k))
+        random_state = int(phase("divide", k).rng.integers(2**32))
+        known = scores.loss.numpy(), scores.prediction.numpy(), sets[k].truly_clean
+        with phase("gmm", k):
+            fits[k] = sets[k].runtime.background(mixtures[k].divide, *known, random_state, f"net {k + 1}")
+    return Divisions(fits, phase)
+
+
 @torch.no_grad()
-def per_sample_loss(
-    net: nn.Module,
-    data,
-    *,
-    batch_size: int = 1000,
-    machine: Runtime = PLAIN,
-    bar: Callable[[Iterable], Iterable] = iter,
-) -> Scores:
+def per_sample_loss(net: nn.Module, data: DataSet, phase: Phase | None = None) -> Scores:
     """Cross-entropy of all N samples against their given labels: eval mode, no augmentation (Sec. 3.1)."""
     net.eval()
 
@@ -341,37 +437,38 @@ def per_sample_loss(
         [logits] = forward(net, x)
         return torch.stack([F.cross_entropy(logits, labels, reduction="none"), logits.argmax(dim=1).float()])
 
-    scores = torch.zeros(2, len(data), device=machine.device)
-    for rows, found in evaluate(score, data, batch_size, machine, bar):
-        scores[:, rows] = found
-    loss, prediction = machine.ranks.sum(scores).cpu()  # one transfer
+    scores = torch.zeros(2, len(data), device=data.runtime.device)
+    with phase or Phase() as phase:
+        for rows, values in evaluate(score, data, phase.bar):
+            scores[:, rows] = values
+        loss, prediction = data.runtime.ranks.sum(scores).cpu()  # one transfer
     return Scores(loss, prediction.long())
 
 
-def ensemble_accuracy(
-    nets: list[nn.Module],
-    data,
-    *,
-    batch_size: int = 1000,
-    machine: Runtime = PLAIN,
-    bar: Callable[[Iterable], Iterable] = iter,
-) -> list[float]:
-    """Top-1 accuracy in per cent: [of the summed logits, of each net alone]."""
-    return top_k_accuracy(nets, data, (1,), batch_size=batch_size, machine=machine, bar=bar)[1]
+def test(
+    nets: Sequence[nn.Module],
+    sets: Mapping[str, DataSet],
+    phase: Callable[[str], Phase] = silent,
+    ks: Sequence[int] = (1,),
+) -> dict[str, float]:
+    """Accuracies in per cent, by the names of an epoch's record: of the set 'test' test_acc, of the summed logits, and
+    test_acc_net1 ... of each network; with k > 1 test_acc_top<k>, of the summed logits, whose label is among the k
+    largest."""
+    record = {}
+    for name, data in sets.items():
+        accuracy = top_k_accuracy(nets, data, ks, phase(name))
+        record[f"{name}_acc"], *each_net = accuracy[1]
+        record |= {f"{name}_acc_net{k}": value for k, value in enumerate(each_net, start=1)}
+        record |= {f"{name}_acc_top{k}": accuracy[k][0] for k in ks if k > 1}
+    return record
 
 
 @torch.no_grad()
 def top_k_accuracy(
-    nets: list[nn.Module],
-    data,
-    ks: Sequence[int],
-    *,
-    batch_size: int = 1000,
-    machine: Runtime = PLAIN,
-    bar: Callable[[Iterable], Iterable] = iter,
+    nets: Sequence[nn.Module], data: DataSet, ks: Sequence[int] = (1,), phase: Phase | None = None
 ) -> dict[int, list[float]]:
-    """For each k the part of the samples, in per cent, whose label is among the k largest logits: [of the summed
-    logits, of each net alone]. All of a k beyond the number of classes."""
+    """For each k the top-k accuracy (%): [of the summed logits, of each net alone]. 100 for a k beyond the number of
+    classes."""
     for net in nets:
         net.eval()
 
@@ -384,26 +481,28 @@ def top_k_accuracy(
             hits.append((answers == labels[:, None]).any(dim=2).sum(dim=1))
         return torch.stack(hits)
 
-    correct = torch.zeros(len(ks), 1 + len(nets), dtype=torch.int64, device=machine.device)
-    for _, hits in evaluate(score, data, batch_size, machine, bar):
-        correct += hits
-    counts = machine.ranks.sum(correct).tolist()
+    correct = torch.zeros(len(ks), 1 + len(nets), dtype=torch.int64, device=data.runtime.device)
+    with phase or Phase() as phase:
+        for _, hits in evaluate(score, data, phase.bar):
+            correct += hits
+        counts = data.runtime.ranks.sum(correct).tolist()
     return {k: [100 * count / len(data) for count in row] for k, row in zip(ks, counts, strict=True)}
 
 
 def evaluate(
-    score: Callable[..., Tensor], data, batch_size: int, machine: Runtime, bar: Callable[[Iterable], Iterable]
+    score: Callable[..., Tensor], data: DataSet, bar: Callable[[Iterable], Iterable] = iter
 ) -> list[tuple[slice, Tensor]]:
     """score(forward, x, labels) of this rank's evaluation batches, each with the samples it is of.
 
     Where the memory is too small for a batch, its size is halved until it fits, for the rest of the run. Raises
     DivideMixError where not even one image fits, and with several ranks, which must make the same batches.
     """
+    machine = data.runtime
     while True:
-        size = min(batch_size, len(data), machine.eval_limit or batch_size)
+        size = min(machine.eval_batch_size, len(data))
         try:
-            mine = machine.ranks.deal(-(-len(data) // size))
-            batches = zip(mine, bar(data.eval_batches(size)), strict=True)
+            numbers = machine.ranks.deal(-(-len(data) // size))
+            batches = zip(numbers, bar(data.eval_batches(size)), strict=True)
             return [
                 (
                     slice(k * size, k * size + len(x)),
@@ -419,12 +518,14 @@ def evaluate(
                 raise DivideMixError(f"{short}{size} images at once; use a smaller --eval_batch_size") from error
             if size == 1:
                 raise DivideMixError(f"{short}even one image; use a smaller --width") from error
-        machine.eval_limit = size // 2
+        machine.eval_batch_size = size // 2
         torch.cuda.empty_cache()
         warn(f"not enough memory to evaluate {size} images at once: {size // 2} from now on (--eval_batch_size)")
 
 
-def set_learning_rate(optimizers: Iterable[Optimizer], lr: float) -> None:
+def set_learning_rate(optimizers: Iterable[Optimizer], lr: float) -> float:
+    """-> lr"""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             runtime.set_learning_rate(group, lr)
+    return lr

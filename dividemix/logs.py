@@ -5,7 +5,7 @@ one line an epoch is for people. metrics.jsonl holds the records themselves.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,18 @@ Record = dict[str, Any]  # one epoch, flat
 
 @dataclass(frozen=True)
 class Logs:
-    """One script's formats. acc: an epoch's line in acc.txt. stats: its lines in stats.txt. epoch: (record, num_epochs)
-    -> its line for people, without the newline. final: what acc.txt ends with, from the run's final metrics. running:
-    (records, best_epochs) -> what the last record says of the run so far."""
+    """One script's name and formats. acc: an epoch's line in acc.txt. stats: its lines in stats.txt. epoch: (record,
+    num_epochs) -> its line for people, without the newline. final: what acc.txt ends with, from the run's final
+    metrics. running: (records, best_epochs) -> what the last record says of the run so far. best_by: (record, k) ->
+    what the best epoch of net k (0 or 1) has most of; the first of equals is kept."""
 
+    script: str
     acc: Callable[[Record], str]
     stats: Callable[[Record], str]
     epoch: Callable[[Record, int], str]
     final: Callable[[Record], str] = lambda final: ""
     running: Callable[[list[Record], list[int]], Record] = lambda records, best_epochs: running(records, best_epochs)
+    best_by: Callable[[Record, int], Any] = lambda record, k: by_ensemble(record, k)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,10 +69,13 @@ def running_folder(records: list[Record], best_epochs: list[int]) -> Record:
     return {"best_val_acc": records[best_epochs[0]]["val_acc"]}
 
 
-def training(divisions: list, terms: list, truly_clean: NDArray[np.bool_] | None = None) -> Record:
+def training(
+    divisions: Sequence, terms: Sequence, truly_clean: NDArray[np.bool_] | None = None, unlabeled_loss: bool = False
+) -> Record:
     """What an epoch's record says of training: the sizes of the divisions trained on, net 1's and net 2's (None in
-    warm-up), where the truth (N,) is known also how good the labeled sets are, and means of both networks'
-    `engine.PhaseTerms`. In warm-up loss_x is the cross-entropy and penalty the confidence penalty."""
+    warm-up), where the truth (N,) is known also how good they are, and means of both networks' `engine.PhaseTerms`. In
+    warm-up loss_x is the cross-entropy and penalty the confidence penalty; loss_u, where there is such a loss, is the
+    mean of the networks that have learned from a division."""
     record: Record = {}
     for k, division in enumerate(divisions, start=1):
         record[f"labeled_net{k}"] = int(division.labeled.sum()) if division else None
@@ -77,8 +83,12 @@ def training(divisions: list, terms: list, truly_clean: NDArray[np.bool_] | None
         if truly_clean is not None:
             quality = division.precision_recall(truly_clean) if division else (None, None)
             record[f"clean_precision_net{k}"], record[f"clean_recall_net{k}"] = quality
+            record[f"auc_net{k}"] = division.auc if division else None
     record["loss_x"] = float(np.mean([t.labeled for t in terms]))
     record["penalty"] = float(np.mean([t.penalty for t in terms]))
+    if unlabeled_loss:
+        divided = [t.unlabeled for t, division in zip(terms, divisions[::-1], strict=True) if division]
+        record["loss_u"] = float(np.mean(divided)) if divided else None
     return record
 
 
@@ -192,7 +202,9 @@ def so_far(record: Record) -> str:
     return f"best {record['best_acc']:.2f} last-10 {record['last10_acc']:.2f}"
 
 
-CIFAR = Logs(cifar_acc, cifar_stats, cifar_epoch)
-WEBVISION = Logs(webvision_acc, labeled_stats, webvision_epoch)
-FOLDER = Logs(folder_acc, cifar_stats, folder_epoch, running=running_folder)
-CLOTHING1M = Logs(clothing1m_acc, labeled_stats, clothing1m_epoch, clothing1m_final)
+CIFAR = Logs("Train_cifar.py", cifar_acc, cifar_stats, cifar_epoch)
+WEBVISION = Logs("Train_webvision.py", webvision_acc, labeled_stats, webvision_epoch)
+FOLDER = Logs("Train_folder.py", folder_acc, cifar_stats, folder_epoch, running=running_folder, best_by=by_own_images)
+CLOTHING1M = Logs(
+    "Train_clothing1M.py", clothing1m_acc, labeled_stats, clothing1m_epoch, clothing1m_final, best_by=by_network
+)

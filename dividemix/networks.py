@@ -23,11 +23,10 @@ from torch import Tensor, nn
 import InceptionResNetV2
 import PreResNet
 from dividemix import DivideMixError
-from dividemix.checkpoint import from_bytes, load_networks, read_file
+from dividemix.checkpoint import from_bytes, load_file, load_weights, read_file
 from dividemix.ranks import Ranks
 from dividemix.runtime import Runtime, is_out_of_memory
 from dividemix.seeds import seeded
-from dividemix.state import load_weights
 
 
 class MeanInFloat32(nn.Module):  # (B, K, H, W) -> (B, K, 1, 1)
@@ -231,7 +230,10 @@ def pair(
     try:
         nets = [seeded(seed, k, lambda: build(arch, num_class, width, state)) for k in range(count)]
         if init_from and not begun:
-            load_weights(nets, load_networks(Path(init_from).expanduser(), count)[:count], init_from)
+            states = load_file(Path(init_from).expanduser()).get("nets")
+            if not isinstance(states, list) or len(states) < count:
+                raise DivideMixError(f"--init_from {init_from}: expected a checkpoint with {count} networks in 'nets'")
+            load_weights(nets, states[:count], init_from)
         return [machine.prepare(net) for net in nets]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

@@ -2,18 +2,41 @@
 default."""
 
 import argparse
+import dataclasses
 import math
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch.distributed as dist
 
-from dividemix import DivideMixError, DivideMixWarning, blind, networks, ranks, recipes, runtime, signals
+from dividemix import (
+    DivideMixError,
+    DivideMixWarning,
+    blind,
+    networks,
+    noise,
+    noise_human,
+    ranks,
+    recipes,
+    runtime,
+    signals,
+)
+from dividemix.engine import MixMatch
+from dividemix.noise_file import NoiseSpec, wrong_share
 from dividemix.runtime import Runtime, available_cores
+
+
+if TYPE_CHECKING:
+    from dataloader_cifar import ImageData
+
+NOISE_MODES = (*noise.MODES, "idn", "human")
+NOISE_RATE = 0.5
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -121,6 +144,70 @@ def add_method(
         else "accepted and without effect: there is no unlabeled loss, unlabeled images are mixed in",
     )
     add("--p_threshold", open_unit, p_threshold, "clean probability above which a sample is labeled")
+
+
+def add_small_images(parser: Parser) -> None:
+    """Data, network and variants of Train_cifar.py."""
+    group = parser.add_argument_group("data")
+    names = ["cifar10", "cifar100", "fashionmnist", "digits"]
+    group.add_argument("--dataset", choices=names, default="cifar10", help="digits come with scikit-learn")
+    group.add_argument("--data_path", default="./cifar-10", help="folder of the data set's files; digits needs none")
+    group.add_argument("--download", action="store_true", help="fetch and verify the data set if it is not there")
+    contradicts = "refused when it contradicts the data (default: from the data)"
+    group.add_argument("--num_class", type=positive_int, help=contradicts)
+    subset = "train on a seeded subset of N samples"
+    group.add_argument("--limit_train", type=positive_int, metavar="N", help=subset)
+    add_noise(parser)
+    group = parser.add_argument_group("network and variants")
+    group.add_argument("--arch", choices=networks.SMALL_IMAGES, default="preresnet18", help="both networks")
+    group.add_argument("--width", type=positive_int, default=networks.WIDTH, help="channels of the first stage")
+    add_baseline(group)
+    part = "leave a part of the method out, as in the paper's Table 5"
+    group.add_argument("--ablation", choices=list(recipes.ABLATIONS), default="none", help=part)
+    group.add_argument(
+        "--recipe",
+        choices=["paper", "blind"],
+        default="paper",
+        help="lambda_u, p_threshold, loss_window and conf_penalty: the paper's for r and noise_mode, or blind to both",
+    )
+    window = "epochs of loss averaged before the mixture is fitted (default: the paper's)"
+    group.add_argument("--loss_window", type=positive_int, help=window)
+    penalty = "confidence penalty in warm-up; auto: by the recipe"
+    group.add_argument("--conf_penalty", choices=["auto", "on", "off"], default="auto", help=penalty)
+
+
+def add_baseline(group: argparse._ArgumentGroup) -> None:
+    plain = "ce: plain cross-entropy, the same nets and schedule"
+    group.add_argument("--method", choices=["dividemix", "ce"], default="dividemix", help=plain)
+
+
+def add_noise(parser: Parser) -> None:
+    """The noise flags of Train_cifar.py."""
+    group = parser.add_argument_group("noise")
+    group.add_argument(
+        "--noise_mode",
+        choices=NOISE_MODES,
+        default="sym",
+        help="symmetric, asymmetric or instance-dependent noise, or CIFAR-10N's and CIFAR-100N's labels from people",
+    )
+    group.add_argument(
+        "--r",
+        type=rate,
+        help="noise rate: the part of the training samples that is drawn, for idn the mean flip rate; not with human "
+        f"(default: {NOISE_RATE})",
+    )
+    group.add_argument(
+        "--noise_definition",
+        choices=noise.DEFINITIONS,
+        help="what a drawn label becomes, with sym: any class, or any other class (default: with_self, the paper's)",
+    )
+    group.add_argument(
+        "--noise_file",
+        help="JSON list of noisy labels (default: <r>_<noise_mode>.json with the data); with human the published .pt "
+        "file (default: CIFAR-10_human.pt or CIFAR-100_human.pt with the data)",
+    )
+    group.add_argument("--noise_key", choices=noise_human.KEYS, help="with human: which of the file's labels")
+    group.add_argument("--noise_seed", type=seed, help="seed of the noise, where no file exists (default: --seed)")
 
 
 def add_images(
@@ -257,6 +344,76 @@ def add_run(
     )
 
 
+@dataclass(frozen=True)
+class SmallSetting:
+    """What the flags of Train_cifar.py come to, with the data: the run's folder and noise, the paper's row if there is
+    one, the variant of the method, and lines that say where each value comes from."""
+
+    folder: Path
+    noise: NoiseSpec
+    row: recipes.Recipe | None
+    ablation: recipes.Ablation
+    blind: bool  # whether lambda_u, p_threshold and loss_window are chosen while it trains
+    conf_penalty: bool
+    lines: list[str]
+
+
+def resolve_small(args: argparse.Namespace, data: "ImageData") -> SmallSetting:
+    """Fill what was not given. Raises DivideMixError for flags that contradict the data."""
+    if args.num_class not in (None, data.num_class):
+        raise DivideMixError(f"--num_class {args.num_class}: {args.dataset} has {data.num_class} classes; leave it out")
+    args.num_class = data.num_class
+    if args.limit_train and args.limit_train > len(data.train_labels):
+        raise DivideMixError(f"--limit_train {args.limit_train}: there are {len(data.train_labels)} training samples")
+    divides, ablation = args.method == "dividemix", recipes.ABLATIONS[args.ablation]
+    variant = args.ablation if args.ablation != "none" else "" if divides else "ce"
+    spec = noise_spec(args)
+    folder = folder_for(args, args.dataset, *spec.folder_parts, variant)
+    wrong = wrong_share(data.train_labels, spec, data.folder, folder, args.noise_file)
+    row, lines = resolve_recipe(args, wrong)
+    if args.ablation != "none":
+        lines.insert(0, f"ablation {args.ablation}: {ablation.reading} ({ablation.paper_name})")
+    by_recipe = divides and (blind.CONF_PENALTY if args.recipe == "blind" else args.noise_mode == "asym")
+    conf_penalty = by_recipe if args.conf_penalty == "auto" else args.conf_penalty == "on"
+    return SmallSetting(folder, spec, row, ablation, divides and args.recipe == "blind", conf_penalty, lines)
+
+
+def folder_for(args: argparse.Namespace, *parts: str) -> Path:
+    """--run_dir, or --out_dir / the non-empty parts, the seed where it is not the default, and --id, joined by '_'."""
+    parts = *parts, f"seed{args.seed}" if args.seed != 123 else "", args.id
+    return Path(args.run_dir) if args.run_dir else Path(args.out_dir) / "_".join(part for part in parts if part)
+
+
+def resolve_noise(parser: Parser, args: argparse.Namespace) -> None:
+    """Fill what was not given, and refuse flags that have no meaning together. r is None for human, noise_definition
+    None but for sym; noise_file becomes a Path."""
+    mode, choices = args.noise_mode, ", ".join(noise_human.keys(args.dataset))
+    if mode == "human" and args.noise_key is None:
+        parser.error(f"--noise_mode human needs --noise_key: choose one of {choices}")
+    if mode == "human" and args.r is not None:
+        parser.error(f"--r {args.r:g}: --noise_mode human has the rate of its labels; leave --r out")
+    if mode != "human" and args.noise_key is not None:
+        parser.error(f"--noise_key {args.noise_key}: only with --noise_mode human, one of {choices}; leave it out")
+    args.noise_file = Path(args.noise_file) if args.noise_file else None
+    if mode != "human" and args.noise_file and args.noise_file.suffix == ".pt":
+        parser.error(f"--noise_file {args.noise_file}: a .pt file needs --noise_mode human and --noise_key")
+    if mode != "sym" and args.noise_definition is not None:
+        parser.error(f"--noise_definition {args.noise_definition}: only with --noise_mode sym; leave it out")
+    if mode != "human" and args.r is None:
+        args.r = NOISE_RATE
+    if mode == "sym" and args.noise_definition is None:
+        args.noise_definition = "with_self"
+    if args.noise_seed is None:
+        args.noise_seed = args.seed
+
+
+def noise_spec(args: argparse.Namespace) -> NoiseSpec:
+    """The noise that resolved flags ask for. args.num_class is the data's by then."""
+    asym, _ = noise.asym_transition(args.num_class, args.dataset)
+    asked = args.dataset, args.noise_mode, args.r, args.noise_seed, args.num_class, asym
+    return NoiseSpec(*asked, args.noise_definition or "with_self", args.noise_key)
+
+
 def resolve_recipe(args: argparse.Namespace, wrong: float | None = None) -> tuple[recipes.Recipe | None, list[str]]:
     """Fill lambda_u, p_threshold, loss_window and warm_up that were not given. `wrong`: see `recipes.nearest`. -> (the
     paper's row if there is one for this setting, lines that say where each value comes from that the method uses)."""
@@ -317,6 +474,18 @@ def resolve_blind(args: argparse.Namespace) -> list[str]:
     ]
 
 
+def mixmatch(args: argparse.Namespace, **settings: Any) -> MixMatch:
+    """The method's settings: those flags that are fields of `MixMatch`, and `settings`, which win."""
+    fields = {field.name for field in dataclasses.fields(MixMatch)}
+    return MixMatch(**{name: value for name, value in vars(args).items() if name in fields} | settings)
+
+
+def refuse_ranks(script: str) -> None:
+    """Raises DivideMixError under torchrun."""
+    if ranks.from_environment()[1] > 1:
+        raise DivideMixError(f"{script} trains on one card: start it without torchrun, once for each seed or setting")
+
+
 def machine(args: argparse.Namespace) -> Runtime:
     """The runtime that the flags of `add_run` ask for."""
     return runtime.start(
@@ -326,6 +495,7 @@ def machine(args: argparse.Namespace) -> Runtime:
         args.deterministic,
         args.width,
         batch_size=args.batch_size,
+        eval_batch_size=args.eval_batch_size,
         compile=not args.no_compile,
         graph=not args.no_graph,
     )
@@ -337,8 +507,6 @@ def resolve_images(args: argparse.Namespace, paper: recipes.ImageRecipe) -> list
     if args.weights is None:
         args.weights = paper.images["weights"] if args.arch == paper.images["arch"] else "none"
     networks.check(args.arch, args.width, args.image_size, args.weights)
-    if args.warm_up < 1:
-        raise DivideMixError("--warm_up 0: expected 1 or more, since the first division is made at an epoch's end")
     notes = []
     if args.lambda_u > 0:
         notes = [f"--lambda_u {args.lambda_u:g}: accepted, has no effect; unlabeled images are mix partners only"]
@@ -350,6 +518,30 @@ def but(args: argparse.Namespace, paper: recipes.ImageRecipe) -> str:
     """What stands behind the paper's result where this run is not the paper's setting."""
     other = recipes.departures(vars(args), paper.setting)
     return f" (but this run: {', '.join(other)})" if other else ""
+
+
+def small_result(
+    args: argparse.Namespace, row: recipes.Recipe | None, records: Sequence[dict[str, Any]], best: int, official: bool
+) -> tuple[str, dict[str, float]]:
+    """The last line of Train_cifar.py, best (of epoch `best`) and last beside the paper's row, and the paper's results
+    by their names in result.json."""
+    final = records[-1]
+    line = f"best {final['best_acc']:.2f} (epoch {best}), mean of the last 10 {final['last10_acc']:.2f}"
+    if args.method == "ce":
+        line += f"; net 1 alone: best {max(record['test_acc_net1'] for record in records):.2f}"
+    if not row:
+        return line, {}
+    other = recipes.departures(vars(args), recipes.setting(row, args.method))
+    other += [] if official else [f"not the official {args.dataset}"]
+    but = f" (but this run: {', '.join(other)})" if other else ""
+    paper = recipes.paper_results(row, args.method, args.ablation)
+    if args.method == "ce":
+        line += f"; paper's cross-entropy, one net: best {row.ce_best}{but}"
+    elif args.ablation == "none":
+        line += f"; paper: {row.best} / {row.last}{but}"
+    elif paper:
+        line += f"; paper's {recipes.ABLATIONS[args.ablation].paper_name} (Table 5): best {paper['best']}{but}"
+    return line, {f"paper_{name}": value for name, value in paper.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

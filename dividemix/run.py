@@ -13,32 +13,40 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
-from dividemix import Diverged, DivideMixError, histograms, logs, warn
+from dividemix import Diverged, DivideMixError, histograms, logs, scoring, warn
 from dividemix.checkpoint import (
+    FORMAT,
     from_bytes,
+    load_file,
     load_last,
-    load_networks,
+    load_weights,
     read_file,
     save_last,
     share,
     to_bytes,
     write_atomically,
 )
+from dividemix.codivide import Division, Mixture
+from dividemix.engine import DataSet, MixMatch, Phase, PhaseTerms
 from dividemix.lock import lock, set_aside
 from dividemix.logs import Logs
 from dividemix.provenance import commit, versions
-from dividemix.ranks import Ranks
+from dividemix.runtime import PLAIN, Runtime, load_optimizer
 from dividemix.saving import Background, save_scores, to_host
-from dividemix.state import check
-
-ALONE = Ranks()
+from dividemix.seeds import PHASES, draws
 
 # Flags that may change between two starts of one run: they do not change what is computed.
 FREE_FLAGS = frozenset(
@@ -66,48 +74,40 @@ FREE_FLAGS = frozenset(
         "no_label_scores",
     ]
 )
-# Flags that came later and do change it: what runs of before have.
-LATER_FLAGS = {"ablation": "none"}
 
 
 class Run:
     """One run folder, open for writing, on every rank; the first rank alone reads, locks, writes and prints.
 
-    folder; state: what the last checkpoint holds, {} for a new run; records: one flat dict for each finished epoch;
-    best_epochs: of each network, [] before the first epoch's end. All ranks have the same of these: the first sends
-    them what it read, so the others need not see the folder. labels: what `save_labels` was given, on the first rank.
-
-    `config` holds the values that may not differ between two starts in one folder. `logs`: the script's formats.
-    `best_by`: (record, k) -> what the best epoch of net k (0 or 1) has most of; the first of equals is kept. Raises
-    DivideMixError, on the first rank, for a folder that cannot be written, is in use by another process, or belongs to
-    a run with another config.
+    args: the script's flags, of which those that change the result may not differ between two starts in one folder.
+    logs: the script's formats. state: what the last checkpoint holds until `start` has restored it, {} for a new run;
+    records: one flat dict for each finished epoch; best_epochs: of each network, [] before the first epoch's end. All
+    ranks have the same of these: the first sends them what it read, so the others need not see the folder. labels: what
+    `save_labels` was given, on the first rank. Raises DivideMixError, on the first rank, for a folder that cannot be
+    written, is in use by another process, or belongs to another script or to a run with other flags.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        config: dict[str, Any],
-        fresh: bool = False,
-        ranks: Ranks = ALONE,
-        logs: Logs = logs.CIFAR,
-        best_by: Callable[[dict[str, Any], int], Any] = logs.by_ensemble,
-    ):
-        self.folder, self.ranks, self.logs, self.best_by = folder, ranks, logs, best_by
-        self.config = {k: v for k, v in config.items() if k not in FREE_FLAGS}
+    def __init__(self, folder: Path, args: Namespace, runtime: Runtime = PLAIN, logs: Logs = logs.CIFAR):
+        self.folder, self.args, self.runtime, self.logs = folder, args, runtime, logs
+        self.ranks = runtime.ranks
+        self.config = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
         self.pins: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self.epoch, self.num_epochs = 0, math.inf
         self._board = self._lock = self._aside = self._copy = None
         self._saving = Background()
         self._new = False
-        self.state: dict[str, Any] = share(ranks, self._open(fresh) if ranks.first else {})
+        self.state: dict[str, Any] = share(self.ranks, self._open(args.fresh) if self.ranks.first else {})
         self.records: list[dict[str, Any]] = self.state.get("records", [])
-        self.histograms: list[dict[str, Any]] = self.state.get("histograms", [])  # those before it had none
+        self.histograms: list[dict[str, Any]] = self.state.get("histograms", [])
+        self.best_epochs: list[int] = self.state.get("best_epochs", [])
         self.labels: dict[str, np.ndarray] = {}
         self._saved = len(self.records)
-        self.best_epochs: list[int] = self.state.get("best_epochs", [])
-        if "best_epoch" in self.state:  # a checkpoint of before each network had its own
-            self.best_epochs = [self.state["best_epoch"]] * 2
+
+    @property
+    def begun(self) -> bool:
+        """Whether it goes on from a checkpoint."""
+        return bool(self.records)
 
     def _open(self, fresh: bool) -> dict[str, Any]:
         """Make and lock the folder. -> the state of its last checkpoint."""
@@ -125,7 +125,7 @@ class Run:
                 f"run folder {folder} cannot be written: {error.strerror}; choose --out_dir or --run_dir"
             ) from error
         try:
-            state = load_last(folder, self._check) or {}
+            state = load_last(folder)
             self._refuse_other_config(state)
             for orphan in [*folder.glob(".*.tmp"), *folder.glob("scores/.*.tmp")]:  # of a process killed in writing
                 if orphan.is_file():
@@ -135,25 +135,15 @@ class Run:
             raise
         return state
 
-    def _check(self, state: dict[str, Any]) -> None:
-        """Raises DivideMixError where this script cannot go on from `state`, and write its logs."""
-        check(state)
-        try:
-            for record in state["records"]:
-                for _, line in self._files():
-                    line(record)
-                for k in range(len(state["nets"])):
-                    self.best_by(record, k)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DivideMixError(f"record {record['epoch']} is not one of this script ({error!r})") from error
-
     def _refuse_other_config(self, state: dict[str, Any]) -> None:
-        before = {**LATER_FLAGS, **state.get("config", self.config)}
+        remedy = "give this one an --id, or --fresh to start anew"
+        script, before = state.get("script", self.logs.script), state.get("config", self.config)
+        if script != self.logs.script:
+            raise DivideMixError(f"{self.folder} holds a run of {script}: {remedy}")
         # Only what both know: a flag that a later version adds does not cut older runs off.
         names = sorted(k for k in before.keys() & self.config.keys() if before[k] != self.config[k])
         if names:
             listed = ", ".join(f"--{k} was {before[k]}, now {self.config[k]}" for k in names)
-            remedy = "give this one an --id, or --fresh to start anew"
             raise DivideMixError(f"{self.folder} holds a run with other settings ({listed}): {remedy}")
 
     def pin(self, name: str, value: Any, problem: str) -> None:
@@ -164,6 +154,11 @@ class Run:
         if self.state.get("pins", {}).get(name, value) != value:
             raise DivideMixError(f"{problem}: put them back, give this run an --id, or --fresh to start anew")
         self.pins[name] = value
+
+    def keep(self, name: str, value: Any) -> Any:
+        """The value of this name that the run began with, else this one; plain numbers and lists."""
+        self.pins[name] = self.state.get("pins", {}).get(name, value)
+        return self.pins[name]
 
     def say(self, *lines: str) -> None:
         """Print, once for all ranks."""
@@ -189,26 +184,44 @@ class Run:
         except OSError as error:
             raise DivideMixError(f"{path} cannot be written: {error.strerror}") from error
 
-    def start(self, about: dict[str, Any]) -> None:
-        """Write args.json and bring the logs and best.pt in line with the checkpoint. `about`: command, arguments,
-        data."""
-        if self.records:
+    def start(
+        self,
+        argv: Sequence[str] | None,
+        nets: Sequence[nn.Module],
+        optimizers: Sequence[Optimizer],
+        mixtures: Sequence[Mixture],
+        mixmatch: MixMatch,
+        *,
+        data: Mapping[str, Any],
+        model: Mapping[str, Any],
+        lines: Iterable[str] = (),
+    ) -> None:
+        """Restore what the last checkpoint holds, bring logs and best.pt in line with it, write args.json, and print
+        how the run begins. data, model: what args.json says of the data and, for `deploy`, of the networks."""
+        self.nets, self.optimizers, self.mixtures, self.mixmatch = nets, optimizers, mixtures, mixmatch
+        if self.state:
+            load_weights(nets, self.state["nets"], "the last checkpoint")
+            for optimizer, saved in zip(optimizers, self.state["optimizers"], strict=True):
+                load_optimizer(optimizer, saved)
+            for mixture, history in zip(mixtures, self.state["histories"], strict=True):
+                mixture.history = [losses.numpy() for losses in history]
             self.best_epochs = self.ranks.from_first(
                 self._write_best, self.records[-1]["epoch"], self.best_epochs, self.state["nets"]
             )
         self.state = {}  # restored by now; for large networks about a gigabyte
+        self.say(self.runtime.describe(), *lines, f"run folder {self.folder}")
         if not self.ranks.first:
             return
-        try:
-            starts = json.loads(read_file(self.folder / "args.json"))["starts"]
-            starts = starts if isinstance(starts, list) else []
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            starts = []
-        this = {"epoch": len(self.records), "command": about["command"], "versions": versions(), "commit": commit()}
-        about = {**about, "versions": versions(), "commit": commit(), "starts": [*starts, this]}
-        write_atomically(self.folder / "args.json", json.dumps(about, indent=1, default=str).encode())
-        for name, lines in self._files():
-            write_atomically(self.folder / name, "".join(map(lines, self.records)).encode())
+        about = {"command": [self.logs.script, *(sys.argv[1:] if argv is None else argv)], "args": vars(self.args)}
+        about |= {"data": data, "model": model, "machine": self.runtime.describe()}
+        about |= {"versions": versions(), "commit": commit()}
+        path = self.folder / "args.json"
+        starts = json.loads(read_file(path))["starts"] if path.exists() else []
+        this = {"epoch": len(self.records)} | {name: about[name] for name in ("command", "versions", "commit")}
+        about["starts"] = [*starts, this]
+        write_atomically(path, json.dumps(about, indent=1, default=str).encode())
+        for name, lines_of in self._files():
+            write_atomically(self.folder / name, "".join(map(lines_of, self.records)).encode())
         write_atomically(self.folder / "histograms.jsonl", "".join(map(logs.metric_line, self.histograms)).encode())
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -237,54 +250,72 @@ class Run:
             yield self.epoch
         self._wait()
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[Callable[[Iterable], Iterable]]:
-        """Time a phase as seconds_<name>; yields a function that wraps batches in a progress bar (on a terminal)."""
-        label, hidden = f"epoch {self.epoch} {name}", not (self.ranks.first and sys.stderr.isatty())
-        start = time.perf_counter()
-        try:
-            yield lambda batches: tqdm(batches, label, leave=False, dynamic_ncols=True, disable=hidden)
-        except Diverged as error:
-            raise Diverged(f"epoch {self.epoch}: {error}") from error
-        key = f"seconds_{name}"
-        self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
+    def phase(self, name: str, k: int = 0) -> "RunPhase":
+        """The phase `name` of net k (0 or 1) in this epoch; entered, it is timed as seconds_<name>."""
+        rng = draws(self.args.seed, name, self.epoch, k) if name in PHASES else None
+        title = f"{name}{k + 1}" if name in ("warmup", "train") else name
+        hidden = not (self.ranks.first and sys.stderr.isatty())
+
+        def bar(batches: Iterable) -> Iterable:
+            return tqdm(batches, f"epoch {self.epoch} {title}", leave=False, dynamic_ncols=True, disable=hidden)
+
+        return RunPhase(self.epoch, rng, bar, title, self.seconds)
 
     def end_epoch(
-        self, metrics: dict[str, Any], state: dict[str, Any], scores: dict[str, np.ndarray] | None, keep_scores: bool
+        self,
+        lr: float,
+        divisions: Sequence[Division | None],
+        losses: Sequence[PhaseTerms],
+        accuracy: Mapping[str, float],
+        index: Sequence[NDArray[np.int64]] = (),
     ) -> None:
-        """One finished epoch: `metrics` as `_record` and `Logs.running` complete them, `state` with 'nets'. It is
-        written while training goes on: what an epoch's end waits for, the epoch before and a copy of the state, is
-        seconds_save. All ranks go on with the first one's record. Raises DivideMixError where the epoch before could
-        not be written."""
+        """One finished epoch. accuracy: what `engine.test` gives, and more for the record; index: where not all samples
+        were divided, which ones by each network. It is written while training goes on: what an epoch's end waits for,
+        the epoch before and a copy of the state, is seconds_save. All ranks go on with the first one's record. Raises
+        DivideMixError where the epoch before could not be written."""
         with self.phase("save"):
             self._wait()
             if self.ranks.first:
-                self._copy = to_host(state, self._copy)
-        record = self.ranks.from_first(self._record, metrics)
+                self._copy = to_host(self._state(), self._copy)
+        record = self.ranks.from_first(self._record, lr, list(divisions), losses, accuracy)
         self.records.append(record)
-        best = self.best_epochs or [record["epoch"]] * len(state["nets"])
+        best_by = self.logs.best_by
         self.best_epochs = [
-            record["epoch"] if self.best_by(record, k) > self.best_by(self.records[epoch], k) else epoch
-            for k, epoch in enumerate(best)
+            record["epoch"] if best_by(record, k) > best_by(self.records[epoch], k) else epoch
+            for k, epoch in enumerate(self.best_epochs or [record["epoch"]] * len(self.nets))
         ]
         record |= self.logs.running(self.records, self.best_epochs)
         if self.ranks.first:
-            histogram = self._histogram(scores or {})
+            scores: dict[str, np.ndarray] = {}
+            for k, division in enumerate(divisions):
+                scores |= score_arrays(k, division, index[k] if index else None)
+            nets = histograms.count(scores, self._truly_clean)
+            histogram = [{"epoch": self.epoch, **nets}] if nets else []
             self.histograms += histogram
-            about = {"records": list(self.records), "best_epochs": self.best_epochs, "versions": versions()}
-            about |= {"config": self.config, "pins": dict(self.pins), "histograms": list(self.histograms)}
-            self._saving.start(self._save, record, histogram, self._copy | about, scores, keep_scores)
+            about = {"format": FORMAT, "script": self.logs.script, "config": self.config, "pins": dict(self.pins)}
+            about |= {"records": list(self.records), "histograms": list(self.histograms)}
+            about |= {"best_epochs": self.best_epochs, "versions": versions()}
+            self._saving.start(self._save, record, histogram, self._copy | about, scores)
         self.say(self.logs.epoch(record, self.num_epochs))
 
-    def _record(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        seconds = {k: round(v, 3) for k, v in self.seconds.items()}
-        return without_nan({"epoch": self.epoch, **metrics, **seconds})
+    def _state(self) -> dict[str, Any]:
+        """What the next epoch depends on, beside the flags."""
+        return {
+            "nets": [net.state_dict() for net in self.nets],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "histories": [[torch.from_numpy(losses) for losses in mixture.history] for mixture in self.mixtures],
+        }
 
-    def _histogram(self, scores: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-        """The epoch's line in histograms.jsonl; none of an epoch without a division."""
-        truly_clean = self.labels["given"] == self.labels["true"] if "true" in self.labels else None
-        nets = histograms.count(scores, truly_clean)
-        return [{"epoch": self.epoch, **nets}] if nets else []
+    @property
+    def _truly_clean(self) -> NDArray[np.bool_] | None:
+        """Which of the labels are right, where that is known."""
+        return self.labels["given"] == self.labels["true"] if "true" in self.labels else None
+
+    def _record(self, lr: float, divisions: list, losses: Sequence[PhaseTerms], accuracy: Mapping[str, float]) -> dict:
+        phase = "train" if any(divisions) else "ce" if self.mixmatch.warm_up == math.inf else "warmup"
+        record = {"epoch": self.epoch, "phase": phase, "lr": lr, **accuracy}
+        record |= logs.training(divisions, losses, self._truly_clean, self.mixmatch.unlabeled_loss)
+        return without_nan(record | {k: round(v, 3) for k, v in self.seconds.items()})
 
     def _wait(self) -> None:
         """Until the last finished epoch is written."""
@@ -295,13 +326,12 @@ class Run:
         record: dict[str, Any],
         histogram: list[dict[str, Any]],
         state: dict[str, Any],
-        scores: dict[str, np.ndarray] | None,
-        keep_scores: bool,
+        scores: dict[str, np.ndarray],
     ) -> list[int]:
         """Write everything that an epoch leaves, beside training. -> the epochs of the networks in best.pt"""
         try:
             if scores:
-                save_scores(self.folder / "scores", record["epoch"], scores, keep_scores)
+                save_scores(self.folder / "scores", record["epoch"], scores, getattr(self.args, "save_scores", True))
             save_last(self.folder, record["epoch"], state)
             self._saved = record["epoch"] + 1
             # best.pt comes after it: should the machine die between them, `start` makes it from the checkpoint.
@@ -357,14 +387,16 @@ class Run:
 
     def best_networks(self) -> list[dict[str, Any]]:
         """The state of each network at its best epoch, the same on all ranks. Raises DivideMixError."""
-        return share(self.ranks, {"nets": load_networks(self.folder / "best.pt")} if self.ranks.first else {})["nets"]
+        return share(self.ranks, load_file(self.folder / "best.pt") if self.ranks.first else {})["nets"]
 
-    def finish(self, final: dict[str, Any], score_labels: Callable[["Run"], None] | None = None) -> dict[str, Any]:
-        """Write what `score_labels` writes (see `scoring`), result.json, the last line of acc.txt where the script's
-        format has one, and the report. -> `final`, with null instead of NaN. Called again, it leaves the same."""
-        final = without_nan(final)
-        if score_labels:  # first: with a result.json a run counts as finished
-            score_labels(self)
+    def finish(self, line: str, train: DataSet | None = None, **more: Any) -> dict[str, Any]:
+        """The end: print `line`, score the labels of `train` (see `scoring`), write result.json and the last line of
+        acc.txt where the script's format has one. -> the last record with `more` and run_dir, null instead of NaN.
+        Called again, it leaves the same."""
+        final = without_nan({**self.records[-1], **more, "run_dir": str(self.folder)})
+        self.say(line)
+        if train is not None and not self.args.no_label_scores:  # first: with a result.json a run counts as finished
+            scoring.score_labels(self, train)
         if self.ranks.first:
             write_atomically(self.folder / "result.json", json.dumps(final, indent=1, allow_nan=False).encode())
             lines = [*map(self.logs.acc, self.records), self.logs.final(final)]
@@ -413,9 +445,22 @@ class Run:
             error.add_note(f"the same command {how}")
 
 
-def folder_for(out_dir: str, run_dir: str | None, *parts: str) -> Path:
-    """--run_dir, or --out_dir / the non-empty parts joined by '_'."""
-    return Path(run_dir) if run_dir else Path(out_dir) / "_".join(part for part in parts if part)
+@dataclass
+class RunPhase(Phase):
+    """A phase of a run: adds its time to `seconds`, and the epoch to the message of a training that diverged."""
+
+    title: str = ""
+    seconds: dict[str, float] | None = None
+
+    def __enter__(self) -> "RunPhase":
+        self.begin = time.perf_counter()
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        key = f"seconds_{self.title}"
+        self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - self.begin
+        if isinstance(error, Diverged):
+            raise Diverged(f"epoch {self.epoch}: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,18 +472,15 @@ def without_nan(record: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
-def score_arrays(k: int, scored, division, index: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def score_arrays(k: int, division: Division | None, index: NDArray | None = None) -> dict[str, NDArray]:
     """What scores/epoch_NNN.npz holds of net k (0 or 1): raw and fitted loss, clean probability, prediction (n,); the
-    mixture (2,). index (n,): which of the training list's samples they are, where not all were scored. Nothing of an
-    epoch that was not scored."""
-    if scored is None:
+    mixture (2,). index (n,): which of the training list's samples they are, where not all were divided. Nothing of a
+    network without a division."""
+    if division is None:
         return {}
-    arrays = {"raw_loss": scored.loss.numpy(), "prediction": scored.prediction.numpy().astype(np.int32)}
+    names = ("raw_loss", "loss", "clean_probability", "means", "variances", "weights", "threshold")
+    arrays = {name: np.asarray(getattr(division, name)) for name in names}
+    arrays["prediction"] = division.prediction.astype(np.int32)
     if index is not None:
         arrays["index"] = index
-    if division is not None:
-        arrays |= {
-            name: getattr(division, name) for name in ("loss", "clean_probability", "means", "variances", "weights")
-        }
-        arrays["threshold"] = np.float64(division.threshold)
     return {f"{name}_net{k + 1}": value for name, value in arrays.items()}

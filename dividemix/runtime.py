@@ -40,7 +40,7 @@ class Runtime:
     compile: bool = False
     graph: bool = False
     ranks: Ranks = field(default_factory=Ranks)
-    eval_limit: int | None = None  # the largest evaluation batch, once a larger one did not fit the memory
+    eval_batch_size: int = 1000  # of loss passes and tests; halved where the memory is too small for it
     steps: dict[tuple, Callable[..., Tensor]] = field(default_factory=dict, repr=False)  # compiled, captured
     parallel: dict[nn.Module, DistributedDataParallel] = field(default_factory=dict, repr=False)  # with several ranks
 
@@ -197,6 +197,9 @@ class Runtime:
         return f"{name}; {arithmetic}{faster}; torch {torch.__version__}"
 
 
+PLAIN = Runtime(torch.device("cpu"))  # the reference
+
+
 def call(net: nn.Module, x: Tensor) -> Tensor:
     return net(x)
 
@@ -244,6 +247,7 @@ def start(
     width: int = 64,
     *,
     batch_size: int = 1,
+    eval_batch_size: int = 1000,
     compile: bool = True,
     graph: bool = True,
 ) -> Runtime:
@@ -292,6 +296,7 @@ def start(
         compile=compile,
         graph=graph,
         ranks=ranks,
+        eval_batch_size=eval_batch_size,
     )
 
 

@@ -6,8 +6,9 @@ each network, fitted as the next epoch's would be. label_scores.npz and thumbnai
 """
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,52 +19,42 @@ from torch import Tensor, nn
 
 from dividemix import warn
 from dividemix.checkpoint import write_atomically
-from dividemix.codivide import CoDivide
-from dividemix.engine import PLAIN, evaluate
+from dividemix.codivide import Mixture
+from dividemix.engine import DataSet, Phase, evaluate
 from dividemix.label_issues import judge, worst_first
-from dividemix.run import Run
 from dividemix.runfolder import arrays
-from dividemix.runtime import Runtime
 from dividemix.seeds import draws
+
+if TYPE_CHECKING:
+    from dividemix.run import Run
 
 THUMBNAILS, SIDE = 48, 96  # how many images are kept for the report, and the longer side of each at most
 NOTHING = "no list of doubtful labels, but the run is saved, and the same command tries again: {}"
 
 
-def score_labels(
-    nets: list[nn.Module],
-    data,
-    codivide: list[CoDivide],
-    run: Run,
-    *,
-    seed: int,
-    divide: bool = True,
-    batch_size: int = 1000,
-    machine: Runtime = PLAIN,
-) -> None:
+def score_labels(run: "Run", data: DataSet) -> None:
     """Write label_scores.npz and thumbnails.npz of a run that has come to its end, unless they are there already.
 
-    data: the training set, in the order of the index that the run's labels have. divide=False, for cross-entropy,
-    leaves the clean probabilities out. Every rank comes here; the first writes. A failure is a warning, since the run
-    is saved and the same command does this again; but in the pass over the data of several ranks, which wait for each
-    other, it is raised.
+    data: the training set, in the order of the index that the run's labels have. Cross-entropy has no clean
+    probabilities. Every rank comes here; the first writes. A failure is a warning, since the run is saved and the same
+    command does this again; but in the pass over the data of several ranks, which wait for each other, it is raised.
     """
-    epochs = len(run.records)
-    if run.ranks.from_first(lambda: is_scored(run.folder, epochs, run.labels["index"])):
+    epochs, ranks = len(run.records), run.ranks
+    if ranks.from_first(lambda: is_scored(run.folder, epochs, run.labels["index"])):
         return
     run.say(f"scoring all {len(data)} training labels with the final networks")
     try:
-        with run.phase("labels") as bar:
-            scores = ensemble_scores(nets, data, batch_size=batch_size, machine=machine, bar=bar)
+        scores = ensemble_scores(run.nets, data, run.phase("labels"))
     except Exception as error:
-        if run.ranks.world > 1:
+        if ranks.world > 1:
             raise
         return warn(NOTHING.format(error))
-    if not run.ranks.first:
+    if not ranks.first:
         return
     try:
-        scores |= clean_probabilities(scores, codivide, seed, epochs) if divide else {}
-        scores |= {"threshold": np.float64(codivide[0].threshold), "epochs": np.int64(epochs)}
+        if run.mixmatch.warm_up != np.inf:
+            scores |= clean_probabilities(scores, run.mixtures, run.args.seed, epochs)
+        scores |= {"threshold": np.float64(run.mixtures[0].threshold), "epochs": np.int64(epochs)}
         scores |= {"index": run.labels["index"]}
         save_thumbnails(run, data, worst_first(*judge(scores, run.labels["given"]))[:THUMBNAILS])
         save(run.folder / "label_scores.npz", scores)  # last: where it is, nothing is done again
@@ -72,18 +63,18 @@ def score_labels(
 
 
 def clean_probabilities(
-    scores: dict[str, NDArray], codivide: list[CoDivide], seed: int, epochs: int
+    scores: dict[str, NDArray], mixtures: Sequence[Mixture], seed: int, epochs: int
 ) -> dict[str, NDArray[np.float64]]:
     """p_clean_net1 and, of two networks, p_clean_net2: what a further epoch would divide by."""
-    found = {}
-    for k, part in enumerate(codivide):
+    probabilities = {}
+    for k, mixture in enumerate(mixtures):
         random_state = int(draws(seed, "divide", epochs, k).integers(2**32))
-        division = part.preview(torch.from_numpy(scores[f"loss_net{k + 1}"]), random_state)
-        found[f"p_clean_net{k + 1}"] = division.clean_probability
-    return found
+        division = mixture.fit(scores[f"loss_net{k + 1}"], random_state=random_state)
+        probabilities[f"p_clean_net{k + 1}"] = division.clean_probability
+    return probabilities
 
 
-def save_thumbnails(run: Run, data, rows: NDArray[np.int64]) -> None:
+def save_thumbnails(run: "Run", data: DataSet, rows: NDArray[np.int64]) -> None:
     try:
         pixels, sizes = thumbnails(data.originals(rows))
         save(run.folder / "thumbnails.npz", {"index": run.labels["index"][rows], "pixels": pixels, "sizes": sizes})
@@ -104,14 +95,7 @@ def save(path: Path, content: dict[str, NDArray]) -> None:
 
 
 @torch.no_grad()
-def ensemble_scores(
-    nets: list[nn.Module],
-    data,
-    *,
-    batch_size: int = 1000,
-    machine: Runtime = PLAIN,
-    bar: Callable[[Iterable], Iterable] = iter,
-) -> dict[str, NDArray]:
+def ensemble_scores(nets: Sequence[nn.Module], data: DataSet, phase: Phase | None = None) -> dict[str, NDArray]:
     """Of all N samples, (N,) each: loss_net1, loss_net2, the cross-entropy against the given label, as
     `engine.per_sample_loss` has it; and of both networks together, whose logits are summed, their prediction, its
     probability (confidence) and that of the given label (p_given)."""
@@ -127,10 +111,11 @@ def ensemble_scores(
         return torch.stack([*losses, prediction[:, 0].float(), *chosen])
 
     names = [*(f"loss_net{k + 1}" for k in range(len(nets))), "prediction", "confidence", "p_given"]
-    scores = torch.zeros(len(names), len(data), device=machine.device)
-    for rows, found in evaluate(score, data, batch_size, machine, bar):
-        scores[:, rows] = found
-    table = dict(zip(names, machine.ranks.sum(scores).cpu().numpy(), strict=True))
+    scores = torch.zeros(len(names), len(data), device=data.runtime.device)
+    with phase or Phase() as phase:
+        for rows, values in evaluate(score, data, phase.bar):
+            scores[:, rows] = values
+        table = dict(zip(names, data.runtime.ranks.sum(scores).cpu().numpy(), strict=True))
     return table | {"prediction": table["prediction"].astype(np.int32)}
 
 

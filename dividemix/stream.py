@@ -1,11 +1,11 @@
 """Image sets that are too large for the device: read by worker processes, or kept in memory, or cached on disk.
 
-    with Pipeline({"train": data.train, "test": data.test}, Views(256, 224), data.mean, data.std, device) as pipeline:
+    with Pipeline({"train": data.train, "test": data.test}, Views(256, 224), data.mean, data.std, runtime) as pipeline:
         test = pipeline.images("test")
         sample = pipeline.images("train", index, keep=True)     # some images, decoded once for all passes over them
-        per_sample_loss(net, sample), train_epoch(..., sample, division)
+        per_sample_loss(net, sample), train_epoch(..., sample, division, ...)
 
-A data set answers the protocol of `dividemix.data`. Its batches are uint8 images on the device, of this rank's rows;
+A data set is an `engine.DataSet`. Its batches are uint8 images on the device, of this rank's rows;
 `warmup_views` and `mixmatch_views` only normalise them. Each image of a batch is decoded and resized once, for both of
 its views. Every view has a seed of its own, drawn from the phase's generator before the first batch, so the pixels do
 not depend on the number of workers, on what is kept, or on a cache.
@@ -31,7 +31,7 @@ from dividemix.data import Batch, Batches, plan_mixmatch, plan_warmup
 from dividemix.filelist import Boundary, ImageList
 from dividemix.images import BadImage, Views, read
 from dividemix.imagestore import Cache, Kept
-from dividemix.ranks import Ranks
+from dividemix.runtime import Runtime
 from dividemix.workers import PART, Failure, Part, Reader, Task, Workers, explained
 
 KEEP = ("auto", "host", "device", "no")  # where images with keep=True are kept
@@ -55,19 +55,18 @@ class Pipeline:
         views: Views,
         mean: tuple,
         std: tuple,
-        device: torch.device | str,
+        runtime: Runtime,
         *,
         workers: int = 4,
-        ranks: Ranks = Ranks(),  # noqa: B008
         cache_dir: str | Path | None = None,
         keep: str = "auto",
         context: str | None = None,
     ):
         if keep not in KEEP:
             raise ValueError(f"keep {keep!r}, expected one of {KEEP}")
-        self.lists, self.views, self.ranks, self.keep = dict(lists), views, ranks, keep
-        self.device = torch.device(device)
-        if keep in ("host", "device") and ranks.world > 1:
+        self.lists, self.views, self.runtime, self.keep = dict(lists), views, runtime, keep
+        self.device, self.ranks = runtime.device, runtime.ranks
+        if keep in ("host", "device") and self.ranks.world > 1:
             warn(f"--keep_images {keep}: with several ranks no images are kept, each pass decodes them")
         if keep == "device" and views.kind != "crop" and self.device.type != "cpu":
             raise DivideMixError("these views are resized by Pillow, so images are kept in host memory, not on a card")
@@ -185,7 +184,7 @@ class Normalise:
 
 
 class StreamedImages:
-    """Images `index` (M,) of a pipeline's list, as `dividemix.data` asks for them. labels int64 (M,).
+    """Images `index` (M,) of a pipeline's list, as `engine.DataSet` asks for them. labels int64 (M,).
 
     place: the memory where they are kept, or None. Kept images are decoded once, by the first evaluation of all of
     them or by `fetch`, whichever comes first; later passes cut their views from memory. They are freed with the data
@@ -195,7 +194,8 @@ class StreamedImages:
     def __init__(self, pipeline: Pipeline, name: str, index: NDArray[np.int64], place: torch.device | None):
         self.pipeline, self.name, self.index, self.place = pipeline, name, index, place
         self.labels = pipeline.lists[name].labels[index]
-        self.device, self.ranks = pipeline.device, pipeline.ranks
+        self.runtime, self.device, self.ranks = pipeline.runtime, pipeline.device, pipeline.ranks
+        self.truly_clean = None
         self.warmup_views = pipeline.normalise.warmup_views
         self.mixmatch_views = pipeline.normalise.mixmatch_views
         self._kept: Kept | None = None
