@@ -134,7 +134,10 @@ def test_the_metadata_say_what_goes_in_and_what_comes_out(done):
     expected |= {"mean": list(GREY.mean), "std": list(GREY.std), "in_the_program": ["border", "mean", "std"]}
     assert {name: about["preprocessing"][name] for name in expected} == expected
     assert about["networks"] == {"arch": "preresnet18", "count": 2, "width": 4, "num_class": 6}
-    assert about["run"] == {"name": "a run", "weights": "best", "epochs": [1, 1]} and about["versions"]["torch"] == torch.__version__
+    assert (
+        about["run"] == {"name": "a run", "weights": "best", "epochs": [1, 1]}
+        and about["versions"]["torch"] == torch.__version__
+    )
     assert str(done.run.parent) not in json.dumps(about) and str(ROOT) not in json.dumps(about)
 
 
@@ -249,5 +252,6 @@ def test_the_output_says_how_close_it_is(done, start, monkeypatch):
     status, out, error = start(done.run, "again.pt2")
     assert (status, error) == (0, "")
     assert re.search(r"batches of 1, 2, 5: largest difference \d\.\de[+-]\d\d of .* \(allowed: 1e-04\)", out)
-    assert out.startswith("again.pt2: two preresnet18, width 4, 6 classes, grey images of 14x14; weights of the best epoch 1, ")
+    described = "two preresnet18, width 4, 6 classes, grey images of 14x14"
+    assert out.startswith(f"again.pt2: {described}; weights of the best epoch 1; ")
     assert "['batch', 1, 14, 14]" in out
