@@ -127,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             chosen.append(f"flip {'off (given)' if args.no_flip else 'on (--no_flip leaves it out)'}")
             whose = "ImageNet's" if mean is IMAGENET_MEAN else "of the training images"
             chosen.append("mean {:.3f} {:.3f} {:.3f}, std {:.3f} {:.3f} {:.3f} ".format(*mean, *std) + f"({whose})")
+            lines += pipeline.said()
             run.say(machine.describe(), *data.lines, str(look), *lines, *chosen, f"run folder {folder}")
 
             warmup = {"batch_size": 2 * args.batch_size, "conf_penalty": args.conf_penalty == "on", "machine": machine}
@@ -180,6 +181,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     scores |= score_arrays(k, scored[k], divisions[k] if is_new else None)
                 state = state_of(nets, optimizers, codivide)
                 state |= {"index": torch.from_numpy(index), "mean_std": torch.tensor([mean, std], dtype=torch.float64)}
+                for line in pipeline.said():  # of images that are read in each pass
+                    run.say(line)
                 run.end_epoch(metrics, state, scores, args.save_scores)
 
             divide = args.method == "dividemix"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dividemix import DivideMixError, networks, runtime
 from dividemix.checkpoint import load_file, load_last, read_file
-from dividemix.images import Preparation
+from dividemix.images import READING, Preparation
 from dividemix.state import load_weights
 
 WEIGHTS = ("best", "last")
@@ -61,7 +61,7 @@ def describe(
     arch: str, width: int, num_class: int, classes: list[str] | None, preparation: Preparation, count: int = 2
 ) -> dict[str, Any]:
     """The entry "model" of args.json, which `read_description` reads."""
-    preprocessing = {**asdict(preparation), "interpolation": "bilinear"}
+    preprocessing = {"reading": list(READING), **asdict(preparation), "interpolation": "bilinear"}
     return {
         "arch": arch,
         "count": count,

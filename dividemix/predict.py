@@ -6,7 +6,8 @@
 
 A row for each image: path, label, class, confidence (the class's probability), then label_2, class_2, probability_2 ...
 of the five likeliest classes. Both networks' logits are averaged: the class is that of their sum, which the paper
-tests. Images are prepared as the run's test images were. In float32, as in the exported program (`export`).
+tests. Images are read as a viewer shows them (`images.read_image`), whatever the run was trained on, and else prepared
+as the run's test images were. In float32, as in the exported program (`export`).
 """
 
 import argparse
@@ -29,7 +30,7 @@ from dividemix import DivideMixError, deploy, options, runtime, warn
 from dividemix.checkpoint import read_file, write_atomically
 from dividemix.csvfile import to_csv
 from dividemix.filelist import IMAGE_SUFFIXES, Boundary
-from dividemix.images import BadImage
+from dividemix.images import BadImage, said, shown
 from dividemix.runtime import Runtime, available_cores
 
 TOP = 5  # classes in a row
@@ -37,21 +38,12 @@ _SHOWN = 10  # images that are warned of
 
 
 class Files(NamedTuple):
-    """Image files: as predictions.csv names them, where they are, and what symbolic links may not lead out of."""
+    """Image files: as predictions.csv names them, where they are, and what symbolic links may not lead out of; None for
+    files that are named one by one, where a symbolic link is as good as a file."""
 
     names: list[str]
     paths: list[str]
-    boundary: Boundary
-
-
-class Anywhere(Boundary):
-    """For files that are named one by one: a symbolic link is as good as a file."""
-
-    def __init__(self) -> None:
-        pass
-
-    def holds(self, path: str) -> bool:
-        return True
+    boundary: Boundary | None
 
 
 # ---- Which images ----
@@ -68,9 +60,9 @@ def find_images(source: Path) -> Files:
     if not source.exists():
         raise DivideMixError(f"{source} does not exist: give a folder, an image, or a .csv with a column `path`")
     if source.suffix.lower() != ".csv":
-        return Files([str(source)], [str(source)], Anywhere())
+        return Files([str(source)], [str(source)], None)
     names = _listed(source)
-    return Files(names, [os.path.join(source.parent, name.strip()) for name in names], Anywhere())
+    return Files(names, [os.path.join(source.parent, name.strip()) for name in names], None)
 
 
 def _below(root: str) -> Iterator[str]:
@@ -225,8 +217,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine = runtime.start(args.device, precision="fp32", width=description.width, compile=False, graph=False)
     print(f"{args.run}: {description}; {deploy.epochs_used(args.weights, ensemble.epochs)}; {machine.describe()}")
 
+    changes: list[int] = []
+
     def read(path: str) -> NDArray:
-        return description.preparation.pixels(path, files.boundary)
+        image, change = shown(path, files.boundary)
+        changes.append(change)
+        return description.preparation.view(image)
 
     rows, bad = [], 0
     with warnings.catch_warnings():
@@ -247,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise DivideMixError(f"{args.images}: not one of {bad} images can be read; nothing is written")
     write_atomically(args.out, to_csv(header(description.num_class), rows))
     left = f", of which {bad} cannot be read and are left empty" if bad else ""
-    print(f"{args.out}: {len(files.names)} images{left}")
+    print(*said(np.array(changes)), f"{args.out}: {len(files.names)} images{left}", sep="\n")
 
 
 if __name__ == "__main__":

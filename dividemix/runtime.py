@@ -34,7 +34,7 @@ class Runtime:
 
     device: torch.device
     precision: str = "fp32"
-    memory_format: torch.memory_format = torch.channels_last
+    memory_format: torch.memory_format = torch.contiguous_format
     merge: bool = False
     small_convs: bool = False
     compile: bool = False
@@ -285,7 +285,8 @@ def start(
     return Runtime(
         chosen,
         precision,
-        # On a CPU, channels_last is vectorised over channels: fewer than 16 leave its vector units half empty.
+        # On a CPU, channels_last is vectorised over channels: fewer than 16 leave its vector units half empty. With fewer
+        # than 8, the backward pass of strided 1x1 convolutions even writes out of bounds on AVX2 (torch 2.14.1).
         torch.contiguous_format if on_cpu and width < 16 else torch.channels_last,
         merge=compile or graph,  # on a CPU it measured no faster
         small_convs=on_cpu and precision == "bf16",

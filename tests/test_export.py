@@ -19,7 +19,7 @@ from test_predict import refused, rows_of
 from torch.export.passes import move_to_device_pass
 
 from dividemix import deploy, networks, predict, report
-from dividemix.images import Preparation
+from dividemix.images import READING, Preparation
 
 export = importlib.import_module("dividemix.export")
 
@@ -86,7 +86,7 @@ def test_the_export_of_every_kind_of_run_has_its_accuracy(kind, start, tmp_path,
     description, (exported, about) = deploy.read_description(run.folder), load(tmp_path / "model.pt2")
     assert_same(exported, run.folder)
     assert about["classes"] == description.classes
-    pixels = [description.preparation.pixels(str(path), predict.Anywhere()) for path in run.images]
+    pixels = [description.preparation.pixels(str(path)) for path in run.images]
     with torch.no_grad():
         labels = exported.module()(deploy.to_images(torch.from_numpy(np.stack(pixels)))).argmax(dim=1)
     assert len(labels.unique()) > 1
@@ -133,6 +133,8 @@ def test_the_metadata_say_what_goes_in_and_what_comes_out(done):
     expected = {"channels": 1, "resize": side, "image_size": side, "border": 2, "interpolation": "bilinear"}
     expected |= {"mean": list(GREY.mean), "std": list(GREY.std), "in_the_program": ["border", "mean", "std"]}
     assert {name: about["preprocessing"][name] for name in expected} == expected
+    steps = about["preprocessing"]["steps"]  # turned, on white, 16 bits: before they are resized
+    assert steps[: len(READING)] == list(READING) == about["preprocessing"]["reading"]
     assert about["networks"] == {"arch": "preresnet18", "count": 2, "width": 4, "num_class": 6}
     assert (
         about["run"] == {"name": "a run", "weights": "best", "epochs": [1, 1]}
