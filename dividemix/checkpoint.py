@@ -5,6 +5,7 @@ moment the machine dies at, last.json names a file that is whole, and should tha
 before is used.
 """
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -12,9 +13,9 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -23,6 +24,13 @@ from dividemix.ranks import Ranks
 
 
 def write_atomically(path: Path, content: bytes | memoryview, exclusive: bool = False) -> None:
+    """Write a file as `atomic_file` does."""
+    with atomic_file(path, exclusive) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
     """Write a file so that a reader finds the old content or the new one, never a part: temporary file, fsync,
     rename, fsync.
 
@@ -32,7 +40,7 @@ def write_atomically(path: Path, content: bytes | memoryview, exclusive: bool = 
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a shared run or noise file from colleagues
@@ -56,6 +64,41 @@ def read_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
+class HashingFile:
+    """What `torch.save` writes to: hashes everything and passes it on to a file. The file's first error is kept for the
+    caller: torch's C++ code would say another instead or, in some versions, end the process (pytorch issue 156955)."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256 = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.sha256.update(data)
+        try:
+            if self.error is None:
+                self.file.write(data)
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """By `atomic_file`."""
+
+
+def write_state(path: Path, state: dict[str, Any]) -> str:
+    """Write `state` for `from_bytes`, as `atomic_file` does. -> the SHA-256 of the file.
+
+    It goes straight into the file: the GIL is free while it is hashed and written. A copy in memory, as by `to_bytes`,
+    is made under the GIL, and the thread that trains launches nothing meanwhile.
+    """
+    with atomic_file(path) as file:
+        hashing = HashingFile(file)
+        torch.save(state, hashing)
+        if hashing.error:
+            raise hashing.error
+    return hashing.sha256.hexdigest()
+
+
 def to_bytes(state: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -65,10 +108,8 @@ def to_bytes(state: dict[str, Any]) -> bytes:
 def save_last(folder: Path, epoch: int, state: dict[str, Any]) -> None:
     """Write `epoch-NNN.pt`, point last.json at it, and delete all but it and the one before."""
     before = read_pointer(folder)
-    content = to_bytes(state)
     file = folder / f"epoch-{epoch:03d}.pt"
-    write_atomically(file, content)
-    entry = {"file": file.name, "sha256": hashlib.sha256(content).hexdigest(), "epoch": epoch}
+    entry = {"file": file.name, "sha256": write_state(file, state), "epoch": epoch}
     previous = before.get("previous")
     if before and before["file"] != file.name:
         previous = {k: before[k] for k in entry if k in before}

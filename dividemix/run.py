@@ -28,8 +28,8 @@ from dividemix.checkpoint import (
     read_file,
     save_last,
     share,
-    to_bytes,
     write_atomically,
+    write_state,
 )
 from dividemix.lock import lock, set_aside
 from dividemix.logs import Logs
@@ -352,7 +352,7 @@ class Run:
             except (OSError, DivideMixError) as error:
                 warn(f"{path}: the best weights of net {k + 1} are lost, those of epoch {last} stand in: {error}")
                 epochs[k] = last
-        write_atomically(path, to_bytes({"nets": nets, "epochs": epochs, "config": self.config}))
+        write_state(path, {"nets": nets, "epochs": epochs, "config": self.config})
         return epochs
 
     def best_networks(self) -> list[dict[str, Any]]:

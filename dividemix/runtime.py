@@ -1,10 +1,11 @@
 """How the algorithm is run: device, precision, memory format, compiled, captured. What is computed: see `engine`."""
 
+import contextlib
 import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -28,7 +29,7 @@ class Runtime:
     precision: 'fp32' (no TF32) or 'bf16' (autocast; head and losses in float32). merge: several batches of one size
     go through a network together. small_convs: see `layers.SmallMapConv2d`. compile: torch.compile fuses what stands
     between the convolutions. graph: training steps are captured in CUDA graphs. Compile and graph are for steady
-    shapes, the full batches: partial ones run eagerly. Where either fails, that is said once and the run goes on
+    shapes, the full batches: see `run_partial` for others. Where either fails, that is said once and the run goes on
     without it. ranks: the processes that train together; each forward with gradients averages them over these.
     """
 
@@ -123,6 +124,12 @@ class Runtime:
             self.steps[key] = self._steady(step, inputs, state())
         return self.steps[key](*inputs)
 
+    def run_partial(self, step: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        """step(forward, *inputs) for a batch whose size may never come again: eager and without cuDNN's autotuning,
+        which tries many kernels for every convolution of a new size (2.4 s for one batch on an H200)."""
+        with without_autotuning():
+            return step(self.forward, *inputs)
+
     def _steady(self, step, inputs: Sequence[Tensor], state: list[Tensor]) -> Callable[..., Tensor]:
         """Compile and capture, as far as this runtime does; the step is not applied."""
         if self.compile:
@@ -199,6 +206,18 @@ class Runtime:
 
 def call(net: nn.Module, x: Tensor) -> Tensor:
     return net(x)
+
+
+@contextlib.contextmanager
+def without_autotuning() -> Iterator[None]:
+    """cuDNN takes the kernel that its heuristic names. The flag is the process's: it holds for autograd's thread too.
+    torch.backends.cudnn.flags would set all others to its own defaults."""
+    tuned = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = tuned
 
 
 def at_once(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:

@@ -176,7 +176,7 @@ def full(*_):
     [
         ("save_last", 0, "the checkpoint of epoch 0", ": make room, then the same command starts again"),
         ("save_last", 1, "the checkpoint of epoch 1", "; the one before is intact: make room, then the same command"),
-        ("write_atomically", 0, "best.pt and the logs of epoch 0", "; the checkpoint is whole: make room, then the"),
+        ("write_state", 0, "best.pt and the logs of epoch 0", "; the checkpoint is whole: make room, then the"),
     ],
     ids=["first checkpoint", "checkpoint", "after it"],
 )
