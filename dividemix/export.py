@@ -130,8 +130,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"|logit| (allowed: {TOLERANCE:.0e}); are the weights finite, and does --weights {args.weights} hold them?"
         )
     write_atomically(args.file, content)
+    epochs = deploy.epochs_used(args.weights, ensemble.epochs)
     print(
-        f"{args.file}: {description}; {deploy.epochs_used(args.weights, ensemble.epochs)}; {len(content) / 1e6:.1f} MB\n"
+        f"{args.file}: {description}; {epochs}; {len(content) / 1e6:.1f} MB\n"
         f"loaded and compared with the networks, batches of {', '.join(map(str, _BATCHES))}: largest difference "
         f"{found:.1e} of the largest |logit| (allowed: {TOLERANCE:.0e})\n"
         f"input: images float32 {about['input']['shape']} in [0, 1]; {METADATA} in the file says how to prepare them"

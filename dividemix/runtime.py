@@ -304,8 +304,8 @@ def start(
     return Runtime(
         chosen,
         precision,
-        # On a CPU, channels_last is vectorised over channels: fewer than 16 leave its vector units half empty. With fewer
-        # than 8, the backward pass of strided 1x1 convolutions even writes out of bounds on AVX2 (torch 2.14.1).
+        # On a CPU, channels_last is vectorised over channels: fewer than 16 leave its vector units half empty. With
+        # fewer than 8, the backward pass of strided 1x1 convolutions writes out of bounds on AVX2 (torch 2.14.1).
         torch.contiguous_format if on_cpu and width < 16 else torch.channels_last,
         merge=compile or graph,  # on a CPU it measured no faster
         small_convs=on_cpu and precision == "bf16",

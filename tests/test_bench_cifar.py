@@ -115,7 +115,7 @@ def test_a_wrong_engine_fails_the_check(monkeypatch):
 
 def test_each_optimisation_of_a_card_is_ablated():
     """A speed-up that cannot be switched off alone cannot be shown to be one."""
-    card = bench_cifar.Runtime(torch.device("cuda"), "bf16", merge=True, compile=True, graph=True)
+    card = bench_cifar.Runtime(torch.device("cuda"), "bf16", torch.channels_last, merge=True, compile=True, graph=True)
     off = bench_cifar.variants(card, 1000)
     changed = {name: machine for name, (machine, _) in off.items()}
     assert changed["bf16 (fp32 instead)"].precision == "fp32"

@@ -291,6 +291,7 @@ def test_phases_survive_the_smallest_sets(tiny_images, labeled):
 def test_warmup_is_cross_entropy_plus_the_penalty_where_asked(tiny_images):
     """The penalty left out (or added everywhere) changes asymmetric noise by points."""
     x, labels = tiny_images.warmup_views(*next(iter(tiny_images.warmup_batches(24, np.random.default_rng(0)))))
+    x = x.contiguous()  # see `runtime.start` on channels_last and few channels
     losses = {}
     for penalty in (False, True):
         torch.manual_seed(0)

@@ -145,7 +145,7 @@ def test_views_belong_to_labels_and_weights(clothing, keep):
         data = made.images("train", keep=keep)
         seen, differ, digests = [], 0, {}  # digests: all crops that there are of an image
         for i in range(56):
-            image = made.workers.reader.image("train", None, i)
+            image, _ = made.workers.reader.image("train", None, i)
             digests[i] = {
                 side[top : top + 32, left : left + 32].tobytes()
                 for side in (image, image[:, ::-1])
