@@ -3,7 +3,7 @@
 Source: Wei, Zhu, Cheng, Liu, Niu, Liu, "Learning with Noisy Labels Revisited: A Study Using Real-World Human
 Annotations", ICLR 2022. Each data set's labels are one file of torch.save: a dict of int64 arrays (N,), `clean_label`
 and the noisy ones. CIFAR-10N has three labels an image (random_label1 to 3), their majority (aggre_label) and one that
-is wrong where any of them is (worse_label); CIFAR-100N has one (noisy_label), and coarse labels, which are not used.
+is wrong where any of them is (worse_label); CIFAR-100N has one (noisy_label), and lists of coarse labels, not used.
 """
 
 import io
@@ -119,8 +119,8 @@ _ADMITTED = [  # numpy 2 and numpy 1 name the function differently
 ]
 
 
-def _load(path: Path, n: int) -> dict[Any, _Array]:
-    """The dict in the file. `n`: how many labels an array should have, for a limit on what is read."""
+def _load(path: Path, n: int) -> dict[Any, Any]:
+    """The dict in the file, of any entries. `n`: how many labels an array should have, for a limit on what is read."""
     limit = 2**20 + 256 * n  # bytes; the published files have 48 a sample
     try:
         if path.stat().st_size > limit:
@@ -142,12 +142,12 @@ def _load(path: Path, n: int) -> dict[Any, _Array]:
         if asked:
             raise _bad(path, f"it asks for {asked[1]!r}, refused and nothing run") from error
         raise _bad(path, "damaged, or not a file of int64 arrays that torch.save wrote") from error
-    if not isinstance(arrays, dict) or not all(isinstance(array, _Array) for array in arrays.values()):
+    if not isinstance(arrays, dict):
         raise _bad(path, "it should hold one dict of arrays, and holds something else")
     return arrays
 
 
-def _labels(path: Path, name: str, array: _Array, n: int, num_class: int) -> NDArray[np.int64]:
+def _labels(path: Path, name: str, array: Any, n: int, num_class: int) -> NDArray[np.int64]:
     """(n,) int64 from what the file says of an array, checked: type, length, range."""
     try:
         _version, shape, dtype, _fortran, data = array.state

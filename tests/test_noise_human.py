@@ -40,6 +40,18 @@ def test_what_torch_saves_is_read(tmp_path):
     np.testing.assert_array_equal(read(tmp_path / "human.pt", "worse_label", TRUTH, 10), GIVEN)
 
 
+def test_the_lists_of_cifar100s_published_file_do_not_matter(tmp_path):
+    """CIFAR-100_human.pt holds two arrays and, of the coarse classes, two lists of int: it would be refused."""
+    truth = np.arange(200) % 100
+    given = np.where(truth % 5 == 0, (truth + 1) % 100, truth)
+    entry = {"clean_label": truth, "noisy_label": given}
+    entry |= {"noisy_coarse_label": (given // 5).tolist(), "clean_coarse_label": (truth // 5).tolist()}
+    file = make_human(tmp_path / "CIFAR-100_human.pt", entry)
+    np.testing.assert_array_equal(read(file, "noisy_label", truth, 100), given)
+    with pytest.raises(DivideMixError, match="'noisy_coarse_label' is not an array of int64"):
+        read(file, "noisy_coarse_label", truth, 100)
+
+
 def test_nothing_is_admitted_beyond_the_reading(tmp_path):
     """A name that stays admitted would open every later torch.load, that of checkpoints too."""
     before = torch.serialization.get_safe_globals()
@@ -63,8 +75,8 @@ FAULTS = {
     "short numbers": ({**SOUND, "worse_label": GIVEN.astype(np.int32)}, "'worse_label' is not an array of int64"),
     "objects": ({**SOUND, "worse_label": GIVEN.astype(object)}, "'worse_label' is not an array of int64 numbers"),
     "no dict": (list(SOUND.values()), "one dict of arrays"),
-    "lists": ({name: labels.tolist() for name, labels in SOUND.items()}, "one dict of arrays"),
-    "tensors": ({name: torch.tensor(labels) for name, labels in SOUND.items()}, "one dict of arrays"),
+    "lists": ({name: labels.tolist() for name, labels in SOUND.items()}, "'clean_label' is not an array of int64"),
+    "tensors": ({name: torch.tensor(labels) for name, labels in SOUND.items()}, "'clean_label' is not an array of"),
     "an array without its contents": ({**SOUND, "worse_label": Call(np.ndarray, (40,))}, "not an array of int64"),
 }
 
