@@ -176,7 +176,7 @@ def variants(machine: Runtime, eval_batch_size: int) -> dict[str, tuple[Runtime,
 
     off = {}
     if machine.precision == "bf16":
-        off["bf16 (fp32 instead)"] = without(precision="fp32", small_convs=False)
+        off["bf16 (fp32 instead)"] = without(precision="fp32")
     if machine.memory_format == torch.channels_last:
         where = " outside compiled code" if machine.compile else ""  # Inductor chooses its layouts itself
         off[f"channels_last{where}"] = without(memory_format=torch.contiguous_format)
@@ -184,7 +184,6 @@ def variants(machine: Runtime, eval_batch_size: int) -> dict[str, tuple[Runtime,
         "graph": "CUDA graphs",
         "compile": "torch.compile",
         "merge": "merged forwards",
-        "small_convs": "matrix convolutions for small maps",
     }.items():
         if getattr(machine, field):
             off[name] = without(**{field: False})

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dividemix import DivideMixError, warn
 from dividemix.graph import CapturedStep, Place, preserved
-from dividemix.layers import GroupedBatchNorm2d, SmallMapConv2d, can_merge, grouped
+from dividemix.layers import GroupedBatchNorm2d, can_merge, grouped
 from dividemix.ranks import Ranks, from_environment, join
 
 
@@ -27,17 +27,16 @@ class Runtime:
     """One device and how it is used. Without more than a device it is the reference: eager, fp32, each forward apart.
 
     precision: 'fp32' (no TF32) or 'bf16' (autocast; head and losses in float32). merge: several batches of one size
-    go through a network together. small_convs: see `layers.SmallMapConv2d`. compile: torch.compile fuses what stands
-    between the convolutions. graph: training steps are captured in CUDA graphs. Compile and graph are for steady
-    shapes, the full batches: see `run_partial` for others. Where either fails, that is said once and the run goes on
-    without it. ranks: the processes that train together; each forward with gradients averages them over these.
+    go through a network together. compile: torch.compile fuses what stands between the convolutions. graph: training
+    steps are captured in CUDA graphs. Compile and graph are for steady shapes, the full batches: see `run_partial` for
+    others. Where either fails, that is said once and the run goes on without it. ranks: the processes that train
+    together; each forward with gradients averages them over these.
     """
 
     device: torch.device
     precision: str = "fp32"
     memory_format: torch.memory_format = torch.contiguous_format
     merge: bool = False
-    small_convs: bool = False
     compile: bool = False
     graph: bool = False
     ranks: Ranks = field(default_factory=Ranks)
@@ -51,8 +50,6 @@ class Runtime:
         for module in net.modules():
             if self.merge and type(module) is nn.BatchNorm2d:
                 module.__class__, module.groups = GroupedBatchNorm2d, 1  # its own 1: torch.compile guards on it
-            elif self.small_convs and SmallMapConv2d.replaces(module):
-                module.__class__ = SmallMapConv2d
         net = net.to(self.device, memory_format=self.memory_format)
         if self.ranks.world > 1:
             # Running statistics are each rank's own during a phase; `Ranks.average_buffers` ends it.
@@ -308,7 +305,6 @@ def start(
         # fewer than 8, the backward pass of strided 1x1 convolutions writes out of bounds on AVX2 (torch 2.14.1).
         torch.contiguous_format if on_cpu and width < 16 else torch.channels_last,
         merge=compile or graph,  # on a CPU it measured no faster
-        small_convs=on_cpu and precision == "bf16",
         compile=compile,
         graph=graph,
         ranks=ranks,

@@ -141,7 +141,7 @@ def test_a_step_leaves_out_what_is_named_and_no_more(monkeypatch, name, unlabele
 @pytest.mark.parametrize("name", ASKED)
 def test_no_host_sync_in_a_step(tiny_images, name):
     """Else an ablation cannot be captured, and runs at a tenth of the speed of what it is compared with."""
-    machine = Runtime(CPU, "bf16", merge=True, small_convs=True)
+    machine = Runtime(CPU, "bf16", merge=True)
     net, other = (machine.prepare(ResNet18(3, width=4)) for _ in range(2))
     peer, how = ablated(name, other)
     optimizer = machine.optimizer(net, 0.1, 5e-4)

@@ -232,7 +232,7 @@ def test_no_host_sync_in_a_step(tiny_images):
     with pytest.raises(AssertionError, match="synchronises"), NoSync():
         torch.ones(1).item()  # the net that the steps below are caught with has no hole
     net, peer = ResNet18(3, width=4), ResNet18(3, width=4)
-    machine = Runtime(torch.device("cpu"), "bf16", merge=True, small_convs=True)
+    machine = Runtime(torch.device("cpu"), "bf16", merge=True)
     net, peer = machine.prepare(net), machine.prepare(peer)
     optimizer = machine.optimizer(net, 0.1, 5e-4)
     rng = np.random.default_rng(0)
