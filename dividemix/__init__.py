@@ -6,8 +6,7 @@ Reading order: `algorithm` (the equations), `codivide` (loss -> clean probabilit
 `signals`, `run`, `logs`, `checkpoint`, `state`, `lock`, `saving`; after training `scoring`, `label_issues`,
 `clean_labels`, `csvfile`, `report` (with `runfolder`, `histograms`, `figures`, `html_report`, `compare`, `page`); for
 large images `stream` (the data sets), `workers`, `images`, `imagestore`; for speed `runtime`, `graph`, `layers`; and
-for a trained run `deploy`, `predict`, `export`. For the paper's tables (reproduce.py): `experiments` (the rows), `plan`
-(their runs), `measured`, `estimates`, `launch`, `jobs`, `status`, `results`, `smoke`.
+for a trained run `deploy`, `predict`, `export`. For the paper's tables (reproduce.py): `rows`, `jobs`, `results`.
 """
 
 import warnings

@@ -7,7 +7,7 @@ Accuracies are test accuracies in per cent: best = the peak over all epochs, las
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -95,53 +95,40 @@ def nearest(dataset: str, mode: str, r: float | None, wrong: float | None = None
 
 @dataclass(frozen=True)
 class Ablation:
-    """A row of the paper's Table 5: what is left out (`--ablation`), and the best accuracies on CIFAR-10 at 20, 50, 80,
-    90 % symmetric and 40 % asymmetric noise. They were entered from memory: check them against the paper before you
-    rest on a tenth."""
+    """A row of the paper's Table 5: what is left out (`--ablation`). best: (mode, r) -> best accuracy on CIFAR-10; only
+    numbers that have a source are here."""
 
     paper_name: str
-    best: tuple[float, ...]
     reading: str  # what it is here
+    best: Mapping[tuple[str, float], float] = field(default_factory=dict)
     nets: int = 2  # 1: no peer, the network divides and guesses for itself
     refine: bool = True  # whether labels of the labeled set are co-refined, or stay as given
     M: int = 2  # views of an image in guesses, refinement and the mixed batch
 
     def paper_best(self, row: Recipe) -> float | None:
-        """Table 5's value for a row of `ROWS`; None where it has none: not CIFAR-10."""
-        columns = [(each.mode, each.r) for each in ROWS if each.dataset == "cifar10"]
-        return self.best[columns.index((row.mode, row.r))] if row.dataset == "cifar10" else None
+        """Table 5's value for a row of `ROWS`, None where none is known."""
+        return self.best.get((row.mode, row.r)) if row.dataset == "cifar10" else None
 
 
 ABLATIONS = {
-    "none": Ablation("DivideMix", tuple(row.best for row in ROWS if row.dataset == "cifar10"), "nothing is left out"),
-    "no_cotraining": Ablation(
-        "DivideMix w/o co-training",
-        (95.0, 94.0, 92.6, 74.3, 91.9),
-        "one network, which divides and guesses for itself",
-        nets=1,
-    ),
+    "none": Ablation("DivideMix", "nothing is left out"),
+    "no_cotraining": Ablation("DivideMix w/o co-training", "one network, which divides and guesses for itself", nets=1),
     "no_refinement": Ablation(
-        "DivideMix w/o label refinement",
-        (96.0, 94.6, 93.0, 73.7, 87.7),
-        "labels of the labeled set stay as given",
-        refine=False,
+        "DivideMix w/o label refinement", "labels of the labeled set stay as given", refine=False
     ),
     "one_view": Ablation(
         "DivideMix w/o augmentation",
-        (95.3, 94.1, 92.2, 73.9, 89.5),
         "one view of an image instead of two in guesses, refinement and the mixed batch",
         M=1,
     ),
     "divide_mixmatch": Ablation(
         "Divide and MixMatch",
-        (94.1, 92.8, 89.7, 70.1, 86.5),
         "one network, which divides and guesses for itself; labels of the labeled set stay as given",
+        best={("sym", 0.2): 94.1, ("asym", 0.4): 86.5},
         nets=1,
         refine=False,
     ),
 }
-# Trained as DivideMix: it is no --ablation, but the peak of `test_acc_net1` of any run
-ONE_NET_TEST = Ablation("DivideMix with theta(1) test", (95.2, 94.2, 93.0, 75.5, 92.7), "net 1 alone is tested")
 
 
 def paper_results(row: Recipe, method: str = "dividemix", ablation: str = "none") -> dict[str, float]:
@@ -219,7 +206,6 @@ SMALL_NOISE = {
     "digits": (("sym", 0.2), ("sym", 0.5), ("sym", 0.8), ("asym", 0.4)),
     "fashionmnist": (("sym", 0.5),),
 }
-SMOKE = {"limit_train": 300, "width": 4, "warm_up": 2, "num_epochs": 5}  # of digits: a test of reproduce.py, no result
 
 
 @dataclass(frozen=True)
