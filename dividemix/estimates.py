@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dividemix.experiments import Experiment
-from dividemix.measured import Found, epoch_seconds, read, to_do, total
+from dividemix.measured import Found, epoch_seconds, hours, read, to_do, total
 from dividemix.plan import Plan, grouped, shown
 
 # Flags that say how much work an epoch is
@@ -78,11 +78,6 @@ def wall_seconds(each: Sequence[float], slots: int) -> float:
     return max(busy)
 
 
-def hours(value: float) -> str:
-    """'48 s', '12 min', '3.4 h'."""
-    return f"{value:.0f} s" if value < 90 else f"{value / 60:.0f} min" if value < 5400 else f"{value / 3600:.1f} h"
-
-
 def dry_run(runs: Sequence[Plan], extra: Sequence[str], out_dir: Path, slots: int, where: str) -> list[str]:
     """Each run's command and time, then the time of all. slots: how many run at once; where: for people."""
     lines, known, unknown, there = [], [], 0, all_in(out_dir)
@@ -96,8 +91,5 @@ def dry_run(runs: Sequence[Plan], extra: Sequence[str], out_dir: Path, slots: in
     missing = sum(bool(run.missing) for run in runs)
     lines.append(f"# {len(runs)} runs: {len(known)} of known length, {unknown} not measured here, {missing} lack data")
     if known:
-        lines.append(
-            f"# those of known length: {hours(sum(known))} of runs, {hours(wall_seconds(known, slots))} {where}, "
-            "were they not to slow each other"
-        )
+        lines.append(f"# those of known length: {hours(wall_seconds(known, slots))} {where}")
     return lines

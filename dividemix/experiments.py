@@ -70,9 +70,9 @@ DATA = {
 @dataclass(frozen=True)
 class Experiment:
     """A row. flags: what its runs have beside data, seed and folder. paper: the numbers that the row is about, None
-    where the paper does not report one. setting: flag -> value of everything that a run should have, for `departures`.
-    column: the accuracy of an epoch that is read, both networks' or net 1's. run: the row whose runs are read, where it
-    has none of its own."""
+    where the paper does not report one. setting: flag -> value of everything that a run should have. column: the
+    accuracy of an epoch that is read, both networks' or net 1's. run: the row whose runs are read, where it has none of
+    its own."""
 
     name: str
     table: str
@@ -92,9 +92,9 @@ class Experiment:
     def num_epochs(self) -> int:
         return self.setting["num_epochs"]
 
-    def departures(self, args: dict[str, Any]) -> list[str]:
+    def setting_differences(self, args: dict[str, Any]) -> list[str]:
         """The flags of a run, as args.json has them, that are not the row's."""
-        return recipes.departures(args, self.setting)
+        return recipes.setting_differences(args, self.setting, "row")
 
 
 def to_flags(values: dict[str, Any]) -> tuple[str, ...]:

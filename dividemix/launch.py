@@ -60,7 +60,7 @@ def make_tasks(runs: Sequence[Plan], logs: Path) -> list[Task]:
     for run in runs:
         task = Task(run, logs / f"{run.name}.log", found=measured.read(run.folder))
         if task.found.is_finished(run.num_epochs):
-            notes = run.experiment.departures(task.found.args)
+            notes = run.experiment.setting_differences(task.found.args)
             other = [note for note in notes if not decides(run.variant, note.split()[0].removeprefix("--"))]
             task.state = FAILED if other else FINISHED
             task.note = f"{run.folder} holds a run with {', '.join(other)}: move it away" if other else ""

@@ -104,3 +104,8 @@ def total(epochs: dict[str, int], each: dict[str, float]) -> float | None:
     if any(n and kind not in each for kind, n in epochs.items()):
         return None
     return sum(n * each[kind] for kind, n in epochs.items() if n)
+
+
+def hours(value: float) -> str:
+    """'48 s', '12 min', '3.4 h'."""
+    return f"{value:.0f} s" if value < 90 else f"{value / 60:.0f} min" if value < 5400 else f"{value / 3600:.1f} h"

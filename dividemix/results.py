@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas
+
 from dividemix import DivideMixError, figures, measured, warn
-from dividemix.checkpoint import write_atomically
-from dividemix.csvfile import to_csv
+from dividemix.checkpoint import csv_bytes, write_atomically
+from dividemix.compare import mean_and_deviation
 from dividemix.experiments import DATA, MEASURES, SMOKE, TABLES, Experiment
 from dividemix.measured import Found
 from dividemix.plan import decides
@@ -74,7 +76,9 @@ def departs(experiment: Experiment, found: Found, end: str) -> str:
     """What makes a run another one than the row asks for: the flags in its folder's name (`plan.variant`; what follows
     from them is not said), those that are not the row's all the same, and whether the data are the published ones."""
     notes = [end] if end else []
-    notes += [note for note in experiment.departures(found.args) if not decides(f"_{end}", note.split()[0][2:])]
+    notes += [
+        note for note in experiment.setting_differences(found.args) if not decides(f"_{end}", note.split()[0][2:])
+    ]
     lines = found.about.get("data", {})
     lines = lines.get("lines") if isinstance(lines, dict) else None
     official = f"(official {experiment.data})"
@@ -122,7 +126,7 @@ def results_csv(runs: Sequence[Outcome]) -> bytes:
         row += [len(run.found.records), f"{run.seconds:.1f}", " ".join(run.commits)]
         row += [versions.get("torch", ""), versions.get("python", ""), about.get("machine", ""), run.found.folder.name]
         rows.append(row)
-    return to_csv(head, rows)
+    return csv_bytes(pandas.DataFrame(rows, columns=head, dtype=object))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,7 +191,7 @@ def group_cells(row: Experiment, names: Sequence[str], group: Sequence[Outcome],
     return [
         row.name,
         *([papers(row, names)] if with_paper else []),
-        " / ".join(spread(values[name]) for name in names),
+        " / ".join(mean_and_deviation(values[name]) for name in names),
         *([" / ".join(differences)] if with_paper else []),
         str(len(group)),
         ", ".join(map(str, epochs)),
@@ -200,14 +204,6 @@ def group_cells(row: Experiment, names: Sequence[str], group: Sequence[Outcome],
 def papers(row: Experiment, names: Sequence[str]) -> str:
     values = [row.paper.get(name) for name in names]
     return " / ".join("-" if v is None else f"{v:.1f}" if round(v, 1) == v else f"{v:.2f}" for v in values)
-
-
-def spread(values: Sequence[float]) -> str:
-    """'94.55 ± 0.12'; of one seed without the latter."""
-    if not values:
-        return "-"
-    mean = f"{statistics.fmean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
 def short_commit(commit: str) -> str:

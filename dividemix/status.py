@@ -24,13 +24,13 @@ def cells(task: Task) -> tuple[str, ...]:
     left = measured.time_left(found, epochs) if task.state == launch.RUNNING else None
     best = "-" if found.best is None else f"{found.best:.2f}"
     state = f"{state}: {task.note}" if task.note else state
-    return (*run, state, best, f"{measured.seconds(found.records[-1]):.1f}", "-" if left is None else short(left))
-
-
-def short(seconds: float) -> str:
-    """'2:05:10'"""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+    return (
+        *run,
+        state,
+        best,
+        f"{measured.seconds(found.records[-1]):.1f}",
+        "-" if left is None else measured.hours(left),
+    )
 
 
 class Lines:

@@ -51,7 +51,7 @@ def test_each_row_is_a_command_of_its_script_and_the_papers_setting(name):
     """The run would end at once, or train something else and be called the paper's."""
     row = ROWS[name]
     args = parsed(row)
-    assert row.departures(args) == []
+    assert row.setting_differences(args) == []
     assert args["num_epochs"] == row.num_epochs
     if row.script == "Train_cifar.py":
         assert (args["dataset"], args["noise_mode"], args["r"]) == tuple(
@@ -62,14 +62,16 @@ def test_each_row_is_a_command_of_its_script_and_the_papers_setting(name):
         assert args.get("ablation", "none") == (end if end in recipes.ABLATIONS else "none")
 
 
-def test_departures_name_the_flags_that_differ():
+def test_setting_differences_name_the_flags_that_differ():
     """A short run of a narrow net would stand in the table as a failed reproduction."""
     row = ROWS["cifar10-sym-20"]
     args = parsed(row) | {"lambda_u": 25.0, "num_epochs": 20}
-    assert row.departures(args) == ["--num_epochs 20", "--lambda_u 25.0"]
-    assert row.departures({"width": 64}) == []  # a run of before a flag was there
-    assert ROWS["webvision"].departures({"num_epochs": 80, "lr_drop": 50}) == ["--num_epochs 80"]
-    assert "--noise_definition exclude_self" in row.departures(parsed(row) | {"noise_definition": "exclude_self"})
+    assert row.setting_differences(args) == ["--num_epochs 20 (row: 300)", "--lambda_u 25 (row: 0)"]
+    assert row.setting_differences({"width": 64}) == []  # a run of before a flag was there
+    assert ROWS["webvision"].setting_differences({"num_epochs": 80, "lr_drop": 50}) == ["--num_epochs 80 (row: 100)"]
+    assert row.setting_differences(parsed(row) | {"noise_definition": "exclude_self"}) == [
+        "--noise_definition exclude_self (row: with_self)"
+    ]
 
 
 def test_rows_are_chosen_by_table_and_pattern():

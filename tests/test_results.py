@@ -119,8 +119,8 @@ def test_other_settings_stand_apart_and_say_what_differs(tmp_path):
     assert found == {
         "": "96.00 / 96.00",
         "width-16": "80.00 / 80.00",
-        "precision-fp32_width-16, --lambda_u 25.0": "50.00 / 50.00",
-        "--lambda_u 25.0": "91.00 / 91.00",
+        "precision-fp32_width-16, --lambda_u 25 (row: 0)": "50.00 / 50.00",
+        "--lambda_u 25 (row: 0)": "91.00 / 91.00",
         "not the official cifar10": "70.00 / 70.00",
         "precision-fp32": "60.00 / 60.00",
     }
@@ -170,7 +170,7 @@ def test_webvisions_epoch_is_the_one_that_was_chosen(tmp_path):
     records = [json.loads(each) | {"val_acc": v} for each, v in zip(path.open(), (1.0, 2.0, 3.0), strict=True)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     [found] = [each for each in written(tmp_path, "webvision")[1].splitlines() if "--val_fraction" in each]
-    assert "| 75.00 / 80.00 / 74.00 / 79.00 |" in found and found.endswith("| --val_fraction 0.1 |")
+    assert "| 75.00 / 80.00 / 74.00 / 79.00 |" in found and found.endswith("| --val_fraction 0.1 (row: 0) |")
 
 
 def test_all_commits_of_a_run_are_named(tmp_path):

@@ -23,7 +23,7 @@ def task(tmp_path, name: str, state: str, done: int = 0, note: str = "") -> laun
 def test_a_runs_line_says_how_far_it_is(tmp_path):
     """The user kills a run that would have ended in a minute, or waits for one that failed."""
     assert status.cells(task(tmp_path, "a", "running", 5)) == (
-        *(ROW.name, "124", "running epoch 6/300", "54.00", "10.0", "0:49:10"),
+        *(ROW.name, "124", "running epoch 6/300", "54.00", "10.0", "49 min"),
     )
     assert status.cells(task(tmp_path, "b", "stopped", 5))[2] == "stopped epoch 5/300"
     assert status.cells(task(tmp_path, "c", "finished", 5))[2:] == ("finished", "54.00", "10.0", "-")

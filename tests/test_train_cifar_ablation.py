@@ -192,7 +192,7 @@ def test_what_is_printed(done):
         (["--ablation", "one_view"], "; paper's DivideMix w/o augmentation (Table 5): best 94.1"),
         (
             ["--ablation", "divide_mixmatch", "--num_epochs", "9"],
-            "; paper's Divide and MixMatch (Table 5): best 92.8 (but this run: --num_epochs 9)",
+            "; paper's Divide and MixMatch (Table 5): best 92.8 (but this run: --num_epochs 9 (paper: 300))",
         ),
     ],
 )
