@@ -99,9 +99,9 @@ def _listed(source: Path) -> list[str]:
     import pandas
 
     try:
-        table = pandas.read_csv(
-            io.BytesIO(read_file(source)), dtype=str, na_filter=False, index_col=False, encoding="utf-8-sig"
-        )
+        with warnings.catch_warnings(action="ignore", category=pandas.errors.ParserWarning):  # cells past the head
+            text = io.BytesIO(read_file(source))
+            table = pandas.read_csv(text, dtype=str, na_filter=False, index_col=False, encoding="utf-8-sig")
     except pandas.errors.EmptyDataError:
         table = pandas.DataFrame()
     except ValueError as error:  # of pandas' parser, or not UTF-8

@@ -288,7 +288,7 @@ def test_a_finished_run_of_another_setting_is_not_the_rows(tmp_path):
     path = run.folder / "args.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"args": {"width": 8, "num_epochs": 2}}))
     [task] = launch.make_tasks([run], tmp_path / "logs")
-    assert task.state == FAILED and task.note == f"{run.folder} holds a run with --width 8 (row: 16): move it away"
+    assert task.state == FAILED and task.note == f"{run.folder} holds a run with --width 8 (row: 64): move it away"
     [task] = launch.make_tasks([replace(run, variant=f"{run.variant}_width-8")], tmp_path / "logs")
     assert task.state == FINISHED
 
