@@ -36,8 +36,8 @@ from dividemix import (
     noise_flags,
     options,
     recipes,
+    report,
     runtime,
-    transition,
 )
 from dividemix.codivide import CoDivide
 from dividemix.data import DeviceImages
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 "machine": machine.describe(),
             }
         )
-        run.say(machine.describe(), *about["lines"], *about["matrix"], *recipe_lines, f"run folder {folder}")
+        run.say(machine.describe(), *about["lines"], *recipe_lines, f"run folder {folder}")
 
         warmup = {"batch_size": 2 * args.batch_size, "conf_penalty": conf_penalty, "machine": machine}
         mixmatch = {
@@ -254,9 +254,6 @@ def prepare_data(
     truth = images.train_labels[index]
     run.save_labels(index=index, given=given[index], true=truth, list_given=given)
     changed = float((given[index] != truth).mean())
-    matrix, matrix_csv = transition.describe(truth, given[index], images.class_names)
-    if matrix_csv:
-        run.save_file(transition.FILE, matrix_csv)
     lines = [
         f"{args.dataset}: {len(index)} training, {len(images.test_labels)} test images, {images.num_class} classes"
         + (f", {len(held_out)} held out with their noisy labels to select the best epoch" if len(held_out) else "")
@@ -267,7 +264,6 @@ def prepare_data(
         lines.append(f"asymmetric map: {noise.asym_transition(images.num_class, args.dataset)[1]}")
     about = {
         "lines": lines,
-        "matrix": matrix,
         "classes": images.class_names,
         "train": len(index),
         "test": len(images.test_labels),
@@ -301,7 +297,7 @@ def finish(
     if args.method == "ce":
         line += f"; net 1 alone: best {max(record['test_acc_net1'] for record in run.records):.2f}"
     if row:
-        other = recipes.departures(vars(args), recipes.setting(row, args.method))
+        other = recipes.setting_differences(vars(args), recipes.setting(row, args.method))
         other += [] if official else [f"not the official {args.dataset}"]
         but = f" (but this run: {', '.join(other)})" if other else ""
         paper = recipes.paper_results(row, args.method, args.ablation)
@@ -313,7 +309,9 @@ def finish(
         elif paper:
             line += f"; paper's {recipes.ABLATIONS[args.ablation].paper_name} (Table 5): best {paper['best']}{but}"
     run.say(line)
-    return run.finish(final, score)
+    final = run.finish(final, score)
+    report.of_finished(run)
+    return final
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 import dataloader_clothing1M
 from dataloader_clothing1M import balanced_sample
-from dividemix import DivideMixError, check_data, deploy, logs, networks, options, recipes
+from dividemix import DivideMixError, check_data, deploy, logs, networks, options, recipes, report
 from dividemix.codivide import CoDivide
 from dividemix.engine import ensemble_accuracy, per_sample_loss, set_learning_rate, train_epoch, warmup_epoch
 from dividemix.images import Preparation, Views
@@ -191,7 +191,9 @@ def finish(
         f"test {final['test_acc']:.2f} (nets {logs.pair(final, 'test_acc', '.2f')}, of epochs {epochs}, chosen on the "
         f"clean validation set); paper: {final['paper_test_acc']}{options.but(args, PAPER)}"
     )
-    return run.finish(final, score)
+    final = run.finish(final, score)
+    report.of_finished(run)
+    return final
 
 
 if __name__ == "__main__":

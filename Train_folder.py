@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 import dataloader_folder
 from dataloader_folder import IMAGENET_MEAN, IMAGENET_STD, Folder, balance, mean_std
-from dividemix import DivideMixError, check_data, defaults, deploy, logs, networks, options, warn
+from dividemix import DivideMixError, check_data, defaults, deploy, logs, networks, options, report, warn
 from dividemix.codivide import CoDivide
 from dividemix.data import DeviceImages
 from dividemix.engine import ensemble_accuracy, per_sample_loss, set_learning_rate, train_epoch, warmup_epoch
@@ -257,7 +257,9 @@ def finish(run: Run, sets: dict[str, Any], score: Callable[[Run], None] | None) 
     ]
     chosen = "the test set" if "val" not in sets else "the validation images"
     run.say(f"best epoch {best['epoch']}, chosen on {chosen}: {', '.join(found)}")
-    return run.finish(final, score)
+    final = run.finish(final, score)
+    report.of_finished(run)
+    return final
 
 
 if __name__ == "__main__":

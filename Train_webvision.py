@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import dataloader_webvision
-from dividemix import check_data, deploy, logs, networks, options, recipes
+from dividemix import check_data, deploy, logs, networks, options, recipes, report
 from dividemix.codivide import CoDivide
 from dividemix.engine import (
     ensemble_accuracy,
@@ -178,7 +178,9 @@ def finish(run: Run, args: argparse.Namespace, score: Callable[[Run], None] | No
 
     last10 = f"mean of the last 10 {final['last10_acc']:.2f}"
     run.say(f"best epoch {best['epoch']}: {line(best)}; {last10}; paper: {line(paper)}{options.but(args, PAPER)}")
-    return run.finish(final, score)
+    final = run.finish(final, score)
+    report.of_finished(run)
+    return final
 
 
 if __name__ == "__main__":

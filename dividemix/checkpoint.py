@@ -6,6 +6,7 @@ before is used.
 """
 
 import contextlib
+import csv
 import errno
 import hashlib
 import io
@@ -15,12 +16,16 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
+from filelock import FileLock, Timeout
 
 from dividemix import DivideMixError, warn
 from dividemix.ranks import Ranks
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 def write_atomically(path: Path, content: bytes | memoryview, exclusive: bool = False) -> None:
@@ -55,6 +60,31 @@ def atomic_file(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def csv_bytes(table: "DataFrame", errors: str = "backslashreplace") -> bytes:
+    """A table as CSV without its index, lines that end in a line feed. errors: what becomes of a name that is no text,
+    as in str.encode; by default the file stays one that can be read."""
+    text = table.to_csv(index=False, lineterminator="\n")
+    if "\r" in text:  # before Python 3.13 such a name is not quoted, and ends its line for every reader
+        text = table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    return text.encode("utf-8", errors)
+
+
+def lock_file(path: str | Path) -> FileLock:
+    """Hold the lock of a file until `release`, or the end of this process; never in a process forked from it. Raises
+    filelock.Timeout where another process holds it, and OSError. On a file system without locks it is not locked, with
+    a warning."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        warn(f"{path} cannot be locked ({error}): see to it that no other process uses it")
+    return lock
 
 
 def read_file(path: Path) -> bytes:

@@ -12,25 +12,22 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL
 import torch
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dividemix import DivideMixError, warn
+from dividemix.checkpoint import lock_file
 from dividemix.filelist import ImageList
 from dividemix.images import Views
 
 if TYPE_CHECKING:  # which reads from here
     from dividemix.workers import Part
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs must not build one cache at the same time
-    fcntl = None
 
 CHUNK = 64 << 20  # bytes in one piece of memory
 _FORMAT = 2  # of the cache: another number, another file
@@ -231,25 +228,17 @@ def _writing(path: str) -> Iterator[None]:
 @contextlib.contextmanager
 def locked(path: str) -> Iterator[None]:
     """Only one process at a time is in the block: several runs are often started together, with one cache."""
-    with contextlib.ExitStack() as stack:
-        if fcntl is not None:
-            with _writing(path):
-                file = stack.enter_context(open(f"{path}.lock", "wb"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                warn(f"another run is building the cache of resized images {path}: waiting for it")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:  # a file system without locks
-                pass
-            # Said outright: workers that were started in the block have the file open too, so closing it frees nothing.
-            stack.callback(release, file)
+    with _writing(path):
+        try:
+            lock = lock_file(f"{path}.lock")
+        except Timeout:
+            warn(f"another run is building the cache of resized images {path}: waiting for it")
+            lock = FileLock(f"{path}.lock")
+            lock.acquire()
+    try:
         yield
-
-
-def release(file: IO) -> None:
-    with contextlib.suppress(OSError):
-        fcntl.flock(file, fcntl.LOCK_UN)
+    finally:
+        lock.release()
 
 
 def _ends(sizes: NDArray[np.int32]) -> NDArray[np.int64]:

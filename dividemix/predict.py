@@ -11,7 +11,6 @@ as the run's test images were. In float32, as in the exported program (`export`)
 """
 
 import argparse
-import csv
 import io
 import os
 import warnings
@@ -27,8 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dividemix import DivideMixError, deploy, options, runtime, warn
-from dividemix.checkpoint import read_file, write_atomically
-from dividemix.csvfile import to_csv
+from dividemix.checkpoint import csv_bytes, read_file, write_atomically
 from dividemix.filelist import IMAGE_SUFFIXES, Boundary
 from dividemix.images import BadImage, said, shown
 from dividemix.runtime import Runtime, available_cores
@@ -90,17 +88,24 @@ def _below(root: str) -> Iterator[str]:
 
 
 def _listed(source: Path) -> list[str]:
+    import pandas
+
     try:
-        rows = csv.DictReader(io.StringIO(read_file(source).decode("utf-8-sig"), newline=""))
-        columns = {name.strip().lower(): name for name in reversed(rows.fieldnames or [])}  # as in `read_table`
-        if "path" not in columns:
-            raise DivideMixError(f"{source} has no column `path` in its first line: add it")
-        names = [row[columns["path"]] or "" for row in rows]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DivideMixError(f"{source} is not a CSV in UTF-8 ({error}): save it as one") from error
-    if not names:
+        with warnings.catch_warnings(action="ignore", category=pandas.errors.ParserWarning):  # cells past the head
+            text = io.BytesIO(read_file(source))
+            table = pandas.read_csv(text, dtype=str, na_filter=False, index_col=False, encoding="utf-8-sig")
+    except pandas.errors.EmptyDataError:
+        table = pandas.DataFrame()
+    except ValueError as error:  # of pandas' parser, or not UTF-8
+        raise DivideMixError(
+            f"{source} is not a CSV in UTF-8 ({' '.join(str(error).split())}): save it as one"
+        ) from error
+    columns = {str(name).strip().lower(): name for name in reversed(table.columns)}  # as in `read_table`
+    if "path" not in columns:
+        raise DivideMixError(f"{source} has no column `path` in its first line: add it")
+    if table.empty:
         raise DivideMixError(f"{source} names no image: expected a line for each below `path`")
-    return names
+    return table[columns["path"]].tolist()
 
 
 # ---- What the networks say of them ----
@@ -209,6 +214,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    import pandas
+
     args = parse_args(argv)
     files = find_images(args.images)
     check_out(args.out, args.images)
@@ -241,7 +248,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         warn(f"{bad - _SHOWN} more images cannot be read")
     if bad == len(files.names):
         raise DivideMixError(f"{args.images}: not one of {bad} images can be read; nothing is written")
-    write_atomically(args.out, to_csv(header(description.num_class), rows))
+    table = pandas.DataFrame(rows, columns=header(description.num_class), dtype=object)
+    write_atomically(args.out, csv_bytes(table))
     left = f", of which {bad} cannot be read and are left empty" if bad else ""
     print(*said(np.array(changes)), f"{args.out}: {len(files.names)} images{left}", sep="\n")
 

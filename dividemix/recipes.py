@@ -60,11 +60,15 @@ def setting(row: Recipe, method: str = "dividemix") -> dict[str, Any]:
     return CIFAR_SETTING | {"alpha": 4, "T": 0.5, "conf_penalty": "auto", "warm_up": warm_up(row.dataset)} | of_row
 
 
-def departures(args: Mapping[str, Any], setting: Mapping[str, Any]) -> list[str]:
-    """The flags whose values are not those of `setting`, as the user would write them. A flag that the script or its
-    version does not have is none; nor is one that `--recipe blind`, which is said, leaves open."""
+def setting_differences(args: Mapping[str, Any], setting: Mapping[str, Any], whose: str = "paper") -> list[str]:
+    """The flags of a run that differ from `setting`, as '--lambda_u 25 (paper: 0)'. A flag that the script lacks does
+    not differ; nor does one that `--recipe blind`, which is said, leaves open."""
+
+    def shown(value: Any) -> Any:
+        return "none" if value is None else f"{value:g}" if isinstance(value, float) else value
+
     return [
-        f"--{name} {args[name]}"
+        f"--{name} {shown(args[name])} ({whose}: {shown(value)})"
         for name, value in setting.items()
         if name in args and args[name] != value and (args[name] is not None or args.get("recipe") != "blind")
     ]
@@ -194,6 +198,20 @@ WEBVISION = ImageRecipe(
     results={"test_acc": 77.32, "test_acc_top5": 91.64, "imagenet_acc": 75.20, "imagenet_acc_top5": 90.84},
     results_with={"num_epochs": 100, "lr_drop": 50},
 )
+
+
+def in_paper(script: str, args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+    """What the paper has for the data and noise of a run of `script`: the flags that its results were made with, and
+    the results, as `paper_results` or `ImageRecipe.results` name them. Both empty where it has none."""
+    images = {"Train_clothing1M.py": CLOTHING1M, "Train_webvision.py": WEBVISION}.get(script)
+    if images:
+        return images.setting, images.results
+    r = args.get("r")
+    if not isinstance(r, int | float) or args.get("noise_definition") == "exclude_self":
+        return {}, {}
+    row, exact = nearest(args.get("dataset", ""), args.get("noise_mode", ""), r)
+    method = args.get("method", "dividemix")
+    return (setting(row, method), paper_results(row, method, args.get("ablation", "none"))) if exact else ({}, {})
 
 
 # Runs of minutes to hours on a CPU, for `reproduce.py --table here`: no paper has results for them. Flags of

@@ -9,7 +9,7 @@ import pandas as pd
 
 from dividemix import DivideMixError, figures, recipes
 from dividemix.checkpoint import write_atomically
-from dividemix.compare import mean_and_spread
+from dividemix.compare import mean_and_deviation
 from dividemix.rows import DATA, TABLES, PlannedRun, Row, RunFiles, all_rows, read
 
 MEASURES = {  # name of a number -> its name in tables
@@ -64,7 +64,7 @@ def differences(row: Row, about: dict[str, Any], given: str) -> str:
     """What makes a run another one than the row asks for: the flags in its folder's name, those that differ all the
     same, and data that are not the published ones."""
     notes = [given] if given else []
-    for note in recipes.departures(about["args"], row.setting):
+    for note in recipes.setting_differences(about["args"], row.setting, "row"):
         notes += [] if f"_{note.split()[0][2:]}-" in f"_{given}" else [note]
     if row.data in ("cifar10", "cifar100") and f"(official {row.data})" not in str(about["data"].get("lines")):
         notes.append(f"not the official {row.data}")
@@ -150,7 +150,7 @@ def cells(row: Row, names: Sequence[str], group: pd.DataFrame) -> list[str]:
     ours, difference = [], []
     for name in names:
         known, paper = group[name].notna().all(), row.paper.get(name)
-        ours.append(mean_and_spread(group[name].tolist(), ".2f") if known else "-")
+        ours.append(mean_and_deviation(group[name]))
         difference.append(f"{group[name].mean() - paper:+.2f}" if known and paper is not None else "-")
     commits = sorted({commit[:9] + "+" * ("+" in commit) for text in group.commit for commit in text.split()})
     epochs = ", ".join(map(str, sorted(group.epochs.unique())))

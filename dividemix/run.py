@@ -7,9 +7,11 @@ process dies, the logs are not ahead of the checkpoint.
 """
 
 import contextlib
+import datetime
 import io
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from dividemix import Diverged, DivideMixError, histograms, logs, warn
@@ -25,13 +28,13 @@ from dividemix.checkpoint import (
     from_bytes,
     load_last,
     load_networks,
+    lock_file,
     read_file,
     save_last,
     share,
     write_atomically,
     write_state,
 )
-from dividemix.lock import lock, set_aside
 from dividemix.logs import Logs
 from dividemix.provenance import commit, versions
 from dividemix.ranks import Ranks
@@ -115,11 +118,14 @@ class Run:
         try:
             self._new = fresh or not folder.exists()
             if fresh and folder.exists():
-                with lock(folder):  # not away from under a process that trains in it
+                lock = lock_folder(folder)  # not away from under a process that trains in it
+                try:
                     self._aside = set_aside(folder)
+                finally:
+                    lock.release()
                 print(f"--fresh: {folder} moved to {self._aside}")
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(folder)
+            self._lock = lock_folder(folder)
         except OSError as error:
             raise DivideMixError(
                 f"run folder {folder} cannot be written: {error.strerror}; choose --out_dir or --run_dir"
@@ -131,7 +137,7 @@ class Run:
                 if orphan.is_file():
                     orphan.unlink()
         except BaseException:
-            self._lock.close()
+            self._lock.release()
             raise
         return state
 
@@ -179,15 +185,6 @@ class Run:
             content = io.BytesIO()
             np.savez(content, **arrays)
             write_atomically(self.folder / "labels.npz", content.getbuffer())
-
-    def save_file(self, name: str, content: bytes) -> None:
-        """A small file of the folder; one that holds this already is left as it is. Raises DivideMixError."""
-        path = self.folder / name
-        try:
-            if self.ranks.first and not (path.is_file() and path.read_bytes() == content):
-                write_atomically(path, content)
-        except OSError as error:
-            raise DivideMixError(f"{path} cannot be written: {error.strerror}") from error
 
     def start(self, about: dict[str, Any]) -> None:
         """Write args.json and bring the logs and best.pt in line with the checkpoint. `about`: command, arguments,
@@ -360,8 +357,8 @@ class Run:
         return share(self.ranks, {"nets": load_networks(self.folder / "best.pt")} if self.ranks.first else {})["nets"]
 
     def finish(self, final: dict[str, Any], score_labels: Callable[["Run"], None] | None = None) -> dict[str, Any]:
-        """Write what `score_labels` writes (see `scoring`), result.json, the last line of acc.txt where the script's
-        format has one, and the report. -> `final`, with null instead of NaN. Called again, it leaves the same."""
+        """Write what `score_labels` writes (see `scoring`), result.json, and the last line of acc.txt where the
+        script's format has one. -> `final`, with null instead of NaN. Called again, it leaves the same."""
         final = without_nan(final)
         if score_labels:  # first: with a result.json a run counts as finished
             score_labels(self)
@@ -369,13 +366,6 @@ class Run:
             write_atomically(self.folder / "result.json", json.dumps(final, indent=1, allow_nan=False).encode())
             lines = [*map(self.logs.acc, self.records), self.logs.final(final)]
             write_atomically(self.folder / "acc.txt", "".join(lines).encode())
-            try:
-                from dividemix import report
-
-                for line in report.draw(self.folder):
-                    self.say(line)
-            except Exception as error:  # the run is saved: a plot must not lose it
-                warn(f"no report: {error}")
         return final
 
     def close(self) -> None:
@@ -384,7 +374,7 @@ class Run:
             with contextlib.suppress(OSError):
                 self._board.close()
         if self._lock:
-            self._lock.close()
+            self._lock.release()
 
     def __enter__(self) -> "Run":
         return self
@@ -416,6 +406,36 @@ class Run:
 def folder_for(out_dir: str, run_dir: str | None, *parts: str) -> Path:
     """--run_dir, or --out_dir / the non-empty parts joined by '_'."""
     return Path(run_dir) if run_dir else Path(out_dir) / "_".join(part for part in parts if part)
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """The folder's lock, held until it is released. Raises DivideMixError where another process holds it, OSError."""
+    before = folder.stat()
+    try:
+        lock = lock_file(folder / ".lock")
+        if os.path.samestat(before, folder.stat()):
+            return lock
+        lock.release()  # opened, and locked too late
+    except Timeout as error:
+        raise DivideMixError(
+            f"another process is training in {folder}: wait for it, or give this run another --id"
+        ) from error
+    except FileNotFoundError:
+        pass
+    raise DivideMixError(f"another process has just moved {folder} aside: give the same command again")
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a folder to <name>.<time>, never deleting anything. -> its new name. Raises DivideMixError for a path
+    that ends in no name."""
+    if folder.name in ("", ".."):
+        raise DivideMixError(f"--fresh cannot move {folder} aside: give --run_dir with the folder's name")
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    aside, k = folder.with_name(f"{folder.name}.{stamp}"), 1
+    while aside.exists():
+        aside, k = folder.with_name(f"{folder.name}.{stamp}-{k}"), k + 1
+    folder.rename(aside)
+    return aside
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -191,5 +191,5 @@ def assert_co_divided(net2, net1, first, second) -> None:
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """The end of a run without its report, which takes seconds; so does importing it, which is left to those who do."""
+    """The end of a run without its report, which takes seconds."""
     monkeypatch.setattr("dividemix.report.draw", lambda *_: [])

@@ -31,11 +31,11 @@ from dividemix import (
     DivideMixError,
     checkpoint,
     compare,
-    html_report,
     label_issues,
     noise,
     noise_file,
     noise_human,
+    page,
     predict,
     runfolder,
     state,
@@ -222,11 +222,11 @@ def run_folder(root: Path) -> Target:
             run = runfolder.read_run(folder)
             issues = label_issues.find(run)
             found = label_issues.against_truth(issues) if issues else None
-            assert html_report.run_page(run, issues, {}).endswith("</html>\n")
-            assert len(compare.run_rows([run], [found])) == 2
-            assert len(compare.spread_rows([("a", [run])], {run.path: found})) == 2
+            assert page.run_page(run, issues, {}).endswith(b"</html>")
+            assert len(compare.run_table([run], {run.path: found})) == 1
+            assert len(compare.spread_table([("a", [run])], {run.path: found})) == 1
             if issues:
-                assert label_issues.issues_csv(issues) and label_issues.cleaned_csv(issues)
+                assert len(label_issues.issues_table(issues)) == len(label_issues.cleaned_table(issues)) == len(issues)
                 assert all(line.isprintable() for line in label_issues.summary(issues))
         finally:
             files[k].write_bytes(wholes[k])

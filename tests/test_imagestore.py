@@ -202,7 +202,8 @@ def test_a_disk_that_refuses(tmp_path):
     """A traceback that does not name the folder."""
     with pytest.raises(DivideMixError, match="cannot write"):
         write_cache(str(tmp_path / "gone" / "train"), [part(some_images(2))])
-    with pytest.raises(DivideMixError, match="cannot write"), locked(str(tmp_path / "gone" / "train")):
+    (tmp_path / "file").touch()
+    with pytest.raises(DivideMixError, match="cannot write"), locked(str(tmp_path / "file" / "train")):
         pass
 
 

@@ -107,8 +107,8 @@ def test_other_settings_stand_apart_and_say_what_differs(tmp_path):
     assert {line[-1] if len(line) == 9 else "": line[2] for line in cells[name]} == {
         "": "96.00 / 96.00",
         "width-16": "80.00 / 80.00",
-        "precision-fp32_width-16, --lambda_u 25.0": "50.00 / 50.00",
-        "--lambda_u 25.0": "91.00 / 91.00",
+        "precision-fp32_width-16, --lambda_u 25 (row: 0)": "50.00 / 50.00",
+        "--lambda_u 25 (row: 0)": "91.00 / 91.00",
         "not the official cifar10": "70.00 / 70.00",
         "precision-fp32": "60.00 / 60.00",
     }

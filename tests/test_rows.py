@@ -61,7 +61,7 @@ def test_each_row_is_a_command_of_its_script_and_the_papers_setting(name):
     """The run would end at once, or train something else and be called the paper's."""
     row = ROWS[name]
     args = parsed(row)
-    assert recipes.departures(args, row.setting) == []
+    assert recipes.setting_differences(args, row.setting) == []
     if row.script == "Train_cifar.py":
         asked = ("dataset", "noise_mode", "r", "num_epochs")
         assert [args[flag] for flag in asked] == [row.setting[flag] for flag in asked]
@@ -74,8 +74,13 @@ def test_flags_that_differ_are_named():
     """A short run of a narrow net would stand in the table as a failed reproduction."""
     row = ROWS["cifar10-sym-20"]
     args = parsed(row) | {"lambda_u": 25.0, "num_epochs": 20}
-    assert recipes.departures(args, row.setting) == ["--num_epochs 20", "--lambda_u 25.0"]
-    assert recipes.departures({"num_epochs": 80, "lr_drop": 50}, ROWS["webvision"].setting) == ["--num_epochs 80"]
+    assert recipes.setting_differences(args, row.setting) == [
+        "--num_epochs 20 (paper: 300)",
+        "--lambda_u 25 (paper: 0)",
+    ]
+    assert recipes.setting_differences({"num_epochs": 80, "lr_drop": 50}, ROWS["webvision"].setting) == [
+        "--num_epochs 80 (paper: 100)"
+    ]
 
 
 def test_rows_are_chosen_by_table_and_pattern():

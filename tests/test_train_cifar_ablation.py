@@ -192,7 +192,7 @@ def test_what_is_printed(done):
         (["--ablation", "one_view"], ""),  # no number with a source
         (
             ["--ablation", "divide_mixmatch", "--num_epochs", "9"],
-            "; paper's Divide and MixMatch (Table 5): best 94.1 (but this run: --num_epochs 9)",
+            "; paper's Divide and MixMatch (Table 5): best 94.1 (but this run: --num_epochs 9 (paper: 300))",
         ),
     ],
 )
@@ -200,6 +200,7 @@ def test_the_paper_number_beside_an_ablation_is_its_own(tmp_path, capsys, asked,
     """One network without co-training beside 96.1: its user looks for a mistake that is not there."""
     records = [{"epoch": 0, "best_acc": 94.0, "last10_acc": 93.0, "test_acc": 94.0, "test_acc_net1": 94.0}]
     run = SimpleNamespace(records=records, best_epochs=[0], folder=tmp_path, say=print, finish=lambda final, _: final)
+    run.ranks = SimpleNamespace(first=False)
     args = Train_cifar.parse_args([*asked, "--r", "0.2"])
     options.resolve_recipe(args)
     final = Train_cifar.finish(run, CIFAR10[0], args, True)
