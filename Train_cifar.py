@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import dataloader_cifar
-from dividemix import blind, deploy, logs, networks, options, recipes
+from dividemix import blind, deploy, logs, networks, options, recipes, report
 from dividemix.codivide import Mixture
 from dividemix.engine import co_divide, set_learning_rate, test, train_epoch, warmup_epoch
 from dividemix.run import Run
@@ -91,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             run.end_epoch(lr, divisions, losses, accuracy | (choice.record if choice else {}))
 
         line, paper = options.small_result(args, setting.row, run.records, run.best_epochs[0], images.official)
-        return run.finish(line, train, **paper)
+        final = run.finish(line, train, **paper)
+        report.of_finished(run)
+        return final
 
 
 if __name__ == "__main__":

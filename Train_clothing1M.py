@@ -16,7 +16,7 @@ from typing import Any
 
 import dataloader_clothing1M
 from dataloader_clothing1M import balanced_sample
-from dividemix import DivideMixError, check_data, deploy, logs, networks, options, recipes
+from dividemix import DivideMixError, check_data, deploy, logs, networks, options, recipes, report
 from dividemix.checkpoint import load_weights
 from dividemix.codivide import Mixture
 from dividemix.engine import Phase, co_divide, set_learning_rate, test, train_epoch, warmup_epoch
@@ -115,7 +115,9 @@ def finish(run: Run, args: argparse.Namespace, accuracy: dict[str, float], train
         f"test {accuracy['test_acc']:.2f} (nets {logs.pair(accuracy, 'test_acc', '.2f')}, of epochs {epochs}, chosen "
         f"on the clean validation set); paper: {paper}{options.but(args, PAPER)}"
     )
-    return run.finish(line, train, paper_test_acc=paper, **accuracy)
+    final = run.finish(line, train, paper_test_acc=paper, **accuracy)
+    report.of_finished(run)
+    return final
 
 
 if __name__ == "__main__":

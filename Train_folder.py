@@ -22,7 +22,7 @@ from typing import Any
 
 import dataloader_folder
 from dataloader_folder import IMAGENET_MEAN, IMAGENET_STD, Folder, balance, mean_std
-from dividemix import DivideMixError, check_data, defaults, deploy, logs, networks, options, warn
+from dividemix import DivideMixError, check_data, defaults, deploy, logs, networks, options, report, warn
 from dividemix.check_data import Split
 from dividemix.codivide import Mixture
 from dividemix.data import DeviceImages
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             preparation = Preparation(tuple(mean), tuple(std), views.crop, views.resize)
             model = deploy.describe(*shape, data.class_names, preparation)
             lines = describe(args, data, split, tests, mean, std)
-            lines = [*data.lines, str(look), *lines, *chosen]
+            lines = [*data.lines, str(look), *lines, *chosen, *pipeline.said()]
             run.start(argv, nets, optimizers, mixtures, mixmatch, data=about, model=model, lines=lines)
 
             for epoch in run.epochs(args.num_epochs):
@@ -123,13 +123,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                         phase = run.phase("train", k)
                         losses.append(train_epoch(net, peer, optimizers[k], train, division, mixmatch, phase))
 
-                run.end_epoch(lr, divisions, losses, test(nets, tests, run.phase))
+                accuracy = test(nets, tests, run.phase)
+                run.say(*pipeline.said())  # of images that are read in each pass
+                run.end_epoch(lr, divisions, losses, accuracy)
 
             best = run.records[run.best_epochs[0]]
             names = {"val": "validation", "test": "test"}
             accuracies = ", ".join(f"{names[part]} {best[f'{part}_acc']:.2f}" for part in names if part in tests)
             by = "the validation images" if "val" in tests else "the test set"
-            return run.finish(f"best epoch {best['epoch']}, chosen on {by}: {accuracies}", train)
+            final = run.finish(f"best epoch {best['epoch']}, chosen on {by}: {accuracies}", train)
+            report.of_finished(run)
+            return final
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import dataloader_webvision
-from dividemix import check_data, deploy, logs, networks, options, recipes
+from dividemix import check_data, deploy, logs, networks, options, recipes, report
 from dividemix.codivide import Mixture
 from dividemix.engine import co_divide, set_learning_rate, test, train_epoch, warmup_epoch
 from dividemix.images import Preparation, Views
@@ -106,7 +106,9 @@ def finish(run: Run, args: argparse.Namespace, train: StreamedImages) -> dict[st
 
     last10 = f"mean of the last 10 {run.records[-1]['last10_acc']:.2f}"
     text = f"best epoch {best['epoch']}: {line(best)}; {last10}; paper: {line(paper)}{options.but(args, PAPER)}"
-    return run.finish(text, train, **{f"paper_{name}": value for name, value in paper.items()})
+    final = run.finish(text, train, **{f"paper_{name}": value for name, value in paper.items()})
+    report.of_finished(run)
+    return final
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
 
-from dividemix import DivideMixError, noise, transition
+from dividemix import DivideMixError, noise
 from dividemix.data import DeviceImages
 from dividemix.images import Preparation
 from dividemix.noise_file import NoiseSpec, noisy_labels
@@ -143,9 +143,6 @@ def noisy_sets(
     if len(held_out):
         tests["val"] = on_device(images.train_images[held_out], given[held_out])
     run.save_labels(index=index, given=given[index], true=truth[index], list_given=given)
-    _, matrix = transition.describe(truth[index], given[index], images.class_names)
-    if matrix:
-        run.save_file(transition.FILE, matrix)
     wrong = float((given[index] != truth[index]).mean())
     lines = [
         f"{images.name}: {len(index)} training, {len(images.test_labels)} test images, {images.num_class} classes"

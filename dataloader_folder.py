@@ -18,7 +18,6 @@ import os
 import re
 import textwrap
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from dividemix.images import BadImage, opened
 
 PARTS = ("train", "val", "test")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixel values in [0, 1]
-_GREY = ("1", "L", "LA", "I;16", "I;16B", "I")  # Pillow's modes
+_GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I")  # Pillow's modes
 _LOOKED_AT = 200  # images of which `survey` reads the header
 
 
@@ -221,7 +220,9 @@ def _labelled(part: Found, root: Path, classes: Sequence[str]) -> ImageList:
         raise DivideMixError(
             f"{part.where(i)}: {part.labels[i]!r:.100} is no class of the training images ({some(classes)})"
         )
-    return ImageList.build(part.source, root, part.folder, part.paths, labels, len(classes), part.numbers)
+    return ImageList.build(
+        part.source, root, part.folder, part.paths, labels, len(classes), part.numbers, as_shown=True
+    )
 
 
 def _refuse_shared(parts: Sequence[Found]) -> None:
@@ -258,33 +259,29 @@ class Survey(NamedTuple):
     smallest: int  # short side
     largest: int  # long side
     grey: bool  # all of them
-    deep: bool  # some have 16 bits a channel
 
     def __str__(self) -> str:
         size = f"{self.smallest} px" if self.smallest == self.largest else f"{self.smallest} to {self.largest} px"
         kind = "grey" if self.grey else "colour"
-        deep = "; 16-bit ones are read as value / 256" if self.deep else ""
-        return f"{kind} images, {size}, short sides' median {self.side} (of {self.looked_at} looked at){deep}"
+        return f"{kind} images, {size}, short sides' median {self.side} (of {self.looked_at} looked at)"
 
 
 def survey(images: ImageList) -> Survey:
     """Looks at a part of the images, spread over the list. Raises DivideMixError where none can be read."""
-    boundary, sizes, modes, problem = Boundary(images.root), [], Counter(), ""
+    boundary, sizes, modes, problem = Boundary(images.root), [], set(), ""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on metadata
         for i in np.unique(np.linspace(0, len(images) - 1, _LOOKED_AT).astype(int)).tolist():
             try:
                 with opened(images.path(i), boundary) as (image, _):
                     sizes.append(image.size)
-                    modes[image.mode] += 1
+                    modes.add(image.mode)
             except BadImage as error:  # named when it is read; --skip_bad_images may leave it out
                 problem = problem or f"{images.path(i)}: {error} ({images.where(i)})"
     if not sizes:
         raise DivideMixError(f"{problem}: nor can any other image be read that was looked at; see --check_data")
     short, long = np.min(sizes, axis=1), np.max(sizes, axis=1)
-    kinds = set(modes)
-    grey, deep = kinds <= set(_GREY), any(mode.startswith("I") for mode in kinds)
-    return Survey(len(sizes), int(np.median(short)), int(short.min()), int(long.max()), grey, deep)
+    return Survey(len(sizes), int(np.median(short)), int(short.min()), int(long.max()), modes <= set(_GREY))
 
 
 def mean_std(pixels: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dividemix.codivide import codivide
+from dividemix.codivide import Division, codivide
 from PreResNet import ResNet18
 
 NORMALISE = [transforms.ToTensor(), transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))]
@@ -89,21 +89,24 @@ def step(
     return loss.item(), Lx.item(), Lu.item(), penalty.item()  # every step, for the progress line
 
 
-class PlainEpoch:
-    """Two networks and the phases of an epoch, both trained on the one given division.
+def given(labeled: NDArray[np.bool_]) -> Division:
+    """A division that no mixture made, labeled (N,) with some of each."""
+    p, two = np.where(labeled, 0.9, 0.1), np.ones(2)
+    return Division(p, labeled, p.astype(np.float32), two, two, two, 0.5, None)
 
-    images uint8 (N, 32, 32, 3), labels int64 (N,), clean_probability float (N,), labeled bool (N,) with some of each.
-    """
+
+class PlainEpoch:
+    """Two networks and the phases of an epoch. images uint8 (N, 32, 32, 3), labels int64 (N,)."""
 
     def __init__(
-        self, images: NDArray, labels: NDArray, clean_probability: NDArray, labeled: NDArray, test_images: NDArray,
-        test_labels: NDArray, *, device: torch.device | str, width: int = 64, batch_size: int = 64, num_class: int = 10,
-        workers: int = 5, lr: float = 0.02, lambda_u: float = 25.0, T: float = 0.5, alpha: float = 4.0, seed: int = 0,
+        self, images: NDArray, labels: NDArray, test_images: NDArray, test_labels: NDArray, *,
+        device: torch.device | str, width: int = 64, batch_size: int = 64, num_class: int = 10, workers: int = 5,
+        lr: float = 0.02, lambda_u: float = 25.0, T: float = 0.5, alpha: float = 4.0, seed: int = 0,
         eval_batch_size: int = 640,
     ):  # fmt: skip
         torch.manual_seed(seed)
         self.rng = np.random.default_rng(seed)
-        self.images, self.labels, self.clean_probability, self.labeled = images, labels, clean_probability, labeled
+        self.images, self.labels = images, labels
         self.test_images, self.test_labels = test_images, test_labels
         self.device, self.workers = torch.device(device), workers
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
@@ -111,17 +114,18 @@ class PlainEpoch:
         self.nets = [ResNet18(num_class, width).to(self.device) for _ in range(2)]
         self.optimizers = [torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4) for net in self.nets]
 
-    def run(self, warmup_phase: bool = False) -> dict[str, float]:
-        """Seconds of an epoch's 'loss' (both nets), 'gmm' (dropped: the division stays the given one), 'train1',
-        'train2', 'test'; or 'warmup1', 'warmup2', 'test'."""
+    def run(self, divisions: Sequence[Division] | None) -> dict[str, float]:
+        """Net k is trained on divisions[k]. -> seconds of 'loss' (both nets), 'gmm' (fitted, and dropped), 'train1',
+        'train2', 'test'; without divisions of 'warmup1', 'warmup2', 'test'."""
         seconds, scores = {}, []
-        phases = {
-            "loss": lambda: scores.extend([self.losses(0), self.losses(1)]),
-            "gmm": lambda: [codivide(losses.numpy(), threshold=0.5) for losses in scores],
-            "train1": lambda: self.train(0),
-            "train2": lambda: self.train(1),
-        }
-        if warmup_phase:
+        if divisions:
+            phases = {
+                "loss": lambda: scores.extend([self.losses(0), self.losses(1)]),
+                "gmm": lambda: [codivide(losses.numpy(), threshold=0.5) for losses in scores],
+                "train1": lambda: self.train(0, divisions[0]),
+                "train2": lambda: self.train(1, divisions[1]),
+            }
+        else:
             phases = {"warmup1": lambda: self.warmup(0), "warmup2": lambda: self.warmup(1)}
         # torch's TF32 default, whatever ran before in this process: the project's own runtime switches it off
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
@@ -147,12 +151,13 @@ class PlainEpoch:
             correct += ((logits1 + logits2).argmax(dim=1) == labels).sum().item()
         return 100 * correct / len(self.test_images)
 
-    def train(self, k: int) -> None:
+    def train(self, k: int, division: Division) -> None:
         """One pass of net k over the labeled set, in epoch warm_up + 16: lambda_u has reached its full value."""
         net, peer = self.nets[k].train(), self.nets[1 - k].eval()
-        images, labels, w = (whole[self.labeled] for whole in (self.images, self.labels, self.clean_probability))
+        rows = division.labeled
+        images, labels, w = (whole[rows] for whole in (self.images, self.labels, division.clean_probability))
         labeled = self.loader(Images(images, [TRAIN, TRAIN], labels.tolist(), w.tolist()), self.batch_size)
-        unlabeled = self.loader(Images(self.images[~self.labeled], [TRAIN, TRAIN]), self.batch_size)
+        unlabeled = self.loader(Images(self.images[~rows], [TRAIN, TRAIN]), self.batch_size)
         unlabeled_iter = iter(unlabeled)
         for x1, x2, labels, w in labeled:
             try:
@@ -231,8 +236,8 @@ def main(argv: list[str] | None = None) -> None:
     labels = rng.integers(0, 10, len(images))
     labeled = rng.permutation(n) < args.labeled
     options = {name: getattr(args, name) for name in ("device", "width", "batch_size", "workers")}
-    plain = PlainEpoch(images[:n], labels[:n], np.where(labeled, 0.9, 0.1), labeled, images[n:], labels[n:], **options)
-    epochs = [plain.run() for _ in range(args.warmups + args.repeats)][args.warmups :]
+    plain = PlainEpoch(images[:n], labels[:n], images[n:], labels[n:], **options)
+    epochs = [plain.run([given(labeled)] * 2) for _ in range(args.warmups + args.repeats)][args.warmups :]
     for name in [*epochs[0], "epoch"]:
         print(f"{name:8}{statistics.median(epoch.get(name, sum(epoch.values())) for epoch in epochs):10.3f} s")
     print(f"medians of {args.repeats} epochs after {args.warmups}; torch {torch.__version__}, {options}")

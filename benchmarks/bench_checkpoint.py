@@ -10,11 +10,11 @@ waited: the copy to host memory, and what was left of the save before. Figures a
 
 import argparse
 import datetime
-import hashlib
 import json
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dividemix import runtime
-from dividemix.checkpoint import to_bytes, write_atomically
+from dividemix.checkpoint import write_state
 from dividemix.codivide import CoDivide
 from dividemix.run import Run
 from dividemix.runtime import Runtime
@@ -60,16 +60,34 @@ def parts(state: dict[str, Any], folder: Path, repeats: int) -> tuple[dict[str, 
     begin = time.perf_counter()
     host = to_host(state)
     first = time.perf_counter() - begin
-    content, best = to_bytes(host), to_bytes({"nets": host["nets"]})
+    files = {"checkpoint": folder / "epoch-000.pt", "best": folder / "best.pt"}
     timed = {
         "copy to host memory": lambda: to_host(state, host),
-        "serialise": lambda: to_bytes(host),
-        "sha256": lambda: hashlib.sha256(content).hexdigest(),
-        "write and fsync": lambda: write_atomically(folder / "epoch-000.pt", content),
-        "best.pt": lambda: write_atomically(folder / "best.pt", to_bytes({"nets": host["nets"]})),
+        "checkpoint": lambda: write_state(files["checkpoint"], host),
+        "best.pt": lambda: write_state(files["best"], {"nets": host["nets"]}),
     }
-    found = {"copy to new memory": first} | {name: seconds(part, repeats) for name, part in timed.items()}
-    return found, {"checkpoint": len(content), "best": len(best)}
+    measured = {"copy to new memory": first} | {name: seconds(part, repeats) for name, part in timed.items()}
+    return measured, {name: file.stat().st_size for name, file in files.items()}
+
+
+def kept_waiting(function: Callable[[], Any], repeats: int) -> float | None:
+    """Median seconds that a thread of short torch operations, as one that launches kernels, sleeps while another calls
+    `function`: it waits for the GIL. None where the system does not tell this from waiting for a core."""
+    scheduled = Path("/proc/thread-self/schedstat")  # nanoseconds: running, waiting for a core
+    if not scheduled.exists():
+        return None
+
+    def asleep() -> float:
+        return time.perf_counter() - sum(map(int, scheduled.read_text().split()[:2])) / 1e9
+
+    x, times = torch.ones(1), []
+    for _ in range(repeats):
+        beside, begin = threading.Thread(target=function), asleep()
+        beside.start()
+        while beside.is_alive():
+            x.add_(1)
+        times.append(asleep() - begin)
+    return statistics.median(times)
 
 
 def waited(run_folder: Path, made_of: tuple[list, list, list], epoch_seconds: float, repeats: int) -> float:
@@ -103,10 +121,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     made_of = made(machine, args.width, args.samples)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         of_parts, sizes = parts(state_of(*made_of), Path(folder), args.repeats)
+        host = to_host(state_of(*made_of))
+        held = kept_waiting(lambda: write_state(Path(folder, "held.pt"), host), args.repeats)
         wait = waited(Path(folder, "run"), made_of, args.epoch_seconds, args.repeats)
     report = {
         "part_seconds": of_parts,
         "save_seconds": sum(of_parts[name] for name in of_parts if not name.startswith("copy")),
+        "kept_waiting_seconds": held,
         "bytes": sizes,
         "waited_seconds": wait,
         "share_of_epoch": wait / args.epoch_seconds if args.epoch_seconds else None,
@@ -120,6 +141,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for name, value in (*of_parts.items(), ("a save, beside training", report["save_seconds"])):
         print(f"{name:<28}{value:>9.3f} s")
     share = f", {wait / args.epoch_seconds:.1%} of an epoch of {args.epoch_seconds:g} s" if args.epoch_seconds else ""
+    if held is not None:
+        print(f"{'a thread beside it waited':<28}{held:>9.3f} s for the GIL, beside the checkpoint")
     print(f"{'training waited':<28}{wait:>9.3f} s{share}")
     print(f"an epoch writes {sizes['checkpoint'] / 1e6:.1f} MB, and {sizes['best'] / 1e6:.1f} MB where it is the best")
     print(f"medians of {args.repeats}; {report['date']}")

@@ -5,10 +5,13 @@
     python benchmarks/bench_cifar.py --samples 2000 --labeled 1000 --test_samples 400 --against_plain    # on a CPU
 
 Everything that is compared is run in turn, epoch by epoch, in this one process, so that a machine whose speed drifts
-does not decide. Figures are medians of --repeats epochs after --warmups; set-up is the check (with its compilations and
-captures) and what the first epochs took beyond the median. On a card the plain way computes its convolutions in TF32,
-torch's default, and the engine's fp32 does not. Operations are counted by torch (2 a multiply-add, backward twice the
-forward); the floor is their time at 790 TFLOP/s, 1.43 s at CIFAR-10's size.
+does not decide. As in a run, the labeled set is another one in each epoch and for each network, of --labeled samples
++- 2 %, and the same for all that is compared: partial batches have new sizes, and what these cost is seen in the mean.
+Figures are medians and means of --repeats epochs after --warmups, ratios are of medians; set-up is the check (with its
+compilations and captures) and what the first epochs took beyond the median. On a card the plain way computes its
+convolutions in TF32, torch's default, and the engine's fp32 does not. Operations are those of --labeled samples, by
+torch's count (2 a multiply-add, backward twice the forward); the floor is their time at 790 TFLOP/s, 1.43 s at
+CIFAR-10's size.
 """
 
 import argparse
@@ -19,7 +22,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from baseline_plain import PlainEpoch, default_workers
+from baseline_plain import PlainEpoch, default_workers, given
 
 from dividemix import engine, runtime
 from dividemix.codivide import Division, codivide
@@ -42,11 +45,11 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 @dataclasses.dataclass
 class Work:
-    """Random images and the given division, the same for everything that is timed."""
+    """Random images and the divisions of each epoch, the same for everything that is timed."""
 
     images: np.ndarray  # uint8 (N, 32, 32, 3)
     labels: np.ndarray  # int64 (N,)
-    labeled: np.ndarray  # bool (N,)
+    labeled: int  # samples; a division has 2 % more or fewer
     test_images: np.ndarray
     test_labels: np.ndarray
 
@@ -55,16 +58,13 @@ class Work:
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (samples + test_samples, 32, 32, 3), dtype=np.uint8)
         labels = rng.integers(0, 10, len(images))
-        mask = rng.permutation(samples) < labeled
-        return cls(images[:samples], labels[:samples], mask, images[samples:], labels[samples:])
+        return cls(images[:samples], labels[:samples], labeled, images[samples:], labels[samples:])
 
-    @property
-    def clean_probability(self) -> np.ndarray:
-        return np.where(self.labeled, 0.9, 0.1)
-
-    def division(self) -> Division:
-        p, two = self.clean_probability, np.ones(2)
-        return Division(p, self.labeled, p.astype(np.float32), two, two, two, 0.5, None)
+    def divisions(self, epoch: int) -> list[Division]:
+        """What net 1 and net 2 are trained on in an epoch."""
+        rng, spread, n = np.random.default_rng([0, epoch]), self.labeled // 50, len(self.images)
+        sizes = np.clip(self.labeled + rng.integers(-spread, spread + 1, 2), 1, n - 1)
+        return [given(rng.permutation(n) < size) for size in sizes]
 
     def operations(self, width: int) -> tuple[float, float]:
         """Of a divided epoch and of a warm-up epoch, both nets, with the test."""
@@ -73,12 +73,12 @@ class Work:
         forward = counter.get_total_flops()
         evaluated = 2 * len(self.test_images)
         # a labeled image and its unlabeled partner: 2 + 2 views guessed by net, 2 by peer, 4 trained on
-        divided = 2 * (18 * int(self.labeled.sum()) + len(self.images)) + evaluated
+        divided = 2 * (18 * self.labeled + len(self.images)) + evaluated
         return divided * forward, (2 * 3 * len(self.images) + evaluated) * forward
 
 
 class FastEpoch:
-    """The engine's epoch as Train_cifar.py runs it, but for the division: fitted, and dropped for the given one."""
+    """The engine's epoch as Train_cifar.py runs it, but for the divisions: fitted, and dropped for given ones."""
 
     def __init__(self, work: Work, machine: Runtime, width: int, batch_size: int, eval_batch_size: int):
         self.work, self.machine, self.batch_size = work, machine, batch_size
@@ -93,11 +93,12 @@ class FastEpoch:
         self.rng = np.random.default_rng(0)
         self.seconds: dict[str, float] = {}
 
-    def run(self, warmup_phase: bool = False) -> dict[str, float]:
-        """Seconds of each phase, as `PlainEpoch.run` names them, and of all as 'epoch'."""
+    def run(self, divisions: list[Division] | None) -> dict[str, float]:
+        """An epoch with these divisions, one for each net, or of warm-up. -> seconds of each phase, as `PlainEpoch.run`
+        names them, and of all as 'epoch'."""
         self.seconds = {}
         begin = self.now()
-        if not warmup_phase:
+        if divisions:
             fits: list[Any] = [None, None]
             for k in (1, 0):
                 with self.phase("loss"):
@@ -105,12 +106,12 @@ class FastEpoch:
                 with self.phase("gmm"):
                     fits[k] = self.machine.background(codivide, scored.loss.numpy(), 0.5)
         for k in range(2):
-            if warmup_phase:
-                self.warmup(k)
-            else:
+            if divisions:
                 with self.phase("gmm"):
                     fits[1 - k]()
-                self.mixmatch(k)
+                self.mixmatch(k, divisions[k])
+            else:
+                self.warmup(k)
         with self.phase("test"):
             engine.ensemble_accuracy(self.nets, self.test, **self.evaluation)
         return {**self.seconds, "epoch": self.now() - begin}
@@ -120,12 +121,12 @@ class FastEpoch:
             how = {"batch_size": 2 * self.batch_size, "rng": self.rng, "machine": self.machine}
             return engine.warmup_epoch(self.nets[k], self.optimizers[k], self.train, **how)
 
-    def mixmatch(self, k: int) -> engine.PhaseTerms:
+    def mixmatch(self, k: int, division: Division) -> engine.PhaseTerms:
         with self.phase(f"train{k + 1}"):
             how = {"epoch": 26, "warm_up": 10, "batch_size": self.batch_size, "alpha": 4, "T": 0.5, "lambda_u": 25.0}
             how |= {"num_class": 10, "rng": self.rng, "machine": self.machine}
             nets = self.nets[k], self.nets[1 - k]
-            return engine.train_epoch(*nets, self.optimizers[k], self.train, self.work.division(), **how)
+            return engine.train_epoch(*nets, self.optimizers[k], self.train, division, **how)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -148,11 +149,12 @@ def check(machine: Runtime, width: int, batch_size: int) -> str:
     """Train one epoch of four batches on the machine and on the fp32 eager reference, same device and draws; exit if
     they disagree."""
     work = Work.random(8 * batch_size, 4 * batch_size, 8)
+    division = given(np.arange(8 * batch_size) < 4 * batch_size)
     terms, weights = [], []
     for one in (Runtime(machine.device), dataclasses.replace(machine, steps={})):
         epoch = FastEpoch(work, one, width, batch_size, 1000)
         before = torch.cat([p.detach().flatten().cpu() for p in epoch.nets[0].parameters()])
-        terms.append(epoch.mixmatch(0))
+        terms.append(epoch.mixmatch(0, division))
         weights.append(torch.cat([p.detach().flatten().cpu() for p in epoch.nets[0].parameters()]) - before)
     cosine = torch.nn.functional.cosine_similarity(*weights, dim=0).item()
     loss = abs(terms[1].loss / terms[0].loss - 1)
@@ -174,7 +176,7 @@ def variants(machine: Runtime, eval_batch_size: int) -> dict[str, tuple[Runtime,
 
     off = {}
     if machine.precision == "bf16":
-        off["bf16 (fp32 instead)"] = without(precision="fp32", small_convs=False)
+        off["bf16 (fp32 instead)"] = without(precision="fp32")
     if machine.memory_format == torch.channels_last:
         where = " outside compiled code" if machine.compile else ""  # Inductor chooses its layouts itself
         off[f"channels_last{where}"] = without(memory_format=torch.contiguous_format)
@@ -182,7 +184,6 @@ def variants(machine: Runtime, eval_batch_size: int) -> dict[str, tuple[Runtime,
         "graph": "CUDA graphs",
         "compile": "torch.compile",
         "merge": "merged forwards",
-        "small_convs": "matrix convolutions for small maps",
     }.items():
         if getattr(machine, field):
             off[name] = without(**{field: False})
@@ -193,12 +194,15 @@ def variants(machine: Runtime, eval_batch_size: int) -> dict[str, tuple[Runtime,
     return off
 
 
-def timed(epochs: dict[str, Any], warmups: int, repeats: int, **kwargs: Any) -> dict[str, list[dict[str, float]]]:
-    """`run` of each in turn, warmups + repeats times."""
+def timed(
+    epochs: dict[str, Any], count: int, divisions: Callable[[int], list[Division] | None]
+) -> dict[str, list[dict[str, float]]]:
+    """`run` of each in turn, `count` times, with the epoch's divisions."""
     results: dict[str, list[dict[str, float]]] = {name: [] for name in epochs}
-    for _ in range(warmups + repeats):
+    for number in range(count):
+        given = divisions(number)
         for name, epoch in epochs.items():
-            seconds = epoch.run(**kwargs)
+            seconds = epoch.run(given)
             results[name].append(seconds | {"epoch": seconds.get("epoch", sum(seconds.values()))})
     return results
 
@@ -207,10 +211,15 @@ def medians(results: list[dict[str, float]], warmups: int) -> dict[str, float]:
     return {name: statistics.median(result[name] for result in results[warmups:]) for name in results[0]}
 
 
+def means(results: list[dict[str, float]], warmups: int) -> dict[str, float]:
+    return {name: statistics.fmean(result[name] for result in results[warmups:]) for name in results[0]}
+
+
 def measured_peak(device: torch.device) -> float:
-    """Operations a second of a large bf16 matrix product of random numbers."""
-    n, runs = (8192, 20) if device.type == "cuda" else (2048, 5)
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    """Operations a second of a large matrix product of random numbers, in bf16 where the device has units for it."""
+    n, runs = (8192, 20) if device.type == "cuda" else (1024, 5)
+    dtype = torch.bfloat16 if runtime.computes_bf16(device) else torch.float32
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     times = []
     for _ in range(3 + runs):
         begin = now(device)
@@ -222,7 +231,7 @@ def measured_peak(device: torch.device) -> float:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = {"samples": 50000, "labeled": 25000, "test_samples": 10000, "width": 64, "batch_size": 64}
-    for name, default in (sizes | {"repeats": 5, "warmups": 2, "eval_batch_size": 1000}).items():
+    for name, default in (sizes | {"repeats": 8, "warmups": 2, "eval_batch_size": 1000}).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
@@ -256,16 +265,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     workers = args.plain_workers
     if args.against_plain:
         workers = default_workers(machine.device.type) if workers is None else workers
-        plain = (work.images, work.labels, work.clean_probability, work.labeled, work.test_images, work.test_labels)
+        plain = (work.images, work.labels, work.test_images, work.test_labels)
         shape = {"width": args.width, "batch_size": args.batch_size, "workers": workers}
         epochs["plain"] = PlainEpoch(*plain, device=machine.device, **shape)
     if args.ablate:
         for name, (other, eval_batch_size) in variants(machine, args.eval_batch_size).items():
             epochs[name] = FastEpoch(work, other, *sizes, eval_batch_size)
 
-    warm = timed({"": epochs[""]}, args.warmups, args.repeats, warmup_phase=True)[""]
-    results = timed(epochs, args.warmups, args.repeats)
+    count = args.warmups + args.repeats
+    warm = timed({"": epochs[""]}, count, lambda _: None)[""]
+    results = timed(epochs, count, work.divisions)
     divided, warmup = (medians(each, args.warmups) for each in (results[""], warm))
+    mean, mean_warmup = (means(each, args.warmups) for each in (results[""], warm))
     set_up += sum(
         max(0.0, each[0]["epoch"] - median["epoch"]) for each, median in ((results[""], divided), (warm, warmup))
     )
@@ -278,6 +289,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "setup_seconds": set_up,
         "phase_seconds": {name: divided[name] for name in divided if name != "epoch"}
         | {name: warmup[name] for name in ("warmup1", "warmup2")},
+        "mean_epoch_seconds": mean["epoch"],
+        "mean_warmup_epoch_seconds": mean_warmup["epoch"],
+        "mean_phase_seconds": {name: mean[name] for name in mean if name != "epoch"}
+        | {name: mean_warmup[name] for name in ("warmup1", "warmup2")},
+        "labeled_sizes": [[int(one.labeled.sum()) for one in work.divisions(number)] for number in range(count)],
         "all_epoch_seconds": [each["epoch"] for each in results[""]],
         "tflops": rate / 1e12,
         "warmup_tflops": warmup_operations / warmup["epoch"] / 1e12,
@@ -287,12 +303,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "ratio_to_floor": divided["epoch"] / (operations / FLOOR_RATE),
     }
     if args.against_plain:
-        plain_median = medians(results["plain"], args.warmups)
+        plain_median, plain_mean = (one(results["plain"], args.warmups) for one in (medians, means))
+        report |= {"mean_plain_epoch_seconds": plain_mean.pop("epoch"), "mean_plain_phase_seconds": plain_mean}
         report |= {"plain_epoch_seconds": plain_median.pop("epoch"), "plain_phase_seconds": plain_median}
         report |= {"ratio": report["plain_epoch_seconds"] / divided["epoch"], "plain_workers": workers}
     if args.ablate:
         names = [name for name in epochs if name not in ("", "plain")]
         report["ablation_epoch_seconds"] = {name: medians(results[name], args.warmups)["epoch"] for name in names}
+        report["mean_ablation_epoch_seconds"] = {name: means(results[name], args.warmups)["epoch"] for name in names}
     report |= {"device": machine.describe(), "date": datetime.date.today().isoformat(), "flags": vars(args)}
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1))
@@ -301,19 +319,24 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def print_table(report: dict[str, Any], args: argparse.Namespace) -> None:
-    plain = report.get("plain_phase_seconds", {})
-    print(f"\n{'seconds':<38}{'here':>9}" + (f"{'plain':>9}{'ratio':>7}" if plain else ""))
-    rows = report["phase_seconds"] | {"epoch (divided)": report["epoch_seconds"]}
-    plain = plain | {"epoch (divided)": report.get("plain_epoch_seconds")}
-    for name, seconds in (rows | {"epoch (warm-up)": report["warmup_epoch_seconds"]}).items():
-        other = plain.get(name)
-        print(f"{name:<38}{seconds:>9.3f}" + (f"{other:>9.3f}{other / seconds:>7.2f}" if other else ""))
+    def rows(kind: str) -> dict[str, float]:  # "", "mean_", "plain_", "mean_plain_"
+        epochs = {"epoch (divided)": report.get(f"{kind}epoch_seconds")}
+        epochs |= {"epoch (warm-up)": report.get(f"{kind}warmup_epoch_seconds")}
+        return report.get(f"{kind}phase_seconds", {}) | {name: value for name, value in epochs.items() if value}
+
+    here, mean, plain, mean_plain = map(rows, ("", "mean_", "plain_", "mean_plain_"))
+    print(f"\n{'seconds':<38}{'median':>9}{'mean':>9}" + (f"{'plain':>9}{'mean':>9}{'ratio':>7}" if plain else ""))
+    for name, seconds in here.items():
+        print(f"{name:<38}{seconds:>9.3f}{mean[name]:>9.3f}", end="")
+        print(f"{plain[name]:>9.3f}{mean_plain[name]:>9.3f}{plain[name] / seconds:>7.2f}" if name in plain else "")
     for name, seconds in report.get("ablation_epoch_seconds", {}).items():
-        print(f"epoch without {name:<24.24}{seconds:>9.3f}  x {seconds / report['epoch_seconds']:.2f}")
+        mean_seconds = report["mean_ablation_epoch_seconds"][name]
+        times = f"{seconds:>9.3f}{mean_seconds:>9.3f}  x {seconds / report['epoch_seconds']:.2f}"
+        print(f"epoch without {name:<24.24}{times}")
     print(
         f"set-up {report['setup_seconds']:.1f} s; {report['tflops']:.3g} TFLOP/s, {report['share_of_peak']:.0%} of the "
-        f"measured bf16 peak ({report['measured_peak_tflops']:.3g}); {report['ratio_to_floor']:.3g} times the floor of "
-        f"{report['floor_seconds']:.3g} s\nmedians of {args.repeats} after {args.warmups}; {report['date']}"
+        f"measured peak ({report['measured_peak_tflops']:.3g}); {report['ratio_to_floor']:.3g} times the floor of "
+        f"{report['floor_seconds']:.3g} s\n{args.repeats} epochs after {args.warmups}; {report['date']}"
     )
 
 

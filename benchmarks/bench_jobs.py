@@ -37,10 +37,11 @@ def worker(flags: dict[str, Any], threads: int | None, barrier: Any, results: An
     machine = runtime.start(flags["device"], width=flags["width"])
     work = Work.random(flags["samples"], flags["labeled"], flags["test_samples"])
     epoch = FastEpoch(work, machine, flags["width"], flags["batch_size"], flags["eval_batch_size"])
-    for _ in range(flags["warmups"]):
-        epoch.run()
+    for number in range(flags["warmups"]):
+        epoch.run(work.divisions(number))
     barrier.wait(_WAIT)
-    times = [epoch.run()["epoch"] for _ in range(flags["repeats"])]
+    numbers = range(flags["warmups"], flags["warmups"] + flags["repeats"])
+    times = [epoch.run(work.divisions(number))["epoch"] for number in numbers]
     memory = torch.cuda.max_memory_reserved() if machine.device.type == "cuda" else None
     results.put((times, memory, machine.describe()))
 

@@ -1,13 +1,12 @@
 """DivideMix (Li, Socher, Hoi, ICLR 2020): what the training scripts share, each thing in one module.
 
 Reading order: `algorithm` (the equations), `codivide` (loss -> clean probability), `engine` (a step and a phase), then
-`Train_cifar.py` (Algorithm 1). Around them: `noise` (`noise_instance`, `noise_human`, `noise_file`, `noise_flags`,
-`transition`), `augment`, `data`, `filelist`, `check_data`, `networks`, `recipes`, `blind`, `defaults`, `options`,
-`signals`, `run`, `logs`, `checkpoint`, `state`, `lock`, `saving`; after training `scoring`, `label_issues`,
-`clean_labels`, `csvfile`, `report` (with `runfolder`, `histograms`, `figures`, `html_report`, `compare`, `page`); for
+`Train_cifar.py` (Algorithm 1). Around them: `noise` (`noise_instance`, `noise_human`, `noise_file`),
+`augment`, `data`, `filelist`, `check_data`, `networks`, `recipes`, `blind`, `defaults`, `options`,
+`signals`, `run`, `logs`, `checkpoint`, `saving`; after training `scoring`, `label_issues`,
+`clean_labels`, `report` (with `runfolder`, `histograms`, `figures`, `page`, `compare`); for
 large images `stream` (the data sets), `workers`, `images`, `imagestore`; for speed `runtime`, `graph`, `layers`; and
-for a trained run `deploy`, `predict`, `export`. For the paper's tables (reproduce.py): `experiments` (the rows), `plan`
-(their runs), `measured`, `estimates`, `launch`, `jobs`, `status`, `results`, `smoke`.
+for a trained run `deploy`, `predict`, `export`. For the paper's tables (reproduce.py): `rows`, `jobs`, `results`.
 """
 
 import warnings

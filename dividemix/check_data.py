@@ -27,7 +27,7 @@ from tqdm import tqdm
 from dividemix import DivideMixError, warn
 from dividemix.checkpoint import read_file, write_atomically
 from dividemix.filelist import Boundary, ImageList
-from dividemix.images import MISSING, BadImage, opened
+from dividemix.images import MISSING, BadImage, load, opened
 from dividemix.ranks import Ranks, from_environment
 from dividemix.runtime import available_cores
 from dividemix.seeds import hold_out
@@ -136,7 +136,7 @@ def _check_list(name: str, images: ImageList, full: bool, pool: ThreadPoolExecut
 
     def look(start: int) -> list[tuple[int, str]]:
         part = range(start, min(start + _CHUNK, len(images)))
-        return [(i, what) for i in part if (what := problem(images.path(i), boundary, full))]
+        return [(i, what) for i in part if (what := problem(images.path(i), boundary, full, images.as_shown))]
 
     bad: list[tuple[int, str]] = []
     starts = range(0, len(images), _CHUNK)
@@ -302,12 +302,13 @@ def left_out(record: Record) -> list[str]:
 # ---- One file ----
 
 
-def problem(path: str, boundary: Boundary, full: bool = False) -> str:
-    """What is wrong with an image file; '' for a sound one."""
+def problem(path: str, boundary: Boundary, full: bool = False, as_shown: bool = False) -> str:
+    """What is wrong with an image file; '' for a sound one. as_shown: how training reads it."""
     try:
         with opened(path, boundary) as (image, file):
-            if full or not _ends_well(file, image.format):
-                image.load()
+            is_sound = not full and _ends_well(file, image.format)
+        if not is_sound:
+            load(path, boundary, as_shown)
     except (BadImage, MemoryError) as error:
         return str(error) or type(error).__name__
     return ""

@@ -5,6 +5,8 @@ moment the machine dies at, last.json names a file that is whole, and should tha
 before is used.
 """
 
+import contextlib
+import csv
 import errno
 import hashlib
 import io
@@ -12,11 +14,12 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 
 from dividemix import DivideMixError, warn
@@ -24,8 +27,18 @@ from dividemix.ranks import Ranks
 
 FORMAT = 1  # of a checkpoint's state
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 
 def write_atomically(path: Path, content: bytes | memoryview, exclusive: bool = False) -> None:
+    """Write a file as `atomic_file` does."""
+    with atomic_file(path, exclusive) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
     """Write a file so that a reader finds the old content or the new one, never a part: temporary file, fsync,
     rename, fsync.
 
@@ -35,7 +48,7 @@ def write_atomically(path: Path, content: bytes | memoryview, exclusive: bool = 
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a shared run or noise file from colleagues
@@ -52,11 +65,71 @@ def write_atomically(path: Path, content: bytes | memoryview, exclusive: bool = 
         os.close(folder)
 
 
+def csv_bytes(table: "DataFrame", errors: str = "backslashreplace") -> bytes:
+    """A table as CSV without its index, lines that end in a line feed. errors: what becomes of a name that is no text,
+    as in str.encode; by default the file stays one that can be read."""
+    text = table.to_csv(index=False, lineterminator="\n")
+    if "\r" in text:  # before Python 3.13 such a name is not quoted, and ends its line for every reader
+        text = table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    return text.encode("utf-8", errors)
+
+
+def lock_file(path: str | Path) -> FileLock:
+    """Hold the lock of a file until `release`, or the end of this process; never in a process forked from it. Raises
+    filelock.Timeout where another process holds it, and OSError. On a file system without locks it is not locked, with
+    a warning."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        warn(f"{path} cannot be locked ({error}): see to it that no other process uses it")
+    return lock
+
+
 def read_file(path: Path) -> bytes:
     """The content of a regular file. Raises OSError, also for a pipe, which would be waited for."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a file", str(path))
     return path.read_bytes()
+
+
+class HashingFile:
+    """What `torch.save` writes to: hashes everything and passes it on to a file. The file's first error is kept for the
+    caller: torch's C++ code would say another instead or, in some versions, end the process (pytorch issue 156955)."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256 = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.sha256.update(data)
+        try:
+            if self.error is None:
+                self.file.write(data)
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """By `atomic_file`."""
+
+
+def write_state(path: Path, state: dict[str, Any]) -> str:
+    """Write `state` for `from_bytes`, as `atomic_file` does. -> the SHA-256 of the file.
+
+    It goes straight into the file: the GIL is free while it is hashed and written. A copy in memory, as by `to_bytes`,
+    is made under the GIL, and the thread that trains launches nothing meanwhile.
+    """
+    with atomic_file(path) as file:
+        hashing = HashingFile(file)
+        torch.save(state, hashing)
+        if hashing.error:
+            raise hashing.error
+    return hashing.sha256.hexdigest()
 
 
 def to_bytes(state: dict[str, Any]) -> bytes:
@@ -69,12 +142,11 @@ def save_last(folder: Path, epoch: int, state: dict[str, Any]) -> None:
     """Write `epoch-NNN.pt`, point last.json at it, and delete all but it and the one before."""
     pointer = folder / "last.json"
     before = json.loads(read_file(pointer)) if pointer.exists() else {}
-    content = to_bytes(state)
-    entry = {"file": f"epoch-{epoch:03d}.pt", "sha256": hashlib.sha256(content).hexdigest(), "epoch": epoch}
-    write_atomically(folder / entry["file"], content)
+    file = folder / f"epoch-{epoch:03d}.pt"
+    entry = {"file": file.name, "sha256": write_state(file, state), "epoch": epoch}
     previous = {k: before[k] for k in entry} if before and before["epoch"] != epoch else before.get("previous")
     write_atomically(pointer, json.dumps(entry | {"previous": previous}, indent=1).encode())
-    keep = {entry["file"], previous["file"] if previous else ""}
+    keep = {file.name, previous["file"] if previous else ""}
     for old in folder.glob("epoch-*.pt"):
         if re.fullmatch(r"epoch-\d+\.pt", old.name) and old.name not in keep:  # copies under other names are the user's
             old.unlink()

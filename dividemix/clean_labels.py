@@ -20,9 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dividemix import DivideMixError
-from dividemix.checkpoint import write_atomically
-from dividemix.csvfile import to_csv
-from dividemix.label_issues import LabelIssues, cleaned_csv
+from dividemix.checkpoint import csv_bytes, write_atomically
+from dividemix.label_issues import LabelIssues, cleaned_table, texts
 from dividemix.runfolder import RunFolder
 
 
@@ -39,7 +38,7 @@ def export(run: RunFolder, issues: LabelIssues, folder: Path) -> list[str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / name, content)
-        write_atomically(folder / "cleaned_labels.csv", cleaned_csv(issues))
+        write_atomically(folder / "cleaned_labels.csv", csv_bytes(cleaned_table(issues)))
     except OSError as error:
         raise DivideMixError(
             f"--export_clean {folder}: cannot be written ({error.strerror}); name another folder"
@@ -89,10 +88,12 @@ def lines_of(paths, labels: NDArray) -> bytes:
 
 
 def as_csv(run: RunFolder, labels: NDArray) -> bytes:
+    import pandas
+
     names = run.class_names
-    paths = map(os.fsdecode, run.labels["list_path"].tolist())
-    classes = (names[label] if label < len(names) else label for label in labels.tolist())
-    return to_csv(["path", "label"], zip(paths, classes, strict=True), errors="surrogateescape")
+    classes = (names[label] if label < len(names) else str(label) for label in labels.tolist())
+    columns = {"path": texts(map(os.fsdecode, run.labels["list_path"].tolist())), "label": texts(classes)}
+    return csv_bytes(pandas.DataFrame(columns), errors="surrogateescape")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

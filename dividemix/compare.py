@@ -3,20 +3,25 @@ them side by side."""
 
 import hashlib
 import re
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dividemix.html_report import number, numbers
+from dividemix import recipes
 from dividemix.label_issues import Agreement, percent
-from dividemix.page import page, paragraph, png_figure, section, table
+from dividemix.page import number, render
 from dividemix.run import FREE_FLAGS
 from dividemix.runfolder import RunFolder
 
+if TYPE_CHECKING:
+    from pandas import DataFrame, Series
+
 _SEEDS = frozenset(["seed", "noise_seed", "id"])
 _LABELS = frozenset(["noise_file"])  # may change between two starts of a run, which sees to it that its labels do not
+_LISTED = ("wrong labels listed", "of those listed, wrong", "of the largest losses, wrong")
+_FORMS = {"AUC, mean of nets": ".4f", "precision of the list, %": ".1f", "recall of the list, %": ".1f"}
 Group = tuple[str, list[RunFolder]]  # its name, the runs
 
 
@@ -73,97 +78,94 @@ def differing(groups: Sequence[Group]) -> list[list[str]]:
 # Tables
 
 
-def run_rows(runs: Sequence[RunFolder], agreements: Sequence[Agreement | None]) -> list[tuple[str, ...]]:
-    """A head and one row a run. Where the truth is known: how many of the wrong labels the run lists, how many of those
-    listed are wrong, and how many of the largest losses are, as many as there are wrong labels."""
-    listed = ("wrong labels listed", "of those listed, wrong", "of the largest losses, wrong")
-    validated = ["validation, peak"] if any(run.measured == "val_acc" for run in runs) else []
-    rows = [("run", "epochs", "best", "last epoch", "last 10", *validated, "AUC net 1/2", *listed)]
-    for name, run, found in zip(distinct([run.path for run in runs]), runs, agreements, strict=True):
-        last = run.records[-1]
-        peak = [peak_validation(run)] if validated else []
-        accuracy = [number(value) for value in (run.best, last.get("test_acc"), last.get("last10_acc"), *peak)]
+def run_table(runs: Sequence[RunFolder], agreements: dict[Path, Agreement | None]) -> "DataFrame":
+    """One row a run. Where the truth is known: how many of the wrong labels the run lists, how many of those listed are
+    wrong, and how many of the largest losses are, as many as there are wrong labels."""
+    import pandas
+
+    rows = []
+    for name, run in zip(distinct([run.path for run in runs]), runs, strict=True):
+        last, found = run.records[-1], agreements.get(run.path)
         both = [number(last.get(f"auc_net{k}"), ".3f") for k in run.nets]
-        auc = "-" if set(both) == {"-"} else "/".join(both)
         pairs = [(found.found, found.wrong), (found.found, found.listed), (found.by_loss, found.wrong)] if found else []
         cells = [f"{a} of {b} ({percent(a / b)})" if b else "-" for a, b in pairs] or ["-"] * 3
-        rows.append((name, str(len(run.records)), *accuracy, auc, *cells))
-    return rows
+        listed = dict(zip(_LISTED, cells, strict=True))
+        rows.append(
+            {
+                "run": name,
+                "epochs": str(len(run.records)),
+                "best": number(run.best),
+                "last epoch": number(last.get("test_acc")),
+                "last 10": number(last.get("last10_acc")),
+                "validation, peak": number(peak_validation(run)),
+                "AUC net 1/2": "-" if set(both) == {"-"} else "/".join(both),
+            }
+            | listed
+        )
+    validated = any(run.measured == "val_acc" for run in runs)
+    return pandas.DataFrame(rows).drop(columns=[] if validated else "validation, peak")
 
 
-def spread_rows(groups: Sequence[Group], agreements: dict[Path, Agreement | None]) -> list[tuple[str, ...]]:
-    """A head and one row a group: mean and, of several seeds, standard deviation over them (n - 1)."""
+def spread_table(groups: Sequence[Group], agreements: dict[Path, Agreement | None]) -> "DataFrame":
+    """One row a group: mean and, of several seeds, standard deviation over them (n - 1)."""
+    import pandas
 
-    def auc(run: RunFolder) -> float | None:
-        both = [run.records[-1].get(f"auc_net{k}") for k in run.nets]
-        return sum(both) / len(both) if all(isinstance(value, int | float) for value in both) else None
-
-    def of_list(name: str) -> Callable[[RunFolder], float | None]:
-        def value(run: RunFolder) -> float | None:
-            found = agreements.get(run.path)
-            part = getattr(found, name) if found else None
-            return None if part is None else 100 * part
-
-        return value
-
-    columns: dict[str, tuple[Callable[[RunFolder], float | None], str]] = {
-        "best": (lambda run: run.best, ".2f"),
-        "last epoch": (lambda run: run.records[-1].get("test_acc"), ".2f"),
-        "last 10": (lambda run: run.records[-1].get("last10_acc"), ".2f"),
-        "AUC, mean of nets": (auc, ".4f"),
-        "precision of the list, %": (of_list("precision"), ".1f"),
-        "recall of the list, %": (of_list("recall"), ".1f"),
-    }
-    if any(run.measured == "val_acc" for _, runs in groups for run in runs):
-        columns["validation, peak"] = (peak_validation, ".2f")
-    rows = [("setting", "seeds", *columns)]
+    rows = []
     for name, runs in groups:
-        cells = [mean_and_spread([value(run) for run in runs], form) for value, form in columns.values()]
-        rows.append((name, str(len(runs)), *cells))
-    return rows
+        values = pandas.DataFrame([measures(run, agreements.get(run.path)) for run in runs], dtype=float)
+        cells = {column: mean_and_deviation(values[column], _FORMS.get(column, ".2f")) for column in values}
+        rows.append({"setting": name, "seeds": str(len(runs))} | cells)
+    validated = any(run.measured == "val_acc" for _, runs in groups for run in runs)
+    return pandas.DataFrame(rows).drop(columns=[] if validated else "validation, peak")
+
+
+def measures(run: RunFolder, found: Agreement | None) -> dict[str, float | None]:
+    """The numbers of a run that have a mean over seeds; None for what it lacks."""
+    aucs = [run.records[-1].get(f"auc_net{k}") for k in run.nets]
+    return {
+        "best": run.best,
+        "last epoch": run.records[-1].get("test_acc"),
+        "last 10": run.records[-1].get("last10_acc"),
+        "AUC, mean of nets": None if None in aucs else sum(aucs) / len(aucs),
+        "precision of the list, %": found and found.precision and 100 * found.precision,
+        "recall of the list, %": found and found.recall and 100 * found.recall,
+        "validation, peak": peak_validation(run),
+    }
 
 
 def peak_validation(run: RunFolder) -> float | None:
-    return max(numbers(run, "val_acc"), default=None)
+    return max(run.numbers("val_acc"), default=None)
 
 
-def mean_and_spread(values: Sequence[float | None], form: str) -> str:
-    """'mean ± standard deviation', without the latter for one value; '-' where not every run has one."""
-    if any(not isinstance(value, int | float) for value in values):
+def mean_and_deviation(values: "Sequence[float] | Series", form: str = ".2f") -> str:
+    """'94.55 ± 0.12', the standard deviation with n - 1; of one value without it; '-' where one is lacking (NaN)."""
+    values = np.asarray(values, float)
+    if not len(values) or np.isnan(values).any():
         return "-"
-    mean = format(statistics.fmean(values), form)
-    return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form)}"
+    mean = format(values.mean(), form)
+    return mean if len(values) == 1 else f"{mean} ± {format(values.std(ddof=1), form)}"
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(table: "DataFrame") -> str:
     """A table for the terminal."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return table.set_index(table.columns[0]).rename_axis(index=None, columns=table.columns[0]).to_string()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The page
 
 
-def comparison_page(groups: Sequence[Group], agreements: dict[Path, Agreement | None], figures: dict[str, Path]) -> str:
+def comparison_page(
+    groups: Sequence[Group], agreements: dict[Path, Agreement | None], figures: dict[str, Path]
+) -> bytes:
     runs = [run for _, group in groups for run in group]
-    images = [png_figure(path.read_bytes(), name.replace("_", " ")) for name, path in figures.items()]
-    several = any(len(group) > 1 for _, group in groups)
-    spread = "Mean ± standard deviation over the seeds (n - 1)." if several else "No two runs differ in the seed alone."
-    differ = differing(groups)
-    body = [
-        f"<h1>{len(runs)} runs</h1>",
-        section("Settings", paragraph(spread, dim=True), table(spread_rows(groups, agreements))),
-        section("Curves", f'<div class="figures">{"".join(images)}</div>'),
-        section(
-            "Runs",
-            paragraph("Labels: where the truth is known. Scores are in-sample.", dim=True),
-            table(run_rows(runs, [agreements.get(run.path) for run in runs])),
-        ),
-        section("Where the settings differ", table([("flag", *(name for name, _ in groups)), *differ]))
-        if differ
-        else "",
-    ]
-    return page(f"{len(runs)} runs: DivideMix report", "\n".join(body))
+    paper = {name: recipes.in_paper(group[0].script, group[0].args)[0] for name, group in groups}
+    return render(
+        figures,
+        name_of_all=f"{len(runs)} runs",
+        groups=[(name, recipes.setting_differences(group[0].args, paper[name])) for name, group in groups],
+        several_seeds=any(len(group) > 1 for _, group in groups),
+        spread=spread_table(groups, agreements),
+        rows=run_table(runs, agreements),
+        differing=differing(groups),
+    )

@@ -367,7 +367,7 @@ def run_steps(
                 if all(size == full for size in sizes):
                     sums = sums + machine.run(key, packed, (*drawn, *batch), state)
                 else:
-                    sums = sums + packed(machine.forward, *drawn, *batch)
+                    sums = sums + machine.run_partial(packed, (*drawn, *batch))
             ranks.average_buffers(net)
             *totals, sound = (ranks.sum(sums) / ranks.world).tolist()
     except RuntimeError as error:

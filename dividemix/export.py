@@ -21,7 +21,7 @@ from torch.export import Dim, ExportedProgram
 
 from dividemix import DivideMixError, deploy, options
 from dividemix.checkpoint import write_atomically
-from dividemix.images import Preparation
+from dividemix.images import READING, Preparation
 from dividemix.provenance import commit, versions
 
 METADATA = "metadata.json"  # among the file's extra files
@@ -46,6 +46,7 @@ def metadata(run: Path, weights: str, epochs: Sequence[int], description: deploy
     """What somebody needs who has the file alone."""
     p, side = description.preparation, description.preparation.image_size
     steps = [
+        *READING,
         "RGB" if p.channels == 3 else "RGB, then grey (Pillow's mode L)",
         f"resize in proportion, so that the short side has {p.resize} pixels and the long one int({p.resize} * long / "
         "short); bilinear, antialiased (Pillow's BILINEAR)",

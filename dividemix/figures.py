@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from dividemix import histograms, transition
+from dividemix import histograms
 from dividemix.checkpoint import write_atomically
 from dividemix.histograms import Histogram
-from dividemix.label_issues import LabelIssues
+from dividemix.label_issues import LabelIssues, transition_counts, transition_rates
 from dividemix.runfolder import RunFolder
 
 CLEAN, WRONG, ALL, LINE = "#0072b2", "#d55e00", "#999999", "#333333"  # told apart by the colour-blind, too
@@ -53,7 +53,7 @@ def draw_all(run: RunFolder, issues: LabelIssues | None, folder: Path) -> dict[s
             title = f"net {k}, division of epoch {last[-1]['epoch']}"
             panels[f"losses_net{k}"] = lambda axes, h=last[-1][f"net{k}"], title=title: draw_losses(axes, h, title)
     if issues is not None and issues.num_class <= _DRAWN:
-        panels |= transition_panels(issues)
+        panels["transition"] = lambda axes: draw_transition(axes, issues)
     if any(key.startswith("seconds_") for key in run.records[-1]):
         panels["seconds"] = lambda axes: draw_seconds(axes, run)
     return write_panels(panels, folder)
@@ -209,19 +209,12 @@ def draw_losses(axes: Axes, histogram: Histogram, title: str) -> None:
     axes.legend(fontsize=8)
 
 
-def transition_panels(issues: LabelIssues) -> dict[str, Draw]:
-    """Noise transition matrices: estimated, and where it is known the true one."""
-    panels: dict[str, Draw] = {"transition": lambda axes: draw_transition(axes, issues, issues.cleaned, "corrected")}
-    if issues.true is not None:
-        panels["transition_true"] = lambda axes: draw_transition(axes, issues, issues.true, "true")
-    return panels
-
-
-def draw_transition(axes: Axes, issues: LabelIssues, actual: NDArray, kind: str) -> None:
-    """A heat map of parts from 0 to 1, rows by the actual label (N,), 'corrected' or 'true'; a class without samples is
-    an empty row."""
+def draw_transition(axes: Axes, issues: LabelIssues) -> None:
+    """Noise transition matrix, as it is where the truth is known, else as the suggestions estimate it: a heat map of
+    parts from 0 to 1, rows by the true or corrected label; a class without samples is an empty row."""
+    actual, kind = (issues.cleaned, "corrected") if issues.true is None else (issues.true, "true")
     n = issues.num_class
-    matrix = transition.rates(transition.count(actual, issues.given, n))
+    matrix = transition_rates(transition_counts(actual, issues.given, n))
     image = axes.imshow(matrix, vmin=0, vmax=1, cmap="Blues", interpolation="nearest", aspect="auto")
     axes.figure.colorbar(image, ax=axes)
     if n <= _NAMED:

@@ -43,6 +43,7 @@ class ImageList:
     numbers: NDArray[np.int64] | None  # (N,), the line of each image in source; None where source is a folder
     text: bytes  # all paths, one after the other
     ends: NDArray[np.int64]  # (N + 1,): path i is text[ends[i]:ends[i + 1]]
+    as_shown: bool = False  # read as a viewer shows them (`images.shown`); else with the published pixels
 
     @classmethod
     def build(
@@ -54,6 +55,7 @@ class ImageList:
         labels: Sequence[int] | NDArray,
         num_class: int,
         numbers: Sequence[int] | NDArray | None = None,
+        as_shown: bool = False,
     ) -> "ImageList":
         ends = np.zeros(len(paths) + 1, np.int64)
         np.cumsum(np.fromiter(map(len, paths), np.int64, len(paths)), out=ends[1:])
@@ -61,7 +63,7 @@ class ImageList:
         labels = np.asarray(labels, np.int64)
         text = io.BytesIO()
         text.writelines(paths)  # b"".join would take 80 bytes a path beside them
-        return cls(str(source), str(root), folder, num_class, labels, numbers, text.getvalue(), ends)
+        return cls(str(source), str(root), folder, num_class, labels, numbers, text.getvalue(), ends, as_shown)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -97,7 +99,7 @@ class ImageList:
         paths = [self.text[a:b] for a, b in zip(self.ends[index], self.ends[index + 1], strict=True)]
         numbers = None if self.numbers is None else self.numbers[index]
         labels, num_class = self.labels[index], num_class or self.num_class
-        return ImageList.build(self.source, self.root, self.folder, paths, labels, num_class, numbers)
+        return ImageList.build(self.source, self.root, self.folder, paths, labels, num_class, numbers, self.as_shown)
 
 
 # ---- List files ----

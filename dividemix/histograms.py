@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 BINS = 60
 Histogram = dict[str, Any]  # of one network
 _MIXTURE = ("means", "variances", "weights")
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 300, 40, 12, 12, 52  # of the drawing, and around its axes
+_LEFT, _RIGHT, _TOP, _BASE = 40, 628, 12, 248  # the axes' ends in the drawing, whose frame the template has
 
 
 def count(scores: dict[str, NDArray], truly_clean: NDArray[np.bool_] | None = None) -> dict[str, Histogram]:
@@ -90,42 +90,27 @@ def peak(histograms: Iterable[Histogram]) -> float:
     return max(tops, default=1.0)
 
 
-def svg(histogram: Histogram, top: float, title: str) -> str:
-    """The drawing, for a page whose style gives the classes all, clean, wrong, threshold and axis their colours. top:
-    see `peak`. On a root scale: the clean peak is often ten times as high as everything else. `title` as it is, so it
-    must hold no text from outside."""
+def paths(histogram: Histogram, top: float) -> list[tuple[str, str]]:
+    """The drawing for report.html.jinja: (class, d) of its SVG paths. top: see `peak`. On a root scale: the clean peak
+    is often ten times as high as everything else."""
 
     def across(x: NDArray | float) -> Any:
-        return _LEFT + x * (_WIDTH - _LEFT - _RIGHT)
+        return _LEFT + x * (_RIGHT - _LEFT)
 
-    def up(density: NDArray | float) -> Any:
-        part = np.sqrt(np.clip(density, 0, top) / top)
-        return _TOP + (1 - part) * (_HEIGHT - _TOP - _BOTTOM)
+    def up(density: NDArray) -> NDArray:
+        return _BASE - np.sqrt(np.clip(density, 0, top) / top) * (_BASE - _TOP)
 
-    def path(d: str, name: str) -> str:
-        return f'<path class="{name}" d="{d}"/>'
+    def line(x: NDArray, y: NDArray) -> str:
+        return "M" + " ".join(f"{a:.4g} {b:.4g}" for a, b in zip(x, y, strict=True))
 
-    def line(points: Iterable[tuple[float, float]]) -> str:
-        return "M" + " ".join(f"{x:.4g} {y:.4g}" for x, y in points)
-
-    edges, parts, below = across(np.linspace(0, 1, BINS + 1)), [], np.zeros(BINS)
+    edges, below = np.repeat(across(np.linspace(0, 1, BINS + 1)), 2), np.zeros(BINS)
+    drawn = []
     for name, density in densities(histogram).items():
-        upper, lower = up(below + density), up(below)
-        there = "".join(f"V{y:.4g}H{x:.4g}" for x, y in zip(edges[1:], upper, strict=True))
-        back = "".join(f"V{y:.4g}H{x:.4g}" for x, y in zip(edges[-2::-1], lower[::-1], strict=True))
-        parts.append(path(f"M{edges[0]:.4g} {lower[0]:.4g}{there}{back}", f"bars {name}"))
+        upper, lower = (np.repeat(up(heights), 2) for heights in (below + density, below))
+        corners = np.concatenate([edges[1:-1], edges[-2:0:-1]]), np.concatenate([upper, lower[::-1]])
+        drawn.append((f"bars {name}", f"{line(*corners)}Z"))
         below = below + density
     x = np.linspace(0, 1, 101)
     for curve, name in zip(gaussians(x, histogram), ("clean", "wrong"), strict=True):
-        parts.append(path(line(zip(across(x), up(curve), strict=True)), f"curve {name}"))
-    for loss in boundaries(histogram):
-        parts.append(path(line([(across(loss), _TOP), (across(loss), _HEIGHT - _BOTTOM)]), "threshold"))
-    base = _HEIGHT - _BOTTOM
-    parts.append(path(line([(_LEFT, _TOP), (_LEFT, base), (_WIDTH - _RIGHT, base)]), "axis"))
-    for tick in (0, 0.25, 0.5, 0.75, 1):
-        parts.append(f'<text x="{across(tick):.4g}" y="{base + 20}" text-anchor="middle">{tick:g}</text>')
-    parts.append(f'<text x="{across(0.5):.4g}" y="{base + 44}" text-anchor="middle">normalised loss</text>')
-    middle = (_TOP + base) / 2
-    turned = f'x="24" y="{middle:.4g}" transform="rotate(-90 24 {middle:.4g})" text-anchor="middle"'
-    parts.append(f"<text {turned}>density, root scale</text>")
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{title}">{"".join(parts)}</svg>'
+        drawn.append((f"curve {name}", line(across(x), up(curve))))
+    return drawn + [("threshold", line(np.full(2, across(loss)), [_TOP, _BASE])) for loss in boundaries(histogram)]

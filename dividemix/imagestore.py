@@ -12,25 +12,25 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL
 import torch
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dividemix import DivideMixError, warn
+from dividemix.checkpoint import lock_file
 from dividemix.filelist import ImageList
 from dividemix.images import Views
 
-try:
-    import fcntl
-except ImportError:  # Windows: two runs must not build one cache at the same time
-    fcntl = None
+if TYPE_CHECKING:  # which reads from here
+    from dividemix.workers import Part
 
 CHUNK = 64 << 20  # bytes in one piece of memory
-_FORMAT = 1  # of the cache: another number, another file
+_FORMAT = 2  # of the cache: another number, another file
 
 
 def estimate(n: int, resize: int) -> int:
@@ -120,21 +120,23 @@ def host_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup"
 
 
 class Cache:
-    """Resized images of a whole list, mapped into memory: `<path>.images`, and their sizes in `<path>.npy`."""
+    """Resized images of a whole list, mapped into memory: `<path>.images`; and in `<path>.npy` int32 (n, 3) their
+    sizes, height and width, and the `changes` of `images.Shown`."""
 
-    def __init__(self, pixels: NDArray[np.uint8], sizes: NDArray[np.int32]):
-        self.pixels, self.sizes, self.ends = pixels, sizes, _ends(sizes)
+    def __init__(self, pixels: NDArray[np.uint8], index: NDArray[np.int32]):
+        self.pixels, self.sizes, self.changes = pixels, index[:, :2], index[:, 2]
+        self.ends = _ends(self.sizes)
 
     @classmethod
     def open(cls, path: str, n: int) -> "Cache":
         """Raises ValueError or OSError for what is no whole cache of n images."""
-        sizes = np.load(f"{path}.npy")
-        if sizes.shape != (n, 2) or sizes.dtype != np.int32 or (sizes <= 0).any():
+        index = np.load(f"{path}.npy")
+        if index.shape != (n, 3) or index.dtype != np.int32 or (index[:, :2] <= 0).any():
             raise ValueError(f"{path}.npy is not the index of {n} images")
-        expected, length = int(_ends(sizes)[-1]), os.path.getsize(f"{path}.images")
+        expected, length = int(_ends(index[:, :2])[-1]), os.path.getsize(f"{path}.images")
         if length != expected:
             raise ValueError(f"{path}.images has {length} bytes, expected {expected}")
-        return cls(np.asarray(np.memmap(f"{path}.images", np.uint8, "r")), sizes)
+        return cls(np.asarray(np.memmap(f"{path}.images", np.uint8, "r")), index)
 
     def image(self, i: int) -> NDArray[np.uint8]:
         """(H, W, 3), a view."""
@@ -143,8 +145,9 @@ class Cache:
 
 def cache_path(folder: Path, name: str, images: ImageList, resize: int) -> str:
     """Where the cache of a list belongs. The name follows from all that its pixels depend on: the paths, sizes and
-    times of the files, the short side, and Pillow, whose decoder may change. Labels are no part of it."""
-    key = hashlib.sha256(f"{_FORMAT} {resize} {PIL.__version__} {images.folder}\n".encode())
+    times of the files, how they are read, the short side, and Pillow, whose decoder may change. Labels are no part
+    of it."""
+    key = hashlib.sha256(f"{_FORMAT} {images.as_shown} {resize} {PIL.__version__} {images.folder}\n".encode())
     for part in (images.text, images.ends, _file_states(images)):
         key.update(part)
     return str(folder / f"{name}-{resize}-{key.hexdigest()[:16]}")
@@ -194,20 +197,20 @@ def check_space(folder: Path, need: int) -> None:
         )
 
 
-def write_cache(path: str, parts: Iterable[tuple[Tensor, NDArray[np.int32]]]) -> None:
-    """Whole images, in the order of the list, as in `workers.Part`. There under its name when it is whole, and not at
+def write_cache(path: str, parts: Iterable["Part"]) -> None:
+    """Whole images, in the order of the list. There under its name when it is whole, and not at
     all if that fails. Raises DivideMixError where the disk refuses."""
-    sizes = []
+    index = []
     temporary = f"{path}.tmp"
     try:
         with _writing(path):
             with open(temporary, "wb") as file:
-                for pixels, part_sizes in parts:
-                    file.write(pixels.numpy())
-                    sizes.append(part_sizes)
+                for part in parts:
+                    file.write(part.pixels.numpy())
+                    index.append(np.column_stack([part.sizes, part.changes.astype(np.int32)]))
             os.replace(temporary, f"{path}.images")
             with open(temporary, "wb") as file:
-                np.save(file, np.concatenate(sizes))
+                np.save(file, np.concatenate(index))
             os.replace(temporary, f"{path}.npy")
     finally:
         with contextlib.suppress(OSError):
@@ -225,25 +228,17 @@ def _writing(path: str) -> Iterator[None]:
 @contextlib.contextmanager
 def locked(path: str) -> Iterator[None]:
     """Only one process at a time is in the block: several runs are often started together, with one cache."""
-    with contextlib.ExitStack() as stack:
-        if fcntl is not None:
-            with _writing(path):
-                file = stack.enter_context(open(f"{path}.lock", "wb"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                warn(f"another run is building the cache of resized images {path}: waiting for it")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:  # a file system without locks
-                pass
-            # Said outright: workers that were started in the block have the file open too, so closing it frees nothing.
-            stack.callback(release, file)
+    with _writing(path):
+        try:
+            lock = lock_file(f"{path}.lock")
+        except Timeout:
+            warn(f"another run is building the cache of resized images {path}: waiting for it")
+            lock = FileLock(f"{path}.lock")
+            lock.acquire()
+    try:
         yield
-
-
-def release(file: IO) -> None:
-    with contextlib.suppress(OSError):
-        fcntl.flock(file, fcntl.LOCK_UN)
+    finally:
+        lock.release()
 
 
 def _ends(sizes: NDArray[np.int32]) -> NDArray[np.int64]:

@@ -1,136 +1,164 @@
-"""What happens inside a job of `reproduce.py`, on this machine or on a node of a cluster: a few training scripts run as
-processes, and a file says how each ended. Imports nothing but the standard library, as each job loads it anew.
+"""Runs as jobs: processes on this machine, or jobs of SLURM through submitit. One loop keeps every slot busy."""
 
-A job is told to end by a file in the session's folder, which every machine sees and which reaches it once: STOP passes
-SIGTERM on to the scripts, which end cleanly, KILL kills them. Signals cannot serve for this, since a terminal and SLURM
-send theirs to all processes at once, and a script that gets a second one dies at once.
-"""
-
-import contextlib
-import json
+import ctypes
 import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-STOP, KILL = "stop", "kill"  # files in the session's folder
-_POLL = 0.2  # seconds
+from dividemix import DivideMixError
+from dividemix.rows import ROOT, PlannedRun
 
-
-@dataclass(frozen=True)
-class Command:
-    """One script. log: its stdout and stderr are added to it. env: what the environment has beside the job's."""
-
-    name: str
-    words: tuple[str, ...]
-    log: Path
-    env: dict[str, str] = field(default_factory=dict)
+PAUSE, PAUSE_QUEUE = 0.5, 5.0  # seconds between two looks at the jobs
 
 
 @dataclass
 class Job:
-    """Runs its commands side by side and waits for all. session: a folder of its own, where <name>.started and
-    <name>.json ({"status": exit status, negative for a signal}) appear. scheduler: the process on this machine without
-    which the job ends; None on a cluster, where it goes on."""
+    """Training scripts side by side, one process each, whose output is added to its log. On this machine `start` starts
+    them; in a queue submitit calls the job on a node, and gives an object with the same methods to look after it."""
 
-    commands: Sequence[Command]
-    session: Path
-    scheduler: int | None
-    children: dict[str, subprocess.Popen] = field(default_factory=dict, init=False)
-    told: bool = field(default=False, init=False)
-    asked: bool = field(default=False, init=False)
+    commands: Sequence[tuple[str, ...]]
+    logs: Sequence[Path]
+    env: dict[str, str]  # beside the environment
+    in_queue: bool = False
+    processes: list[subprocess.Popen] = field(default_factory=list, init=False)
 
-    def __call__(self) -> dict[str, int]:
-        ended: dict[str, int] = {}
-        if self.scheduler is not None:  # on a cluster it reaches the scripts without us
-            signal.signal(signal.SIGTERM, self.ask)
-        try:
-            for command in self.commands:
-                self.children[command.name] = self.start(command)
-            while len(ended) < len(self.children):
-                for name, child in self.children.items():
-                    if name not in ended and child.poll() is not None:
-                        ended[name] = child.returncode
-                        self.write(f"{name}.json", json.dumps({"status": child.returncode}))
-                if not self.told and self.is_over():
-                    self.tell(signal.SIGTERM)
-                if (self.session / KILL).exists():
-                    self.tell(signal.SIGKILL)
-                time.sleep(_POLL)
-        except BaseException:
-            self.tell(signal.SIGKILL)
-            raise
-        return ended
+    def start(self) -> "Job":
+        for command, path in zip(self.commands, self.logs, strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", errors="backslashreplace") as log:
+                print("$", shlex.join(command), file=log, flush=True)
+                streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+                env = os.environ | {"PYTHONUNBUFFERED": "1"} | self.env
+                # A session for itself: the terminal's Ctrl-C would be a second signal, which kills.
+                where = {"env": env, "start_new_session": True, "preexec_fn": self.prepare_signals}
+                self.processes.append(subprocess.Popen(command, **streams, **where))
+        return self
 
-    def checkpoint(self):
-        """Called by submitit before a cluster takes the node away: the scripts end cleanly, and the job is queued
-        again, where the same commands continue them."""
+    def prepare_signals(self) -> None:
+        """In the new process, before the script."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where a shell started us in the background
+        if self.in_queue:  # SLURM sends its warnings to every process; `checkpoint` alone ends the scripts
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+                signal.signal(number, signal.SIG_IGN)
+        elif sys.platform == "linux":  # they end with this process, however it ends: PR_SET_PDEATHSIG
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+    def __call__(self) -> list[int]:
+        return self.start().result()
+
+    def done(self, force_check: bool = False) -> bool:
+        return all(process.poll() is not None for process in self.processes)
+
+    def exception(self) -> None:
+        """None; of submitit's job where the node was lost, or the job cancelled."""
+
+    def result(self) -> list[int]:
+        """Exit statuses, negative for a signal."""
+        return [process.wait() for process in self.processes]
+
+    def cancel(self, check: bool = True) -> None:
+        """Tell the scripts to end; they leave runs that can be continued."""
+        for process in self.processes:
+            process.send_signal(signal.SIGINT if self.in_queue else signal.SIGTERM)
+
+    def checkpoint(self) -> Any:
+        """Called by submitit when the time is up or the node is taken away: the job is queued again, and continues."""
         from submitit.helpers import DelayedSubmission
 
-        self.tell(signal.SIGTERM)
-        for child in self.children.values():
-            child.wait()
-        return DelayedSubmission(Job(self.commands, self.session, self.scheduler))
-
-    def ask(self, *_: object) -> None:
-        self.asked = True
-
-    def is_over(self) -> bool:
-        return self.asked or (self.session / STOP).exists() or not (self.scheduler is None or is_alive(self.scheduler))
-
-    def start(self, command: Command) -> subprocess.Popen:
-        self.write(f"{command.name}.started", "")
-        command.log.parent.mkdir(parents=True, exist_ok=True)
-        with open(command.log, "ab") as log:
-            log.write(f"$ {shlex.join(command.words)}\n".encode("utf-8", "backslashreplace"))
-            log.flush()
-            return subprocess.Popen(
-                command.words,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"} | command.env,  # else a log's last line is not the error
-                start_new_session=self.scheduler is not None,  # beyond the reach of the terminal's Ctrl-C
-                preexec_fn=usual_signals,
-            )
-
-    def tell(self, number: int) -> None:
-        """Send a signal to each script that is there still; a kill also to the processes that it started."""
-        self.told = True
-        for child in self.children.values():
-            if child.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    if number == signal.SIGKILL and self.scheduler is not None:
-                        os.killpg(child.pid, number)
-                    else:
-                        child.send_signal(number)
-
-    def write(self, name: str, content: str) -> None:
-        """Whole or not at all."""
-        part = self.session / f".{name}.part"
-        part.write_text(content)
-        part.replace(self.session / name)
+        self.cancel()
+        self.result()
+        return DelayedSubmission(Job(self.commands, self.logs, self.env, self.in_queue))
 
 
-def usual_signals() -> None:
-    """In the new process: Ctrl-C works as ever, which the job itself ignores; the signals with which a cluster warns
-    the job do not end the script."""
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def is_alive(process: int) -> bool:
-    """Of this machine. One that has ended, and whose end its parent has not asked for yet, is not."""
+def launch(
+    runs: Sequence[PlannedRun], logs: Path, slots: Sequence[dict[str, str]], size: int = 1, executor: Any = None
+) -> list[str]:
+    """Run them all: one job at a time on each slot, which is the environment of its jobs; `size` runs are a job.
+    executor: submitit's, None for this machine. -> a line for each run that failed. Raises DivideMixError where no job
+    can be started; whatever is raised, Ctrl-C too, the jobs that run are told to end and waited for."""
+    waiting = deque(runs[i : i + size] for i in range(0, len(runs), size))
+    free, running, failed = list(slots), [], []
+    pause = PAUSE_QUEUE if executor else PAUSE
     try:
-        os.kill(process, 0)
-        return Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z"
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's, or no Linux
-        return True
+        while waiting or running:
+            while waiting and free:
+                batch, slot = waiting[0], free.pop(0)
+                paths = [logs.absolute() / f"{run.name}.log" for run in batch]
+                job = Job([run.command for run in batch], paths, slot, executor is not None)
+                try:
+                    job = executor.submit(job) if executor else job.start()
+                except Exception as error:  # the queue takes no more jobs of one user, or no memory is left
+                    message = f"a job could not be started: {' '.join(str(error).split())[:300]}"
+                    if not running:
+                        raise DivideMixError(message) from error
+                    print(f"{message}; going on with one job less at once", flush=True)
+                    break
+                waiting.popleft()
+                running.append((job, batch, paths, slot))
+                for run in batch:
+                    print(f"{run.name}: {'submitted' if executor else 'started'}", flush=True)
+            time.sleep(pause)
+            for entry in list(running):
+                job, batch, paths, slot = entry
+                if job.done():
+                    running.remove(entry)
+                    free.append(slot)
+                    ended = [None] * len(batch) if job.exception() else job.result()
+                    for run, path, status in zip(batch, paths, ended, strict=True):
+                        line = f"{run.name}: finished"
+                        if not run.is_finished:
+                            line = f"{run.name}: failed: {last_line(path, status)} ({path})"
+                            failed.append(line)
+                        print(line, flush=True)
+    except BaseException:
+        for job, *_ in running:
+            job.cancel(check=False)
+        while not all(job.done(force_check=True) for job, *_ in running):
+            time.sleep(pause)
+        raise
+    return failed
+
+
+def last_line(log: Path, status: int | None) -> str:
+    """Why a run failed: what its log ends with, and a signal, of which the log says nothing."""
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    last = next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
+    if status is None:
+        return f"its job was lost or cancelled; last line of the log: {last}"
+    return f"ended by {signal.Signals(-status).name}; last line of the log: {last}" if status < 0 else last
+
+
+def local_slots(jobs_per_gpu: int, cores: int, on_cpu: bool = False) -> list[dict[str, str]]:
+    """jobs_per_gpu slots on each visible card, or on the CPU. A second run comes to a card when all have one."""
+    import torch
+
+    count = 0 if on_cpu else torch.cuda.device_count()
+    cards = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")[:count]
+    places = [{"CUDA_VISIBLE_DEVICES": card} for card in cards] or [{}]
+    return [place | threads(cores // (len(places) * jobs_per_gpu)) for _ in range(jobs_per_gpu) for place in places]
+
+
+def threads(count: int) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, count)))}
+
+
+def slurm_executor(folder: Path, **parameters: Any) -> Any:
+    """submitit's. Raises DivideMixError where submitit is not installed, SLURM not here, or a parameter wrong."""
+    # The job on the node imports this package.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    try:
+        import submitit
+
+        executor = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_max_num_timeout=1000)
+        executor.update_parameters(**parameters)
+    except (ImportError, RuntimeError, ValueError, TypeError, NameError) as error:
+        raise DivideMixError(f"--launcher slurm: {' '.join(str(error).split())[:300]}") from error
+    return executor

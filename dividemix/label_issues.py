@@ -9,18 +9,20 @@ The columns of label_issues.csv follow cleanlab's CleanLearning, which takes the
 `CleanLearning(classifier).fit(X, labels, label_issues=pandas.read_csv("label_issues.csv"))`.
 """
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dividemix import warn
-from dividemix.checkpoint import write_atomically
-from dividemix.csvfile import to_csv
+from dividemix.checkpoint import csv_bytes, write_atomically
 from dividemix.runfolder import RunFolder
+
+if TYPE_CHECKING:
+    from pandas import DataFrame, Series
 
 IN_SAMPLE = "scores are in-sample: the networks were trained on these labels"
 _CLASSES_SHOWN = 10
@@ -33,7 +35,7 @@ class LabelIssues:
     """N training samples with their labels, as arrays (N,)."""
 
     index: NDArray[np.int64]  # which of the data set's training samples they are
-    paths: list[str] | None  # below the data folder, where the images are files
+    paths: list[str] | None  # below the data folder, where the images are files; bytes that are no UTF-8 as \\x..
     given: NDArray[np.int64]
     suggested: NDArray[np.int64]  # both networks' prediction
     quality: NDArray[np.float64]
@@ -122,7 +124,7 @@ def find(run: RunFolder) -> LabelIssues | None:
         known = "true" in labels and np.array_equal(labels["index"], index)
         issues = LabelIssues(
             index=index,
-            paths=[os.fsdecode(path) for path in labels["list_path"][index]] if "list_path" in labels else None,
+            paths=decoded(labels["list_path"][index]) if "list_path" in labels else None,
             given=given,
             suggested=scores["prediction"].astype(np.int64),
             quality=quality,
@@ -148,6 +150,10 @@ def find(run: RunFolder) -> LabelIssues | None:
         warn(f"{run.path / 'label_scores.npz'} is left out, it is not what a run writes ({error})")
         return None
     return issues
+
+
+def decoded(paths: NDArray[np.bytes_]) -> list[str]:
+    return [path.decode(errors="backslashreplace") for path in paths.tolist()]
 
 
 def against_truth(issues: LabelIssues) -> Agreement | None:
@@ -232,30 +238,69 @@ def printable(name: str) -> str:
 
 def write(issues: LabelIssues, folder: Path) -> list[Path]:
     """label_issues.csv and cleaned_labels.csv. -> their paths"""
-    contents = {"label_issues.csv": issues_csv(issues), "cleaned_labels.csv": cleaned_csv(issues)}
-    for name, content in contents.items():
-        write_atomically(folder / name, content)
-    return [folder / name for name in contents]
+    tables = {"label_issues.csv": issues_table(issues), "cleaned_labels.csv": cleaned_table(issues)}
+    for name, table in tables.items():
+        write_atomically(folder / name, csv_bytes(table))
+    return [folder / name for name in tables]
 
 
-def issues_csv(issues: LabelIssues) -> bytes:
-    """One row a sample. Numbers as text that reads back to the bit."""
-    nothing = [""] * len(issues)
-    p_clean = [*(issues.p_clean or []), nothing, nothing]  # one column for each network, empty where there is none
-    columns: dict[str, Iterable] = {"index": issues.index}
-    columns |= {"path": issues.paths} if issues.paths is not None else {}
-    columns |= {"given_label": issues.given, "suggested_label": issues.suggested}
-    columns |= {"label_quality": issues.quality, "is_label_issue": issues.is_issue, "loss": issues.loss}
+def issues_table(issues: LabelIssues) -> "DataFrame":
+    """One row a sample."""
+    p_clean = [*(issues.p_clean or []), None, None]  # one column for each network, empty where there is none
+    columns = {"given_label": issues.given, "suggested_label": issues.suggested, "label_quality": issues.quality}
+    columns |= {"is_label_issue": issues.is_issue, "loss": issues.loss}
     columns |= {"p_clean_net1": p_clean[0], "p_clean_net2": p_clean[1], "confidence": issues.confidence}
     if issues.class_names:
         labels = {"given_class": issues.given, "suggested_class": issues.suggested}
-        columns |= {name: map(issues.class_name, each.tolist()) for name, each in labels.items()}
-    return to_csv(columns, zip(*columns.values(), strict=True))
+        columns |= {name: texts(map(issues.class_name, each.tolist())) for name, each in labels.items()}
+    return table_of(issues, columns)
 
 
-def cleaned_csv(issues: LabelIssues) -> bytes:
+def cleaned_table(issues: LabelIssues) -> "DataFrame":
     """One row a sample: the corrected label, and what it was."""
-    columns: dict[str, Iterable] = {"index": issues.index}
-    columns |= {"path": issues.paths} if issues.paths is not None else {}
-    columns |= {"label": issues.cleaned, "was": issues.given}
-    return to_csv(columns, zip(*columns.values(), strict=True))
+    return table_of(issues, {"label": issues.cleaned, "was": issues.given})
+
+
+def table_of(issues: LabelIssues, columns: dict[str, Any]) -> "DataFrame":
+    """The columns behind those that say which sample a row is."""
+    import pandas
+
+    first = {"index": issues.index} | ({} if issues.paths is None else {"path": texts(issues.paths)})
+    return pandas.DataFrame(first | columns)
+
+
+def texts(values: Iterable[str]) -> "Series":
+    """A column of names as they are: pandas' own type for text takes only what is Unicode."""
+    import pandas
+
+    return pandas.Series(list(values), dtype=object)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The transition matrix: how often each class is given each label
+
+
+def transition_counts(actual: NDArray, given: NDArray, num_class: int) -> NDArray[np.int64]:
+    """(C, C): samples of the class [row] that have the given label [column]; labels (N,) each."""
+    return np.bincount(actual * num_class + given, minlength=num_class**2).reshape(num_class, num_class)
+
+
+def transition_rates(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(C, C): P(given label | class), rows that add up to 1; NaN for a class without samples."""
+    with np.errstate(invalid="ignore"):
+        return counts / counts.sum(axis=1, keepdims=True)
+
+
+def transition_table(run: RunFolder) -> "DataFrame | None":
+    """transition.csv: one row for each true class c: true_label, true_class, samples; rate_0, rate_1 ..., which is
+    P(given label 0 | c) and so on, empty where the class has no samples; count_0, count_1 ... None where the truth is
+    not known."""
+    import pandas
+
+    names = run.class_names
+    if "true" not in run.labels or not names:
+        return None
+    counts = transition_counts(run.labels["true"], run.labels["given"], len(names))
+    columns = {"true_label": range(len(names)), "true_class": texts(names), "samples": counts.sum(axis=1)}
+    columns |= {f"rate_{c}": column for c, column in enumerate(transition_rates(counts).round(6).T)}
+    return pandas.DataFrame(columns | {f"count_{c}": column for c, column in enumerate(counts.T)})

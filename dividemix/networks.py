@@ -4,8 +4,8 @@ start from (`--weights`).
     state = read_weights(args.weights, args.arch, ranks)                    # once, for both networks
     nets = [seeded(seed, k, lambda: build(args.arch, num_class, args.width, state)) for k in range(2)]
 
-Weights replace all but the classifier, unless theirs has the right number of classes; what they leave is as PyTorch
-initialises it, different in each network.
+Weights replace all but the classifier, unless theirs has the right number of classes and is not ImageNet's; what they
+leave is as PyTorch initialises it, different in each network.
 """
 
 import difflib
@@ -84,19 +84,17 @@ def torchvisions_own(name: str, num_class: int) -> nn.Module:
 
 
 def classifier_of(net: nn.Module) -> str:
-    """The name of the layer that makes the logits: in all of torchvision's networks the last with weights of classes,
-    linear or (squeezenet) a convolution."""
+    """The name of the layer that makes the logits: in all networks the last linear one or (squeezenet) convolution."""
     return [name for name, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """make: (num_class, width) -> network. classifier: its name in the state dict. min_side: the smallest image, px,
-    whose last maps have more than one: BN cannot normalise a batch of one image with one pixel; None where only a try
-    tells (`refusal`). imagenet: where its ImageNet weights are."""
+    """make: (num_class, width) -> network. min_side: the smallest image, px, whose last maps have more than one: BN
+    cannot normalise a batch of one image with one pixel; None where only a try tells (`refusal`). imagenet: where its
+    ImageNet weights are."""
 
     make: Callable[[int, int], nn.Module]
-    classifier: str
     min_side: int | None
     has_width: bool = False
     imagenet: str | None = None
@@ -105,12 +103,12 @@ class Architecture:
 # torchvision's IMAGENET1K_V1: not its DEFAULT, which is V2 and gives other results
 IMAGENET = "https://download.pytorch.org/models/resnet50-0676ba61.pth"
 ARCHITECTURES = {
-    "preresnet18": Architecture(PreResNet.ResNet18, "linear", min_side=16, has_width=True),
-    "preresnet34": Architecture(PreResNet.ResNet34, "linear", min_side=16, has_width=True),
-    "preresnet50": Architecture(PreResNet.ResNet50, "linear", min_side=16, has_width=True),
-    "resnet50": Architecture(lambda num_class, width: resnet50(num_class), "fc", min_side=33, imagenet=IMAGENET),
+    "preresnet18": Architecture(PreResNet.ResNet18, min_side=16, has_width=True),
+    "preresnet34": Architecture(PreResNet.ResNet34, min_side=16, has_width=True),
+    "preresnet50": Architecture(PreResNet.ResNet50, min_side=16, has_width=True),
+    "resnet50": Architecture(lambda num_class, width: resnet50(num_class), min_side=33, imagenet=IMAGENET),
     "inceptionresnetv2": Architecture(
-        lambda num_class, width: InceptionResNetV2.InceptionResNetV2(num_class), "last_linear", min_side=107
+        lambda num_class, width: InceptionResNetV2.InceptionResNetV2(num_class), min_side=107
     ),
 }
 SMALL_IMAGES = [name for name, architecture in ARCHITECTURES.items() if architecture.has_width]
@@ -135,7 +133,6 @@ def _torchvisions(name: str) -> Architecture:
     weights = models.get_model_weights(name).__members__.get("IMAGENET1K_V1")
     return Architecture(
         lambda num_class, width: from_torchvision(name, num_class),
-        classifier_of(_skeleton(name)),
         min_side=None,
         imagenet=weights.url if weights else None,
     )
@@ -143,17 +140,13 @@ def _torchvisions(name: str) -> Architecture:
 
 @functools.cache
 def _skeleton(name: str) -> nn.Module:
-    return skeleton(lambda: torchvisions_own(name, 2))
-
-
-def skeleton(build: Callable[[], nn.Module]) -> nn.Module:
-    """The network that `build` makes, without memory for its weights."""
+    """torchvision's network without memory for its weights, for a dry forward."""
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
-                return build()
+                return torchvisions_own(name, 2)
         except NotImplementedError:  # the regnets compute their shapes by tensors
-            return build().to("meta")
+            return torchvisions_own(name, 2).to("meta")
 
 
 def refusal(arch: str, image_size: int) -> str:
@@ -185,16 +178,17 @@ def check(arch: str, width: int, image_size: int, weights: str) -> None:
         )
 
 
-def build(arch: str, num_class: int, width: int = WIDTH, weights: dict[str, Any] | None = None) -> nn.Module:
-    """The network, from `weights` (of `read_weights`) where there are any. Raises DivideMixError for weights of another
-    network."""
-    found = architecture(arch)
-    net = found.make(num_class, width)
+def build(
+    arch: str, num_class: int, width: int = WIDTH, weights: dict[str, Any] | None = None, new_head: bool = False
+) -> nn.Module:
+    """The network, from `weights` (of `read_weights`) where there are any; new_head: all of them but the classifier's,
+    also where these would fit. Raises DivideMixError for weights of another network."""
+    net = architecture(arch).make(num_class, width)
     if weights is None:
         return net
     own, weights = net.state_dict(), published(weights)
-    head = [key for key in own if key.startswith(f"{found.classifier}.")]
-    if any(getattr(weights.get(key), "shape", None) != own[key].shape for key in head):
+    head = [key for key in own if key.startswith(f"{classifier_of(net)}.")]
+    if new_head or any(getattr(weights.get(key), "shape", None) != own[key].shape for key in head):
         weights |= {key: own[key] for key in head}
     try:
         net.load_state_dict(weights)
@@ -227,8 +221,9 @@ def pair(
     checkpoint, and reads no weights."""
     weights = "none" if begun or init_from else weights
     state = read_weights(weights, arch, machine.ranks)
+    new_head = weights == "imagenet"  # even for 1,000 classes: with ImageNet's both networks would be the same
     try:
-        nets = [seeded(seed, k, lambda: build(arch, num_class, width, state)) for k in range(count)]
+        nets = [seeded(seed, k, lambda: build(arch, num_class, width, state, new_head)) for k in range(count)]
         if init_from and not begun:
             states = load_file(Path(init_from).expanduser()).get("nets")
             if not isinstance(states, list) or len(states) < count:
@@ -249,8 +244,7 @@ def read_weights(weights: str, arch: str, ranks: Ranks) -> dict[str, Any] | None
     a path -> the state dict in that file. Raises DivideMixError for a file that cannot be fetched or read."""
     if weights == "none":
         return None
-    found = architecture(arch)
-    from_hub = functools.partial(imagenet_file, found.imagenet)
+    from_hub = functools.partial(imagenet_file, architecture(arch).imagenet)
     path = ranks.local_first(from_hub) if weights == "imagenet" else Path(weights).expanduser()
     try:
         state = from_bytes(read_file(path))
@@ -261,9 +255,6 @@ def read_weights(weights: str, arch: str, ranks: Ranks) -> dict[str, Any] | None
         raise DivideMixError(f"weights {path}: {error}{again}") from error
     if isinstance(state.get("nets"), list):
         raise DivideMixError(f"weights {path} hold two networks of a run: give them as --init_from")
-    if weights == "imagenet":
-        # Never ImageNet's own classifier, not even for 1000 classes: both networks would be the same to the bit.
-        state = {key: value for key, value in state.items() if not key.startswith(f"{found.classifier}.")}
     return state
 
 

@@ -3,7 +3,7 @@
 Source: Wei, Zhu, Cheng, Liu, Niu, Liu, "Learning with Noisy Labels Revisited: A Study Using Real-World Human
 Annotations", ICLR 2022. Each data set's labels are one file of torch.save: a dict of int64 arrays (N,), `clean_label`
 and the noisy ones. CIFAR-10N has three labels an image (random_label1 to 3), their majority (aggre_label) and one that
-is wrong where any of them is (worse_label); CIFAR-100N has one (noisy_label), and coarse labels, which are not used.
+is wrong where any of them is (worse_label); CIFAR-100N has one (noisy_label), and lists of coarse labels, not used.
 """
 
 import io
@@ -79,48 +79,29 @@ def _listed(names: Iterable[Any]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The file: torch.load with weights_only, and three names admitted that arrays need
+# The file: torch.load with weights_only, and the names admitted that arrays need
 
 
-class _Array:
-    """Stands for numpy's ndarray while a file is read: it keeps what the file says of an array, and makes none.
+class _Recorded:
+    """Stands for each of these names while a file is read: it keeps what the file says of an array, and makes none.
 
-    The real ndarray and dtype are no safe names to admit: called with arguments of the file's choice they make an
-    array of objects out of raw bytes, that is of pointers.
+    Numpy's own would let a file crash the process: ndarray takes bytes for pointers where its type is "O", and an array
+    of numbers that is filled twice frees the memory of a tensor that was made of it in between.
     """
 
-    def __init__(self, *_: Any) -> None:
-        self.state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Dtype:
-    """The same for numpy's dtype."""
-
     def __init__(self, *args: Any) -> None:
-        self.args, self.state = args, None
+        self.args = args
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
 
-def _reconstruct(*_: Any) -> _Array:
-    """The same for the function with which a pickled array begins."""
-    return _Array()
+_NAMES = "ndarray", "dtype", "_core.multiarray._reconstruct", "core.multiarray._reconstruct"  # of numpy 2 and numpy 1
+_ADMITTED = [(_Recorded, f"numpy.{name}") for name in _NAMES]
 
 
-_ADMITTED = [  # numpy 2 and numpy 1 name the function differently
-    (_reconstruct, "numpy._core.multiarray._reconstruct"),
-    (_reconstruct, "numpy.core.multiarray._reconstruct"),
-    (_Array, "numpy.ndarray"),
-    (_Dtype, "numpy.dtype"),
-]
-
-
-def _load(path: Path, n: int) -> dict[Any, _Array]:
-    """The dict in the file. `n`: how many labels an array should have, for a limit on what is read."""
+def _load(path: Path, n: int) -> dict[Any, Any]:
+    """The dict in the file, of any entries. `n`: how many labels an array should have, for a limit on what is read."""
     limit = 2**20 + 256 * n  # bytes; the published files have 48 a sample
     try:
         if path.stat().st_size > limit:
@@ -142,23 +123,22 @@ def _load(path: Path, n: int) -> dict[Any, _Array]:
         if asked:
             raise _bad(path, f"it asks for {asked[1]!r}, refused and nothing run") from error
         raise _bad(path, "damaged, or not a file of int64 arrays that torch.save wrote") from error
-    if not isinstance(arrays, dict) or not all(isinstance(array, _Array) for array in arrays.values()):
+    if not isinstance(arrays, dict):
         raise _bad(path, "it should hold one dict of arrays, and holds something else")
     return arrays
 
 
-def _labels(path: Path, name: str, array: _Array, n: int, num_class: int) -> NDArray[np.int64]:
+def _labels(path: Path, name: str, array: Any, n: int, num_class: int) -> NDArray[np.int64]:
     """(n,) int64 from what the file says of an array, checked: type, length, range."""
     try:
         _version, shape, dtype, _fortran, data = array.state
         code, order = dtype.args[0], dtype.state[1]
-        if code != "i8" or order not in ("<", ">") or not isinstance(data, bytes):
-            raise TypeError
         labels = np.frombuffer(data, f"{order}i8").astype(np.int64)
-        wanted = (len(labels),)
-    except (TypeError, ValueError, AttributeError, LookupError) as error:
-        raise _bad(path, f"{name!r} is not an array of int64 numbers") from error
-    if shape != wanted or len(labels) != n:
+        if code != "i8" or order not in ("<", ">") or shape != labels.shape:
+            raise TypeError
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        raise _bad(path, f"{name!r} is not an array (N,) of int64 numbers") from error
+    if len(labels) != n:
         raise _bad(path, f"{name!r} has {len(labels)} labels, the data set {n} training samples")
     if n and not 0 <= labels.min() <= labels.max() < num_class:
         raise _bad(path, f"{name!r} has labels outside 0..{num_class - 1}")

@@ -31,7 +31,6 @@ from dividemix.engine import MixMatch
 from dividemix.noise_file import NoiseSpec, wrong_share
 from dividemix.runtime import Runtime, available_cores
 
-
 if TYPE_CHECKING:
     from dataloader_cifar import ImageData
 
@@ -420,7 +419,7 @@ def resolve_recipe(args: argparse.Namespace, wrong: float | None = None) -> tupl
     row, exact = recipes.nearest(args.dataset, args.noise_mode, args.r, wrong)
     if args.recipe == "blind":
         lines = resolve_blind(args)
-        return (row if exact else None), with_departures(args, row if exact else None, lines)
+        return (row if exact else None), with_differences(args, row if exact else None, lines)
     by = "" if wrong is None else f" by {wrong:.1%} wrong labels"
     source = f"paper, Table 7: {row.name}" if exact else f"not in the paper; nearest row{by}, Table 7: {row.name}"
     found = {
@@ -444,14 +443,14 @@ def resolve_recipe(args: argparse.Namespace, wrong: float | None = None) -> tupl
         "the authors', by the kind of noise" if args.conf_penalty == "auto" else f"given; the authors have {penalty}"
     )
     lines.append(f"conf_penalty {penalty if args.conf_penalty == 'auto' else args.conf_penalty} ({origin}, in warm-up)")
-    return (row if exact else None), with_departures(args, row if exact else None, lines)
+    return (row if exact else None), with_differences(args, row if exact else None, lines)
 
 
-def with_departures(args: argparse.Namespace, row: recipes.Recipe | None, lines: list[str]) -> list[str]:
-    """The lines, of which cross-entropy has none, and what is not the setting of the paper's row where there is one."""
-    other = recipes.departures(vars(args), recipes.setting(row, args.method)) if row else []
+def with_differences(args: argparse.Namespace, row: recipes.Recipe | None, lines: list[str]) -> list[str]:
+    """The lines, of which cross-entropy has none, and how the run differs from the paper's row where there is one."""
+    other = recipes.setting_differences(vars(args), recipes.setting(row, args.method)) if row else []
     lines = lines if args.method == "dividemix" else []
-    return [*lines, f"not the paper's setting: {', '.join(other)}"] if other else lines
+    return [*lines, f"differs from the paper's setting: {', '.join(other)}"] if other else lines
 
 
 def resolve_blind(args: argparse.Namespace) -> list[str]:
@@ -510,13 +509,13 @@ def resolve_images(args: argparse.Namespace, paper: recipes.ImageRecipe) -> list
     notes = []
     if args.lambda_u > 0:
         notes = [f"--lambda_u {args.lambda_u:g}: accepted, has no effect; unlabeled images are mix partners only"]
-    other = recipes.departures(vars(args), paper.setting)
-    return [*notes, f"not the paper's setting: {', '.join(other)}"] if other else notes
+    other = recipes.setting_differences(vars(args), paper.setting)
+    return [*notes, f"differs from the paper's setting: {', '.join(other)}"] if other else notes
 
 
 def but(args: argparse.Namespace, paper: recipes.ImageRecipe) -> str:
     """What stands behind the paper's result where this run is not the paper's setting."""
-    other = recipes.departures(vars(args), paper.setting)
+    other = recipes.setting_differences(vars(args), paper.setting)
     return f" (but this run: {', '.join(other)})" if other else ""
 
 
@@ -531,7 +530,7 @@ def small_result(
         line += f"; net 1 alone: best {max(record['test_acc_net1'] for record in records):.2f}"
     if not row:
         return line, {}
-    other = recipes.departures(vars(args), recipes.setting(row, args.method))
+    other = recipes.setting_differences(vars(args), recipes.setting(row, args.method))
     other += [] if official else [f"not the official {args.dataset}"]
     but = f" (but this run: {', '.join(other)})" if other else ""
     paper = recipes.paper_results(row, args.method, args.ablation)

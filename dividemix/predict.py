@@ -6,11 +6,11 @@
 
 A row for each image: path, label, class, confidence (the class's probability), then label_2, class_2, probability_2 ...
 of the five likeliest classes. Both networks' logits are averaged: the class is that of their sum, which the paper
-tests. Images are prepared as the run's test images were. In float32, as in the exported program (`export`).
+tests. Images are read as a viewer shows them (`images.read_image`), whatever the run was trained on, and else prepared
+as the run's test images were. In float32, as in the exported program (`export`).
 """
 
 import argparse
-import csv
 import io
 import os
 import warnings
@@ -26,10 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dividemix import DivideMixError, deploy, options, runtime, warn
-from dividemix.checkpoint import read_file, write_atomically
-from dividemix.csvfile import to_csv
+from dividemix.checkpoint import csv_bytes, read_file, write_atomically
 from dividemix.filelist import IMAGE_SUFFIXES, Boundary
-from dividemix.images import BadImage
+from dividemix.images import BadImage, said, shown
 from dividemix.runtime import Runtime, available_cores
 
 TOP = 5  # classes in a row
@@ -37,21 +36,12 @@ _SHOWN = 10  # images that are warned of
 
 
 class Files(NamedTuple):
-    """Image files: as predictions.csv names them, where they are, and what symbolic links may not lead out of."""
+    """Image files: as predictions.csv names them, where they are, and what symbolic links may not lead out of; None for
+    files that are named one by one, where a symbolic link is as good as a file."""
 
     names: list[str]
     paths: list[str]
-    boundary: Boundary
-
-
-class Anywhere(Boundary):
-    """For files that are named one by one: a symbolic link is as good as a file."""
-
-    def __init__(self) -> None:
-        pass
-
-    def holds(self, path: str) -> bool:
-        return True
+    boundary: Boundary | None
 
 
 # ---- Which images ----
@@ -68,9 +58,9 @@ def find_images(source: Path) -> Files:
     if not source.exists():
         raise DivideMixError(f"{source} does not exist: give a folder, an image, or a .csv with a column `path`")
     if source.suffix.lower() != ".csv":
-        return Files([str(source)], [str(source)], Anywhere())
+        return Files([str(source)], [str(source)], None)
     names = _listed(source)
-    return Files(names, [os.path.join(source.parent, name.strip()) for name in names], Anywhere())
+    return Files(names, [os.path.join(source.parent, name.strip()) for name in names], None)
 
 
 def _below(root: str) -> Iterator[str]:
@@ -98,17 +88,24 @@ def _below(root: str) -> Iterator[str]:
 
 
 def _listed(source: Path) -> list[str]:
+    import pandas
+
     try:
-        rows = csv.DictReader(io.StringIO(read_file(source).decode("utf-8-sig"), newline=""))
-        columns = {name.strip().lower(): name for name in reversed(rows.fieldnames or [])}  # as in `read_table`
-        if "path" not in columns:
-            raise DivideMixError(f"{source} has no column `path` in its first line: add it")
-        names = [row[columns["path"]] or "" for row in rows]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DivideMixError(f"{source} is not a CSV in UTF-8 ({error}): save it as one") from error
-    if not names:
+        with warnings.catch_warnings(action="ignore", category=pandas.errors.ParserWarning):  # cells past the head
+            text = io.BytesIO(read_file(source))
+            table = pandas.read_csv(text, dtype=str, na_filter=False, index_col=False, encoding="utf-8-sig")
+    except pandas.errors.EmptyDataError:
+        table = pandas.DataFrame()
+    except ValueError as error:  # of pandas' parser, or not UTF-8
+        raise DivideMixError(
+            f"{source} is not a CSV in UTF-8 ({' '.join(str(error).split())}): save it as one"
+        ) from error
+    columns = {str(name).strip().lower(): name for name in reversed(table.columns)}  # as in `read_table`
+    if "path" not in columns:
+        raise DivideMixError(f"{source} has no column `path` in its first line: add it")
+    if table.empty:
         raise DivideMixError(f"{source} names no image: expected a line for each below `path`")
-    return names
+    return table[columns["path"]].tolist()
 
 
 # ---- What the networks say of them ----
@@ -217,6 +214,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    import pandas
+
     args = parse_args(argv)
     files = find_images(args.images)
     check_out(args.out, args.images)
@@ -225,8 +224,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine = runtime.start(args.device, precision="fp32", width=description.width, compile=False, graph=False)
     print(f"{args.run}: {description}; {deploy.epochs_used(args.weights, ensemble.epochs)}; {machine.describe()}")
 
+    changes: list[int] = []
+
     def read(path: str) -> NDArray:
-        return description.preparation.pixels(path, files.boundary)
+        image, change = shown(path, files.boundary)
+        changes.append(change)
+        return description.preparation.view(image)
 
     rows, bad = [], 0
     with warnings.catch_warnings():
@@ -245,9 +248,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         warn(f"{bad - _SHOWN} more images cannot be read")
     if bad == len(files.names):
         raise DivideMixError(f"{args.images}: not one of {bad} images can be read; nothing is written")
-    write_atomically(args.out, to_csv(header(description.num_class), rows))
+    table = pandas.DataFrame(rows, columns=header(description.num_class), dtype=object)
+    write_atomically(args.out, csv_bytes(table))
     left = f", of which {bad} cannot be read and are left empty" if bad else ""
-    print(f"{args.out}: {len(files.names)} images{left}")
+    print(*said(np.array(changes)), f"{args.out}: {len(files.names)} images{left}", sep="\n")
 
 
 if __name__ == "__main__":

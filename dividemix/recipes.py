@@ -7,7 +7,7 @@ Accuracies are test accuracies in per cent: best = the peak over all epochs, las
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -60,11 +60,15 @@ def setting(row: Recipe, method: str = "dividemix") -> dict[str, Any]:
     return CIFAR_SETTING | {"alpha": 4, "T": 0.5, "conf_penalty": "auto", "warm_up": warm_up(row.dataset)} | of_row
 
 
-def departures(args: Mapping[str, Any], setting: Mapping[str, Any]) -> list[str]:
-    """The flags whose values are not those of `setting`, as the user would write them. A flag that the script or its
-    version does not have is none; nor is one that `--recipe blind`, which is said, leaves open."""
+def setting_differences(args: Mapping[str, Any], setting: Mapping[str, Any], whose: str = "paper") -> list[str]:
+    """The flags of a run that differ from `setting`, as '--lambda_u 25 (paper: 0)'. A flag that the script lacks does
+    not differ; nor does one that `--recipe blind`, which is said, leaves open."""
+
+    def shown(value: Any) -> Any:
+        return "none" if value is None else f"{value:g}" if isinstance(value, float) else value
+
     return [
-        f"--{name} {args[name]}"
+        f"--{name} {shown(args[name])} ({whose}: {shown(value)})"
         for name, value in setting.items()
         if name in args and args[name] != value and (args[name] is not None or args.get("recipe") != "blind")
     ]
@@ -95,53 +99,40 @@ def nearest(dataset: str, mode: str, r: float | None, wrong: float | None = None
 
 @dataclass(frozen=True)
 class Ablation:
-    """A row of the paper's Table 5: what is left out (`--ablation`), and the best accuracies on CIFAR-10 at 20, 50, 80,
-    90 % symmetric and 40 % asymmetric noise. They were entered from memory: check them against the paper before you
-    rest on a tenth."""
+    """A row of the paper's Table 5: what is left out (`--ablation`). best: (mode, r) -> best accuracy on CIFAR-10; only
+    numbers that have a source are here."""
 
     paper_name: str
-    best: tuple[float, ...]
     reading: str  # what it is here
+    best: Mapping[tuple[str, float], float] = field(default_factory=dict)
     nets: int = 2  # 1: no peer, the network divides and guesses for itself
     refine: bool = True  # whether labels of the labeled set are co-refined, or stay as given
     M: int = 2  # views of an image in guesses, refinement and the mixed batch
 
     def paper_best(self, row: Recipe) -> float | None:
-        """Table 5's value for a row of `ROWS`; None where it has none: not CIFAR-10."""
-        columns = [(each.mode, each.r) for each in ROWS if each.dataset == "cifar10"]
-        return self.best[columns.index((row.mode, row.r))] if row.dataset == "cifar10" else None
+        """Table 5's value for a row of `ROWS`, None where none is known."""
+        return self.best.get((row.mode, row.r)) if row.dataset == "cifar10" else None
 
 
 ABLATIONS = {
-    "none": Ablation("DivideMix", tuple(row.best for row in ROWS if row.dataset == "cifar10"), "nothing is left out"),
-    "no_cotraining": Ablation(
-        "DivideMix w/o co-training",
-        (95.0, 94.0, 92.6, 74.3, 91.9),
-        "one network, which divides and guesses for itself",
-        nets=1,
-    ),
+    "none": Ablation("DivideMix", "nothing is left out"),
+    "no_cotraining": Ablation("DivideMix w/o co-training", "one network, which divides and guesses for itself", nets=1),
     "no_refinement": Ablation(
-        "DivideMix w/o label refinement",
-        (96.0, 94.6, 93.0, 73.7, 87.7),
-        "labels of the labeled set stay as given",
-        refine=False,
+        "DivideMix w/o label refinement", "labels of the labeled set stay as given", refine=False
     ),
     "one_view": Ablation(
         "DivideMix w/o augmentation",
-        (95.3, 94.1, 92.2, 73.9, 89.5),
         "one view of an image instead of two in guesses, refinement and the mixed batch",
         M=1,
     ),
     "divide_mixmatch": Ablation(
         "Divide and MixMatch",
-        (94.1, 92.8, 89.7, 70.1, 86.5),
         "one network, which divides and guesses for itself; labels of the labeled set stay as given",
+        best={("sym", 0.2): 94.1, ("asym", 0.4): 86.5},
         nets=1,
         refine=False,
     ),
 }
-# Trained as DivideMix: it is no --ablation, but the peak of `test_acc_net1` of any run
-ONE_NET_TEST = Ablation("DivideMix with theta(1) test", (95.2, 94.2, 93.0, 75.5, 92.7), "net 1 alone is tested")
 
 
 def paper_results(row: Recipe, method: str = "dividemix", ablation: str = "none") -> dict[str, float]:
@@ -209,6 +200,20 @@ WEBVISION = ImageRecipe(
 )
 
 
+def in_paper(script: str, args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+    """What the paper has for the data and noise of a run of `script`: the flags that its results were made with, and
+    the results, as `paper_results` or `ImageRecipe.results` name them. Both empty where it has none."""
+    images = {"Train_clothing1M.py": CLOTHING1M, "Train_webvision.py": WEBVISION}.get(script)
+    if images:
+        return images.setting, images.results
+    r = args.get("r")
+    if not isinstance(r, int | float) or args.get("noise_definition") == "exclude_self":
+        return {}, {}
+    row, exact = nearest(args.get("dataset", ""), args.get("noise_mode", ""), r)
+    method = args.get("method", "dividemix")
+    return (setting(row, method), paper_results(row, method, args.get("ablation", "none"))) if exact else ({}, {})
+
+
 # Runs of minutes to hours on a CPU, for `reproduce.py --table here`: no paper has results for them. Flags of
 # Train_cifar.py beside the noise
 SMALL_SETS = {
@@ -219,7 +224,6 @@ SMALL_NOISE = {
     "digits": (("sym", 0.2), ("sym", 0.5), ("sym", 0.8), ("asym", 0.4)),
     "fashionmnist": (("sym", 0.5),),
 }
-SMOKE = {"limit_train": 300, "width": 4, "warm_up": 2, "num_epochs": 5}  # of digits: a test of reproduce.py, no result
 
 
 @dataclass(frozen=True)

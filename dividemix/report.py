@@ -10,14 +10,23 @@ Reads run folders only. Each page is one file that needs no network and no other
 from collections.abc import Sequence
 from pathlib import Path
 
-from dividemix import DivideMixError, clean_labels, compare, figures, label_issues, warn
-from dividemix.checkpoint import write_atomically
-from dividemix.csvfile import to_csv
-from dividemix.html_report import run_page
+from dividemix import DivideMixError, clean_labels, compare, label_issues, warn
+from dividemix.checkpoint import csv_bytes, write_atomically
 from dividemix.options import Parser, command_line
+from dividemix.page import run_page
+from dividemix.run import Run
 from dividemix.runfolder import RunFolder, read_run
 
 PAGE = "report.html"
+
+
+def of_finished(run: Run) -> None:
+    """The report of a run that has just come to its end. The run is saved: what goes wrong here is a warning."""
+    if run.ranks.first:
+        try:
+            run.say(*draw(run.folder))
+        except Exception as error:
+            warn(f"no report: {error}")
 
 
 def draw(path: Path, out: Path | None = None) -> list[str]:
@@ -26,35 +35,34 @@ def draw(path: Path, out: Path | None = None) -> list[str]:
 
 
 def draw_run(run: RunFolder, out: Path | None = None) -> list[str]:
+    from dividemix import figures  # matplotlib, which a script that trains does not wait for
+
     out = out or run.path
     out.mkdir(parents=True, exist_ok=True)
     issues = label_issues.find(run)
     drawn = figures.draw_all(run, issues, out / "figures")
-    write_atomically(out / "metrics.csv", metrics_csv(run))
+    transition = label_issues.transition_table(run)
+    if transition is not None:
+        write_atomically(out / "transition.csv", csv_bytes(transition))
     lines = []
     if issues is not None:
         files = label_issues.write(issues, out)
         lines += [*label_issues.summary(issues), f"  {', '.join(map(str, files))}"]
-    write_atomically(out / PAGE, run_page(run, issues, drawn).encode("utf-8", "backslashreplace"))
+    write_atomically(out / PAGE, run_page(run, issues, drawn))
     return [*lines, f"report: {out / PAGE}"]
-
-
-def metrics_csv(run: RunFolder) -> bytes:
-    """What the curves show: a row for each epoch, of all that metrics.jsonl has; empty where an epoch lacks it."""
-    names = dict.fromkeys(name for record in run.records for name in record)
-    return to_csv(names, ([record.get(name) for name in names] for record in run.records))
 
 
 def draw_comparison(runs: Sequence[RunFolder], out: Path) -> list[str]:
     """Make the page of several runs in `out`. -> lines for the terminal."""
+    from dividemix import figures
+
     out.mkdir(parents=True, exist_ok=True)
     agreements = {run.path: agreement(run) for run in runs}
     groups = compare.group_by_setting(runs)
     drawn = figures.draw_comparison(groups, out / "figures")
-    content = compare.comparison_page(groups, agreements, drawn)
-    write_atomically(out / PAGE, content.encode("utf-8", "backslashreplace"))
+    write_atomically(out / PAGE, compare.comparison_page(groups, agreements, drawn))
     seeds = any(len(group) > 1 for _, group in groups)
-    lines = ["", *compare.aligned(compare.spread_rows(groups, agreements)).splitlines()] if seeds else []
+    lines = ["", compare.aligned(compare.spread_table(groups, agreements))] if seeds else []
     return [*lines, f"all runs: {out / PAGE}"]
 
 
@@ -65,7 +73,7 @@ def agreement(run: RunFolder) -> label_issues.Agreement | None:
 
 def table(runs: Sequence[RunFolder]) -> str:
     """One line a run, aligned, for the terminal."""
-    return compare.aligned(compare.run_rows(runs, [agreement(run) for run in runs]))
+    return compare.aligned(compare.run_table(runs, {run.path: agreement(run) for run in runs}))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,281 +1,162 @@
-"""The numbers of the runs beside the paper's: results.csv, RESULTS.md and the curves of each row, from run folders.
+"""The numbers of the runs beside the paper's, from run folders: one table of runs, from which results.csv, RESULTS.md
+and the curves are made."""
 
-A number that stands here was read from a run that has come to its end; what was not run says so, with the command that
-runs it.
-"""
-
-import statistics
-import textwrap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from dividemix import DivideMixError, figures, measured, warn
+import pandas as pd
+
+from dividemix import DivideMixError, figures, recipes
 from dividemix.checkpoint import write_atomically
-from dividemix.csvfile import to_csv
-from dividemix.experiments import DATA, MEASURES, SMOKE, TABLES, Experiment
-from dividemix.measured import Found
-from dividemix.plan import decides
-from dividemix.runfolder import read_run
+from dividemix.compare import mean_and_deviation
+from dividemix.rows import DATA, TABLES, PlannedRun, Row, RunFiles, all_rows, read
 
+MEASURES = {  # name of a number -> its name in tables
+    **{"best": "best", "last": "last", "test_acc": "test", "test_acc_top5": "top-5"},
+    **{"imagenet_acc": "ILSVRC12", "imagenet_acc_top5": "ILSVRC12 top-5"},
+}
 LAST = 10  # epochs that "last" is the mean of
-NOTE = (
-    "Test accuracy in per cent: best is the peak over the epochs, last the mean of the last 10. Ours: mean ± standard "
-    "deviation over n seeds (none of one seed), all with the same noise; a subset of the images is drawn by each seed. "
-    "Cross-entropy beside the paper's is net 1 alone, as there. Only runs that have come to their end are in the "
-    "tables; `results.csv` has each run."
-)
+COLUMNS = ["row", "table", "seed", "setting", "finished", *MEASURES, *(f"paper_{name}" for name in MEASURES)]
+COLUMNS += ["epochs", "seconds", "commit", "torch", "python", "device", "run_folder"]
+NOTE = """Test accuracy in per cent: best is the peak over the epochs, last the mean of the last 10. Ours: mean ±
+standard deviation over n seeds, all with the same noise; a subset of the images is drawn by each seed. Cross-entropy
+beside the paper's is net 1 alone, as there. Only finished runs are in the tables; `results.csv` has each run."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One run of a row. setting: '' for the row's own, else what differs. numbers: by the names of the row's measures,
-    without those that the run does not have."""
-
-    experiment: Experiment
-    seed: int
-    setting: str
-    found: Found
-    numbers: dict[str, float]
-    is_finished: bool
-
-    @property
-    def seconds(self) -> float:
-        return sum(map(measured.seconds, self.found.records))
-
-    @property
-    def commits(self) -> list[str]:
-        """Of all starts: a run may have been continued with another version."""
-        starts = self.found.about.get("starts")
-        starts = [each for each in starts if isinstance(each, dict)] if isinstance(starts, list) else []
-        return list(dict.fromkeys(str(each.get("commit") or "-") for each in starts or [self.found.about]))
+def table_of_runs(rows: Sequence[Row], out_dir: Path) -> pd.DataFrame:
+    """A line for each run of these rows in out_dir that has an epoch. setting: '' for the row's, else what differs."""
+    lines = []
+    for row in rows:
+        for folder in sorted(out_dir.glob(f"{row.run_name}_seed*")):
+            seed, _, given = folder.name.removeprefix(f"{row.run_name}_seed").partition("_")
+            files = read(folder)
+            if not (seed.isdecimal() and files.records):
+                continue
+            about, numbers = files.about, measures(row, files)
+            line = {"row": row.name, "table": row.table, "seed": int(seed), "setting": differences(row, about, given)}
+            line["finished"] = bool(files.result) and len(files.records) >= about["args"]["num_epochs"]
+            line |= numbers | {f"paper_{name}": row.paper[name] for name in numbers}
+            line["epochs"] = len(files.records)
+            line["seconds"] = sum(v for record in files.records for k, v in record.items() if k.startswith("seconds_"))
+            line["commit"] = " ".join(dict.fromkeys(str(start["commit"]) for start in about["starts"]))
+            line |= {name: about["versions"].get(name) for name in ("torch", "python")}
+            lines.append(line | {"device": about["machine"], "run_folder": folder.name})
+    return pd.DataFrame(lines, columns=COLUMNS).astype({"finished": bool})
 
 
-def outcomes(experiment: Experiment, out_dir: Path) -> list[Outcome]:
-    """All runs of a row that are in out_dir and have an epoch, by setting and seed."""
-    runs, begin = [], f"{experiment.run_name}_seed"
-    for folder in out_dir.glob(f"{begin}*") if out_dir.is_dir() else []:
-        seed, _, end = folder.name.removeprefix(begin).partition("_")
-        found = measured.read(folder)
-        if seed.isdecimal() and found.records:
-            whole = found.is_finished(expected_epochs(found, experiment))
-            values = numbers(experiment, found)
-            runs.append(Outcome(experiment, int(seed), departs(experiment, found, end), found, values, whole))
-    return sorted(runs, key=lambda run: (run.setting, run.seed))
+def measures(row: Row, files: RunFiles) -> dict[str, float | None]:
+    """The run's value of each number that the row is about."""
+    epochs = pd.DataFrame(files.records)
+    chosen = epochs.loc[epochs["val_acc" if "val_acc" in epochs else "test_acc"].idxmax()]
+    values: dict[str, Any] = {name: chosen.get(name) for name in MEASURES}
+    if row.script == "Train_clothing1M.py":  # tested once, with each network's best epoch
+        values["test_acc"] = files.result.get("test_acc")
+    if "best" in row.paper:
+        accuracy = epochs[row.column]
+        # Of both networks: where an epoch is chosen by held-out labels, this is its accuracy, and not the peak.
+        values["best"] = epochs["best_acc"].iloc[-1] if row.column == "test_acc" else accuracy.max()
+        values["last"] = accuracy.tail(LAST).mean() if len(accuracy) >= LAST else None
+    return {name: values[name] for name in row.paper}
 
 
-def expected_epochs(found: Found, experiment: Experiment) -> int:
-    value = found.args.get("num_epochs")
-    return value if isinstance(value, int) else experiment.num_epochs
-
-
-def departs(experiment: Experiment, found: Found, end: str) -> str:
-    """What makes a run another one than the row asks for: the flags in its folder's name (`plan.variant`; what follows
-    from them is not said), those that are not the row's all the same, and whether the data are the published ones."""
-    notes = [end] if end else []
-    notes += [note for note in experiment.departures(found.args) if not decides(f"_{end}", note.split()[0][2:])]
-    lines = found.about.get("data", {})
-    lines = lines.get("lines") if isinstance(lines, dict) else None
-    official = f"(official {experiment.data})"
-    if experiment.data in ("cifar10", "cifar100") and not (isinstance(lines, list) and official in str(lines[:1])):
-        notes.append(f"not the official {experiment.data}")
+def differences(row: Row, about: dict[str, Any], given: str) -> str:
+    """What makes a run another one than the row asks for: the flags in its folder's name, those that differ all the
+    same, and data that are not the published ones."""
+    notes = [given] if given else []
+    for note in recipes.setting_differences(about["args"], row.setting, "row"):
+        notes += [] if f"_{note.split()[0][2:]}-" in f"_{given}" else [note]
+    if row.data in ("cifar10", "cifar100") and f"(official {row.data})" not in str(about["data"].get("lines")):
+        notes.append(f"not the official {row.data}")
     return ", ".join(notes)
 
 
-def numbers(experiment: Experiment, found: Found) -> dict[str, float]:
-    """The run's value of each measure of the row."""
-    own = found.column(experiment.column)
-    last = found.records[-1]
-    chosen_by = "val_acc" if "val_acc" in last else "test_acc"
-    top = max(found.records, key=lambda record: number(record.get(chosen_by)))
-    values: dict[str, Any] = {name: top.get(name) for name in MEASURES}
-    if experiment.script == "Train_clothing1M.py":  # tested once, with each network's best epoch
-        values["test_acc"] = found.result.get("test_acc")
-    if own:
-        of_both = experiment.column == "test_acc"  # where an epoch is chosen by held-out labels, this is its accuracy
-        values["best"] = last.get("best_acc", max(own)) if of_both else max(own)
-        values["last"] = statistics.fmean(own[-LAST:]) if len(own) >= LAST else None
-    return {name: values[name] for name in experiment.paper if isinstance(values.get(name), int | float)}
+def hours_left(run: PlannedRun, table: pd.DataFrame) -> float | None:
+    """By what an epoch took in runs of the same data, method and flags after --; None where there are none."""
+    kinds = {row.name: (row.data, row.setting.get("method"), row.setting.get("ablation")) for row in all_rows()}
+    like = table[(table.row.map(kinds) == kinds[run.row.name]) & (table.setting == run.given)]
+    if like.empty:
+        return None
+    left = max(run.num_epochs - len(read(run.folder).records), 0)
+    return left * like.seconds.sum() / like.epochs.sum() / 3600
 
 
-def number(value: Any) -> float:
-    """0 for what is none."""
-    return value if isinstance(value, int | float) else 0.0
+def write(chosen: Sequence[Row], out_dir: Path) -> list[Path]:
+    """Write results.csv, RESULTS.md and curves of these rows and of all that have runs. Raises DivideMixError."""
+    table = table_of_runs(all_rows(), out_dir)
+    rows = [row for row in all_rows() if row in chosen or row.name in {*table.row}]
+    groups = dict(list(table.groupby("row")))
+    drawn = [row for row in rows if row.name in groups and row.name == row.run_name]
+    panels = {row.name: lambda axes, row=row: draw(axes, row, groups[row.name], out_dir) for row in drawn}
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        curves = figures.write_panels(panels, out_dir / "curves")
+        write_atomically(out_dir / "results.csv", table.to_csv(index=False, float_format="%.4f").encode())
+        write_atomically(out_dir / "RESULTS.md", markdown(rows, table, curves).encode())
+    except OSError as error:
+        raise DivideMixError(f"--out_dir {out_dir}: cannot be written ({error.strerror}); choose another") from error
+    return [out_dir / "results.csv", out_dir / "RESULTS.md"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# results.csv
+def draw(axes: Any, row: Row, runs: pd.DataFrame, out_dir: Path) -> None:
+    """Accuracy over the epochs, a colour for each setting, and the paper's numbers as lines."""
+    for i, (setting, group) in enumerate(runs.groupby("setting")):
+        for label, name in enumerate(group.run_folder):
+            epochs = pd.DataFrame(read(out_dir / name).records)
+            y = epochs[row.column if row.column in epochs else "val_acc"]
+            shown = None if label else (setting[:40] or "as the row says")
+            axes.plot(epochs["epoch"], y, color=f"C{i}", marker="." if len(y) < 30 else "", label=shown)
+    # Clothing1M's curves are of its validation set: its test accuracy is no line there.
+    for name, value in row.paper.items() if row.column in epochs else ():
+        if value is not None and name in ("best", "last", "test_acc"):
+            axes.axhline(value, ls=":" if name == "last" else "--", color="#333333", label=f"paper, {MEASURES[name]}")
+    figures.finish_axes(axes, row.name, "%")
 
 
-def results_csv(runs: Sequence[Outcome]) -> bytes:
-    """A line for each run, also for those that are under way."""
-    head = ["row", "table", "seed", "setting", "finished", *MEASURES, *(f"paper_{name}" for name in MEASURES)]
-    head += ["epochs", "seconds", "commit", "torch", "python", "device", "run_folder"]
-    rows = []
-    for run in runs:
-        experiment, about = run.experiment, run.found.about
-        own = [f"{run.numbers[name]:.4f}" if name in run.numbers else "" for name in MEASURES]
-        paper = ["" if experiment.paper.get(name) is None else experiment.paper[name] for name in MEASURES]
-        versions = about.get("versions") if isinstance(about.get("versions"), dict) else {}
-        row = [experiment.name, experiment.table, run.seed, run.setting or "the row's", run.is_finished, *own, *paper]
-        row += [len(run.found.records), f"{run.seconds:.1f}", " ".join(run.commits)]
-        row += [versions.get("torch", ""), versions.get("python", ""), about.get("machine", ""), run.found.folder.name]
-        rows.append(row)
-    return to_csv(head, rows)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# RESULTS.md
-
-
-def markdown(
-    experiments: Sequence[Experiment],
-    runs: dict[str, list[Outcome]],
-    command: Callable[[Experiment], str],
-    curves: dict[str, str],
-) -> str:
-    """runs: of each row, by its name; command: what makes a row; curves: of a row, the figure's path."""
-    lines = ["# Results", "", NOTE]
-    finished = [run for each in runs.values() for run in each if run.is_finished]
-    machines = sorted({str(run.found.about.get("machine")) for run in finished})
-    lines += ["", *(f"Made on: {machine}." for machine in machines)] if machines else []
-    for table, title in (TABLES | {SMOKE: "In miniature: a test of the machinery, no results"}).items():
-        rows = [experiment for experiment in experiments if experiment.table == table]
-        if rows:
-            lines += ["", f"## {title}", "", *table_lines(rows, runs, command)]
-            images = [f"![{row.name}]({curves[row.name]})" for row in rows if row.name in curves]
-            lines += ["", *images] if images else []
+def markdown(rows: Sequence[Row], table: pd.DataFrame, curves: Collection[str]) -> str:
+    """A line for each row and setting; of a row that was not run, its command. curves: rows that have a figure."""
+    finished = table[table.finished]
+    lines = ["# Results", "", NOTE, "", *(f"Made on: {device}." for device in sorted(finished.device.unique()))]
+    for number, title in TABLES.items():
+        if not (rows_here := [row for row in rows if row.table == number]):
+            continue
+        names = list(dict.fromkeys(name for row in rows_here for name in row.paper))
+        numbers = " / ".join(MEASURES[name] for name in names)
+        head = ["row", f"paper: {numbers}", f"ours: {numbers}", "difference", "n", "epochs", "seconds a run", "commit"]
+        head.append("differs from the row's setting")
+        lines += ["", f"## {title}", "", joined(head), joined(["---"] * len(head))]
+        for row in rows_here:
+            runs = finished[finished.row == row.name]
+            paper = paper_numbers(row, names)
+            if not (runs.setting == "").any():
+                begun = ((table.row == row.name) & (table.setting == "")).sum()
+                needs = f": needs {DATA[row.data].title}" if DATA[row.data].folder else ""
+                state = f"{begun} begun" if begun else f"not run{needs}"
+                lines.append(joined([row.name, paper, f"{state}; `python reproduce.py --rows {row.name}`", *[""] * 6]))
+            for setting, group in runs.groupby("setting"):
+                lines.append(joined([row.name, paper, *cells(row, names, group), setting]))
+        images = [f"![{row.name}](curves/{row.name}.png)" for row in rows_here if row.name in curves]
+        lines += ["", *images] if images else []
     return "\n".join(lines) + "\n"
 
 
-def table_lines(
-    rows: Sequence[Experiment], runs: dict[str, list[Outcome]], command: Callable[[Experiment], str]
-) -> list[str]:
-    names = list(dict.fromkeys(name for row in rows for name in row.paper))
-    measures = " / ".join(MEASURES[name] for name in names)
-    with_paper = any(value is not None for row in rows for value in row.paper.values())
-    head = ["row", *([f"paper: {measures}"] if with_paper else []), f"ours: {measures}"]
-    head += [*(["difference"] if with_paper else []), "n", "epochs", "seconds a run", "commit", "not the row's"]
-    lines = [joined(head), joined(["---"] * len(head))]
-    for row in rows:
-        finished = [run for run in runs.get(row.name, []) if run.is_finished]
-        settings = list(dict.fromkeys(run.setting for run in finished))
-        for setting in settings:
-            group = [run for run in finished if run.setting == setting]
-            lines.append(joined(group_cells(row, names, group, with_paper)))
-        if "" not in settings:
-            begun = sum(not run.is_finished for run in runs.get(row.name, []))
-            why = DATA[row.data].title if DATA[row.data].folder else ""
-            state = f"{begun} begun" if begun else f"not run: needs {why}" if why else "not run"
-            own = [f"{state}; `{command(row)}`", *([""] if with_paper else []), "", "", "", "", ""]
-            lines.append(joined([row.name, *([papers(row, names)] if with_paper else []), *own]))
-    return lines
-
-
-def group_cells(row: Experiment, names: Sequence[str], group: Sequence[Outcome], with_paper: bool) -> list[str]:
-    """A row's line: of the runs of one setting, finished ones."""
-    values = {name: [run.numbers[name] for run in group if name in run.numbers] for name in names}
-    differences = [
-        "-"
-        if row.paper.get(name) is None or not values[name]
-        else f"{statistics.fmean(values[name]) - row.paper[name]:+.2f}"
-        for name in names
-    ]
-    epochs = sorted({len(run.found.records) for run in group})
-    commits = sorted({commit for run in group for commit in run.commits})
-    return [
-        row.name,
-        *([papers(row, names)] if with_paper else []),
-        " / ".join(spread(values[name]) for name in names),
-        *([" / ".join(differences)] if with_paper else []),
-        str(len(group)),
-        ", ".join(map(str, epochs)),
-        f"{statistics.fmean(run.seconds for run in group):.0f}",
-        ", ".join(short_commit(commit) for commit in commits),
-        group[0].setting,
-    ]
-
-
-def papers(row: Experiment, names: Sequence[str]) -> str:
+def paper_numbers(row: Row, names: Sequence[str]) -> str:
     values = [row.paper.get(name) for name in names]
     return " / ".join("-" if v is None else f"{v:.1f}" if round(v, 1) == v else f"{v:.2f}" for v in values)
 
 
-def spread(values: Sequence[float]) -> str:
-    """'94.55 ± 0.12'; of one seed without the latter."""
-    if not values:
-        return "-"
-    mean = f"{statistics.fmean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
-
-
-def short_commit(commit: str) -> str:
-    name, plus, _ = commit.partition("+")
-    return name[:9] + ("+" if plus else "")
+def cells(row: Row, names: Sequence[str], group: pd.DataFrame) -> list[str]:
+    """Of the finished runs of one row and setting: ours, difference, n, epochs, seconds a run, commits."""
+    ours, difference = [], []
+    for name in names:
+        known, paper = group[name].notna().all(), row.paper.get(name)
+        ours.append(mean_and_deviation(group[name]))
+        difference.append(f"{group[name].mean() - paper:+.2f}" if known and paper is not None else "-")
+    commits = sorted({commit[:9] + "+" * ("+" in commit) for text in group.commit for commit in text.split()})
+    epochs = ", ".join(map(str, sorted(group.epochs.unique())))
+    shared = [str(len(group)), epochs, f"{group.seconds.mean():.0f}", ", ".join(commits)]
+    return [" / ".join(ours), " / ".join(difference), *shared]
 
 
 def joined(row: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Curves, and all files
-
-
-def draw_curves(experiments: Sequence[Experiment], runs: dict[str, list[Outcome]], folder: Path) -> dict[str, str]:
-    """A figure of each row that has runs: test accuracy over the epochs, a style for each setting, and the paper's
-    numbers as lines. -> their paths, from the folder above"""
-    drawn: dict[str, str] = {}
-    for row in experiments:
-        groups: dict[str, list[Any]] = {}
-        for run in runs.get(row.name, []) if row.run_name == row.name else []:
-            try:
-                groups.setdefault(run.setting or "as the row says", []).append(read_run(run.found.folder))
-            except DivideMixError as error:
-                warn(f"no curve: {error}")
-        if groups:
-
-            def draw(axes: Any, row: Experiment = row, groups: dict[str, list[Any]] = groups) -> None:
-                # Cross-entropy beside the paper's is net 1; the curves of Clothing1M are of its validation set.
-                comparable = row.column == "test_acc" and row.script != "Train_clothing1M.py"
-                for name, style in (("best", "--"), ("last", ":"), ("test_acc", "--")):
-                    if comparable and row.paper.get(name) is not None:
-                        axes.axhline(
-                            row.paper[name], linestyle=style, color=figures.LINE, label=f"paper, {MEASURES[name]}"
-                        )
-                named = [(textwrap.shorten(each.replace("_", " "), 40), own) for each, own in groups.items()]
-                figures.overlay(axes, named, None)
-                axes.set_title(f"{row.name}: {axes.get_title()}", fontsize=11)
-
-            figures.write_panels({row.name: draw}, folder)
-            drawn[row.name] = f"{folder.name}/{row.name}.png"
-    return drawn
-
-
-def curves_or_warning(*args: Any) -> dict[str, str]:
-    """As `draw_curves`: a figure must not lose the tables."""
-    try:
-        return draw_curves(*args)
-    except Exception as error:
-        warn(f"no curves: {error}")
-        return {}
-
-
-def write(
-    experiments: Sequence[Experiment], out_dir: Path, command: Callable[[Experiment], str], with_curves: bool = True
-) -> list[Path]:
-    """Write results.csv, RESULTS.md and the curves of these rows into out_dir. -> the files. Raises DivideMixError."""
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        runs = {experiment.name: outcomes(experiment, out_dir) for experiment in experiments}
-        curves = curves_or_warning(experiments, runs, out_dir / "curves") if with_curves else {}
-        files = {
-            "results.csv": results_csv([run for each in runs.values() for run in each]),
-            "RESULTS.md": markdown(experiments, runs, command, curves).encode(),
-        }
-        for name, content in files.items():
-            write_atomically(out_dir / name, content)
-    except OSError as error:
-        raise DivideMixError(f"--out_dir {out_dir}: cannot be written ({error.strerror}); choose another") from error
-    return [out_dir / name for name in files]

@@ -7,9 +7,11 @@ process dies, the logs are not ahead of the checkpoint.
 """
 
 import contextlib
+import datetime
 import io
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import nn
 from torch.optim import Optimizer
@@ -33,15 +36,15 @@ from dividemix.checkpoint import (
     load_file,
     load_last,
     load_weights,
+    lock_file,
     read_file,
     save_last,
     share,
-    to_bytes,
     write_atomically,
+    write_state,
 )
 from dividemix.codivide import Division, Mixture
 from dividemix.engine import DataSet, MixMatch, Phase, PhaseTerms
-from dividemix.lock import lock, set_aside
 from dividemix.logs import Logs
 from dividemix.provenance import commit, versions
 from dividemix.runtime import PLAIN, Runtime, load_optimizer
@@ -115,11 +118,14 @@ class Run:
         try:
             self._new = fresh or not folder.exists()
             if fresh and folder.exists():
-                with lock(folder):  # not away from under a process that trains in it
+                lock = lock_folder(folder)  # not away from under a process that trains in it
+                try:
                     self._aside = set_aside(folder)
+                finally:
+                    lock.release()
                 print(f"--fresh: {folder} moved to {self._aside}")
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(folder)
+            self._lock = lock_folder(folder)
         except OSError as error:
             raise DivideMixError(
                 f"run folder {folder} cannot be written: {error.strerror}; choose --out_dir or --run_dir"
@@ -131,7 +137,7 @@ class Run:
                 if orphan.is_file():
                     orphan.unlink()
         except BaseException:
-            self._lock.close()
+            self._lock.release()
             raise
         return state
 
@@ -162,7 +168,7 @@ class Run:
 
     def say(self, *lines: str) -> None:
         """Print, once for all ranks."""
-        if self.ranks.first:
+        if lines and self.ranks.first:
             print(*lines, sep="\n", flush=True)
 
     def save_labels(self, **arrays: np.ndarray) -> None:
@@ -174,15 +180,6 @@ class Run:
             content = io.BytesIO()
             np.savez(content, **arrays)
             write_atomically(self.folder / "labels.npz", content.getbuffer())
-
-    def save_file(self, name: str, content: bytes) -> None:
-        """A small file of the folder; one that holds this already is left as it is. Raises DivideMixError."""
-        path = self.folder / name
-        try:
-            if self.ranks.first and not (path.is_file() and path.read_bytes() == content):
-                write_atomically(path, content)
-        except OSError as error:
-            raise DivideMixError(f"{path} cannot be written: {error.strerror}") from error
 
     def start(
         self,
@@ -382,7 +379,7 @@ class Run:
             except (OSError, DivideMixError) as error:
                 warn(f"{path}: the best weights of net {k + 1} are lost, those of epoch {last} stand in: {error}")
                 epochs[k] = last
-        write_atomically(path, to_bytes({"nets": nets, "epochs": epochs, "config": self.config}))
+        write_state(path, {"nets": nets, "epochs": epochs, "config": self.config})
         return epochs
 
     def best_networks(self) -> list[dict[str, Any]]:
@@ -401,13 +398,6 @@ class Run:
             write_atomically(self.folder / "result.json", json.dumps(final, indent=1, allow_nan=False).encode())
             lines = [*map(self.logs.acc, self.records), self.logs.final(final)]
             write_atomically(self.folder / "acc.txt", "".join(lines).encode())
-            try:
-                from dividemix import report
-
-                for line in report.draw(self.folder):
-                    self.say(line)
-            except Exception as error:  # the run is saved: a plot must not lose it
-                warn(f"no report: {error}")
         return final
 
     def close(self) -> None:
@@ -416,7 +406,7 @@ class Run:
             with contextlib.suppress(OSError):
                 self._board.close()
         if self._lock:
-            self._lock.close()
+            self._lock.release()
 
     def __enter__(self) -> "Run":
         return self
@@ -461,6 +451,36 @@ class RunPhase(Phase):
         self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - self.begin
         if isinstance(error, Diverged):
             raise Diverged(f"epoch {self.epoch}: {error}") from error
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """The folder's lock, held until it is released. Raises DivideMixError where another process holds it, OSError."""
+    before = folder.stat()
+    try:
+        lock = lock_file(folder / ".lock")
+        if os.path.samestat(before, folder.stat()):
+            return lock
+        lock.release()  # opened, and locked too late
+    except Timeout as error:
+        raise DivideMixError(
+            f"another process is training in {folder}: wait for it, or give this run another --id"
+        ) from error
+    except FileNotFoundError:
+        pass
+    raise DivideMixError(f"another process has just moved {folder} aside: give the same command again")
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a folder to <name>.<time>, never deleting anything. -> its new name. Raises DivideMixError for a path
+    that ends in no name."""
+    if folder.name in ("", ".."):
+        raise DivideMixError(f"--fresh cannot move {folder} aside: give --run_dir with the folder's name")
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    aside, k = folder.with_name(f"{folder.name}.{stamp}"), 1
+    while aside.exists():
+        aside, k = folder.with_name(f"{folder.name}.{stamp}-{k}"), k + 1
+    folder.rename(aside)
+    return aside
 
 
 # ---------------------------------------------------------------------------------------------------------------------

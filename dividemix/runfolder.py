@@ -1,5 +1,5 @@
-"""Reading a run folder: what a run left, as the report needs it. A run of an older version, or one under way, lacks
-some of it; damaged files count as missing, with a warning."""
+"""Reading a run folder: what a run left, as the report needs it. A run under way lacks some of it; damaged files count
+as missing, with a warning."""
 
 import json
 from dataclasses import dataclass
@@ -79,6 +79,10 @@ class RunFolder:
         """A metric over the epochs, None where it has no value."""
         return [record.get(name) for record in self.records]
 
+    def numbers(self, name: str) -> list[float]:
+        """The same, epochs without a value left out."""
+        return [value for value in self.column(name) if isinstance(value, int | float)]
+
 
 def read_run(path: Path) -> RunFolder:
     """Raises DivideMixError where there is no run, or none with a finished epoch."""
@@ -103,10 +107,8 @@ def read_run(path: Path) -> RunFolder:
         raise DivideMixError(f"{path} is not a run folder ({error})") from error
     if not records:
         raise DivideMixError(f"{path} has no finished epoch yet")
-    labels = arrays(path / "labels.npz")
-    parts = {"labels": labels, "histograms": read_histograms(path, labels, records[-1]["epoch"])}
-    parts |= {name: arrays(path / f"{name}.npz") for name in ("label_scores", "thumbnails")}
-    return RunFolder(path, about, records, read_result(path), **parts)
+    parts = {name: arrays(path / f"{name}.npz") for name in ("labels", "label_scores", "thumbnails")}
+    return RunFolder(path, about, records, read_result(path), **parts, histograms=read_histograms(path))
 
 
 def usable(values: dict[str, Any]) -> dict[str, Any]:
@@ -122,12 +124,12 @@ def read_result(path: Path) -> dict[str, Any]:
         return {}
 
 
-def read_histograms(path: Path, labels: dict[str, NDArray], last: int) -> list[dict[str, Any]]:
-    """histograms.jsonl; of a run that is older than this file, what the last epoch's scores give."""
+def read_histograms(path: Path) -> list[dict[str, Any]]:
+    """histograms.jsonl: an object for each divided epoch."""
     try:
         lines = (path / "histograms.jsonl").read_text().splitlines()
     except (OSError, ValueError):
-        return last_histogram(path, labels, last)
+        return []
     entries = []
     for line in lines:
         try:
@@ -138,17 +140,6 @@ def read_histograms(path: Path, labels: dict[str, NDArray], last: int) -> list[d
     if len(sound) < len(lines):
         warn(f"{path / 'histograms.jsonl'}: {len(lines) - len(sound)} of {len(lines)} lines are damaged, left out")
     return sound
-
-
-def last_histogram(path: Path, labels: dict[str, NDArray], last: int) -> list[dict[str, Any]]:
-    files = sorted((path / "scores").glob("epoch_*.npz"), key=lambda file: (len(file.name), file.name))
-    scores = arrays(files[-1]) if files else {}
-    truly_clean = labels["given"] == labels["true"] if "true" in labels else None
-    try:
-        entry = {"epoch": last, **histograms.count(scores, truly_clean)}
-    except (KeyError, ValueError, TypeError, IndexError):  # other arrays than a run writes
-        return []
-    return [entry] if len(entry) > 1 and histograms.is_sound(entry) else []
 
 
 def arrays(path: Path) -> dict[str, NDArray]:

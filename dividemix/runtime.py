@@ -1,10 +1,11 @@
 """How the algorithm is run: device, precision, memory format, compiled, captured. What is computed: see `engine`."""
 
+import contextlib
 import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dividemix import DivideMixError, warn
 from dividemix.graph import CapturedStep, Place, preserved
-from dividemix.layers import GroupedBatchNorm2d, SmallMapConv2d, can_merge, grouped
+from dividemix.layers import GroupedBatchNorm2d, can_merge, grouped
 from dividemix.ranks import Ranks, from_environment, join
 
 
@@ -26,17 +27,16 @@ class Runtime:
     """One device and how it is used. Without more than a device it is the reference: eager, fp32, each forward apart.
 
     precision: 'fp32' (no TF32) or 'bf16' (autocast; head and losses in float32). merge: several batches of one size
-    go through a network together. small_convs: see `layers.SmallMapConv2d`. compile: torch.compile fuses what stands
-    between the convolutions. graph: training steps are captured in CUDA graphs. Compile and graph are for steady
-    shapes, the full batches: partial ones run eagerly. Where either fails, that is said once and the run goes on
-    without it. ranks: the processes that train together; each forward with gradients averages them over these.
+    go through a network together. compile: torch.compile fuses what stands between the convolutions. graph: training
+    steps are captured in CUDA graphs. Compile and graph are for steady shapes, the full batches: see `run_partial` for
+    others. Where either fails, that is said once and the run goes on without it. ranks: the processes that train
+    together; each forward with gradients averages them over these.
     """
 
     device: torch.device
     precision: str = "fp32"
-    memory_format: torch.memory_format = torch.channels_last
+    memory_format: torch.memory_format = torch.contiguous_format
     merge: bool = False
-    small_convs: bool = False
     compile: bool = False
     graph: bool = False
     ranks: Ranks = field(default_factory=Ranks)
@@ -50,8 +50,6 @@ class Runtime:
         for module in net.modules():
             if self.merge and type(module) is nn.BatchNorm2d:
                 module.__class__, module.groups = GroupedBatchNorm2d, 1  # its own 1: torch.compile guards on it
-            elif self.small_convs and SmallMapConv2d.replaces(module):
-                module.__class__ = SmallMapConv2d
         net = net.to(self.device, memory_format=self.memory_format)
         if self.ranks.world > 1:
             # Running statistics are each rank's own during a phase; `Ranks.average_buffers` ends it.
@@ -122,6 +120,12 @@ class Runtime:
         if key not in self.steps:
             self.steps[key] = self._steady(step, inputs, state())
         return self.steps[key](*inputs)
+
+    def run_partial(self, step: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        """step(forward, *inputs) for a batch whose size may never come again: eager and without cuDNN's autotuning,
+        which tries many kernels for every convolution of a new size (2.4 s for one batch on an H200)."""
+        with without_autotuning():
+            return step(self.forward, *inputs)
 
     def _steady(self, step, inputs: Sequence[Tensor], state: list[Tensor]) -> Callable[..., Tensor]:
         """Compile and capture, as far as this runtime does; the step is not applied."""
@@ -202,6 +206,18 @@ PLAIN = Runtime(torch.device("cpu"))  # the reference
 
 def call(net: nn.Module, x: Tensor) -> Tensor:
     return net(x)
+
+
+@contextlib.contextmanager
+def without_autotuning() -> Iterator[None]:
+    """cuDNN takes the kernel that its heuristic names. The flag is the process's: it holds for autograd's thread too.
+    torch.backends.cudnn.flags would set all others to its own defaults."""
+    tuned = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = tuned
 
 
 def at_once(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
@@ -289,10 +305,10 @@ def start(
     return Runtime(
         chosen,
         precision,
-        # On a CPU, channels_last is vectorised over channels: fewer than 16 leave its vector units half empty.
+        # On a CPU, channels_last is vectorised over channels: fewer than 16 leave its vector units half empty. With
+        # fewer than 8, the backward pass of strided 1x1 convolutions writes out of bounds on AVX2 (torch 2.14.1).
         torch.contiguous_format if on_cpu and width < 16 else torch.channels_last,
         merge=compile or graph,  # on a CPU it measured no faster
-        small_convs=on_cpu and precision == "bf16",
         compile=compile,
         graph=graph,
         ranks=ranks,

@@ -29,7 +29,7 @@ from dividemix import DivideMixError, augment, imagestore, warn
 from dividemix.codivide import Division
 from dividemix.data import Batch, Batches, plan_mixmatch, plan_warmup
 from dividemix.filelist import Boundary, ImageList
-from dividemix.images import BadImage, Views, read
+from dividemix.images import BadImage, Views, load, said
 from dividemix.imagestore import Cache, Kept
 from dividemix.runtime import Runtime
 from dividemix.workers import PART, Failure, Part, Reader, Task, Workers, explained
@@ -37,6 +37,7 @@ from dividemix.workers import PART, Failure, Part, Reader, Task, Workers, explai
 KEEP = ("auto", "host", "device", "no")  # where images with keep=True are kept
 _ALIVE = 2  # data sets kept at the same time: one of each network
 _SHARE = 0.6  # of the memory that is there, for them
+_READ = 128  # beside the changes of `images.Shown`, for an image that has been read
 _AHEAD, _THREADS = 4, 3  # batches cut from memory before they are asked for, and by how many threads
 
 
@@ -73,6 +74,8 @@ class Pipeline:
         self.on_card = self.device.type == "cuda"
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.caches: dict[str, str] = {}  # list -> its cache, once it is there
+        self._seen = {name: np.zeros(len(images), np.uint8) for name, images in self.lists.items()}
+        self._is_said = False
         self.workers = Workers(Reader(lists, views), workers, self.on_card, self._refusal, context)
         self.normalise = Normalise(mean, std, self.device)
         self._kept_for: tuple[int, torch.device | None] | None = None  # how many images, and where
@@ -130,7 +133,19 @@ class Pipeline:
 
     def read(self, tasks: Iterable[Task]) -> Iterator[Part]:
         """The parts in the order of the tasks. Raises DivideMixError for a bad image and for a worker that died."""
-        return self.workers.run(tasks)
+        for part in self.workers.run(tasks):
+            self._seen[part.name][part.index] = part.changes | _READ
+            yield part
+
+    def said(self) -> list[str]:
+        """How many of the images that have been read were turned, put on white, or scaled to eight bits: a line, once,
+        as soon as there are such images. Every rank must come to it: with several, each has read its share."""
+        seen = torch.from_numpy(np.concatenate([*self._seen.values()])).to(self.device)
+        seen = self.ranks.maximum(seen).cpu().numpy()
+        if self._is_said or not seen.any():
+            return []
+        self._is_said = True
+        return said(seen[seen > 0])
 
     def _refusal(self, failure: Failure) -> DivideMixError:
         if failure.i < 0:
@@ -260,7 +275,7 @@ class StreamedImages:
         cache, boundary = path and Cache.open(path, len(images)), Boundary(images.root)
         for i in self.index[rows].tolist():
             try:
-                yield cache.image(i) if cache else np.asarray(read(images.path(i), boundary))
+                yield cache.image(i) if cache else np.asarray(load(images.path(i), boundary, images.as_shown).image)
             except BadImage as error:
                 raise DivideMixError(f"{images.path(i)}: {error}") from error
 

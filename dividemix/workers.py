@@ -1,7 +1,7 @@
 """Processes that read images: tasks in, uint8 pixels out, in order. The same ones from the start of a run to its end.
 
     workers = Workers(Reader(lists, views), number=4, pin=False)
-    for part in workers.run(tasks): ...                         # Part(pixels, sizes) of each task
+    for part in workers.run(tasks): ...                         # a Part of each task
     workers.close()
 
 A worker decides and draws nothing: a task says which images and carries the seeds of their views. So what comes out
@@ -44,10 +44,14 @@ class Task(NamedTuple):
 
 class Part(NamedTuple):
     """A task's result. pixels uint8: training views (V, n, S, S, 3), or evaluation views (n, S, S, 3), or whole images,
-    one after the other in one dimension, with their `sizes` int32 (n, 2), height and width."""
+    one after the other in one dimension. Of the images `index` (n,) of the list `name`: their resized `sizes` int32
+    (n, 2), height and width, and the `changes` uint8 (n,) of `images.Shown`."""
 
+    name: str
+    index: NDArray[np.int64]
     pixels: Tensor
-    sizes: NDArray[np.int32] | None = None
+    sizes: NDArray[np.int32]
+    changes: NDArray[np.uint8]
 
 
 class Failure(NamedTuple):
@@ -70,32 +74,35 @@ class Reader:
         self._boundaries: dict[str, Boundary] = {}
         self._caches: dict[str, Cache] = {}
 
-    def image(self, name: str, cache: str | None, i: int) -> NDArray[np.uint8]:
-        """A resized image (H, W, 3). Raises BadImage."""
+    def image(self, name: str, cache: str | None, i: int) -> tuple[NDArray[np.uint8], int]:
+        """A resized image (H, W, 3) and what was done to it (`images.Shown`). Raises BadImage."""
         if cache is not None:
             if cache not in self._caches:
                 try:
                     self._caches[cache] = Cache.open(cache, len(self.lists[name]))
                 except (OSError, ValueError, EOFError) as error:
                     raise _CacheGone(f"the cache of resized images cannot be read: {error}") from error
-            return self._caches[cache].image(i)
+            return self._caches[cache].image(i), self._caches[cache].changes[i]
         path, root = self.lists[name].path(i), self.lists[name].root
         boundary = self._boundaries.setdefault(root, Boundary(root))
-        return self.views.resized(images.read(path, boundary))
+        image, changes = images.load(path, boundary, self.lists[name].as_shown)
+        return self.views.resized(image), changes
 
     def __getitem__(self, task: Task) -> Part | Failure:
-        at = -1
+        at, sizes, changes = -1, np.zeros((len(task.index), 2), np.int32), np.zeros(len(task.index), np.uint8)
 
-        def each() -> Iterator[NDArray[np.uint8]]:
+        def resized() -> Iterator[NDArray[np.uint8]]:
             nonlocal at
-            for i in task.index.tolist():
+            for k, i in enumerate(task.index.tolist()):
                 at = i
-                yield self.image(task.name, task.cache, i)
+                image, changes[k] = self.image(task.name, task.cache, i)
+                sizes[k] = image.shape[:2]
+                yield image
 
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's remarks on metadata; what it cannot read is an exception
-                part = self._make(task, each())
+                pixels = torch.from_numpy(self._pixels(task, resized()))
         except BadImage as error:
             return Failure(task.name, at, str(error))
         except _CacheGone as error:
@@ -103,17 +110,15 @@ class Reader:
         if get_worker_info() is not None:
             # Not left to the queue that sends it: where shared memory is short, that would lose the result, and the
             # main process would wait for it forever.
-            part.pixels.share_memory_()
-        return part
+            pixels.share_memory_()
+        return Part(task.name, task.index, pixels, sizes, changes)
 
-    def _make(self, task: Task, each: Iterator[NDArray[np.uint8]]) -> Part:
+    def _pixels(self, task: Task, resized: Iterator[NDArray[np.uint8]]) -> NDArray[np.uint8]:
         if task.whole:
-            whole = list(each)
-            sizes = np.array([image.shape[:2] for image in whole], np.int32)
-            return Part(torch.from_numpy(np.concatenate([image.reshape(-1) for image in whole])), sizes)
+            return np.concatenate([image.reshape(-1) for image in resized])
         if task.seeds is None:
-            return Part(torch.from_numpy(self.views.eval_batch(each, len(task.index))))
-        return Part(torch.from_numpy(self.views.train_batch(each, task.seeds)))
+            return self.views.eval_batch(resized, len(task.index))
+        return self.views.train_batch(resized, task.seeds)
 
 
 class _Tasks(Sampler):

@@ -13,7 +13,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from dividemix import options
+from dividemix import engine, options
 from dividemix.codivide import Division, normalise
 from dividemix.data import DeviceImages
 from dividemix.engine import PhaseTerms
@@ -117,25 +117,25 @@ def same(state: dict, other: dict) -> bool:
 
 def note_phases(monkeypatch, script) -> list[dict]:
     """From now on the script trains nothing: every call of warmup_epoch and train_epoch is noted instead, with the
-    net's state, its data and division, the optimizer's settings and the keyword arguments."""
+    net's state, its peer, data and division, the method's settings, the phase, and the optimizer's settings."""
     calls: list[dict] = []
 
-    def stub(kind: str):
-        def phase(net, *others, **flags) -> PhaseTerms:
-            optimizer = next(other for other in others if isinstance(other, torch.optim.Optimizer))
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            assert {*map(id, parameters)} == {*map(id, net.parameters())}, "another net's optimizer"
-            [group] = optimizer.param_groups
-            settings = {name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")}
-            after = others[others.index(optimizer) + 1 :]
-            given = dict(zip(("data", "division"), after, strict=False))
-            calls.append({"kind": kind, "net": net, "state": snapshot(net), **settings, **given, **flags})
-            return PhaseTerms(1.0, 1.0, 0.0, 0.0)
+    def note(kind: str, net, optimizer, **given) -> PhaseTerms:
+        [group] = optimizer.param_groups
+        assert {*map(id, group["params"])} == {*map(id, net.parameters())}, "another net's optimizer"
+        settings = {name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")}
+        calls.append({"kind": kind, "net": net, "state": snapshot(net), **settings, **given})
+        return PhaseTerms(1.0, 1.0, 0.0, 0.0)
 
-        return phase
+    def warmup(net, optimizer, data, mixmatch, phase):
+        return note("warmup", net, optimizer, data=data, mixmatch=mixmatch, phase=phase)
 
-    monkeypatch.setattr(script, "warmup_epoch", stub("warmup"))
-    monkeypatch.setattr(script, "train_epoch", stub("train"))
+    def train(net, peer, optimizer, data, division, mixmatch, phase):
+        given = {"peer": peer, "data": data, "division": division, "mixmatch": mixmatch, "phase": phase}
+        return note("train", net, optimizer, **given)
+
+    monkeypatch.setattr(script, "warmup_epoch", warmup)
+    monkeypatch.setattr(script, "train_epoch", train)
     return calls
 
 
@@ -160,20 +160,20 @@ def note_co_division(monkeypatch, script) -> list[dict]:
     """From now on the script's scores and training of divided epochs are noted, with the networks as they are then, in
     the form that `assert_co_divided` takes. -> the notes, to which more are added as it runs"""
     events: list[dict] = []
-    loss, train = script.per_sample_loss, script.train_epoch
+    loss, train = engine.per_sample_loss, script.train_epoch
 
-    def spy_loss(net, data, **flags):
-        scored = loss(net, data, **flags)
+    def spy_loss(net, data, phase):
+        scored = loss(net, data, phase)
         events.append({"what": "score", "net": snapshot(net), "loss": normalise(scored.loss.numpy())})
         return scored
 
-    def spy_train(net, peer, optimizer, data, division, **flags):
+    def spy_train(net, peer, optimizer, data, division, mixmatch, phase):
         about = {"what": "train", "net": snapshot(net), "peer": snapshot(peer), "loss": division.loss}
-        terms = train(net, peer, optimizer, data, division, **flags)
+        terms = train(net, peer, optimizer, data, division, mixmatch, phase)
         events.append({**about, "after": snapshot(net)})
         return terms
 
-    monkeypatch.setattr(script, "per_sample_loss", spy_loss)
+    monkeypatch.setattr(engine, "per_sample_loss", spy_loss)
     monkeypatch.setattr(script, "train_epoch", spy_train)
     return events
 
@@ -191,5 +191,5 @@ def assert_co_divided(net2, net1, first, second) -> None:
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """The end of a run without its report, which takes seconds; so does importing it, which is left to those who do."""
+    """The end of a run without its report, which takes seconds."""
     monkeypatch.setattr("dividemix.report.draw", lambda *_: [])

@@ -73,7 +73,7 @@ def lively(arch: str, num_class: int, width: int, seed: int, images: torch.Tenso
             module.momentum = None  # so one pass gives the statistics of `images`
     with torch.no_grad():
         net(images)
-        bias = net.get_parameter(f"{networks.architecture(arch).classifier}.bias")
+        bias = net.get_parameter(f"{networks.classifier_of(net)}.bias")
         bias.sub_(net.eval()(images).mean(dim=0))
     return net
 

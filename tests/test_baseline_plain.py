@@ -1,5 +1,7 @@
 """The baseline of the speed ratio does the work that the engine does: the same step, the same losses, every sample."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from conftest import golden_weights
 
 from benchmarks import baseline_plain
 from dividemix import engine
+from dividemix.codivide import Division
 from dividemix.data import DeviceImages
 from dividemix.runtime import Runtime
 
@@ -15,16 +18,19 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
 def plain_epoch(workers: int = 0) -> baseline_plain.PlainEpoch:
-    """24 images, 14 of them labeled; batches of 4: both sets end in a partial one, the unlabeled set restarts."""
+    """24 images in batches of 4."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (34, 32, 32, 3), dtype=np.uint8)
     labels = rng.integers(0, 10, 34)
-    labeled = rng.permutation(24) < 14
-    probability = np.where(labeled, rng.uniform(0.5, 1, 24), rng.uniform(0, 0.5, 24))
-    return baseline_plain.PlainEpoch(
-        images[:24], labels[:24], probability, labeled, images[24:], labels[24:],
-        device="cpu", width=4, batch_size=4, workers=workers, eval_batch_size=10,
-    )  # fmt: skip
+    options = {"device": "cpu", "width": 4, "batch_size": 4, "workers": workers, "eval_batch_size": 10}
+    return baseline_plain.PlainEpoch(images[:24], labels[:24], images[24:], labels[24:], **options)
+
+
+def division(labeled: int) -> Division:
+    """Of 24 images, with probabilities that are all different."""
+    rng = np.random.default_rng(labeled)
+    given = baseline_plain.given(rng.permutation(24) < labeled)
+    return dataclasses.replace(given, clean_probability=given.clean_probability + rng.uniform(0, 0.1, 24))
 
 
 def test_step_is_the_engines():
@@ -83,16 +89,15 @@ def test_an_epoch_passes_once_over_the_labeled_set(monkeypatch, workers):
 
     monkeypatch.setattr(baseline_plain, "step", spy)
     plain = plain_epoch(workers)
-    seconds = plain.run()
+    divisions = [division(14), division(13)]  # both sets end in a partial batch, the unlabeled set restarts
+    seconds = plain.run(divisions)
     assert list(seconds) == ["loss", "gmm", "train1", "train2", "test"]
     assert all(value > 0 for value in seconds.values())
-    expected = torch.from_numpy(
-        plain.clean_probability[plain.labeled]
-    ).float()  # all different: they tell samples apart
-    for net in plain.nets:
+    for net, given, last, restart in zip(plain.nets, divisions, (2, 1), (2, 3), strict=True):
+        expected = torch.from_numpy(given.clean_probability[given.labeled]).float()  # they tell samples apart
         own = [(w, rows) for trained, w, rows in calls if trained is net]
-        assert [len(w) for w, _ in own] == [4, 4, 4, 2]
-        assert [rows for _, rows in own] == [4, 4, 2, 4]  # 10 unlabeled, restarted
+        assert [len(w) for w, _ in own] == [4, 4, 4, last]
+        assert [rows for _, rows in own] == [4, 4, restart, 4]  # 10 or 11 unlabeled, restarted
         torch.testing.assert_close(torch.cat([w for w, _ in own]).sort().values, expected.sort().values)
         assert net.bn1.num_batches_tracked == 5 * 4
 
@@ -101,7 +106,7 @@ def test_a_warmup_epoch_passes_once_over_all():
     """The warm-up epochs that are compared differ in their number of steps."""
     plain = plain_epoch()
     before = [net.linear.weight.detach().clone() for net in plain.nets]
-    seconds = plain.run(warmup_phase=True)
+    seconds = plain.run(None)
     assert list(seconds) == ["warmup1", "warmup2", "test"]
     assert all(value > 0 for value in seconds.values())
     for net, weight in zip(plain.nets, before, strict=True):
@@ -115,7 +120,7 @@ def test_precision_is_torchs_own():
     seen = []
     plain.test = lambda: seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark))
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, benchmark=False):
-        plain.run(warmup_phase=True)
+        plain.run(None)
         assert not torch.backends.cudnn.allow_tf32  # and the engine's own setting is back
         assert not torch.backends.cudnn.benchmark
     assert seen == [(True, True)]

@@ -1,7 +1,9 @@
 """The benchmark of saving: on a network so small that its times mean nothing."""
 
+import hashlib
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -22,6 +24,15 @@ def test_every_field_of_the_report(tmp_path, capsys):
     assert 1.5 < report["bytes"]["checkpoint"] / report["bytes"]["best"] < 2.5
     assert [file.name for file in tmp_path.iterdir()] == ["out.json"]
     assert "training waited" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="needs Linux")
+def test_a_thread_that_holds_the_gil_is_told_from_one_that_does_not():
+    """Else the benchmark says that saving is free while the loss pass beside it stands still."""
+    text, data = "x" * 20_000_000, bytes(200_000_000)
+    holding = bench_checkpoint.kept_waiting(lambda: [text.upper() for _ in range(5)], 3)
+    free = bench_checkpoint.kept_waiting(lambda: hashlib.sha256(data).hexdigest(), 3)
+    assert holding > 0.05 and free < holding / 2
 
 
 @pytest.mark.parametrize("flags", [("--repeats", "0"), ("--samples", "1"), ("--epoch_seconds", "-1")])

@@ -18,23 +18,60 @@ TINY = "--samples 40 --labeled 16 --test_samples 10 --width 4 --batch_size 8 --r
 def test_operations_are_those_of_the_design():
     """The floor and the share of the peak stand and fall with the count: 1,132 TFLOP an epoch of CIFAR-10, half of it
     labeled, 355 a warm-up epoch."""
-    labeled = np.arange(50000) < 25000
-    work = bench_cifar.Work(labeled, labeled, labeled, np.empty(10000), np.empty(10000))
+    images, test = np.empty(50000), np.empty(10000)
+    work = bench_cifar.Work(images, images, 25000, test, test)
     divided, warmup = work.operations(width=64)
     assert divided == pytest.approx(1132e12, rel=2e-3)
     assert warmup == pytest.approx(355e12, rel=2e-3)
     assert divided / bench_cifar.FLOOR_RATE == pytest.approx(1.43, abs=0.005)
 
 
+def labeled_sizes(divisions) -> list[int]:
+    return [int(division.labeled.sum()) for division in divisions]
+
+
+def test_divisions_change_from_epoch_to_epoch_within_two_per_cent():
+    """Divisions of one size hide what a new size costs; drawn anew in each run, they make two runs different work."""
+    work = bench_cifar.Work.random(5000, 2500, 1)
+    sizes = [labeled_sizes(work.divisions(epoch)) for epoch in range(10)]
+    assert sizes == [labeled_sizes(work.divisions(epoch)) for epoch in range(10)]
+    each = [size for pair in sizes for size in pair]
+    assert 2450 <= min(each) < 2475 and 2525 < max(each) <= 2550
+    assert len({size % 64 for size in each}) > 8  # of the last batch, both nets'
+    one, other = work.divisions(3)
+    assert not np.array_equal(one.labeled, other.labeled)
+    assert np.array_equal(one.clean_probability > one.threshold, one.labeled)
+
+
+def test_all_that_is_compared_has_the_same_divisions(monkeypatch):
+    """A ratio of two epochs of different work says nothing; and a slow epoch that the mean hides is lost."""
+    seen = {}
+
+    def run(self, divisions):
+        if divisions:
+            seen.setdefault(id(self), []).append(labeled_sizes(divisions))
+        names = ["loss", "gmm", "train1", "train2", "test"] if divisions else ["warmup1", "warmup2", "test"]
+        seconds = dict.fromkeys(names, 1.0)
+        return seconds | {"epoch": 9.0 if len(seen.get(id(self), [])) == 4 else 5.0}
+
+    monkeypatch.setattr(bench_cifar.FastEpoch, "run", run)
+    monkeypatch.setattr(bench_cifar.PlainEpoch, "run", run)
+    flags = "--samples 800 --labeled 400 --test_samples 8 --width 4 --batch_size 8 --device cpu --warmups 1 --repeats 4"
+    report = bench_cifar.main([*flags.split(), "--against_plain", "--ablate"])
+    assert len(seen) == 2 + len(report["ablation_epoch_seconds"])
+    assert all(sizes == report["labeled_sizes"] for sizes in seen.values())
+    assert len(report["labeled_sizes"]) == 5 and len({one for one, _ in report["labeled_sizes"]}) > 1
+    assert (report["epoch_seconds"], report["mean_epoch_seconds"]) == (5.0, 6.0)
+    assert (report["plain_epoch_seconds"], report["mean_plain_epoch_seconds"]) == (5.0, 6.0)
+    assert set(report["mean_ablation_epoch_seconds"].values()) == {6.0}
+    assert bench_cifar.parse_args([]).repeats >= 8
+
+
 def test_the_work_is_random_and_the_division_as_asked():
     """Zeros run faster than images do, and another number of labeled images is another amount of work."""
     work = bench_cifar.Work.random(100, 37, 20)
-    assert (len(work.images), len(work.labels), int(work.division().labeled.sum()), len(work.test_images)) == (
-        100,
-        100,
-        37,
-        20,
-    )
+    sizes = [len(work.images), len(work.labels), *labeled_sizes(work.divisions(0)), len(work.test_images)]
+    assert sizes == [100, 100, 37, 37, 20]
     assert work.images.std() > 70 and len(np.unique(work.labels)) == 10
 
 
@@ -50,6 +87,8 @@ def test_every_field_of_the_report(tmp_path, capsys):
     phases = report["phase_seconds"]
     assert set(phases) == {"loss", "gmm", "train1", "train2", "test", "warmup1", "warmup2"}
     assert min(phases.values()) > 0
+    assert set(report["mean_phase_seconds"]) == set(phases) and report["labeled_sizes"] == [[16, 16]] * 2
+    assert report["mean_epoch_seconds"] == pytest.approx(sum(report["all_epoch_seconds"]) / 2)
     assert set(report["plain_phase_seconds"]) == {"loss", "gmm", "train1", "train2", "test"}
     assert 0 < report["share_of_peak"] < 1 and report["ratio_to_floor"] > 1
     assert "evaluation in large batches (128)" in report["ablation_epoch_seconds"]
@@ -76,7 +115,7 @@ def test_a_wrong_engine_fails_the_check(monkeypatch):
 
 def test_each_optimisation_of_a_card_is_ablated():
     """A speed-up that cannot be switched off alone cannot be shown to be one."""
-    card = bench_cifar.Runtime(torch.device("cuda"), "bf16", merge=True, compile=True, graph=True)
+    card = bench_cifar.Runtime(torch.device("cuda"), "bf16", torch.channels_last, merge=True, compile=True, graph=True)
     off = bench_cifar.variants(card, 1000)
     changed = {name: machine for name, (machine, _) in off.items()}
     assert changed["bf16 (fp32 instead)"].precision == "fp32"

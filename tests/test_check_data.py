@@ -49,6 +49,14 @@ SOUND = {
 }
 
 
+def test_what_training_refuses_is_named_by_a_full_check(folder):
+    """--skip_bad_images would leave in what ends the run, which sends the user to it."""
+    (folder / "photo.jpg").unlink()
+    Image.fromarray(np.full((8, 8), 70_000, np.int32)).save(folder / "scan.tif")
+    for as_shown in (False, True):
+        assert "more than 16" in problem(str(folder / "scan.tif"), Boundary(folder), True, as_shown)
+
+
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize(("kind", "mode", "options"), SOUND.values(), ids=SOUND)
 def test_sound_images(folder, kind, mode, options, full):

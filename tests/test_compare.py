@@ -6,7 +6,7 @@ import statistics
 import numpy as np
 import pytest
 from make_run import N, make_run
-from test_html_report import HOSTILE, assert_self_contained
+from test_page import HOSTILE, Reader, assert_self_contained
 
 from dividemix import compare, figures, label_issues
 from dividemix.runfolder import read_run
@@ -62,29 +62,26 @@ def test_other_labels_are_another_setting(tmp_path):
 
 def test_mean_and_spread_by_hand(runs):
     """Else the numbers that go into a table of results are wrong."""
-    rows = compare.spread_rows(compare.group_by_setting(runs), agreements_of(runs))
-    head, ours, ce = (dict(zip(rows[0], row, strict=True)) for row in rows)
+    ours, ce = compare.spread_table(compare.group_by_setting(runs), agreements_of(runs)).to_dict("records")
     best = [52.0, 55.0, 53.0]
     assert ours["best"] == f"{sum(best) / 3:.2f} ± {statistics.stdev(best):.2f}" == "53.33 ± 1.53"
     assert ce["best"] == "43.00 ± 1.41" and (ours["seeds"], ce["seeds"]) == ("3", "2")
     assert ours["AUC, mean of nets"] == "0.8750 ± 0.0000" and ce["AUC, mean of nets"] == "-"
     assert ours["precision of the list, %"] == "100.0 ± 0.0" and ours["recall of the list, %"] == "75.0 ± 0.0"
-    assert head.keys() == ours.keys()
-    assert compare.mean_and_spread([50.0], ".2f") == "50.00"
-    assert compare.mean_and_spread([50.0, None], ".2f") == "-"
+    assert compare.mean_and_deviation([50.0]) == "50.00"
+    assert compare.mean_and_deviation([50.0, None]) == compare.mean_and_deviation([]) == "-"
 
 
 def test_the_table_has_a_row_a_run_with_its_numbers(runs):
     """Else `make demo` ends with a table that shows another run's numbers, or crashes on the CE run beside it."""
-    agreements = agreements_of(runs)
-    rows = compare.run_rows(runs, [agreements[run.path] for run in runs])
-    assert rows[1] == (
+    table = compare.run_table(runs, agreements_of(runs))
+    assert table.values[0].tolist() == [
         *("digits_0.5_sym", "3", "52.00", "52.00", "51.00", "0.875/0.875"),
         *("3 of 4 (75.0%)", "3 of 3 (100.0%)", "4 of 4 (100.0%)"),
-    )
-    assert rows[2][:6] == ("digits_0.5_sym_ce_seed1", "3", "42.00", "42.00", "41.00", "-")
-    lines = compare.aligned(rows).splitlines()
-    assert len(lines) == 6 and len({line.index(cell) for line, cell in zip(lines, ("AUC", "0.875"), strict=False)}) == 1
+    ]
+    assert table.values[1, :6].tolist() == ["digits_0.5_sym_ce_seed1", "3", "42.00", "42.00", "41.00", "-"]
+    lines = compare.aligned(table).splitlines()
+    assert len(lines) == 6 and lines[0].startswith("run ") and lines[1].startswith("digits_0.5_sym ")
 
 
 def test_a_run_without_truth_list_or_test_has_dashes(tmp_path):
@@ -94,11 +91,13 @@ def test_a_run_without_truth_list_or_test_has_dashes(tmp_path):
     records = [{"epoch": 0, "val_acc": 60.0, "auc_net1": 0.5, "auc_net2": None}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     run = read_run(folder)
-    row = ("a", "1", "-", "-", "-", "60.00", "0.500/-", "-", "-", "-")
-    assert compare.run_rows([run], [None])[1] == row and compare.run_rows([run], [None])[0][5] == "validation, peak"
-    mixed = compare.run_rows([run, read_run(make_run(tmp_path / "b"))], [None] * 2)
-    assert mixed[1] == row and mixed[2][2:6] == ("52.00", "52.00", "51.00", "-")
-    assert compare.spread_rows([("a", [run])], {})[1] == ("a", "1", "-", "-", "-", "-", "-", "-", "60.00")
+    row = ["a", "1", "-", "-", "-", "60.00", "0.500/-", "-", "-", "-"]
+    table = compare.run_table([run], {})
+    assert table.values.tolist() == [row] and table.columns[5] == "validation, peak"
+    mixed = compare.run_table([run, read_run(make_run(tmp_path / "b"))], {}).values.tolist()
+    assert mixed[0] == row and mixed[1][2:6] == ["52.00", "52.00", "51.00", "-"]
+    spread = compare.spread_table([("a", [run])], {}).values.tolist()
+    assert spread == [["a", "1", "-", "-", "-", "-", "-", "-", "60.00"]]
 
 
 def test_the_page_of_several_runs(runs, tmp_path, monkeypatch):
@@ -107,11 +106,11 @@ def test_the_page_of_several_runs(runs, tmp_path, monkeypatch):
     runs = [*runs, read_run(make_run(tmp_path / "<script>alert(1)<", note=HOSTILE))]
     groups = compare.group_by_setting(runs)
     drawn = figures.draw_comparison(groups, tmp_path / "figures")
-    read = assert_self_contained(compare.comparison_page(groups, agreements_of(runs), drawn))
+    read = assert_self_contained(compare.comparison_page(groups, agreements_of(runs), drawn).decode())
     assert "digits_0.5_sym 3 53.33 ± 1.53" in read.text and "Mean ± standard deviation over the seeds" in read.text
     assert f"note - - {HOSTILE}" in read.text and "method dividemix ce dividemix" in read.text
     assert len(read.all("img")) == len(drawn) == 5
-    alone = compare.comparison_page(groups[2:], {}, drawn)
+    alone = compare.comparison_page(groups[2:], {}, drawn).decode()
     assert "No two runs differ in the seed alone" in alone and "settings differ" not in alone
 
 
@@ -121,5 +120,16 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     assert compare.distinct(paths) == ["bf16/digits", "fp32/digits", "other"]
     assert compare.distinct([tmp_path / "a", tmp_path / "b" / "a"])[1] == "b/a"
     a, b = (read_run(make_run(path, precision=path.parent.name)) for path in paths[:2])
-    assert [row[0] for row in compare.run_rows([a, b], [None] * 2)[1:]] == ["bf16/digits", "fp32/digits"]
+    assert compare.run_table([a, b], {})["run"].tolist() == ["bf16/digits", "fp32/digits"]
     assert [name for name, _ in compare.group_by_setting([a, b])] == ["bf16/digits", "fp32/digits"]
+
+
+def test_groups_that_are_not_the_papers_setting_say_so(tmp_path):
+    """Else the mean of runs of another setting is set beside the paper's number."""
+    flags = {"dataset": "cifar10", "noise_mode": "sym", "r": 0.2, "warm_up": 10}
+    runs = [read_run(make_run(tmp_path / name, **flags, lambda_u=u)) for name, u in (("a", 0), ("b", 25))]
+    runs.append(read_run(make_run(tmp_path / "c", command="Train_clothing1M.py", lr=0.1)))
+    text = Reader(compare.comparison_page(compare.group_by_setting(runs), {}, {}).decode()).text
+    assert "b differs from the paper's setting: --lambda_u 25 (paper: 0)" in text
+    assert "c differs from the paper's setting: " in text and "--lr 0.1 (paper: 0.002)" in text
+    assert "a differs" not in text

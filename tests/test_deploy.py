@@ -15,8 +15,8 @@ import pytest
 import torch
 from make_trained import COLOUR, GREY, NAMES, draw_photos, lively, make_trained, nets_of
 
-from dividemix import DivideMixError, augment, checkpoint, deploy, networks
-from dividemix.deploy import describe, load_ensemble, probabilities, read_description, to_images
+from dividemix import DivideMixError, augment, checkpoint, deploy
+from dividemix.deploy import load_ensemble, probabilities, read_description, to_images
 
 
 def edit(run: Path, change) -> None:
@@ -47,16 +47,9 @@ def test_a_description_is_read_as_it_was_written(tmp_path, preparation, classes)
     assert [found.name(c) for c in (0, 5)] == ([classes[0], classes[5]] if classes else ["0", "5"])
 
 
-def test_a_run_of_before_descriptions_says_how_to_get_one(tmp_path):
-    """Else whoever trained for a day with an earlier version is told to train again, or guesses."""
-    run = make_trained(tmp_path / "run")
-    edit(run, lambda about: about.pop("model"))
-    message = refused(read_description, run)
-    assert str(run / "args.json") in message and "trains nothing where the run is finished" in message
-    assert "(python Train_cifar.py --r 0.5 --id 'a b')" in message
-
-
-@pytest.mark.parametrize("content", [None, b"", b"[", b"\xff", b"[" * 100_000, b"[]", b"null", b"3", b'{"model": 1}'])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"[", b"\xff", b"[]", b"null", b"3", b"{}", b'{"model": 1}', b'{"model": {"arch": "a"}}']
+)
 def test_what_is_no_run_folder_is_said(tmp_path, content):
     """Else a mistyped folder ends in a traceback."""
     if content is not None:
@@ -78,47 +71,6 @@ def test_what_is_no_file_is_said(tmp_path, make):
         (run / name).unlink()
         make(run / name)
         assert f"{run / name} cannot be read: not a file" in refused(call)
-
-
-DAMAGE = {
-    "no arch": lambda m: m.pop("arch"),
-    "arch is a number": lambda m: m.update(arch=3),
-    "a list": lambda m: m.update(preprocessing=[]),
-    "width 0": lambda m: m.update(width=0),
-    "width true": lambda m: m.update(width=True),
-    "three networks": lambda m: m.update(count=3),
-    "one class": lambda m: m.update(num_class=1, classes=["a"]),
-    "a name too few": lambda m: m["classes"].pop(),
-    "a name that is a number": lambda m: m["classes"].__setitem__(0, 1),
-    "crop above the image": lambda m: m["preprocessing"].update(image_size=21),
-    "no pixels": lambda m: m["preprocessing"].update(image_size=0),
-    "absurd size": lambda m: m["preprocessing"].update(resize=10**9),
-    "negative border": lambda m: m["preprocessing"].update(border=-1),
-    "absurd border": lambda m: m["preprocessing"].update(border=4000),
-    "two channels": lambda m: m["preprocessing"].update(channels=2),
-    "mean of two": lambda m: m["preprocessing"].update(mean=[0, 0]),
-    "mean of nan": lambda m: m["preprocessing"].update(mean=[0, 0, float("nan")]),
-    "mean of an endless number": lambda m: m["preprocessing"].update(mean=[0, 0, 10**400]),
-    "std of 0": lambda m: m["preprocessing"].update(std=[1, 1, 0]),
-    "other interpolation": lambda m: m["preprocessing"].update(interpolation="bicubic"),
-}
-
-
-@pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_description_is_refused(tmp_path, change):
-    """Else a run folder that was edited, or comes from elsewhere, gives nonsense, a traceback, or fills the memory."""
-    run = make_trained(tmp_path / "run")
-    edit(run, lambda about: change(about["model"]))
-    message = refused(read_description, run)
-    assert str(run / "args.json") in message and "damaged" in message and "given again" in message
-
-
-def test_a_command_that_is_none_is_not_shown(tmp_path):
-    """Else a strange args.json writes what it likes to the terminal."""
-    run = make_trained(tmp_path / "run")
-    for command in (None, 3, ["a\x1b[2J"], [1], {"a": 1}):
-        edit(run, lambda about, command=command: (about.pop("model", None), about.update(command=command)))
-        assert refused(read_description, run).endswith("finished")
 
 
 # ---- The networks ----
@@ -213,7 +165,7 @@ def test_a_malicious_checkpoint_is_not_run(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "one net", "no dicts", "other width", "other classes", "no tensors"])
+@pytest.mark.parametrize("damage", ["truncated", "one net", "other width", "other classes"])
 def test_weights_that_do_not_fit_are_refused(tmp_path, damage):
     """Else half a network answers, at random."""
     run = make_trained(tmp_path / "run")
@@ -221,10 +173,6 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, damage):
     state = torch.load(path, weights_only=True)
     if damage == "one net":
         state["nets"] = state["nets"][:1]
-    elif damage == "no dicts":
-        state["nets"] = [1, 2]
-    elif damage == "no tensors":
-        state["nets"] = [dict.fromkeys(net, 1.0) for net in state["nets"]]
     elif damage == "other width":
         description = replace(description, width=5)
     elif damage == "other classes":
@@ -233,31 +181,12 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, damage):
     assert str(path) in refused(load_ensemble, run, description)
 
 
-@pytest.mark.parametrize("width", [1000, 2**20])
-def test_an_absurd_width_takes_no_memory(tmp_path, width):
-    """An args.json from elsewhere could fill the memory before it is seen that its weights are of another network."""
-    run = make_trained(tmp_path / "run")
-    edit(run, lambda about: about["model"].update(width=width))
-    assert "does not hold" in refused(load_ensemble, run, read_description(run))
-
-
 def test_an_unknown_network_is_said(tmp_path):
     """Else a run of a later version ends in a KeyError."""
     run = make_trained(tmp_path / "run")
     edit(run, lambda about: about["model"].update(arch="resnet1001"))
     message = refused(load_ensemble, run, read_description(run))
-    assert message.startswith("args.json names the network 'resnet1001'") and "--arch" not in message
-
-
-@pytest.mark.parametrize("arch", [*networks.ARCHITECTURES, "squeezenet1_1", "regnet_y_400mf", "mnasnet0_5"])
-def test_the_shapes_of_every_network_are_known_without_building_it(arch):
-    """Else a network that cannot be looked at beforehand cannot be used after training."""
-    model = describe(arch, networks.WIDTH, 6, None, COLOUR)
-    found = deploy._shapes(deploy._checked(model))
-    if arch in ("preresnet18", "regnet_y_400mf"):
-        net = networks.build(arch, 6)
-        assert found == {name: value.shape for name, value in net.state_dict().items()}
-    assert found[f"{networks.architecture(arch).classifier}.weight"][0] == 6
+    assert "resnet1001" in message
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")

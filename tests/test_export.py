@@ -19,7 +19,7 @@ from test_predict import refused, rows_of
 from torch.export.passes import move_to_device_pass
 
 from dividemix import deploy, networks, predict, report
-from dividemix.images import Preparation
+from dividemix.images import READING, Preparation
 
 export = importlib.import_module("dividemix.export")
 
@@ -86,7 +86,7 @@ def test_the_export_of_every_kind_of_run_has_its_accuracy(kind, start, tmp_path,
     description, (exported, about) = deploy.read_description(run.folder), load(tmp_path / "model.pt2")
     assert_same(exported, run.folder)
     assert about["classes"] == description.classes
-    pixels = [description.preparation.pixels(str(path), predict.Anywhere()) for path in run.images]
+    pixels = [description.preparation.pixels(str(path)) for path in run.images]
     with torch.no_grad():
         labels = exported.module()(deploy.to_images(torch.from_numpy(np.stack(pixels)))).argmax(dim=1)
     assert len(labels.unique()) > 1
@@ -133,8 +133,13 @@ def test_the_metadata_say_what_goes_in_and_what_comes_out(done):
     expected = {"channels": 1, "resize": side, "image_size": side, "border": 2, "interpolation": "bilinear"}
     expected |= {"mean": list(GREY.mean), "std": list(GREY.std), "in_the_program": ["border", "mean", "std"]}
     assert {name: about["preprocessing"][name] for name in expected} == expected
+    steps = about["preprocessing"]["steps"]  # turned, on white, 16 bits: before they are resized
+    assert steps[: len(READING)] == list(READING) == about["preprocessing"]["reading"]
     assert about["networks"] == {"arch": "preresnet18", "count": 2, "width": 4, "num_class": 6}
-    assert about["run"] == {"name": "a run", "weights": "best", "epochs": [1, 1]} and about["versions"]["torch"] == torch.__version__
+    assert (
+        about["run"] == {"name": "a run", "weights": "best", "epochs": [1, 1]}
+        and about["versions"]["torch"] == torch.__version__
+    )
     assert str(done.run.parent) not in json.dumps(about) and str(ROOT) not in json.dumps(about)
 
 
@@ -249,5 +254,6 @@ def test_the_output_says_how_close_it_is(done, start, monkeypatch):
     status, out, error = start(done.run, "again.pt2")
     assert (status, error) == (0, "")
     assert re.search(r"batches of 1, 2, 5: largest difference \d\.\de[+-]\d\d of .* \(allowed: 1e-04\)", out)
-    assert out.startswith("again.pt2: two preresnet18, width 4, 6 classes, grey images of 14x14; weights of the best epoch 1, ")
+    described = "two preresnet18, width 4, 6 classes, grey images of 14x14"
+    assert out.startswith(f"again.pt2: {described}; weights of the best epoch 1; ")
     assert "['batch', 1, 14, 14]" in out

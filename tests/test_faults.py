@@ -26,7 +26,7 @@ from test_run import assert_equal, last_state, without_times
 
 import PreResNet
 import Train_cifar
-from dividemix import DivideMixError, DivideMixWarning, checkpoint, lock, noise_file, report, run, signals
+from dividemix import DivideMixError, DivideMixWarning, checkpoint, noise_file, report, run, signals
 from dividemix.run import Run
 
 EPOCHS = 3  # one of warm-up
@@ -37,7 +37,7 @@ SCRIPT = """
 import os, resource, signal, sys, time, types
 from pathlib import Path
 nothing = types.SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)
-sys.modules["dividemix.report"] = types.SimpleNamespace(draw=lambda _: [])
+sys.modules["dividemix.report"] = types.SimpleNamespace(of_finished=lambda _: None)
 sys.modules["torch.utils.tensorboard"] = types.SimpleNamespace(SummaryWriter=lambda *_, **__: nothing)
 import torch
 import Train_cifar
@@ -490,11 +490,11 @@ def test_a_clock_that_moved_backwards(begun, whole, monkeypatch):
     assert_same_run(begun, whole)
     records = [json.loads(line) for line in (begun / "metrics.jsonl").open()]
     assert all(value >= 0 for record in records for key, value in record.items() if key.startswith("seconds_"))
-    now = lock.datetime.datetime(2020, 1, 1)
-    monkeypatch.setattr(lock, "datetime", SimpleNamespace(datetime=SimpleNamespace(now=lambda: now)))
+    now = run.datetime.datetime(2020, 1, 1)
+    monkeypatch.setattr(run, "datetime", SimpleNamespace(datetime=SimpleNamespace(now=lambda: now)))
     asides = []
     for _ in range(3):
-        asides.append(lock.set_aside(begun))
+        asides.append(run.set_aside(begun))
         begun.mkdir()
     assert len(set(asides)) == 3 and (asides[0] / "last.json").exists()
 

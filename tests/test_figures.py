@@ -42,7 +42,7 @@ def test_the_figures_of_a_whole_run_are_pictures(tmp_path):
     """Else the page shows broken images."""
     run = read_run(make_run(tmp_path / "run"))
     files = figures.draw_all(run, label_issues.find(run), tmp_path / "figures")
-    assert files.keys() == DIVIDED | {"auc", "clean", "transition_true"}
+    assert files.keys() == DIVIDED | {"auc", "clean"}
     assert all(min(png_size(path)) > 500 for path in files.values())
 
 
@@ -50,7 +50,7 @@ def test_the_figures_of_a_whole_run_are_pictures(tmp_path):
     ("kind", "expected"),
     [
         ({"truth": False}, DIVIDED),
-        ({"method": "ce"}, ALWAYS | {"transition", "transition_true"}),
+        ({"method": "ce"}, ALWAYS | {"transition"}),
         ({"scored": False, "histograms": False, "epochs": 1}, ALWAYS),
     ],
     ids=["truth unknown", "cross-entropy", "one epoch"],
@@ -123,21 +123,19 @@ def test_losses_are_coloured_by_truth_and_are_densities(axes):
     assert "samples (12)" in names and not any("truly" in name for name in names)
 
 
-def test_transition_panels_show_the_matrix_of_their_kind(tmp_path):
+@pytest.mark.parametrize(
+    ("truth", "label", "matrix"),
+    [
+        (True, "true label", [[0, 1, 0], [0, 1, 0], [0, 0, 1]]),
+        (False, "corrected label", [[0, 1, 0], [0, 1, 0], [0, 1 / 5, 4 / 5]]),
+    ],
+)
+def test_the_transition_matrix_is_true_where_the_truth_is_known(tmp_path, axes, truth, label, matrix):
     """Else the estimate is shown as the truth. Here all samples of class 0 were given 1; two of four are corrected."""
-    run = read_run(make_run(tmp_path / "run"))
-    issues = label_issues.find(run)
-    shown = {}
-    for name, draw in figures.transition_panels(issues).items():
-        axes = Figure().subplots()
-        draw(axes)
-        shown[name] = np.asarray(axes.images[0].get_array().filled(np.nan)), axes.get_ylabel()
-        assert [label.get_text() for label in axes.get_xticklabels()] == ["cat", "dog", "bird"]
-    matrix, label = shown["transition_true"]
-    assert label == "true label" and matrix.tolist() == [[0, 1, 0], [0, 1, 0], [0, 0, 1]]
-    matrix, label = shown["transition"]
-    assert label == "corrected label"
-    np.testing.assert_allclose(matrix, [[0, 1, 0], [0, 1, 0], [0, 1 / 5, 4 / 5]])
+    figures.draw_transition(axes, label_issues.find(read_run(make_run(tmp_path / "run", truth=truth))))
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["cat", "dog", "bird"]
+    assert axes.get_ylabel() == label
+    np.testing.assert_allclose(axes.images[0].get_array().filled(np.nan), matrix)
 
 
 def test_time_is_stacked_and_complete(tmp_path, axes):
@@ -182,6 +180,6 @@ def test_names_from_the_data_are_text(tmp_path):
 def test_many_classes_are_drawn_without_their_names(tmp_path, axes):
     """A hundred names on one axis are a black bar."""
     run = read_run(make_run(tmp_path / "run", classes=[f"class number {c}" for c in range(100)]))
-    figures.draw_transition(axes, label_issues.find(run), label_issues.find(run).cleaned, "corrected")
+    figures.draw_transition(axes, label_issues.find(run))
     assert axes.images[0].get_array().shape == (100, 100)
     assert not any("class" in label.get_text() for label in axes.get_xticklabels()) and not axes.texts

@@ -2,6 +2,7 @@
 locks. A run does not overwrite what is not its own, and does not wait for ever."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -13,9 +14,8 @@ from conftest import end_of, tiny
 
 import Train_cifar
 from dividemix import DivideMixError, checkpoint, noise_file, report, run
-from dividemix import lock as locking
-from dividemix.lock import lock, set_aside
-from dividemix.run import Run
+from dividemix.imagestore import locked
+from dividemix.run import Run, lock_folder, set_aside
 
 
 @pytest.fixture(autouse=True)
@@ -123,9 +123,11 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     def no_lock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(locking.fcntl, "flock", no_lock)
-    with pytest.warns(UserWarning, match=r"cannot be locked \(No locks available\)"):
-        lock(tmp_path).close()
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    with pytest.warns(UserWarning, match=r"\.lock cannot be locked \(.*No locks available"):
+        lock_folder(tmp_path).release()
+    with pytest.warns(UserWarning, match=r"cache\.lock cannot be locked"), locked(str(tmp_path / "cache")):
+        pass
 
 
 @pytest.mark.parametrize("new", [True, False])
@@ -133,18 +135,19 @@ def test_a_folder_that_is_moved_aside_before_it_is_locked(tmp_path, monkeypatch,
     """Two jobs start at once, one of them with --fresh: the other would hold the lock of the folder that was moved
     aside, and both would train in the new one."""
     (folder := tmp_path / "run").mkdir()
-    flock = locking.fcntl.flock
+    flock = fcntl.flock
 
     def late(*args):
-        folder.rename(tmp_path / "aside")
-        if new:
-            folder.mkdir()
-            (folder / ".lock").write_text("")
+        if (folder / ".lock").exists() and not (tmp_path / "aside").exists():  # opened, not locked yet
+            folder.rename(tmp_path / "aside")
+            if new:
+                folder.mkdir()
+                (folder / ".lock").write_text("")
         flock(*args)
 
-    monkeypatch.setattr(locking.fcntl, "flock", late)
+    monkeypatch.setattr(fcntl, "flock", late)
     with pytest.raises(DivideMixError, match=r"another process has just moved .* aside"):
-        lock(folder)
+        lock_folder(folder)
 
 
 # ---- Paths ----
@@ -176,7 +179,7 @@ def full(*_):
     [
         ("save_last", 0, "the checkpoint of epoch 0", ": make room, then the same command starts again"),
         ("save_last", 1, "the checkpoint of epoch 1", "; the one before is intact: make room, then the same command"),
-        ("write_atomically", 0, "best.pt and the logs of epoch 0", "; the checkpoint is whole: make room, then the"),
+        ("write_state", 0, "best.pt and the logs of epoch 0", "; the checkpoint is whole: make room, then the"),
     ],
     ids=["first checkpoint", "checkpoint", "after it"],
 )

@@ -1,8 +1,8 @@
 """Damaged and hostile files of every kind that the scripts read: each is read, or refused by a DivideMixError of one
 line. No traceback, no crash, no hang.
 
-`make test` tries a few files of each kind, always the same; `make test-slow` 1,000 of each kind, others each time, or as
-many as the environment variable FUZZ says.
+`make test` tries a few files of each kind, always the same; `make test-slow` 1,000 of each kind, others each time, or
+as many as the environment variable FUZZ says.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from make_data import Pickler, Python2Pickler, colour_digits, make_cifar10, pickled, rows_of, torch_archive
 from make_image_trees import make_clothing1M, make_webvision
 from make_run import N, make_run
-from make_trained import COLOUR, draw_photos, make_trained
+from make_trained import COLOUR, draw_photos
 from test_dataloader_cifar import batch
 
 import dataloader_cifar
@@ -31,12 +31,11 @@ from dividemix import (
     DivideMixError,
     checkpoint,
     compare,
-    deploy,
-    html_report,
     label_issues,
     noise,
     noise_file,
     noise_human,
+    page,
     predict,
     runfolder,
     state,
@@ -191,20 +190,6 @@ def last_checkpoint(root: Path) -> Target:
     return Target(wholes, read)
 
 
-def run_description(root: Path) -> Target:
-    """args.json of a run whose networks are loaded by what it says."""
-    run = make_trained(root / "run", last=False)
-
-    def read(content: bytes, _: int) -> None:
-        (run / "args.json").write_bytes(content)
-        description = deploy.read_description(run)
-        assert description.classes is None or len(description.classes) == description.num_class == 6
-        assert deploy.load_ensemble(run, description)(torch.zeros(1, 3, 16, 16)).shape == (1, 6)
-
-    model = json.loads((run / "args.json").read_text())["model"]
-    return Target([json.dumps({"model": model}).encode(), json.dumps({"model": model}, indent=1).encode()], read)
-
-
 def prediction_list(root: Path) -> Target:
     """The list that `predict` takes; what it names is looked at, and may be nothing."""
     [photo] = draw_photos(root, 1)
@@ -237,11 +222,11 @@ def run_folder(root: Path) -> Target:
             run = runfolder.read_run(folder)
             issues = label_issues.find(run)
             found = label_issues.against_truth(issues) if issues else None
-            assert html_report.run_page(run, issues, {}).endswith("</html>\n")
-            assert len(compare.run_rows([run], [found])) == 2
-            assert len(compare.spread_rows([("a", [run])], {run.path: found})) == 2
+            assert page.run_page(run, issues, {}).endswith(b"</html>")
+            assert len(compare.run_table([run], {run.path: found})) == 1
+            assert len(compare.spread_table([("a", [run])], {run.path: found})) == 1
             if issues:
-                assert label_issues.issues_csv(issues) and label_issues.cleaned_csv(issues)
+                assert len(label_issues.issues_table(issues)) == len(label_issues.cleaned_table(issues)) == len(issues)
                 assert all(line.isprintable() for line in label_issues.summary(issues))
         finally:
             files[k].write_bytes(wholes[k])
@@ -250,7 +235,7 @@ def run_folder(root: Path) -> Target:
 
 
 TARGETS = [cifar, noise_json, human_labels, clothing1m, webvision, checkpoint_file, last_checkpoint]
-TARGETS += [run_description, prediction_list, run_folder]
+TARGETS += [prediction_list, run_folder]
 
 # ---- Damage ----
 

@@ -109,6 +109,56 @@ def test_partial_batches_are_not_captured(digits):
     assert np.isfinite(terms).all()
 
 
+class Noting(torch.autograd.Function):
+    """The identity, which notes the rows and cuDNN's flag, forward and backward."""
+
+    @staticmethod
+    def forward(x, notes):
+        notes.append((len(x), torch.backends.cudnn.benchmark))
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.notes = inputs[1]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.notes.append((len(gradient), torch.backends.cudnn.benchmark))
+        return gradient, None
+
+
+def test_partial_batches_are_not_autotuned(digits, monkeypatch):
+    """Their sizes are new in each epoch: cuDNN tries all its kernels for each convolution of them, which takes as long
+    as the epoch. Full batches without autotuning would be slow for ever."""
+    machine, notes = Runtime(CPU), []
+    nets, optimizers = start(machine)
+    first = type(nets[0].conv1).forward
+    nets[0].conv1.forward = lambda x: Noting.apply(first(nets[0].conv1, x), notes)
+    arguments = train_arguments(num_class=10, machine=machine)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    engine.train_epoch(nets[0], nets[1], optimizers[0], digits, half(83, 46), **arguments)
+    # 12 batches of 4 labeled and 4 unlabeled: four guesses, then 16 rows forward and backward; the tenth has one
+    # unlabeled image, the last two labeled ones
+    full = [(4, True)] * 4 + [(16, True)] * 2
+    tenth = [(1, False)] * 2 + [(4, False)] * 2 + [(10, False)] * 2
+    last = [(4, False)] * 2 + [(2, False)] * 2 + [(12, False)] * 2
+    assert notes == full * 9 + tenth + full + last
+    assert torch.backends.cudnn.benchmark  # again, for what follows
+
+
+def test_autotuning_is_on_again_after_a_partial_batch_that_failed(monkeypatch):
+    """Evaluation that goes on with smaller batches, and a next run in this process, would be slow."""
+
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    for before in (True, False):  # False: --deterministic
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+        with pytest.raises(torch.OutOfMemoryError):
+            Runtime(CPU).run_partial(fail, ())
+        assert torch.backends.cudnn.benchmark is before
+
+
 def test_a_restored_run_captures_the_restored_state(digits):
     """Resuming: a graph that holds the addresses of what was there before the restore would train something else."""
     machine = Runtime(CPU, graph=True)

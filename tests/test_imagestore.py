@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import dataloader_clothing1M
 from dividemix import DivideMixError, DivideMixWarning, imagestore
 from dividemix.images import Views
 from dividemix.imagestore import Cache, Kept, cache_path, check_space, host_memory, is_whole, locked, write_cache
+from dividemix.workers import Part
 
 CPU = torch.device("cpu")
 
@@ -28,7 +30,12 @@ def some_images(n, seed=0):
 
 def part(images):
     flat = torch.from_numpy(np.concatenate([image.reshape(-1) for image in images]))
-    return flat, np.array([image.shape[:2] for image in images], np.int32)
+    sizes = np.array([image.shape[:2] for image in images], np.int32)
+    return Part("train", np.arange(len(images)), flat, sizes, np.arange(len(images)).astype(np.uint8))
+
+
+def add(kept, images):
+    kept.add(part(images).pixels, part(images).sizes)
 
 
 # ---- In memory ----
@@ -41,7 +48,7 @@ def test_kept_images_are_those_that_came(monkeypatch):
     kept = Kept(40, CPU)
     for start in range(0, 40, 7):
         assert not kept.full
-        kept.add(*part(images[start : start + 7]))
+        add(kept, images[start : start + 7])
     assert kept.full
     assert len(kept._chunks) > 3
     for i, image in enumerate(images):
@@ -53,7 +60,7 @@ def test_views_on_a_card_are_those_on_the_host():
     images, views = some_images(9), Views(16, 12)
     host, card = Kept(9, CPU), Kept(9, CPU)
     for kept in (host, card):
-        kept.add(*part(images))
+        add(kept, images)
     card.device = namedtuple("Card", "type")("cuda")
     card_to = torch.Tensor.to
     index, seeds = np.array([3, 1, 8]), np.arange(6).reshape(3, 2)
@@ -114,6 +121,7 @@ def test_a_cache_is_what_was_written(path):
     cache = Cache.open(path, 20)
     for i, image in enumerate(images):
         np.testing.assert_array_equal(cache.image(i), image)
+    assert cache.changes.tolist() == [*range(7), *range(13)]
     assert sorted(os.listdir(os.path.dirname(path))) == ["train.images", "train.npy"]
 
 
@@ -166,6 +174,7 @@ def test_the_name_follows_from_the_files(tmp_path):
     relabeled.labels[:] = 0
     assert cache_path(tmp_path, "train", relabeled, 256) == name
     assert cache_path(tmp_path, "train", images, 320) != name
+    assert cache_path(tmp_path, "train", replace(images, as_shown=True), 256) != name
     assert cache_path(tmp_path, "train", images.select(np.arange(len(images))[::-1]), 256) != name
     os.utime(images.path(5), (1, 1))
     changed = cache_path(tmp_path, "train", images, 256)
@@ -193,7 +202,8 @@ def test_a_disk_that_refuses(tmp_path):
     """A traceback that does not name the folder."""
     with pytest.raises(DivideMixError, match="cannot write"):
         write_cache(str(tmp_path / "gone" / "train"), [part(some_images(2))])
-    with pytest.raises(DivideMixError, match="cannot write"), locked(str(tmp_path / "gone" / "train")):
+    (tmp_path / "file").touch()
+    with pytest.raises(DivideMixError, match="cannot write"), locked(str(tmp_path / "file" / "train")):
         pass
 
 

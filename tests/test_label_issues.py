@@ -6,10 +6,12 @@ import re
 from dataclasses import replace
 
 import numpy as np
+import pandas
 import pytest
 from make_run import CLASSES, GIVEN, LOSS, P_CLEAN, SUGGESTED, TRUE, N, label_scores, make_run
 
 from dividemix import label_issues
+from dividemix.checkpoint import csv_bytes
 from dividemix.runfolder import read_run
 
 
@@ -184,6 +186,49 @@ def test_cleaned_labels_csv_round_trip(tmp_path):
     assert [row["path"] for row in rows] == [f"images/{i}.jpg" for i in range(N)]
 
 
+NAMES = [
+    "a,b",
+    'a"b',
+    "a\nb",
+    "a\rb",
+    "a\r\nb",
+    "\r",
+    "\n",
+    " a ",
+    "",
+    "'=1+1",
+    "\u732b",
+    "NA",
+    "None",
+    "nan",
+    "01",
+    "1e5",
+]
+
+
+def test_every_name_comes_back():
+    """Else a file called with a line end, which is legal, shifts all rows below it: their labels are other images'; or
+    the class 01 is the class 1, and NA is no class."""
+    content = csv_bytes(pandas.DataFrame({"name": label_issues.texts(NAMES), "number": range(len(NAMES))}))
+    rows = [[name, str(i)] for i, name in enumerate(NAMES)]
+    assert list(csv.reader(io.StringIO(content.decode(), newline=""), strict=True)) == [["name", "number"], *rows]
+    frame = pandas.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False)
+    assert frame["name"].tolist() == NAMES
+
+
+def test_plain_rows_are_plain_lines():
+    """Else a file of another system's line ends, or full of quotes, is what people compare with `diff`."""
+    table = pandas.DataFrame({"index": [0, 1], "path": ["a b.jpg", "c"], "loss": np.float32([0.1, 1])})
+    assert csv_bytes(table) == b"index,path,loss\n0,a b.jpg,0.1\n1,c,1.0\n"
+
+
+@pytest.mark.parametrize(("errors", "kept"), [("backslashreplace", b"caf\\udce9"), ("surrogateescape", b"caf\xe9")])
+def test_a_name_that_is_no_text(errors, kept):
+    """A list for people must be readable as a whole; one that names files for a program must keep their bytes."""
+    table = pandas.DataFrame({"path": label_issues.texts(["caf\udce9"])})
+    assert csv_bytes(table, errors) == b"path\n" + kept + b"\n"
+
+
 HOSTILE = [b'a,"b"\n.jpg', b"\r.jpg", b"caf\xe9.jpg", "=1+1 \u732b.jpg".encode(), b"'; drop table.jpg", b"a\\udce9.jpg"]
 
 
@@ -192,23 +237,27 @@ def test_hostile_names_stay_in_their_cells(tmp_path):
     file one that cannot be read at all."""
     paths = HOSTILE + [b"%d" % i for i in range(N - len(HOSTILE))]
     found = issues_of(tmp_path, paths=paths, classes=['c,a"t', "d\nog", ""])
-    content = label_issues.issues_csv(found)
+    content = csv_bytes(label_issues.issues_table(found))
     rows = list(csv.DictReader(io.StringIO(content.decode(), newline=""), strict=True))
     assert len(rows) == N and all(None not in row and None not in row.values() for row in rows)
     assert [row["path"] for row in rows[:5]] == [
         'a,"b"\n.jpg',
         "\r.jpg",
-        "caf\\udce9.jpg",
+        "caf\\xe9.jpg",
         "=1+1 \u732b.jpg",
         "'; drop table.jpg",
     ]
     assert {row["given_class"] for row in rows} == {"d\nog", ""}
-    assert label_issues.cleaned_csv(found).decode().count("\n") == N + 2  # the head, and the line end in a name
+    assert (
+        csv_bytes(label_issues.cleaned_table(found)).decode().count("\n") == N + 2
+    )  # the head, and the line end in a name
 
 
 def test_a_cross_entropy_list_has_the_same_columns(tmp_path):
     """Else what reads the one list fails on the other; what cross-entropy lacks is empty."""
-    [ours, ce] = [rows_of(label_issues.issues_csv(issues_of(tmp_path / m, method=m))) for m in ("dividemix", "ce")]
+    [ours, ce] = [
+        rows_of(csv_bytes(label_issues.issues_table(issues_of(tmp_path / m, method=m)))) for m in ("dividemix", "ce")
+    ]
     assert ours[0].keys() == ce[0].keys()
     assert {row["p_clean_net1"] for row in ce} == {row["p_clean_net2"] for row in ce} == {""}
 
@@ -216,7 +265,6 @@ def test_a_cross_entropy_list_has_the_same_columns(tmp_path):
 def test_the_list_is_what_cleanlab_takes(tmp_path):
     """The README says so: CleanLearning.fit takes a frame with is_label_issue, which it uses as a mask with ~, and with
     given_label, which must be the labels; one row a sample, in their order."""
-    pandas = pytest.importorskip("pandas")
     classification = pytest.importorskip("cleanlab.classification")
     from sklearn.linear_model import LogisticRegression
 
@@ -233,5 +281,22 @@ def test_the_list_is_what_cleanlab_takes(tmp_path):
 
 def test_every_row_is_a_sample(tmp_path):
     """A comment line, or a blank one, would be a sample to every reader: what scores are is said elsewhere."""
-    content = label_issues.issues_csv(issues_of(tmp_path)).decode()
+    content = csv_bytes(label_issues.issues_table(issues_of(tmp_path))).decode()
     assert re.fullmatch(r"index,.*\n(\d+,.*\n){12}", content)
+
+
+# ---- The transition matrix ----
+
+
+def test_the_transition_table_is_by_true_class_and_name(tmp_path):
+    """Else a notebook that reads transition.csv draws nothing, a transposed matrix, or the wrong classes."""
+    folder = make_run(tmp_path / "run", classes=["01", 'a "dog", large', "NA"])
+    np.savez(folder / "labels.npz", index=np.arange(6), true=[0, 0, 0, 0, 1, 1], given=[0, 0, 0, 1, 2, 1])
+    content = csv_bytes(label_issues.transition_table(read_run(folder)))
+    frame = pandas.read_csv(io.BytesIO(content), dtype={"true_class": str}, keep_default_na=False, na_values=[""])
+    assert frame["true_class"].tolist() == ["01", 'a "dog", large', "NA"]
+    assert frame["true_label"].tolist() == [0, 1, 2] and frame["samples"].tolist() == [4, 2, 0]
+    assert frame[[f"count_{c}" for c in range(3)]].values.tolist() == [[3, 1, 0], [0, 1, 1], [0] * 3]
+    rates = [[0.75, 0.25, 0], [0, 0.5, 0.5], [np.nan] * 3]
+    np.testing.assert_array_equal(frame[[f"rate_{c}" for c in range(3)]].values, rates)
+    assert label_issues.transition_table(read_run(make_run(tmp_path / "b", truth=False))) is None

@@ -1,14 +1,10 @@
-"""The exchanged layers compute what nn.BatchNorm2d and nn.Conv2d compute."""
+"""The exchanged layers compute what nn.BatchNorm2d computes."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import golden_weights
-from hypothesis import given
-from hypothesis import strategies as st
 
-from dividemix import layers
-from dividemix.layers import GroupedBatchNorm2d, MatrixConvolution, SmallMapConv2d
+from dividemix.layers import GroupedBatchNorm2d
 from dividemix.runtime import Runtime
 from PreResNet import ResNet18, ResNet50
 
@@ -20,9 +16,6 @@ def pair(width: int = 8, build=ResNet18) -> tuple[torch.nn.Module, torch.nn.Modu
     plain = golden_weights(build(5, width=width), seed=0)
     exchanged = golden_weights(build(5, width=width), seed=0)
     return plain, Runtime(CPU, merge=True).prepare(exchanged)
-
-
-# ---- Merged forwards ----
 
 
 @pytest.mark.parametrize("build", [ResNet18, ResNet50])
@@ -91,63 +84,3 @@ def test_exchanged_layers_keep_keys_and_load_anywhere():
     plain.load_state_dict(exchanged.state_dict())
     exchanged.load_state_dict(plain.state_dict())
     assert sum(isinstance(module, GroupedBatchNorm2d) for module in exchanged.modules()) == 17
-
-
-# ---- Convolutions as products of matrices ----
-
-
-@given(
-    st.integers(1, 3),
-    st.integers(1, 5),
-    st.integers(1, 5),
-    st.integers(1, 6),
-    st.integers(1, 6),
-    st.sampled_from([1, 2]),
-)
-def test_matrix_convolution_and_its_gradients_are_those_of_conv2d(rows, channels, out, height, width, stride):
-    """A wrong gradient trains, only worse."""
-    torch.manual_seed(0)
-    x = torch.randn(rows, channels, height, width, dtype=torch.double, requires_grad=True)
-    weight = torch.randn(out, channels, 3, 3, dtype=torch.double, requires_grad=True)
-    ours, theirs = MatrixConvolution.apply(x, weight, stride), F.conv2d(x, weight, None, stride, 1)
-    torch.testing.assert_close(ours, theirs)
-    direction = torch.randn_like(theirs)
-    for a, b in zip(*(torch.autograd.grad(y, (x, weight), direction) for y in (ours, theirs)), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_only_convolutions_that_it_computes_are_exchanged():
-    """A bias or a dilation that is dropped without a word."""
-    plain = {"kernel_size": 3, "padding": 1, "bias": False}
-    assert SmallMapConv2d.replaces(torch.nn.Conv2d(4, 4, **plain))
-    assert SmallMapConv2d.replaces(torch.nn.Conv2d(4, 4, stride=2, **plain))
-    for changed in (
-        {"kernel_size": 1}, {"kernel_size": 5}, {"padding": 0}, {"bias": True}, {"dilation": 2}, {"groups": 2},
-        {"padding_mode": "reflect"}, {"stride": 3}, {"stride": (1, 2)}, {"padding": "same"},
-    ):  # fmt: skip
-        assert not SmallMapConv2d.replaces(torch.nn.Conv2d(4, 4, **{**plain, **changed})), changed
-    assert not SmallMapConv2d.replaces(torch.nn.ConvTranspose2d(4, 4, 3, padding=1, bias=False))
-
-
-def test_small_maps_take_the_matrix_way_and_the_net_computes_the_same(monkeypatch):
-    """The exchange must change speed alone: bf16 logits and gradients as with oneDNN's convolutions."""
-    calls = []
-    apply = MatrixConvolution.apply
-    monkeypatch.setattr(layers.MatrixConvolution, "apply", lambda *a: calls.append(tuple(a[1].shape)) or apply(*a))
-    torch.manual_seed(0)
-    x, labels = torch.randn(16, 3, 32, 32), torch.randint(0, 5, (16,))
-    results = []
-    for small_convs in (False, True):
-        machine = Runtime(CPU, "bf16", small_convs=small_convs)
-        net = machine.prepare(golden_weights(ResNet18(5, width=8), seed=0)).train()
-        [logits] = machine.forward(net, x)
-        F.cross_entropy(logits, labels).backward()
-        results.append((logits.detach(), torch.cat([p.grad.flatten() for p in net.parameters()])))
-    assert calls == [(64, 32, 3, 3), (64, 64, 3, 3), (64, 64, 3, 3), (64, 64, 3, 3)]  # the 4x4 maps of the last stage
-    (logits, gradient), (fast_logits, fast_gradient) = results
-    torch.testing.assert_close(fast_logits, logits, rtol=0.05, atol=0.05)
-    assert F.cosine_similarity(gradient, fast_gradient, dim=0) > 0.97
-    with torch.no_grad():  # in fp32 the net stays the reference
-        calls.clear()
-        net(x)
-    assert calls == []

@@ -96,7 +96,14 @@ def test_what_the_best_epoch_is_chosen_by():
 def test_the_best_epoch_of_own_images_is_no_warm_up_epoch():
     """The model that is shipped would be one that DivideMix has not trained yet: few held-out labels tie often, and
     some of them are wrong."""
-    accuracies = [("warmup", 99.0), ("train", 80.0), ("train", 90.0), ("train", 90.0), ("warmup", 95.0), ("train", 85.0)]
+    accuracies = [
+        ("warmup", 99.0),
+        ("train", 80.0),
+        ("train", 90.0),
+        ("train", 90.0),
+        ("warmup", 95.0),
+        ("train", 85.0),
+    ]
     records = [{"epoch": e, "phase": phase, "val_acc": value} for e, (phase, value) in enumerate(accuracies)]
 
     def best(count):

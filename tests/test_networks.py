@@ -63,7 +63,7 @@ def test_both_networks_start_from_imagenet_and_differ_in_the_classifier(hub, pub
     torch.save(published, hub / FILE)
     for num_class in (14, 1000):
         state = networks.read_weights("imagenet", "resnet50", ALONE)
-        nets = [seeded(123, k, lambda n=num_class, s=state: networks.build("resnet50", n, 64, s)) for k in (0, 1)]
+        nets = [seeded(123, k, lambda n=num_class, s=state: networks.build("resnet50", n, 64, s, True)) for k in (0, 1)]
         states = [net.state_dict() for net in nets]
         for key, value in published.items():
             if not key.startswith("fc."):
@@ -124,6 +124,18 @@ def test_weights_of_another_number_of_classes_keep_all_but_the_classifier(tmp_pa
     networks.build("preresnet18", 7, 4, headless)
 
 
+def test_a_pair_from_imagenet_has_two_classifiers_of_its_own(hub):
+    """With ImageNet's, which fit 1,000 classes, both networks would be one network to the bit."""
+    hub.mkdir(parents=True)
+    published = models.squeezenet1_1().state_dict()
+    torch.save(published, hub / models.SqueezeNet1_1_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1])
+    start = {"init_from": None, "seed": 1, "machine": Runtime(torch.device("cpu")), "begun": False}
+    first, second = (net.state_dict() for net in networks.pair("squeezenet1_1", 1000, 64, "imagenet", **start))
+    key = "classifier.1.weight"
+    assert torch.equal(first["features.0.weight"], published["features.0.weight"])
+    assert not any(torch.equal(*two) for two in ((first[key], second[key]), (first[key], published[key])))
+
+
 def test_weights_that_do_not_fit_or_cannot_be_read_are_refused_in_one_line(tmp_path, hub):
     """Else a wrong file trains a network that is half random, and nobody knows why it is 5 points short."""
     state = networks.build("preresnet18", 10, 4).state_dict()
@@ -180,7 +192,7 @@ def test_every_architecture_works_at_its_smallest_image(arch):
     net = networks.build(arch, 5, 4 if networks.ARCHITECTURES[arch].has_width else networks.WIDTH)
     side = networks.ARCHITECTURES[arch].min_side
     assert isinstance(net, nn.Module) and net(torch.randn(2, 3, side, side)).shape == (2, 5)
-    assert any(key.startswith(f"{networks.ARCHITECTURES[arch].classifier}.") for key in net.state_dict())
+    assert net.state_dict()[f"{networks.classifier_of(net)}.weight"].shape[0] == 5
 
 
 # ---- torchvision's, by name ----
@@ -212,7 +224,7 @@ def test_torchvisions_networks(name):
     assert isinstance(logits, torch.Tensor) and logits.shape == (2, 5)
     logits.sum().backward()
     assert all(parameter.grad is not None for parameter in net.parameters())
-    head = networks.architecture(name).classifier
+    head = networks.classifier_of(net)
     for key, value in net.state_dict().items():
         assert not key.startswith(f"{head}.") or value.shape[0] == 5, key
 
@@ -255,7 +267,8 @@ def test_every_name_of_torchvisions():
     for name in set(models.list_models(module=models)) - {"regnet_y_128gf"}:  # 2.6 GB of weights
         found = networks.architecture(name)
         if name != "resnet50":
-            assert networks._skeleton(name).state_dict()[f"{found.classifier}.weight"].shape[0] == 2, name
+            net = networks._skeleton(name)
+            assert net.state_dict()[f"{networks.classifier_of(net)}.weight"].shape[0] == 2, name
         assert name in without or re.search(r"-([0-9a-f]{8,})\.pth$", found.imagenet), name
         assert not networks.refusal(name, 224), name
     assert networks.architecture("vit_h_14").imagenet is None
@@ -270,7 +283,7 @@ def test_imagenets_weights_of_another_network(hub, offline):
     published = models.squeezenet1_1().state_dict()
     torch.save(published, hub / url.rsplit("/", 1)[1])
     state = networks.read_weights("imagenet", "squeezenet1_1", ALONE)
-    net = networks.build("squeezenet1_1", 1000, 64, state).state_dict()
+    net = networks.build("squeezenet1_1", 1000, 64, state, new_head=True).state_dict()
     other = [key for key, value in published.items() if not torch.equal(net[key], value)]
     assert other == ["classifier.1.weight"]  # its bias is 0 in both
 

@@ -1,7 +1,10 @@
 """Human labels: the published files are read, anything else ends in one line, and nothing that a file holds is run."""
 
 import os
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from make_data import make_human, pickled, torch_archive
 from dividemix import DivideMixError
 from dividemix.noise_human import KEYS, find, keys, read
 
+ROOT = Path(__file__).parents[1]
 TRUTH = np.arange(40) % 10
 GIVEN = np.where(TRUTH == 3, 5, TRUTH)
 SOUND = {"clean_label": TRUTH, "aggre_label": TRUTH, "worse_label": GIVEN}
@@ -40,6 +44,18 @@ def test_what_torch_saves_is_read(tmp_path):
     np.testing.assert_array_equal(read(tmp_path / "human.pt", "worse_label", TRUTH, 10), GIVEN)
 
 
+def test_the_lists_of_cifar100s_published_file_do_not_matter(tmp_path):
+    """CIFAR-100_human.pt holds two arrays and, of the coarse classes, two lists of int: it would be refused."""
+    truth = np.arange(200) % 100
+    given = np.where(truth % 5 == 0, (truth + 1) % 100, truth)
+    entry = {"clean_label": truth, "noisy_label": given}
+    entry |= {"noisy_coarse_label": (given // 5).tolist(), "clean_coarse_label": (truth // 5).tolist()}
+    file = make_human(tmp_path / "CIFAR-100_human.pt", entry)
+    np.testing.assert_array_equal(read(file, "noisy_label", truth, 100), given)
+    with pytest.raises(DivideMixError, match="'noisy_coarse_label' is not an array"):
+        read(file, "noisy_coarse_label", truth, 100)
+
+
 def test_nothing_is_admitted_beyond_the_reading(tmp_path):
     """A name that stays admitted would open every later torch.load, that of checkpoints too."""
     before = torch.serialization.get_safe_globals()
@@ -58,14 +74,17 @@ FAULTS = {
     "no such labels": ({"clean_label": TRUTH, "noisy_label": GIVEN}, "no 'worse_label', only clean_label, noisy_label"),
     "no true labels": ({"worse_label": GIVEN}, "no 'clean_label', only worse_label"),
     "keys that cannot be shown": ({"a\nb": TRUTH, 3: TRUTH}, "no 'clean_label', only others"),
-    "two axes": ({**SOUND, "worse_label": GIVEN.reshape(4, 10)}, "'worse_label' has 40 labels, the data set 40"),
-    "fractions": ({**SOUND, "worse_label": GIVEN / 2}, "'worse_label' is not an array of int64 numbers"),
-    "short numbers": ({**SOUND, "worse_label": GIVEN.astype(np.int32)}, "'worse_label' is not an array of int64"),
-    "objects": ({**SOUND, "worse_label": GIVEN.astype(object)}, "'worse_label' is not an array of int64 numbers"),
+    "two axes": ({**SOUND, "worse_label": GIVEN.reshape(4, 10)}, "'worse_label' is not an array (N,)"),
+    "fractions": ({**SOUND, "worse_label": GIVEN / 2}, "'worse_label' is not an array (N,) of int64 numbers"),
+    "short numbers": ({**SOUND, "worse_label": GIVEN.astype(np.int32)}, "'worse_label' is not an array (N,) of int64"),
+    "objects": ({**SOUND, "worse_label": GIVEN.astype(object)}, "'worse_label' is not an array (N,) of int64 numbers"),
     "no dict": (list(SOUND.values()), "one dict of arrays"),
-    "lists": ({name: labels.tolist() for name, labels in SOUND.items()}, "one dict of arrays"),
-    "tensors": ({name: torch.tensor(labels) for name, labels in SOUND.items()}, "one dict of arrays"),
-    "an array without its contents": ({**SOUND, "worse_label": Call(np.ndarray, (40,))}, "not an array of int64"),
+    "lists": ({name: labels.tolist() for name, labels in SOUND.items()}, "'clean_label' is not an array"),
+    "tensors": (
+        {name: torch.tensor(labels) for name, labels in SOUND.items()},
+        "'clean_label' is not an array (N,) of",
+    ),
+    "an array without its contents": ({**SOUND, "worse_label": Call(np.ndarray, (40,))}, "not an array (N,) of int64"),
 }
 
 
@@ -119,20 +138,36 @@ def test_code_in_a_file_is_not_run(tmp_path):
         assert "\n" not in str(error.value) and not marker.exists()
 
 
-def test_an_array_of_pointers_is_never_made(tmp_path):
-    """numpy's own ndarray, called with bytes and an object type, takes the file's bytes for addresses of objects: to
-    look at one runs whatever lies there. This is what the names that arrays need would open."""
-    addresses = np.arange(40).tobytes()
+READ = """
+import sys
+from pathlib import Path
+import numpy as np
+from dividemix import DivideMixError, noise_human
+for path in sys.argv[1:]:
+    try:
+        noise_human.read(Path(path), "worse_label", np.arange(40) % 10, 10)
+    except DivideMixError:
+        print("refused")
+"""
+
+
+def test_no_file_crashes_the_process(tmp_path):
+    """numpy's own ndarray, called with bytes and an object type, takes the file's bytes for addresses of objects: 90
+    bytes crash whoever reads them, or run what lies there. This is what the names that arrays need would open."""
+    addresses = np.arange(1, 81).tobytes()
+    empty = np._core.multiarray._reconstruct
     forged = Call(np.dtype, "i8", False, True, state=(3, "<", None, None, None, -1, -1, 63))
-    for call in (
-        Call(np.ndarray, (40,), "O", addresses),
-        Call(np.ndarray, (40,), Call(np.dtype, "O"), addresses),
-        Call(set, Call(np.ndarray, (40,), "O", addresses)),
-        Call(np.ndarray, (40,), forged, addresses),
-    ):
-        (tmp_path / "human.pt").write_bytes(torch_archive(pickled({**SOUND, "worse_label": call})))
-        with pytest.raises(DivideMixError):
-            read(tmp_path / "human.pt", "worse_label", TRUTH, 10)
+    tame = Call(np.dtype, "O", False, True, state=(3, "|", None, None, None, -1, -1, 0))
+    types = ["O", "O8", "V8,O", "(1,)O", "V8", forged, tame, Call(np.dtype, "O"), Call(np.dtype, [("a", "O")])]
+    calls = [Call(np.ndarray, (40,), kind, addresses) for kind in types]
+    calls += [Call(empty, np.ndarray, (40,), kind, state=(1, (40,), kind, False, addresses)) for kind in types]
+    calls += [Call(set, call) for call in calls]  # looks at what is in it
+    files = [tmp_path / f"{number}.pt" for number in range(len(calls))]
+    for file, call in zip(files, calls, strict=True):
+        file.write_bytes(torch_archive(pickled({**SOUND, "worse_label": call})))
+    done = subprocess.run([sys.executable, "-c", READ, *files], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["refused"] * len(files)
 
 
 def test_a_file_that_cannot_be_opened(tmp_path):

@@ -152,6 +152,9 @@ def test_a_setting_of_the_paper_gets_its_own_values_and_says_so(setting):
     assert f"warm_up {args.warm_up} (paper, Sec. 4.2)" in lines
 
 
+DIFFERS = "differs from the paper's setting"
+
+
 def test_what_is_not_the_papers_setting_is_said_before_300_epochs_are_over():
     """A user who left out a zero, the penalty or the batch size finds out from the last line of the run."""
     _, _, lines = resolved("--r", "0.2")
@@ -160,16 +163,16 @@ def test_what_is_not_the_papers_setting_is_said_before_300_epochs_are_over():
         2
     ]
     assert penalty == "conf_penalty off (given; the authors have on, in warm-up)"
-    assert other == "not the paper's setting: --batch_size 128, --conf_penalty off"
+    assert other == f"{DIFFERS}: --batch_size 128 (paper: 64), --conf_penalty off (paper: auto)"
     *_, other = resolved("--r", "0.2", "--lambda_u", "25", "--T", "1", "--lr", "0.1")[2]
-    assert other == "not the paper's setting: --lr 0.1, --T 1.0, --lambda_u 25.0"
-    assert "not the paper's setting" not in str(resolved("--dataset", "digits", "--width", "16")[2])  # no row of it
+    assert other == f"{DIFFERS}: --lr 0.1 (paper: 0.02), --T 1 (paper: 0.5), --lambda_u 25 (paper: 0)"
+    assert DIFFERS not in str(resolved("--dataset", "digits", "--width", "16")[2])  # no row of it
     assert resolved("--r", "0.2", "--method", "ce", "--alpha", "1")[2] == []  # which has no use for it
     ce = ("--method", "ce", "--recipe")
-    assert resolved("--r", "0.2", *ce, "paper", "--lr", "0.1")[2] == ["not the paper's setting: --lr 0.1"]
-    assert resolved("--r", "0.2", *ce, "blind")[2] == ["not the paper's setting: --recipe blind"]
+    assert resolved("--r", "0.2", *ce, "paper", "--lr", "0.1")[2] == [f"{DIFFERS}: --lr 0.1 (paper: 0.02)"]
+    assert resolved("--r", "0.2", *ce, "blind")[2] == [f"{DIFFERS}: --recipe blind (paper: paper)"]
     *_, other = resolved("--r", "0.2", "--recipe", "blind", "--batch_size", "128")[2]
-    assert other == "not the paper's setting: --batch_size 128, --recipe blind"
+    assert other == f"{DIFFERS}: --batch_size 128 (paper: 64), --recipe blind (paper: paper)"
 
 
 def test_other_settings_are_not_called_the_papers():
@@ -351,21 +354,23 @@ def test_the_papers_number_stands_beside_its_own_setting():
     the 80 are over."""
     parser, recipe = image_parser(recipes.WEBVISION), recipes.WEBVISION
     for flags, other in (
-        ([], "--lr_drop 40, --num_epochs 80"),
+        ([], "--lr_drop 40 (paper: 50), --num_epochs 80 (paper: 100)"),
         (["--num_epochs", "100", "--lr_drop", "50", "--lambda_u", "0"], ""),
-        (["--num_epochs", "100", "--lr_drop", "50", "--lambda_u", "9", "--T", "1"], "--T 1.0"),
+        (["--num_epochs", "100", "--lr_drop", "50", "--lambda_u", "9", "--T", "1"], "--T 1 (paper: 0.5)"),
     ):
         args = parser.parse_args(flags)
-        assert options.resolve_images(args, recipe)[-1:] == ([f"not the paper's setting: {other}"] if other else [])
+        assert options.resolve_images(args, recipe)[-1:] == ([f"{DIFFERS}: {other}"] if other else [])
         assert options.but(args, recipe) == (f" (but this run: {other})" if other else "")
 
 
-def test_departures_from_a_setting_are_written_as_flags():
+def test_setting_differences_from_a_setting_are_written_as_flags():
     """Else the paper's number stands beside a run of another setting without a word."""
     args = image_parser(recipes.CLOTHING1M).parse_args(["--arch", "preresnet18", "--lr", "0.1"])
     args.weights = "imagenet"
-    assert recipes.departures(vars(args), recipes.CLOTHING1M.method) == ["--lr 0.1"]
-    assert recipes.departures(vars(args), recipes.CLOTHING1M.images) == ["--arch preresnet18"]
+    assert recipes.setting_differences(vars(args), recipes.CLOTHING1M.method) == ["--lr 0.1 (paper: 0.002)"]
+    assert recipes.setting_differences(vars(args), recipes.CLOTHING1M.images) == [
+        "--arch preresnet18 (paper: resnet50)"
+    ]
 
 
 def test_lines_of_several_ranks_say_whose_they_are(monkeypatch, capsys):

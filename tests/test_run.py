@@ -15,10 +15,9 @@ import torch
 from conftest import ROOT
 
 import Train_cifar
-from dividemix import DivideMixError, checkpoint, logs, report
-from dividemix.lock import lock
+from dividemix import DivideMixError, checkpoint, logs
 from dividemix.ranks import Ranks
-from dividemix.run import Run, score_arrays
+from dividemix.run import Run, lock_folder, score_arrays
 from dividemix.seeds import draws, seeded
 
 TINY = "--dataset digits --limit_train 96 --width 4 --batch_size 16 --warm_up 1 --lr_drop 3 --device cpu"
@@ -352,7 +351,6 @@ def test_a_checkpoint_from_before_each_network_had_its_own_best_epoch_goes_on(co
 def test_the_result_is_left_once_and_the_same_again(tmp_path, monkeypatch):
     """Else a table of results is made from a run that has not ended, or acc.txt ends in as many test accuracies as the
     command was given."""
-    monkeypatch.setattr(report, "draw", lambda *_: [])
     folder = tmp_path / "run"
     for _ in range(2):
         final = go_on(folder, [(60.0, 60.0)]).finish({"test_acc": 74.758, "loss_x": float("inf")})
@@ -361,18 +359,6 @@ def test_the_result_is_left_once_and_the_same_again(tmp_path, monkeypatch):
         assert lines == ["Validation Epoch:0      Acc1:60.00  Acc2:60.00", "Test Accuracy:74.76"]
     go_on(folder, [(60.0, 60.0), (61.0, 61.0)])  # continued: that was not its result
     assert not (folder / "result.json").exists() and "Test" not in (folder / "acc.txt").read_text()
-
-
-def test_a_figure_that_fails_loses_nothing(tmp_path, monkeypatch):
-    """A missing font or a full disk: the run of days ends with an error, and its result is not written."""
-
-    def fails(*_):
-        raise ValueError("no font")
-
-    monkeypatch.setattr(report, "draw", fails)
-    with pytest.warns(UserWarning, match="no report: no font"):
-        go_on(tmp_path / "run", [(60.0, 60.0)]).finish({"test_acc": 1.0})
-    assert (tmp_path / "run" / "result.json").exists()
 
 
 def test_scores_of_a_sample_say_whose_they_are():
@@ -387,7 +373,7 @@ def test_scores_of_a_sample_say_whose_they_are():
 def test_a_run_folders_lock_is_not_held_on_by_workers(tmp_path):
     """Killed, the main process leaves its workers alive for some seconds: the same command again would be refused, as
     if another process was still training."""
-    file, context = lock(tmp_path), multiprocessing.get_context("fork")
+    lock, context = lock_folder(tmp_path), multiprocessing.get_context("fork")
     running = context.Event()
 
     def work():
@@ -398,8 +384,8 @@ def test_a_run_folders_lock_is_not_held_on_by_workers(tmp_path):
     worker.start()
     assert running.wait(30)
     try:
-        file.close()
-        lock(tmp_path).close()
+        lock.release()
+        lock_folder(tmp_path).release()
     finally:
         worker.kill()
         worker.join()
@@ -420,7 +406,6 @@ def test_ranks_that_read_other_data_are_refused(tmp_path, monkeypatch):
 RANKS = """
 import sys, torch, types
 from pathlib import Path
-sys.modules["dividemix.report"] = types.SimpleNamespace(draw=lambda _: [])  # a figure takes a second
 from dividemix import DivideMixError, logs, options, ranks, runtime
 from dividemix.run import Run
 
@@ -503,20 +488,3 @@ def test_a_rank_that_ends_ends_the_others(tmp_path):
     assert first[0] == second[0] == 1
     assert second[2] == "rank 1: error: this one fails\n"
     assert first[2].splitlines()[-1].startswith("rank 0: error: another rank ended"), first[2]
-
-
-def test_a_small_file_is_written_once_and_whole(tmp_path, monkeypatch):
-    """Else a run that continues on a full disk ends because of a file that it has, or a folder that cannot be written
-    ends in a stack trace."""
-    with Run(tmp_path / "run", {}) as this:
-        this.save_file("matrix.csv", b"1,2")
-        this.save_file("matrix.csv", b"3,4")
-
-        def full(*_):
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr("dividemix.run.write_atomically", full)
-        this.save_file("matrix.csv", b"3,4")
-        with pytest.raises(DivideMixError, match=r"matrix\.csv cannot be written: No space left on device"):
-            this.save_file("matrix.csv", b"5,6")
-        assert (this.folder / "matrix.csv").read_bytes() == b"3,4"

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 from make_run import CLASSES, WRONG, make_run
-from test_histograms import divided
 
 from dividemix import DivideMixError
 from dividemix.runfolder import read_run
@@ -86,19 +85,6 @@ def test_damaged_histograms_are_left_out_one_by_one(tmp_path):
     (folder / "histograms.jsonl").write_text("\n".join([lines[0], '{"epoch": 2}', "[]", lines[2][:50]]))
     with pytest.warns(UserWarning, match=r"histograms\.jsonl: 2 of 4 lines are damaged, left out"):
         assert [entry["epoch"] for entry in read_run(folder).histograms] == [1, 2]
-
-
-def test_a_run_older_than_the_histograms_has_its_last_one(tmp_path):
-    """Else the folders of runs that took days lose the figure that they had."""
-    folder = make_run(tmp_path / "run", histograms=False)
-    scores, _ = divided(12)
-    (folder / "scores").mkdir()
-    np.savez(folder / "scores" / "epoch_002.npz", **scores)
-    np.savez(folder / "scores" / "epoch_001.npz", loss_net1=np.zeros(1))  # an older epoch's: must not be read
-    [entry] = read_run(folder).histograms
-    assert entry["epoch"] == 2 and entry.keys() == {"epoch", "net1", "net2"} and "clean" in entry["net1"]
-    np.savez(folder / "scores" / "epoch_002.npz", means_net1=np.zeros(2))
-    assert read_run(folder).histograms == []
 
 
 def test_the_result_is_that_of_a_finished_run(tmp_path):

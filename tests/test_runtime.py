@@ -367,7 +367,7 @@ def test_a_raised_flag_stops_weights_and_momentum():
 
 def test_convolutions_are_channels_last():
     """Else bf16 convolutions run in the slow memory format, two times slower on a card."""
-    net = Runtime(CPU).prepare(PreResNet.ResNet18(10, 4))
+    net = Runtime(CPU, memory_format=torch.channels_last).prepare(PreResNet.ResNet18(10, 4))
     assert net.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 

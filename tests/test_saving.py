@@ -1,6 +1,10 @@
 """Saving beside training: what is written is the state as it was, and nothing that fails is passed over."""
 
+import errno
+import hashlib
+import os
 import threading
+import tracemalloc
 
 import pytest
 import torch
@@ -40,6 +44,36 @@ def test_a_copy_is_made_in_the_memory_of_the_one_before():
     assert [len(tensor) for tensor in second["b"]] == [5, 2] and second["c"].dtype == torch.int64
     assert first["b"][0].all() and first["c"].all()
     assert to_host([torch.ones(2), {"d": 1}], {"a": 3})[1] == {"d": 1}
+
+
+def test_a_state_is_written_without_a_copy_of_it_in_python_s_memory(tmp_path):
+    """Such a copy is made under the GIL: the loss pass beside it launches nothing, and the card idles."""
+    state = {"nets": [{str(i): torch.randn(50_000) for i in range(20)}]}  # 4 MB
+    path = tmp_path / "epoch-000.pt"
+    checkpoint.write_state(path, state)  # imports
+    tracemalloc.start()
+    try:
+        sha256 = checkpoint.write_state(path, state)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 400_000
+    assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert_equal(checkpoint.from_bytes(path.read_bytes()), state)
+    assert path.read_bytes() == checkpoint.to_bytes(state)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux' full disk")
+def test_a_disk_that_fills_up_in_the_middle_of_a_state_is_an_error_of_the_system(tmp_path, monkeypatch):
+    """torch's own error, or the end of the process, says nothing of room; and the old file must stay."""
+    path = tmp_path / "best.pt"
+    path.write_bytes(b"old")
+    full = os.open("/dev/full", os.O_WRONLY)
+    monkeypatch.setattr(checkpoint.tempfile, "mkstemp", lambda **_: (full, str(tmp_path / "temporary")))
+    with pytest.raises(OSError) as error:
+        checkpoint.write_state(path, {"w": torch.zeros(100_000)})
+    assert error.value.errno == errno.ENOSPC
+    assert path.read_bytes() == b"old"
 
 
 def test_a_failure_is_said_once_and_after_it_goes_on():

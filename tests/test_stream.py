@@ -4,6 +4,7 @@ import gc
 import os
 import weakref
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import half
 from make_image_trees import make_clothing1M, make_webvision
-from PIL import Image
+from PIL import ExifTags, Image
 from torchvision import transforms
 
 import dataloader_clothing1M
@@ -144,7 +145,7 @@ def test_views_belong_to_labels_and_weights(clothing, keep):
         data = made.images("train", keep=keep)
         seen, differ, digests = [], 0, {}  # digests: all crops that there are of an image
         for i in range(56):
-            image = made.workers.reader.image("train", None, i)
+            image, _ = made.workers.reader.image("train", None, i)
             digests[i] = {
                 side[top : top + 32, left : left + 32].tobytes()
                 for side in (image, image[:, ::-1])
@@ -185,6 +186,27 @@ def test_all_kinds_of_images_in_one_list(own_clothing):
         for i in range(6):
             plain = VIEWS.eval(VIEWS.resized(Image.open(train.path(i)).convert("RGB")))
             assert torch.equal(x[i], made.normalise(torch.from_numpy(plain.copy())[None])[0])
+
+
+def test_the_published_pixels_are_kept_and_own_images_are_read_as_shown(own_clothing, tmp_path):
+    """Clothing1M would be other pixels than the paper's; own photos would lie on their side, in training or beside
+    their label in the report."""
+    train, exif = own_clothing.train, Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    with Image.open(train.path(0)) as image:
+        image.convert("RGB").save(train.path(0), "PNG", exif=exif)
+        stored = np.asarray(image.convert("RGB"))
+    for as_shown, expected in ((False, stored), (True, stored[::-1, ::-1])):
+        expected = VIEWS.eval(VIEWS.resized(Image.fromarray(np.ascontiguousarray(expected))))
+        lists = {"train": replace(train, as_shown=as_shown)}
+        for cache_dir in (None, tmp_path / "cache"):
+            with Pipeline(lists, VIEWS, (0.5,) * 3, (0.5,) * 3, CPU, workers=0, cache_dir=cache_dir) as made:
+                made.build_cache()
+                np.testing.assert_array_equal(made.pixels("train", np.arange(1))[0], expected)
+                [original] = made.images("train").originals(np.array([0]))
+                original = VIEWS.resized(Image.fromarray(original))
+                np.testing.assert_array_equal(VIEWS.eval(original), expected)
+                assert len(made.said()) == as_shown and made.said() == []
 
 
 def test_draws_come_from_the_generator_alone(clothing):

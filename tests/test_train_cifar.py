@@ -164,7 +164,7 @@ def test_figure_events_and_nothing_else(done):
     files = {path.name for path in done.folder.iterdir()} - {".lock", file_name(done.dataset, 0.5, "sym")}
     logs = {"acc.txt", "stats.txt", "metrics.jsonl", "histograms.jsonl", "args.json", "tensorboard", "scores"}
     logs |= {"labels.npz", "label_scores.npz", "thumbnails.npz"}
-    logs |= {"report.html", "metrics.csv", "figures", "label_issues.csv", "cleaned_labels.csv", "transition.csv"}
+    logs |= {"report.html", "figures", "label_issues.csv", "cleaned_labels.csv", "transition.csv"}
     assert files == logs | {"last.json", "best.pt", "epoch-001.pt", "epoch-002.pt", "result.json"}
     assert [path.name for path in (done.folder / "scores").iterdir()] == ["epoch_002.npz"]
 

@@ -67,7 +67,7 @@ def test_output_is_one_line_an_epoch_and_the_test_beside_the_papers(done):
     assert all(line.startswith("warning: ") for line in done.err.splitlines()), done.err
     last = next(line for line in done.out.splitlines() if line.startswith("test "))
     assert re.match(r"test \d+\.\d\d \(nets \d+\.\d\d/\d+\.\d\d, of epochs \d and \d, chosen on the clean valid", last)
-    assert "; paper: 74.76 (but this run: --batch_size 8, " in last and "--arch preresnet18" in last
+    assert "; paper: 74.76 (but this run: --batch_size 8 (paper: 32), " in last and "--arch preresnet18" in last
 
 
 def test_files_of_a_run(done):
@@ -75,7 +75,7 @@ def test_files_of_a_run(done):
     files = {path.name for path in done.folder.iterdir()} - {".lock"}
     logs = {"acc.txt", "stats.txt", "metrics.jsonl", "histograms.jsonl", "args.json", "tensorboard", "scores"}
     logs |= {"labels.npz", "label_scores.npz", "thumbnails.npz"}
-    logs |= {"report.html", "metrics.csv", "figures", "label_issues.csv", "cleaned_labels.csv"}
+    logs |= {"report.html", "figures", "label_issues.csv", "cleaned_labels.csv"}
     assert files == logs | {"last.json", "best.pt", "epoch-001.pt", "epoch-002.pt", "result.json"}
     assert (done.folder / "figures" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
     assert sorted(path.name for path in (done.folder / "scores").iterdir()) == [f"epoch_{e:03d}.npz" for e in range(3)]

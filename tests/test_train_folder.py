@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import end_of, read_records, reference_logits, run_script
 from make_image_trees import make_digits, make_folder
-from PIL import Image
+from PIL import ExifTags, Image
 from test_run import assert_equal, last_state, without_times
 from test_torchrun import torchrun
 
@@ -290,8 +290,42 @@ def test_all_kinds_of_images(tmp_path, start):
         deep.save(path, kind)
     for mode in MODES:
         status, out, error = start(tree, "--data_mode", mode, "--fresh")
-        assert status == 0 and "colour images, " in out and "16-bit ones are read as value / 256" in out, error
+        assert status == 0 and "colour images, " in out, error
+        [line] = re.findall(r"images read: .*", out)  # once, not in each pass
+        assert line.startswith("images read: 24, of which 1 of 16-bit grey"), line
         assert np.isfinite(read_records(tmp_path / "run")[-1]["loss_x"])
+
+
+@pytest.mark.parametrize("flags", [["device"], ["stream"], ["stream", "--cache_dir", "cache"]], ids=" ".join)
+def test_photos_on_their_side_and_drawings_on_nothing_are_trained_as_shown(tmp_path, start, monkeypatch, flags):
+    """The networks would learn from photos that lie on their side and from drawings that are black all over; and the
+    user would not hear how many images were changed, or would hear it in each pass."""
+    monkeypatch.chdir(tmp_path)
+    shown, stored = tmp_path / "shown", tmp_path / "stored"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for k, path in enumerate(sorted(make_folder(tmp_path / "data").rglob("*.jpg"))):
+        name = path.relative_to(tmp_path / "data").with_suffix(".png")
+        (shown / name).parent.mkdir(parents=True, exist_ok=True)
+        (stored / name).parent.mkdir(parents=True, exist_ok=True)
+        image = Image.open(path).convert("RGB")
+        if k % 4 == 1:  # a black drawing on a transparent ground
+            mask = image.convert("L")
+            image = Image.new("RGB", image.size, "white")
+            image.paste("black", mask=mask)
+            drawing = Image.new("RGBA", image.size)
+            drawing.putalpha(mask)
+            drawing.save(stored / name)
+        else:
+            turned = image.transpose(Image.Transpose.ROTATE_90) if k % 4 == 0 else image
+            turned.save(stored / name, exif=exif if k % 4 == 0 else None)
+        image.save(shown / name)
+    for tree, line in ((shown, []), (stored, ["images read: 24, of which 6 turned", "6 with transparency"])):
+        for _ in range(1 + ("cache" in flags)):  # from a cache that is there already, too
+            status, out, error = start(tree, "--data_mode", *flags, "--fresh", "--run_dir", f"run_{tree.name}")
+            assert status == 0, error
+            assert out.count("images read: ") == bool(line) and all(part in out for part in line), out
+    assert_the_same(tmp_path / "run_shown", tmp_path / "run_stored")
 
 
 # ---- Several ranks ----

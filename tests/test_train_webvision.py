@@ -78,7 +78,9 @@ def test_output_is_one_line_an_epoch_and_the_best_beside_the_papers(done):
     assert re.match(
         r"best epoch \d: WebVision [\d.]+ \([\d.]+\), ILSVRC12 [\d.]+ \([\d.]+\); mean of the last 10", last
     )
-    assert "; paper: WebVision 77.32 (91.64), ILSVRC12 75.20 (90.84) (but this run: --batch_size 8, " in last
+    assert (
+        "; paper: WebVision 77.32 (91.64), ILSVRC12 75.20 (90.84) (but this run: --batch_size 8 (paper: 32), " in last
+    )
 
 
 def test_files_of_a_run(done):
@@ -87,7 +89,7 @@ def test_files_of_a_run(done):
     files = {path.name for path in done.folder.iterdir()} - {".lock"}
     logs = {"acc.txt", "stats.txt", "metrics.jsonl", "histograms.jsonl", "args.json", "tensorboard", "scores"}
     logs |= {"labels.npz", "label_scores.npz", "thumbnails.npz"}
-    logs |= {"report.html", "metrics.csv", "figures", "label_issues.csv", "cleaned_labels.csv"}
+    logs |= {"report.html", "figures", "label_issues.csv", "cleaned_labels.csv"}
     assert files == logs | {"last.json", "best.pt", "epoch-001.pt", "epoch-002.pt", "result.json"}
     assert (done.folder / "figures" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
     for epoch in range(EPOCHS):

@@ -25,7 +25,7 @@ import dataloader_webvision  # noqa: E402
 import Train_cifar  # noqa: E402
 import Train_clothing1M  # noqa: E402
 import Train_webvision  # noqa: E402
-from dividemix import DivideMixError, engine, networks, options, recipes, run, runtime, warn  # noqa: E402
+from dividemix import DivideMixError, engine, networks, options, recipes, report, run, runtime, warn  # noqa: E402
 from dividemix.checkpoint import load_last  # noqa: E402
 from dividemix.codivide import CoDivide  # noqa: E402
 from dividemix.data import DeviceImages  # noqa: E402
@@ -299,9 +299,9 @@ def fail(kind: str, stamp: str, *argv: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    # To import what draws and what writes TensorBoard events takes seconds.
+    # To draw, and to import what writes TensorBoard events, takes seconds.
     nothing = SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)
-    sys.modules["dividemix.report"] = SimpleNamespace(draw=lambda _: [])
+    report.draw = lambda _: []
     sys.modules["torch.utils.tensorboard"] = SimpleNamespace(SummaryWriter=lambda *_, **__: nothing)
     name, *arguments = sys.argv[1:]
     options.command_line(lambda _: {"small": small, "images": images, "fail": fail}[name](*arguments))

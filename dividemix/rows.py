@@ -1,0 +1,232 @@
+"""The rows of the paper's tables: their data, the commands that make them, and what is there of their runs. Settings
+and the paper's numbers come from `recipes`; here they become flags of the training scripts.
+
+Names: <dataset>-<mode>-<per cent>, then -ce (cross-entropy), or the ablation.
+"""
+
+import fnmatch
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dividemix import DivideMixError, recipes
+from dividemix.run import FREE_FLAGS
+
+ROOT = Path(__file__).resolve().parent.parent  # of the scripts
+TABLES = {
+    "1": "Table 1: CIFAR-10 and CIFAR-100, symmetric noise",
+    "2": "Table 2: CIFAR-10, 40 % asymmetric noise",
+    "3": "Table 3: Clothing1M",
+    "4": "Table 4: WebVision, and ILSVRC12 with the same networks",
+    "5": "Table 5: parts of the method left out, CIFAR-10",
+    "here": "Small sets, which the paper lacks",
+}
+FIRST_SEED = 123  # the scripts' default
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A set is looked for in `folder` below --data_root, then in --data_root itself. needs: what has to be there, as
+    patterns, with | between those of which one must match."""
+
+    title: str
+    folder: str = ""
+    needs: tuple[str, ...] = ()
+    can_download: bool = False
+
+    def place(self, data_root: Path) -> Path | None:
+        """The first folder that has everything, None where none has."""
+        for folder in (data_root / self.folder, data_root):
+            if all(any(any(folder.glob(pattern)) for pattern in need.split("|")) for need in self.needs):
+                return folder
+        return None
+
+    def missing(self, data_root: Path, download: bool = False) -> str:
+        """What a row that has no data says, '' where nothing is missing."""
+        if self.place(data_root) or (download and self.can_download):
+            return ""
+        return f"needs {self.title} in {data_root / self.folder}"
+
+
+_FASHION = "FashionMNIST/raw/train-images-idx3-ubyte*|raw/train-images-idx3-ubyte*|train-images-idx3-ubyte*"
+_WEBVISION = ("info/train_filelist_google.txt", "val_images_256", "imagenet/val")
+DATA = {
+    "cifar10": DataSet("CIFAR-10", "cifar-10", ("cifar-10-batches-py/data_batch_*|data_batch_*",), True),
+    "cifar100": DataSet("CIFAR-100", "cifar-100", ("cifar-100-python/train|train",), True),
+    "fashionmnist": DataSet("Fashion-MNIST", "data", (_FASHION,), True),
+    "digits": DataSet("scikit-learn's digits"),
+    "clothing1M": DataSet("Clothing1M", "Clothing1M/data", ("noisy_train_key_list.txt",)),
+    "webvision": DataSet("WebVision", "webvision", _WEBVISION),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """flags: of the script, beside data, seed and folder. paper: the numbers that the row is about, None where the
+    paper reports none, or none with a source. setting: flag -> value of everything that a run should have. run_name:
+    the row whose runs are read. column: the accuracy of an epoch that is read, of both networks or of net 1."""
+
+    name: str
+    run_name: str
+    table: str
+    script: str
+    flags: dict[str, Any]
+    data: str
+    paper: dict[str, float | None]
+    setting: dict[str, Any] = field(repr=False)
+    column: str = "test_acc"
+
+
+def small_images(row: recipes.Recipe, table: str, variant: str = "", flags: dict[str, Any] | None = None) -> Row:
+    """A row of Train_cifar.py. variant: '', 'ce' or an ablation; flags: of a set that the paper lacks."""
+    method, ablation = ("ce", "none") if variant == "ce" else ("dividemix", variant or "none")
+    asked = {"dataset": row.dataset, "noise_mode": row.mode, "r": row.r, "method": method, "ablation": ablation}
+    setting = recipes.setting(row, method) | asked | (flags or {})
+    defaults = {"dataset": "cifar10", "noise_mode": "sym", "method": "dividemix", "ablation": "none"}
+    asked = {name: value for name, value in asked.items() if defaults.get(name) != value} | (flags or {})
+    paper: dict[str, float | None] = {"best": row.best, "last": row.last}
+    if variant == "ce":
+        paper = {"best": row.ce_best, "last": None}
+    elif variant:
+        paper = {"best": recipes.ABLATIONS[variant].paper_best(row)}
+    # The paper's cross-entropy is one network; where there is nothing to compare with, it is both, as for DivideMix.
+    column = "test_acc_net1" if variant == "ce" and row.ce_best is not None else "test_acc"
+    name = "-".join(filter(None, (row.dataset, row.mode, f"{round(100 * row.r)}", variant)))
+    return Row(name, name, table, "Train_cifar.py", asked, row.dataset, paper, setting, column)
+
+
+def all_rows() -> list[Row]:
+    """The rows of Tables 1 to 5, with cross-entropy beside those of Tables 1 and 2, and of the small sets."""
+    rows = [
+        small_images(row, "1" if row.mode == "sym" else "2", variant) for row in recipes.ROWS for variant in ("ce", "")
+    ]
+    for table, data, recipe in (("3", "clothing1M", recipes.CLOTHING1M), ("4", "webvision", recipes.WEBVISION)):
+        name, paper = data.lower(), dict(recipe.results)
+        rows.append(Row(name, name, table, f"Train_{data}.py", recipe.results_with, data, paper, recipe.setting))
+    for row in (row for row in recipes.ROWS if row.dataset == "cifar10"):
+        # Tested with net 1 alone: another reading of DivideMix's runs, of which no number of the paper's has a source.
+        base = small_images(row, "5")
+        rows.append(replace(base, name=f"{base.name}-one_net", paper={"best": None}, column="test_acc_net1"))
+        rows += [small_images(row, "5", ablation) for ablation in recipes.ABLATIONS if ablation != "none"]
+    for dataset, flags in recipes.SMALL_SETS.items():
+        for mode, r in recipes.SMALL_NOISE[dataset]:
+            noise = {"dataset": dataset, "mode": mode, "r": r}
+            row = replace(recipes.nearest(**noise)[0], **noise, best=None, last=None, ce_best=None)
+            rows += [small_images(row, "here", variant, flags) for variant in ("ce", "")]
+    return sorted(rows, key=lambda row: list(TABLES).index(row.table))
+
+
+def select(tables: Sequence[str], patterns: Sequence[str]) -> list[Row]:
+    """The rows of these tables ('all': of all) and those whose names match a pattern. Raises DivideMixError for a
+    pattern that matches none."""
+    rows = all_rows()
+    matched = {pattern: fnmatch.filter([row.name for row in rows], pattern) for pattern in patterns}
+    for pattern in (pattern for pattern in patterns if not matched[pattern]):
+        raise DivideMixError(f"--rows {pattern}: no row has such a name; --list shows them")
+    names = {name for match in matched.values() for name in match}
+    return [row for row in rows if row.name in names or row.table in tables or "all" in tables]
+
+
+_REFUSED = {"seed": "use --seeds", "run_dir": "use --out_dir", "out_dir": "use --out_dir"}
+_REFUSED |= {"data_path": "use --data_root", "fresh": "use another --out_dir", "id": "use another --out_dir"}
+_REFUSED |= {
+    "gpuid": "set CUDA_VISIBLE_DEVICES",
+    "noise_seed": "all runs have the first seed's noise; use --noise_file",
+}
+_REFUSED |= dict.fromkeys(("check_data", "help"), "that trains nothing; give it to the script itself")
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run. missing: why it cannot be started, '' where it can. given: what its folder's name has for flags after
+    --, '' for none."""
+
+    row: Row
+    folder: Path
+    command: tuple[str, ...]
+    num_epochs: int
+    missing: str = ""
+    given: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def is_finished(self) -> bool:
+        files = read(self.folder)
+        return bool(files.result) and len(files.records) >= self.num_epochs
+
+
+def plan(rows: Sequence[Row], seeds: int, data_root: Path, out_dir: Path, extra: Sequence[str]) -> list[PlannedRun]:
+    """The runs, in the order of the rows, no folder twice. extra: more flags of the scripts, which name the folders
+    where they decide what is computed. Raises DivideMixError for flags that are reproduce.py's to give."""
+    flags = grouped(extra)
+    for name in flags.keys() & _REFUSED:
+        raise DivideMixError(f"--{name} after --: {_REFUSED[name]}")
+    end, runs = folder_name(flags), {}
+    for row in rows:
+        data = DATA[row.data]
+        missing, place = data.missing(data_root, "download" in flags), data.place(data_root) or data_root / data.folder
+        epochs = int(flags.get("num_epochs", row.setting["num_epochs"]))
+        for seed in range(FIRST_SEED, FIRST_SEED + seeds):
+            folder = out_dir / f"{row.run_name}_seed{seed}{end and '_' + end}"
+            words = ["--data_path", str(place)] if data.folder else []
+            words += [word for name, value in row.flags.items() for word in (f"--{name}", f"{value}")]
+            words += ["--seed", str(seed)] if seed != FIRST_SEED else []
+            if seed != FIRST_SEED and row.script == "Train_cifar.py":  # all seeds have the same noise
+                words += ["--noise_seed", str(FIRST_SEED)]
+            command = (sys.executable, str(ROOT / row.script), *words, *extra, "--run_dir", str(folder))
+            runs.setdefault(folder, PlannedRun(row, folder, command, epochs, missing, end))
+    return list(runs.values())
+
+
+def grouped(extra: Sequence[str]) -> dict[str, str]:
+    """['--lr', '0.1', '--no_graph'] -> {'lr': '0.1', 'no_graph': ''}. Raises DivideMixError for words that belong to no
+    flag, and for a --num_epochs that is no number."""
+    flags: dict[str, str] = {}
+    for word in extra:
+        if word.startswith("--"):
+            name, _, value = word[2:].partition("=")
+            flags[name] = value
+        elif flags:
+            flags[name] = f"{flags[name]} {word}".strip()
+        else:
+            raise DivideMixError(f"{word}: expected flags of the training scripts after --, like -- --num_epochs 20")
+    if not re.fullmatch("[1-9][0-9]{0,8}", flags.get("num_epochs", "1")):
+        raise DivideMixError(f"--num_epochs {flags['num_epochs']}: expected a whole number of 1 or more")
+    return flags
+
+
+def folder_name(flags: dict[str, str]) -> str:
+    """'' or 'num_epochs-20_width-16'. Left out are flags that a run may change, but for the three that make it another
+    one: its length and its data (whose labels it keeps)."""
+    named = {"num_epochs", "noise_file", "skip_bad_images"}
+    kept = sorted((name, flags[name]) for name in flags if name in named or name not in FREE_FLAGS)
+    name = "_".join(re.sub(r"[^\w.+-]", "-", f"{flag}-{value}".removesuffix("-")) for flag, value in kept)
+    if len(name) <= 120:
+        return name
+    digest = hashlib.sha256(repr(kept).encode("utf-8", "surrogateescape")).hexdigest()
+    return f"{name[:120]}-{digest[:8]}"
+
+
+class RunFiles(NamedTuple):
+    """Of a run folder: args.json, metrics.jsonl (a record per finished epoch), result.json ({} before the end)."""
+
+    about: dict[str, Any]
+    records: list[dict[str, Any]]
+    result: dict[str, Any]
+
+
+def read(folder: Path) -> RunFiles:
+    """What is missing is empty."""
+    paths = [folder / name for name in ("args.json", "metrics.jsonl", "result.json")]
+    about, lines, result = (path.read_text() if path.exists() else "" for path in paths)
+    # Half a line at the end was being written when the run was killed.
+    records = [json.loads(line) for line in lines.splitlines(keepends=True) if line.endswith("\n")]
+    return RunFiles(json.loads(about or "{}"), records, json.loads(result or "{}"))

@@ -1,0 +1,191 @@
+"""The rows of the paper's tables: made from recipes, each a command that its script takes; and their runs' folders."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import Train_cifar
+import Train_clothing1M
+import Train_webvision
+from dividemix import DivideMixError, options, recipes, rows
+from dividemix.rows import DATA, select
+
+SCRIPTS = {script.__name__ + ".py": script for script in (Train_cifar, Train_clothing1M, Train_webvision)}
+ROWS = {row.name: row for row in rows.all_rows()}
+
+
+def plan(names: str, seeds: int = 1, extra: str = "", root: str = "data") -> list[rows.PlannedRun]:
+    return rows.plan(select([], names.split()), seeds, Path(root), Path("out"), extra.split())
+
+
+def parsed(row: rows.Row) -> dict:
+    """The flags of a run, as its args.json has them."""
+    [run] = plan(row.run_name)
+    args = SCRIPTS[row.script].parse_args(run.command[2:])
+    if row.script == "Train_cifar.py":
+        options.resolve_recipe(args)
+    else:
+        options.resolve_images(args, SCRIPTS[row.script].PAPER)
+    return vars(args)
+
+
+# ---- The rows ----
+
+
+def test_names_are_the_rows_of_the_papers_tables():
+    """A row that is missing is one that nobody can check us on."""
+    by_table = {table: [row.name for row in rows.all_rows() if row.table == table] for table in rows.TABLES}
+    assert sum(map(len, by_table.values())) == len(ROWS)
+    assert len(by_table["1"]) == 16 and {"cifar100-sym-90", "cifar10-sym-20-ce"} < {*by_table["1"]}
+    assert by_table["2"] == ["cifar10-asym-40-ce", "cifar10-asym-40"]
+    assert (by_table["3"], by_table["4"]) == (["clothing1m"], ["webvision"])
+    assert len(by_table["5"]) == 5 * 5 and "cifar10-sym-20-one_view" in by_table["5"]
+    assert {"digits-sym-80-ce", "digits-asym-40", "fashionmnist-sym-50"} < {*by_table["here"]}
+
+
+def test_the_papers_numbers_are_those_of_the_recipes():
+    """Ours would be compared with another row's, or with a number that has no source."""
+    assert ROWS["cifar10-sym-80"].paper == {"best": 93.2, "last": 92.9}
+    assert ROWS["cifar100-sym-50-ce"].paper == {"best": 46.7, "last": None}
+    table5 = {name: row.paper["best"] for name, row in ROWS.items() if row.table == "5" and row.paper["best"]}
+    assert table5 == {"cifar10-sym-20-divide_mixmatch": 94.1, "cifar10-asym-40-divide_mixmatch": 86.5}
+    one_net = ROWS["cifar10-sym-50-one_net"]
+    assert (one_net.run_name, one_net.column) == ("cifar10-sym-50", "test_acc_net1")
+    assert ROWS["clothing1m"].paper == {"test_acc": 74.76} and len(ROWS["webvision"].paper) == 4
+    assert {*ROWS["digits-sym-50"].paper.values()} == {None}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_each_row_is_a_command_of_its_script_and_the_papers_setting(name):
+    """The run would end at once, or train something else and be called the paper's."""
+    row = ROWS[name]
+    args = parsed(row)
+    assert recipes.setting_differences(args, row.setting) == []
+    if row.script == "Train_cifar.py":
+        asked = ("dataset", "noise_mode", "r", "num_epochs")
+        assert [args[flag] for flag in asked] == [row.setting[flag] for flag in asked]
+        end = name.rsplit("-", 1)[1]
+        assert args["method"] == ("ce" if end == "ce" else "dividemix")
+        assert args["ablation"] == (end if end in recipes.ABLATIONS else "none")
+
+
+def test_flags_that_differ_are_named():
+    """A short run of a narrow net would stand in the table as a failed reproduction."""
+    row = ROWS["cifar10-sym-20"]
+    args = parsed(row) | {"lambda_u": 25.0, "num_epochs": 20}
+    assert recipes.setting_differences(args, row.setting) == [
+        "--num_epochs 20 (paper: 300)",
+        "--lambda_u 25 (paper: 0)",
+    ]
+    assert recipes.setting_differences({"num_epochs": 80, "lr_drop": 50}, ROWS["webvision"].setting) == [
+        "--num_epochs 80 (paper: 100)"
+    ]
+
+
+def test_rows_are_chosen_by_table_and_pattern():
+    """Somebody starts 48 runs of 300 epochs for a typing error, or none."""
+    assert [row.name for row in select([], ["cifar10-sym-50", "*webv*"])] == ["cifar10-sym-50", "webvision"]
+    assert len(select(["2", "3"], ["cifar10-asym-40"])) == 3
+    assert select(["all"], []) == rows.all_rows()
+    with pytest.raises(DivideMixError, match="--rows cifar11"):
+        select(["1"], ["cifar11"])
+
+
+# ---- Their data ----
+
+
+@pytest.mark.parametrize(
+    ("data", "files"),
+    [
+        ("cifar10", ["cifar-10/cifar-10-batches-py/data_batch_1"]),
+        ("cifar10", ["cifar-10-batches-py/data_batch_3"]),  # torchvision's layout, all sets side by side
+        ("cifar100", ["cifar-100/cifar-100-python/train"]),
+        ("fashionmnist", ["data/FashionMNIST/raw/train-images-idx3-ubyte.gz"]),
+        ("clothing1M", ["Clothing1M/data/noisy_train_key_list.txt"]),
+        (
+            "webvision",
+            ["webvision/info/train_filelist_google.txt", "webvision/val_images_256/", "webvision/imagenet/val/"],
+        ),
+    ],
+)
+def test_missing_data_are_seen_before_anything_starts(tmp_path, data, files):
+    """A night's queue ends in 18 errors of which the first told all."""
+    for file in files:
+        assert DATA[data].missing(tmp_path).startswith(f"needs {DATA[data].title} in {tmp_path}")
+        path = tmp_path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir() if file.endswith("/") else path.touch()
+    assert DATA[data].missing(tmp_path) == ""
+
+
+def test_what_can_be_downloaded_is_not_missing(tmp_path):
+    """`-- --download` on a new machine would run nothing; Clothing1M has no download."""
+    assert DATA["cifar10"].missing(tmp_path, download=True) == "" and DATA["digits"].missing(tmp_path) == ""
+    assert DATA["clothing1M"].missing(tmp_path, download=True)
+
+
+# ---- Their runs ----
+
+
+def test_a_run_is_its_scripts_command():
+    """What is copied from --dry_run would be another run than that which the command makes."""
+    [run] = plan("cifar10-sym-50")
+    flags = ("--data_path", "data/cifar-10", "--r", "0.5", "--run_dir", "out/cifar10-sym-50_seed123")
+    assert run.command == (sys.executable, str(rows.ROOT / "Train_cifar.py"), *flags) and run.num_epochs == 300
+    assert run.missing == "needs CIFAR-10 in data/cifar-10"
+    [run] = plan("digits-sym-50-ce")
+    assert "--data_path" not in run.command and run.missing == ""
+
+
+def test_seeds_share_the_noise():
+    """The spread would be that of the noise, too."""
+    first, second = plan("digits-sym-50", seeds=2)
+    assert "--seed" not in first.command and second.folder == Path("out/digits-sym-50_seed124")
+    args = Train_cifar.parse_args(second.command[2:])
+    assert (args.seed, args.noise_seed) == (124, Train_cifar.parse_args(first.command[2:]).noise_seed)
+    _, second = plan("clothing1m", seeds=2)
+    assert second.command[2:6] == ("--data_path", "data/Clothing1M/data", "--seed", "124")
+
+
+def test_rows_that_read_the_same_runs_have_them_once():
+    """Table 5's test with one network would train 300 epochs again, in a folder that is in use."""
+    runs = plan("cifar10-sym-50 cifar10-sym-50-one_net", seeds=2)
+    assert [run.name for run in runs] == ["cifar10-sym-50_seed123", "cifar10-sym-50_seed124"]
+    assert [run.name for run in plan("cifar10-sym-50-one_net")] == ["cifar10-sym-50_seed123"]
+
+
+def test_other_flags_have_their_folders():
+    """A short run would be continued to the paper's 300 epochs and called the paper's, or refused."""
+    [run] = plan("cifar10-sym-50", extra="--width 16 --num_epochs 20 --workers 3 --device cpu --no_label_scores")
+    assert run.name == "cifar10-sym-50_seed123_num_epochs-20_width-16" and run.num_epochs == 20
+    assert run.command[-5:-2] == ("--device", "cpu", "--no_label_scores")
+    assert plan("cifar10-sym-50", extra="--num_epochs=20 --width=16")[0].name == run.name
+    [run] = plan("cifar10-sym-50", extra="--noise_file /a/b c.json")
+    assert run.name == "cifar10-sym-50_seed123_noise_file--a-b-c.json"
+    long = [plan("cifar10-sym-50", extra=f"--init_from /{'a' * 300}{k}")[0].name for k in range(2)]
+    assert long[0] != long[1] and all(len(name) < 200 for name in long)  # file systems take 255
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        *(("--seed 1", "--seeds"), ("--run_dir x", "--out_dir"), ("--width 3 --fresh", "--fresh"), ("16", "16")),
+        *(("--data_path x", "--data_root"), ("--num_epochs x", "--num_epochs"), ("--num_epochs", "--num_epochs")),
+        *(("--gpuid 1", "CUDA_VISIBLE_DEVICES"), ("--check_data=full", "--check_data"), ("--help", "--help")),
+    ],
+)
+def test_flags_that_are_not_the_users_to_give_are_refused(extra, named):
+    """All runs in one folder: each moves the one before aside; on a card that they do not see; or nothing is run."""
+    with pytest.raises(DivideMixError, match=named):
+        plan("cifar10-sym-50", extra=extra)
+
+
+def test_half_a_line_is_no_epoch(tmp_path):
+    """A run that was killed while it wrote would end every later command, until somebody mends the file by hand."""
+    [run] = rows.plan(select([], ["digits-sym-50"]), 1, tmp_path, tmp_path, ["--num_epochs", "1"])
+    run.folder.mkdir()
+    (run.folder / "metrics.jsonl").write_text('{"epoch": 0}\n{"epoch": 1, "test_')
+    assert rows.read(run.folder) == ({}, [{"epoch": 0}], {}) and not run.is_finished
+    (run.folder / "result.json").write_text('{"test_acc": 1}')
+    assert run.is_finished
