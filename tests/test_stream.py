@@ -20,12 +20,12 @@ import dataloader_webvision
 from dividemix import DivideMixError, DivideMixWarning, engine, images, imagestore
 from dividemix.images import Views
 from dividemix.ranks import Ranks
-from dividemix.runtime import Runtime
+from dividemix.runtime import PLAIN, Runtime
 from dividemix.stream import Pipeline
 from PreResNet import ResNet18
 
 VIEWS = Views(36, 32)
-CPU = torch.device("cpu")
+CPU, ALONE = torch.device("cpu"), Ranks()
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,9 @@ def own_clothing(tmp_path):
     return dataloader_clothing1M.load(make_clothing1M(tmp_path / "data"))
 
 
-def pipeline(data, views=VIEWS, **options):
-    lists = {"train": data.train, "val": data.val}
-    return Pipeline(lists, views, data.mean, data.std, "cpu", **{"workers": 0, "keep": "host"} | options)
+def pipeline(data, views=VIEWS, ranks=ALONE, **options):
+    lists, runtime = {"train": data.train, "val": data.val}, Runtime(CPU, ranks=ranks)
+    return Pipeline(lists, views, data.mean, data.std, runtime, **{"workers": 0, "keep": "host"} | options)
 
 
 def rng(seed=0):
@@ -200,7 +200,7 @@ def test_the_published_pixels_are_kept_and_own_images_are_read_as_shown(own_clot
         expected = VIEWS.eval(VIEWS.resized(Image.fromarray(np.ascontiguousarray(expected))))
         lists = {"train": replace(train, as_shown=as_shown)}
         for cache_dir in (None, tmp_path / "cache"):
-            with Pipeline(lists, VIEWS, (0.5,) * 3, (0.5,) * 3, CPU, workers=0, cache_dir=cache_dir) as made:
+            with Pipeline(lists, VIEWS, (0.5,) * 3, (0.5,) * 3, PLAIN, workers=0, cache_dir=cache_dir) as made:
                 made.build_cache()
                 np.testing.assert_array_equal(made.pixels("train", np.arange(1))[0], expected)
                 [original] = made.images("train").originals(np.array([0]))
@@ -337,13 +337,12 @@ def test_views_are_cut_ahead_of_the_training_and_abandoned_with_it(clothing):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_memory_is_freed_with_the_data_set(clothing, workers):
     """Each epoch draws new images: after a few of them the machine would have no memory left."""
-    machine = Runtime(CPU)
     with pipeline(clothing, workers=workers) as made:
         data = made.images("train", keep=True)
         nets = [ResNet18(14, width=4) for _ in range(2)]
-        optimizer = machine.optimizer(nets[0], 0.01, 5e-4)
-        engine.per_sample_loss(nets[0], data, batch_size=20, machine=machine)
-        train(nets, optimizer, data, machine)
+        optimizer = data.runtime.optimizer(nets[0], 0.01, 5e-4)
+        engine.per_sample_loss(nets[0], data)
+        train(nets, optimizer, data)
         held = weakref.ref(data._kept)
         assert held() is not None
         gc.disable()  # at once, not when the collector comes by
@@ -373,7 +372,7 @@ def test_where_images_are_kept(clothing, monkeypatch):
     with pytest.raises(ValueError, match="elsewhere"):
         pipeline(clothing, keep="elsewhere")
     with pytest.raises(DivideMixError, match="host memory"):
-        Pipeline({}, Views(36, 32, "resized_crop"), (0.5,) * 3, (0.5,) * 3, "meta", keep="device")
+        Pipeline({}, Views(36, 32, "resized_crop"), (0.5,) * 3, (0.5,) * 3, Runtime(torch.device("meta")), keep="device")
 
 
 # ---- Cached ----
@@ -501,29 +500,29 @@ def test_a_worker_that_dies_while_the_network_trains(clothing):
 # ---- With the engine ----
 
 
-def train(nets, optimizer, data, machine, seed=0):
-    how = {"epoch": 2, "warm_up": 1, "batch_size": 16, "alpha": 0.5, "T": 0.5, "lambda_u": 0.0, "num_class": 14}
+MIXMATCH = engine.MixMatch(14, 16, alpha=0.5, lambda_u=0, unlabeled_loss=False, warm_up=1)
+
+
+def train(nets, optimizer, data):
     division = half(len(data), 2 * len(data) // 3)
-    return engine.train_epoch(
-        *nets, optimizer, data, division, rng=rng(seed), machine=machine, unlabeled_loss=False, **how
-    )
+    return engine.train_epoch(*nets, optimizer, data, division, MIXMATCH, engine.Phase(2))
 
 
 @pytest.mark.parametrize(("workers", "keep"), [(0, False), (2, False), (2, True)])
 def test_the_engine_runs_on_it(clothing, workers, keep):
     """An epoch of Clothing1M: the losses would depend on how the images come, or come to no end."""
     results = []
-    for options in ({"workers": 0}, {"workers": workers}):
+    for workers, keep in ((0, False), (workers, keep)):
         torch.manual_seed(0)
-        machine = Runtime(CPU)
-        nets = [machine.prepare(ResNet18(14, width=4)) for _ in range(2)]
-        optimizer = machine.optimizer(nets[0], 0.01, 5e-4)
-        with pipeline(clothing, **options) as made:
-            data = made.images("train", keep=keep and options["workers"] > 0)
-            warm = engine.warmup_epoch(nets[0], optimizer, data, batch_size=16, rng=rng(), machine=machine)
-            scores = engine.per_sample_loss(nets[0], data, batch_size=25, machine=machine)
-            terms = train(nets, optimizer, data, machine)
-            accuracy = engine.ensemble_accuracy(nets, made.images("val"), batch_size=25, machine=machine)
+        with pipeline(clothing, workers=workers) as made:
+            made.runtime.eval_batch_size = 25
+            nets = [made.runtime.prepare(ResNet18(14, width=4)) for _ in range(2)]
+            optimizer = made.runtime.optimizer(nets[0], 0.01, 5e-4)
+            data = made.images("train", keep=keep)
+            warm = engine.warmup_epoch(nets[0], optimizer, data, MIXMATCH, engine.Phase())
+            scores = engine.per_sample_loss(nets[0], data)
+            terms = train(nets, optimizer, data)
+            accuracy = engine.test(nets, {"val": made.images("val")})
         results.append((warm, scores.loss.tolist(), scores.prediction.tolist(), terms, accuracy))
         assert np.isfinite(terms).all()
     assert results[0] == results[1]
