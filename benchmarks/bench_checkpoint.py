@@ -27,23 +27,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dividemix import runtime
 from dividemix.checkpoint import write_state
-from dividemix.codivide import CoDivide
+from dividemix.codivide import Mixture
+from dividemix.engine import MixMatch, PhaseTerms
 from dividemix.run import Run
 from dividemix.runtime import Runtime
 from dividemix.saving import to_host
-from dividemix.state import state_of
 from PreResNet import ResNet18
 
 
-def made(machine: Runtime, width: int, samples: int) -> tuple[list, list, list[CoDivide]]:
-    """What a run's state is of, random: networks, optimizers, divisions."""
+def made(machine: Runtime, width: int, samples: int) -> tuple[list, list, list[Mixture]]:
+    """What a run's state is of, random: networks, optimizers, and mixtures with the losses of a window of five."""
     rng = np.random.default_rng(0)
     nets = [machine.prepare(ResNet18(10, width)) for _ in range(2)]
     optimizers = [machine.optimizer(net, 0.02, 5e-4) for net in nets]
-    codivide = [CoDivide(0.5) for _ in nets]
-    for k, part in enumerate(codivide):
-        part(torch.from_numpy(rng.gamma(1 + rng.integers(0, 2, samples) * 9).astype(np.float32)), None, k)
-    return nets, optimizers, codivide
+    mixtures = [Mixture(0.5, window=5) for _ in nets]
+    for mixture in mixtures:
+        mixture.history = [rng.random(samples, np.float32) for _ in range(4)]
+    return nets, optimizers, mixtures
+
+
+def state_of(nets: list, optimizers: list, mixtures: list[Mixture]) -> dict[str, Any]:
+    """As `Run` saves it."""
+    run = argparse.Namespace(nets=nets, optimizers=optimizers, mixtures=mixtures)
+    return Run._state(run)
 
 
 def seconds(function: Callable[[], Any], repeats: int) -> float:
@@ -92,12 +98,13 @@ def kept_waiting(function: Callable[[], Any], repeats: int) -> float | None:
 
 def waited(run_folder: Path, made_of: tuple[list, list, list], epoch_seconds: float, repeats: int) -> float:
     """Median seconds_save of a run's epochs but the first; each is the best yet, so best.pt is written too."""
-    with Run(run_folder, {}) as run:
-        run.start({"command": [], "args": {}})
+    flags = argparse.Namespace(seed=0, fresh=False, save_scores=False)
+    with Run(run_folder, flags) as run:
+        run.start([], *made_of, MixMatch(10), data={}, model={})
         for epoch in run.epochs(1 + repeats):
             time.sleep(epoch_seconds)
             accuracy = {name: float(epoch) for name in ("test_acc", "test_acc_net1", "test_acc_net2")}
-            run.end_epoch({"phase": "warmup", **accuracy}, state_of(*made_of), None, False)
+            run.end_epoch(0.02, [None, None], [PhaseTerms(0.0, 0.0, 0.0, 0.0)] * 2, accuracy)
     return statistics.median(record["seconds_save"] for record in run.records[1:])
 
 

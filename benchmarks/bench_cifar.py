@@ -15,14 +15,13 @@ CIFAR-10's size.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baseline_plain import PlainEpoch, default_workers, given
 
 from dividemix import engine, runtime
-from dividemix.codivide import Division, codivide
+from dividemix.codivide import Division, Mixture
 from dividemix.data import DeviceImages
 from dividemix.runtime import Runtime
 from PreResNet import ResNet18
@@ -83,13 +82,15 @@ class FastEpoch:
     def __init__(self, work: Work, machine: Runtime, width: int, batch_size: int, eval_batch_size: int):
         self.work, self.machine, self.batch_size = work, machine, batch_size
         self.train, self.test = (
-            DeviceImages(images, labels, MEAN, STD, True, machine.device)
+            DeviceImages(images, labels, MEAN, STD, True, machine)
             for images, labels in ((work.images, work.labels), (work.test_images, work.test_labels))
         )
         torch.manual_seed(0)
         self.nets = [machine.prepare(ResNet18(10, width)) for _ in range(2)]
         self.optimizers = [machine.optimizer(net, 0.02, 5e-4) for net in self.nets]
-        self.evaluation = {"batch_size": eval_batch_size, "machine": machine}
+        machine.eval_batch_size = eval_batch_size
+        self.mixtures = [Mixture(0.5) for _ in self.nets]
+        self.settings = engine.MixMatch(num_class=10, batch_size=batch_size)
         self.rng = np.random.default_rng(0)
         self.seconds: dict[str, float] = {}
 
@@ -99,43 +100,43 @@ class FastEpoch:
         self.seconds = {}
         begin = self.now()
         if divisions:
-            fits: list[Any] = [None, None]
-            for k in (1, 0):
-                with self.phase("loss"):
-                    scored = engine.per_sample_loss(self.nets[k], self.train, **self.evaluation)
-                with self.phase("gmm"):
-                    fits[k] = self.machine.background(codivide, scored.loss.numpy(), 0.5)
+            fitted = engine.co_divide(self.nets, [self.train] * 2, self.mixtures, self.phase)
         for k in range(2):
             if divisions:
-                with self.phase("gmm"):
-                    fits[1 - k]()
+                fitted[1 - k]  # waited for, and dropped
                 self.mixmatch(k, divisions[k])
             else:
-                self.warmup(k)
-        with self.phase("test"):
-            engine.ensemble_accuracy(self.nets, self.test, **self.evaluation)
+                engine.warmup_epoch(
+                    self.nets[k], self.optimizers[k], self.train, self.settings, self.phase("warmup", k)
+                )
+        engine.test(self.nets, {"test": self.test}, self.phase)
         return {**self.seconds, "epoch": self.now() - begin}
 
-    def warmup(self, k: int) -> engine.PhaseTerms:
-        with self.phase(f"warmup{k + 1}"):
-            how = {"batch_size": 2 * self.batch_size, "rng": self.rng, "machine": self.machine}
-            return engine.warmup_epoch(self.nets[k], self.optimizers[k], self.train, **how)
-
     def mixmatch(self, k: int, division: Division) -> engine.PhaseTerms:
-        with self.phase(f"train{k + 1}"):
-            how = {"epoch": 26, "warm_up": 10, "batch_size": self.batch_size, "alpha": 4, "T": 0.5, "lambda_u": 25.0}
-            how |= {"num_class": 10, "rng": self.rng, "machine": self.machine}
-            nets = self.nets[k], self.nets[1 - k]
-            return engine.train_epoch(*nets, self.optimizers[k], self.train, division, **how)
+        nets, phase = (self.nets[k], self.nets[1 - k]), self.phase("train", k)
+        return engine.train_epoch(*nets, self.optimizers[k], self.train, division, self.settings, phase)
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        begin = self.now()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - begin
+    def phase(self, name: str, k: int = 0) -> engine.Phase:
+        return TimedPhase(26, self.rng, clock=self, title=f"{name}{k + 1}" if name in ("warmup", "train") else name)
 
     def now(self) -> float:
         return now(self.machine.device)
+
+
+@dataclasses.dataclass
+class TimedPhase(engine.Phase):
+    """Adds its seconds, until the device has done all of it, to the clock's."""
+
+    clock: Any = None
+    title: str = ""
+
+    def __enter__(self) -> engine.Phase:
+        self.begin = self.clock.now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        seconds = self.clock.seconds
+        seconds[self.title] = seconds.get(self.title, 0.0) + self.clock.now() - self.begin
 
 
 def now(device: torch.device) -> float:
@@ -194,9 +195,7 @@ def variants(machine: Runtime, eval_batch_size: int) -> dict[str, tuple[Runtime,
     return off
 
 
-def timed(
-    epochs: dict[str, Any], count: int, divisions: Callable[[int], list[Division] | None]
-) -> dict[str, list[dict[str, float]]]:
+def timed(epochs: dict[str, Any], count: int, divisions: Callable[[int], Any]) -> dict[str, list[dict[str, float]]]:
     """`run` of each in turn, `count` times, with the epoch's divisions."""
     results: dict[str, list[dict[str, float]]] = {name: [] for name in epochs}
     for number in range(count):

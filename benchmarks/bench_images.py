@@ -92,10 +92,12 @@ class PlainDataset(Dataset):
 
 
 class PlainImages:
-    """The engine's data protocol (see `dividemix.data`) answered the plain way."""
+    """An `engine.DataSet`, the plain way."""
 
-    def __init__(self, images: ImageList, views: Views, device: torch.device, workers: int):
-        self.images, self.device, self.workers = images, device, workers
+    truly_clean = None
+
+    def __init__(self, images: ImageList, views: Views, runtime: Runtime, workers: int):
+        self.images, self.runtime, self.device, self.workers = images, runtime, runtime.device, workers
         last = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
         first = transforms.Resize(views.resize)
         self.eval_transform = transforms.Compose([first, transforms.CenterCrop(views.crop), *last])
@@ -150,9 +152,11 @@ class PlainImages:
 class Loaded:
     """Batches that are there: for the net alone. Made from one batch, over and over."""
 
-    def __init__(self, n: int, views: Views, device: torch.device):
-        self.n, self.device, self.side = n, device, views.crop
-        self.labels = torch.arange(n, device=device) % NUM_CLASS
+    truly_clean = None
+
+    def __init__(self, n: int, views: Views, runtime: Runtime):
+        self.n, self.runtime, self.device, self.side = n, runtime, runtime.device, views.crop
+        self.labels = torch.arange(n, device=self.device) % NUM_CLASS
 
     def __len__(self) -> int:
         return self.n
@@ -186,7 +190,7 @@ class Epoch:
         self.nets = [machine.prepare(make_net(args)) for _ in range(2)] if nets else []
         self.optimizer = machine.optimizer(self.nets[0], 0.002, 1e-3) if nets else None
 
-    def run(self) -> dict[str, float]:
+    def run(self, _: None = None) -> dict[str, float]:
         begin = now(self.machine.device)
         data = self.data()
         self.score(data)
@@ -197,7 +201,7 @@ class Epoch:
 
     def score(self, data: Any) -> None:
         if self.nets:
-            engine.per_sample_loss(self.nets[0], data, batch_size=self.args.eval_batch_size, machine=self.machine)
+            engine.per_sample_loss(self.nets[0], data)
         else:
             for _ in data.eval_batches(self.args.eval_batch_size):
                 pass
@@ -205,9 +209,8 @@ class Epoch:
     def train(self, data: Any) -> None:
         rng = np.random.default_rng(0)
         if self.nets:
-            how = {"epoch": 2, "warm_up": 1, "batch_size": self.args.batch_size, "alpha": 0.5, "T": 0.5}
-            how |= {"lambda_u": 0.0, "num_class": NUM_CLASS, "unlabeled_loss": False, "machine": self.machine}
-            engine.train_epoch(*self.nets, self.optimizer, data, self.division, rng=rng, **how)
+            settings = engine.MixMatch(NUM_CLASS, self.args.batch_size, unlabeled_loss=False, alpha=0.5, lambda_u=0)
+            engine.train_epoch(*self.nets, self.optimizer, data, self.division, settings, engine.Phase(2, rng))
         else:
             for batch in data.mixmatch_batches(self.division, self.args.batch_size, rng):
                 data.mixmatch_views(*batch)
@@ -252,29 +255,35 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
-    machine = runtime.start(args.device, compile=False, graph=False)
+    machine = runtime.start(
+        args.device,
+        width=args.width if args.arch == "small" else 64,
+        eval_batch_size=args.eval_batch_size,
+        compile=False,
+        graph=False,
+    )
     division, views = divide(args.images, args.labeled), Views(args.resize, args.image_size)
     print(f"{machine.describe()}; {available_cores()} cores; Pillow {PIL.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         photos = make_photos(Path(folder), args.images, tuple(args.sides))
         options = {"workers": args.workers, "keep": "host"}
-        with Pipeline({"train": photos}, views, MEAN, STD, machine.device, **options) as pipeline:
+        with Pipeline({"train": photos}, views, MEAN, STD, machine, **options) as pipeline:
 
             def here():
                 return pipeline.images("train", keep=True)
 
             def plain():
-                return PlainImages(photos, views, machine.device, args.workers)
+                return PlainImages(photos, views, machine, args.workers)
 
             print(check(here(), plain(), args.eval_batch_size), flush=True)
             epochs = {f"decode {name}": Epoch(data, division, machine, args, False) for name, data in ways(here, plain)}
             if args.arch != "none":
-                loaded = Loaded(args.images, views, machine.device)
+                loaded = Loaded(args.images, views, machine)
                 epochs["compute"] = Epoch(lambda: loaded, division, machine, args, True)
                 epochs |= {
                     f"joint {name}": Epoch(data, division, machine, args, True) for name, data in ways(here, plain)
                 }
-            results = timed(epochs, args.warmups, args.repeats)
+            results = timed(epochs, args.warmups + args.repeats, lambda number: None)
     report = summary(results, division, args)
     report |= {"device": machine.describe(), "date": datetime.date.today().isoformat(), "flags": vars(args)}
     if args.json:

@@ -3,10 +3,10 @@
     python benchmarks/bench_scale.py                                     # about 5 minutes on 2 cores, 5 GB
     python benchmarks/bench_scale.py --sizes 100000 --json scale.json
 
-No image is opened: it is the lists of paths and labels, drawing samples, co-dividing, planning batches, and what of it
-goes into a checkpoint. Each size runs in a process of its own, each part once. Memory is the resident peak of a part
-beyond what was there before it. Past the limit of the fit (`dividemix.codivide.FIT_LIMIT`) the mixture is also fitted
-to all losses, which shows what the subsample changes.
+No image is opened: it is the lists of paths and labels, drawing samples, co-dividing and planning batches. Each size
+runs in a process of its own, each part once. Memory is the resident peak of a part beyond what was there before it.
+Past the limit of the fit (`dividemix.codivide.FIT_LIMIT`) the mixture is also fitted to all losses, which shows what
+the subsample changes.
 """
 
 import argparse
@@ -129,12 +129,12 @@ def lists(parts: Parts, n: int) -> dict[str, Any]:
 
 
 def dividing(parts: Parts, n: int, batch_size: int) -> dict[str, Any]:
-    """Co-divide of one net, the batches of one phase, and the checkpoint of one net's division."""
+    """Co-divide of one net, and the batches of one phase."""
     losses, clean = random_losses(n)
     codivide.codivide(losses[:1000], 0.5)  # starts scikit-learn's threads
-    net = codivide.CoDivide(threshold=0.5)
+    mixture = codivide.Mixture(threshold=0.5)
     with parts.part("co-divide, one net"):
-        division = net(torch.from_numpy(losses), None, 0)
+        division = mixture.divide(losses)
     with parts.part("AUC"):
         auc = codivide.auc(division.clean_probability, clean)
     figures: dict[str, Any] = {"labeled": int(division.labeled.sum()), "auc": auc}
@@ -150,14 +150,6 @@ def dividing(parts: Parts, n: int, batch_size: int) -> dict[str, Any]:
         del other, full
     with parts.part(f"plan of batches of {batch_size}"):
         labeled, _ = plan_mixmatch(division, batch_size, np.random.default_rng(3), Ranks())
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "division.pt"
-        with parts.part("checkpoint of it, written"):
-            torch.save(net.state(), path)
-        again = codivide.CoDivide(threshold=0.5)
-        with parts.part("and read"):
-            again.load_state(torch.load(path, weights_only=True))
-        figures["checkpoint_bytes_per_sample"] = path.stat().st_size / n
     return figures | {"batches": len(labeled)}
 
 
@@ -218,7 +210,6 @@ def print_table(report: dict[str, Any]) -> None:
         "list_bytes_per_sample": "list: bytes a sample",
         "path_bytes": "  of which the path",
         "list_objects": "list: Python objects, all together",
-        "checkpoint_bytes_per_sample": "checkpoint, one net: bytes a sample",
     }.items():
         print(f"{what:<38}" + "".join(f"{size[field]:>20,.4g}" for size in sizes))
     for size in sizes:

@@ -68,7 +68,7 @@ def test_losses_and_accuracy_are_the_engines():
         assert losses.shape == (24,)
         torch.testing.assert_close(losses, engine.per_sample_loss(net, data).loss, rtol=0, atol=1e-4)
     test_data = DeviceImages(plain.test_images, plain.test_labels, MEAN, STD, flip=True)
-    assert plain.test() == engine.ensemble_accuracy(plain.nets, test_data)[0]
+    assert plain.test() == engine.test(plain.nets, {"test": test_data})["test_acc"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -100,11 +100,11 @@ def test_a_wrong_engine_fails_the_check(monkeypatch):
     """A fast engine that computes something else must not be timed."""
     machine = bench_cifar.Runtime(torch.device("cpu"))
     assert "cosine of the updates 1.0000" in bench_cifar.check(machine, 4, 8)
-    machine.eval_limit = 7  # what tells it from the reference
-    prepare = bench_cifar.Runtime.prepare
+    prepare, prepared = bench_cifar.Runtime.prepare, []
 
     def spoilt(self, net):
-        if self.eval_limit == 7:
+        prepared.append(net)
+        if len(prepared) > 2:  # the first two are the reference's
             net.linear.weight.data.mul_(-1)
         return prepare(self, net)
 

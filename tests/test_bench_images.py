@@ -13,10 +13,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_images
 
 from dividemix.images import Views
+from dividemix.runtime import Runtime
 from dividemix.stream import Pipeline
 
 TINY = "--images 12 --workers 1 --batch_size 4 --resize 40 --image_size 32 --sides 40 60 --width 4 --repeats 2"
-CPU = torch.device("cpu")
+CPU = Runtime(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_photos_are_of_the_sizes_asked_for(photos):
 def test_both_ways_have_the_same_batches(photos, labeled):
     """The ratio would compare different amounts of work."""
     views, division = Views(40, 32), bench_images.divide(20, labeled)
-    with Pipeline({"train": photos}, views, bench_images.MEAN, bench_images.STD, "cpu", workers=0, keep="host") as made:
+    with Pipeline({"train": photos}, views, bench_images.MEAN, bench_images.STD, CPU, workers=0, keep="host") as made:
         here, plain = made.images("train", keep=True), bench_images.PlainImages(photos, views, CPU, 0)
         assert bench_images.check(here, plain, 7).endswith("0.0e+00")
         loaded = bench_images.Loaded(20, views, CPU)

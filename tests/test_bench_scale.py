@@ -20,8 +20,6 @@ PARTS = [
     "AUC",
     "co-divide fitted to all",
     "plan of batches of 8",
-    "checkpoint of it, written",
-    "and read",
 ]
 
 

@@ -1,7 +1,7 @@
 """What the ranks of tests/test_torchrun.py run, started by torchrun: many checks in one start, which takes long.
 
 torchrun --nproc_per_node=2 tests/torchrun_driver.py small OUT      # results go to OUT/<name>.<rank>.pt
-torchrun --nproc_per_node=2 tests/torchrun_driver.py fail KIND STAMP <flags of Train_cifar.py>
+torchrun --nproc_per_node=2 tests/torchrun_driver.py fail KIND STAMP <flags of Train_folder.py>
 """
 
 import os
@@ -22,16 +22,16 @@ from conftest import half  # noqa: E402
 
 import dataloader_clothing1M  # noqa: E402
 import dataloader_webvision  # noqa: E402
-import Train_cifar  # noqa: E402
 import Train_clothing1M  # noqa: E402
+import Train_folder  # noqa: E402
 import Train_webvision  # noqa: E402
 from dividemix import DivideMixError, engine, networks, options, recipes, report, run, runtime, warn  # noqa: E402
-from dividemix.checkpoint import load_last  # noqa: E402
-from dividemix.codivide import CoDivide  # noqa: E402
-from dividemix.data import DeviceImages  # noqa: E402
+from dividemix.checkpoint import load_last, load_weights  # noqa: E402
+from dividemix.codivide import Mixture  # noqa: E402
+from dividemix.data import Batches, DeviceImages, plan_mixmatch, plan_warmup  # noqa: E402
+from dividemix.engine import MixMatch, Phase  # noqa: E402
 from dividemix.images import Views  # noqa: E402
 from dividemix.seeds import draws, seeded  # noqa: E402
-from dividemix.state import load_weights  # noqa: E402
 from dividemix.stream import Pipeline  # noqa: E402
 
 STEP = {"lam": 0.8, "T": 0.5, "lambda_u": 3.0, "num_class": 4}
@@ -45,11 +45,35 @@ def machine_of_two() -> runtime.Runtime:
 # What both the ranks and the test itself, as one process, compute
 
 
-def digits(n: int, ranks=runtime.Ranks()) -> DeviceImages:  # noqa: B008
-    """n images of noise that is not the same in any two, and labels of four classes."""
-    rng = np.random.default_rng(n)
-    images = rng.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8)
-    return DeviceImages(images, np.arange(n) % 4, (0.5,) * 3, (0.25,) * 3, True, ranks=ranks)
+class DealtImages(DeviceImages):
+    """In memory, and dealt out to the ranks as streamed images are."""
+
+    def warmup_batches(self, batch_size: int, rng: np.random.Generator) -> Batches:
+        ranks = self.runtime.ranks
+        index = plan_warmup(len(self), batch_size, rng, ranks)
+        crops = [self._crops(rng, len(rows)) for rows in index]
+        return self._to_device(list(map(ranks.mine, index)), list(map(ranks.mine, crops)))
+
+    def mixmatch_batches(self, division, batch_size: int, rng: np.random.Generator) -> Batches:
+        mine, crops = self.runtime.ranks.mine, []
+        labeled, unlabeled = plan_mixmatch(division, batch_size, rng, self.runtime.ranks)
+        for x, u in zip(labeled, unlabeled, strict=True):
+            views = np.split(self._crops(rng, 2 * (len(x) + len(u))), np.cumsum([len(x), len(x), len(u)]))
+            crops.append(np.concatenate([mine(view) for view in views]))
+        w = [division.clean_probability[mine(x)].astype(np.float32) for x in labeled]
+        return self._to_device(list(map(mine, labeled)), list(map(mine, unlabeled)), crops, w)
+
+    def eval_batches(self, batch_size: int) -> Batches:
+        whole = super().eval_batches(batch_size)
+        numbers, batches = self.runtime.ranks.deal(len(whole)), list(whole)
+        return Batches([whole.sizes[k] for k in numbers], [batches[k] for k in numbers])
+
+
+def digits(n: int, machine: runtime.Runtime) -> DealtImages:
+    """n images of noise that is not the same in any two, and labels of four classes; two of three are right."""
+    images = np.random.default_rng(n).integers(0, 256, (n, 16, 16, 3), dtype=np.uint8)
+    truly_clean = np.arange(n) % 3 > 0
+    return DealtImages(images, np.arange(n) % 4, (0.5,) * 3, (0.25,) * 3, True, machine, truly_clean)
 
 
 def network(machine: runtime.Runtime, seed: int) -> nn.Module:
@@ -76,11 +100,11 @@ def scored(machine: runtime.Runtime, n: int, batch_size: int) -> dict:
         for buffer in net.buffers():
             if buffer.is_floating_point():
                 buffer.copy_(torch.linspace(0.5, 1.5, len(buffer)))
-    data = digits(n, machine.ranks)
-    scores = engine.per_sample_loss(nets[0], data, batch_size=batch_size, machine=machine)
-    accuracy = engine.top_k_accuracy(nets, data, (1, 3), batch_size=batch_size, machine=machine)
-    division = machine.background(CoDivide(0.5), scores.loss, np.arange(n) % 3 > 0, 7)()
-    return {"loss": scores.loss, "prediction": scores.prediction, "accuracy": accuracy, "division": division.state()}
+    machine.eval_batch_size, data = batch_size, digits(n, machine)
+    scores = engine.per_sample_loss(nets[0], data)
+    accuracy = engine.top_k_accuracy(nets, data, (1, 3))
+    division = engine.co_divide(nets[:1], [data], [Mixture(0.5)])[0]
+    return {"loss": scores.loss, "prediction": scores.prediction, "accuracy": accuracy, "division": vars(division)}
 
 
 SIZES = [(47, 10), (47, 1000), (7, 1), (30, 10), (2, 1)]  # five batches for two ranks, one, seven, three, one each
@@ -108,9 +132,8 @@ def passes(machine: runtime.Runtime) -> dict:
     """A warm-up pass of a network without BN whose batches two ranks divide, and its terms."""
     net = without_bn(machine, 5)
     optimizer = machine.optimizer(net, 0.1, 5e-4)
-    data = digits(24, machine.ranks)
-    options = {"batch_size": 8, "rng": np.random.default_rng(0), "conf_penalty": True, "machine": machine}
-    terms = engine.warmup_epoch(net, optimizer, data, **options)
+    settings = MixMatch(num_class=4, batch_size=4, conf_penalty=True)
+    terms = engine.warmup_epoch(net, optimizer, digits(24, machine), settings, Phase())
     return {"weights": values(net), "terms": list(terms)}
 
 
@@ -121,19 +144,24 @@ def clothing1m_scores(machine: runtime.Runtime, argv: list[str]) -> dict:
     side = args.image_size
     kind = Views(paper.resize_for(side), side, "crop")
     lists = {"train": data.train, "val": data.val}
-    with Pipeline(lists, kind, data.mean, data.std, machine.device, workers=1, ranks=machine.ranks) as pipeline:
+    machine.eval_batch_size = 3
+    with Pipeline(lists, kind, data.mean, data.std, machine, workers=1) as pipeline:
         state, nets = checkpoint(machine, args)
-        found = {"val": engine.ensemble_accuracy(nets, pipeline.images("val"), batch_size=3, machine=machine)}
+        result = {"val": engine.test(nets, {"val": pipeline.images("val")})}
         for k, net in enumerate(nets):
             epoch = len(state["records"])
-            size, rng = args.num_batches * args.batch_size, draws(args.seed, "sample", epoch, k)
-            sample = Train_clothing1M.draw(pipeline, np.arange(len(data.train)), size, args.num_class, rng)
-            random_state = int(draws(args.seed, "divide", epoch, k).integers(2**32))
-            loss = engine.per_sample_loss(net, sample, batch_size=3, machine=machine).loss
-            division, _ = machine.background(CoDivide(args.p_threshold).divide, loss, None, random_state)()
-            found |= {f"raw_loss_net{k + 1}": loss, f"clean_probability_net{k + 1}": division.clean_probability}
-            found[f"index_net{k + 1}"] = sample.index
-    return found
+            size, phase = args.num_batches * args.batch_size, Phase(epoch, draws(args.seed, "sample", epoch, k))
+            result |= divided(k, net, Train_clothing1M.draw(pipeline, size, phase), args, epoch)
+    return result
+
+
+def divided(k: int, net: nn.Module, sample, args, epoch: int) -> dict:
+    """What scores/epoch_NNN.npz holds of net k."""
+    scores = engine.per_sample_loss(net, sample)
+    random_state = int(draws(args.seed, "divide", epoch, k).integers(2**32))
+    division = Mixture(args.p_threshold).divide(scores.loss.numpy(), random_state=random_state)
+    arrays = {"raw_loss": scores.loss, "clean_probability": division.clean_probability}
+    return {f"{name}_net{k + 1}": value for name, value in arrays.items()}
 
 
 def webvision_scores(machine: runtime.Runtime, argv: list[str]) -> dict:
@@ -142,17 +170,14 @@ def webvision_scores(machine: runtime.Runtime, argv: list[str]) -> dict:
     side = args.image_size
     kind = Views(paper.resize_for(side), side, "resized_crop")
     lists = {"train": data.train, "val": data.val, "imagenet": data.imagenet}
-    with Pipeline(lists, kind, data.mean, data.std, machine.device, workers=0, ranks=machine.ranks) as pipeline:
+    machine.eval_batch_size = 7
+    with Pipeline(lists, kind, data.mean, data.std, machine, workers=0) as pipeline:
         state, nets = checkpoint(machine, args)
-        found = {}
-        for name in ("val", "imagenet"):
-            found[name] = engine.top_k_accuracy(nets, pipeline.images(name), (1, 5), batch_size=7, machine=machine)
+        sets = {"test": pipeline.images("val"), "imagenet": pipeline.images("imagenet")}
+        result = {"val": engine.test(nets, sets, ks=(1, 5))}
         for k, net in enumerate(nets):
-            random_state = int(draws(args.seed, "divide", len(state["records"]), k).integers(2**32))
-            loss = engine.per_sample_loss(net, pipeline.images("train"), batch_size=7, machine=machine).loss
-            division = machine.background(CoDivide(args.p_threshold), loss, None, random_state)()
-            found |= {f"raw_loss_net{k + 1}": loss, f"clean_probability_net{k + 1}": division.clean_probability}
-    return found
+            result |= divided(k, net, pipeline.images("train"), args, len(state["records"]))
+    return result
 
 
 def checkpoint(machine: runtime.Runtime, args) -> tuple[dict, list[nn.Module]]:
@@ -167,7 +192,7 @@ def checkpoint(machine: runtime.Runtime, args) -> tuple[dict, list[nn.Module]]:
 
 
 def small(out: str) -> None:
-    """Everything that needs no run folder, then runs of Train_cifar.py whose flags stand in OUT/runs.txt."""
+    """Everything that needs no run folder, then runs of Train_folder.py whose flags stand in OUT/runs.txt."""
     machine = machine_of_two()
     ranks = machine.ranks
 
@@ -194,12 +219,10 @@ def small(out: str) -> None:
     for n, labeled, batch_size in ((18, 17, 8), (23, 9, 4), (9, 9, 4), (3, 1, 2)):
         net, peer = network(machine, 1), network(machine, 2)
         optimizer = machine.optimizer(net, 0.02, 5e-4)
-        data, rng = digits(n, ranks), np.random.default_rng(n)
-        warmup = engine.warmup_epoch(net, optimizer, data, batch_size=2 * batch_size, rng=rng, machine=machine)
-        flags = {"epoch": 3, "warm_up": 1, "alpha": 4, "T": 0.5, "lambda_u": 25.0, "num_class": 4}
-        division = half(n, labeled)
-        flags |= {"batch_size": batch_size, "rng": rng, "machine": machine}
-        terms = engine.train_epoch(net, peer, optimizer, data, division, **flags)
+        data, phase = digits(n, machine), Phase(3, np.random.default_rng(n))
+        settings = MixMatch(num_class=4, batch_size=batch_size, warm_up=1)
+        warmup = engine.warmup_epoch(net, optimizer, data, settings, phase)
+        terms = engine.train_epoch(net, peer, optimizer, data, half(n, labeled), settings, phase)
         momentum = [state["momentum_buffer"] for state in optimizer.state.values()]
         phases.append([list(warmup), list(terms), values(net), momentum, values(peer)])
     save("phases", phases)
@@ -215,7 +238,7 @@ def small(out: str) -> None:
     # A loss that is bad on the second rank alone, in the second of three steps
     net = network(machine, 1)
     optimizer = machine.optimizer(net, 0.02, 5e-4)
-    data = digits(12, ranks)
+    data = digits(12, machine)
     sound, after = data.warmup_views, []
 
     def views_of_a_bad_batch(index, crops):
@@ -226,7 +249,7 @@ def small(out: str) -> None:
     data.warmup_views = views_of_a_bad_batch
     error = None
     try:
-        engine.warmup_epoch(net, optimizer, data, batch_size=4, rng=np.random.default_rng(0), machine=machine)
+        engine.warmup_epoch(net, optimizer, data, MixMatch(num_class=4, batch_size=2), Phase())
     except DivideMixError as raised:
         error = str(raised)
     weights = [{key: value for key, value in each.items() if "weight" in key} for each in [*after, values(net)]]
@@ -234,7 +257,7 @@ def small(out: str) -> None:
 
     warn("the disk is nearly full")
     for line in Path(out, "runs.txt").read_text().splitlines():
-        Train_cifar.main(line.split("\t"))
+        Train_folder.main(line.split("\t"))
 
 
 def images(out: str, clothing1m: str, webvision: str) -> None:
@@ -251,7 +274,7 @@ def images(out: str, clothing1m: str, webvision: str) -> None:
 
 
 def fail(kind: str, stamp: str, *argv: str) -> None:
-    """Train_cifar.main, but in the first divided epoch something happens to one rank; `stamp`, a file, says when."""
+    """Train_folder.main, but in the first divided epoch something happens to one rank; `stamp`, a file, says when."""
     rank = int(os.environ["RANK"])
     steps = 0
 
@@ -277,12 +300,12 @@ def fail(kind: str, stamp: str, *argv: str) -> None:
         "wait": (wait, rank),
     }[kind]
     if kind == "mixture":
-        CoDivide.__call__ = lambda *_: happen(what)
+        Mixture.divide = lambda *_, **__: happen(what)
     elif kind == "disk":
         saved = run.save_last
         run.save_last = lambda folder, epoch, state: happen(what) if epoch else saved(folder, epoch, state)
     else:
-        step = engine.mixmatch_step
+        step = engine.train_step
 
         def failing(*args, **kwargs):
             nonlocal steps
@@ -293,8 +316,8 @@ def fail(kind: str, stamp: str, *argv: str) -> None:
                 happen(what)
             return step(*args, **kwargs)
 
-        engine.mixmatch_step = failing
-    Train_cifar.main(list(argv))
+        engine.train_step = failing
+    Train_folder.main(list(argv))
 
 
 if __name__ == "__main__":
