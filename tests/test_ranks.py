@@ -6,11 +6,12 @@ import torch
 from conftest import half
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchrun_driver import DealtImages
 
 from dividemix import ranks
 from dividemix.algorithm import prior_penalty
-from dividemix.data import DeviceImages
 from dividemix.ranks import Ranks
+from dividemix.runtime import Runtime
 
 worlds = st.integers(1, 5)
 
@@ -38,7 +39,8 @@ def test_evaluation_batches_are_dealt_out_once_each(n, world):
 def images(world, rank, n=23):
     """n images of one grey value each."""
     pixels = np.broadcast_to(np.arange(1, n + 1, dtype=np.uint8)[:, None, None, None], (n, 16, 16, 3)).copy()
-    return DeviceImages(pixels, np.arange(n), (0.0,) * 3, (1 / 255,) * 3, True, ranks=Ranks(rank, world))
+    runtime = Runtime(torch.device("cpu"), ranks=Ranks(rank, world))
+    return DealtImages(pixels, np.arange(n), (0.0,) * 3, (1 / 255,) * 3, True, runtime)
 
 
 @given(worlds, st.integers(1, 4), st.integers(1, 22), st.integers(0, 99))
