@@ -106,7 +106,6 @@ def test_what_the_best_epoch_is_chosen_by():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--warm_up", "0"], "--warm_up 0: expected 1 or more"),
         (["--arch", "vit_b_16", "--image_size", "64"], "--image_size 64: vit_b_16 cannot take such images .* 224"),
         (["--arch", "resnet18", "--width", "16"], "--width 16: resnet18 has one width"),
         (["--weights", "imagenet"], "--weights imagenet: there are none for preresnet18"),

@@ -65,6 +65,7 @@ def check(command: list[str]) -> None:
     if program == "torchrun":  # by its own parser, which takes a script's flag for one of its own where it can
         parsed = get_args_parser().parse_args(arguments)
         arguments = [parsed.training_script, *parsed.training_script_args]
+        assert arguments[0] != "Train_cifar.py", "which trains on one card"
     if program == "make":
         targets = [*filter(lambda word: not word.startswith("-") and "=" not in word, arguments)]
         assert targets, "make without a target"
@@ -162,6 +163,7 @@ def test_every_command_that_the_makefile_runs_parses():
         "some text python Train_cifar.py --r 0.5",
         "python Train_cifar.py --id 'open",
         "python benchmarks/bench_cifar.py --rate 1",
+        "torchrun --nproc_per_node=2 -- Train_cifar.py --r 0.5",
         "python reproduce.py --table 7",
         "python reproduce.py --table 1 -- --dataset cifar11",
         "python benchmarks/accuracy_pairs.py --seeds 2 -- --dataset cifar11",

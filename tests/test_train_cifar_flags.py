@@ -1,38 +1,30 @@
 """Train_cifar.main in-process: the order of Algorithm 1, and what each flag does."""
 
-import contextlib
-import io
 import json
 import re
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import note_phases, read_records, same, snapshot, tiny
+from conftest import assert_co_divided, note_co_division, note_phases, read_records, same, tiny
 from make_data import make_cifar10, make_cifar100, make_human
 from test_run import assert_equal, last_state
 
 import dataloader_cifar
 import PreResNet
 import Train_cifar
-from dividemix import DivideMixError, label_issues, noise, noise_instance, options, recipes, report
+from dividemix import DivideMixError, codivide, label_issues, noise, noise_instance, options, recipes
 from dividemix.checkpoint import load_last
-from dividemix.codivide import normalise
 from dividemix.runfolder import read_run
 from dividemix.runtime import Runtime
 from dividemix.seeds import seeded
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    """A figure takes a second, and has its own tests."""
-    monkeypatch.setattr(report, "draw", lambda *_: [])
 
 
 @pytest.fixture
@@ -46,45 +38,13 @@ def phases(monkeypatch) -> list[dict]:
 def test_networks_swap_divisions_and_the_peer_is_fresh(tmp_path, monkeypatch):
     """Exchanged divisions make each net confirm its own errors; a stale peer or a division made after net 1 was trained
     is another method. All of these train without any error, and cost accuracy that nobody can explain."""
-    events: list[tuple] = []
-    loss, train = Train_cifar.per_sample_loss, Train_cifar.train_epoch
-
-    def spy_loss(net, data, **flags):
-        scored = loss(net, data, **flags)
-        events.append(("score", snapshot(net), normalise(scored.loss.numpy())))
-        return scored
-
-    class SpyCoDivide(Train_cifar.CoDivide):
-        def __call__(self, *arguments):
-            events.append(("divide", super().__call__(*arguments)))
-            return events[-1][1]
-
-    def spy_train(net, peer, optimizer, data, division, **flags):
-        before, peer_before = snapshot(net), snapshot(peer)
-        terms = train(net, peer, optimizer, data, division, **flags)
-        events.append(("train", before, peer_before, division.loss, snapshot(net)))
-        return terms
-
-    monkeypatch.setattr(Train_cifar, "per_sample_loss", spy_loss)
-    monkeypatch.setattr(Train_cifar, "CoDivide", SpyCoDivide)
-    monkeypatch.setattr(Train_cifar, "train_epoch", spy_train)
+    events = note_co_division(monkeypatch, Train_cifar)
     Train_cifar.main(tiny(tmp_path, "--num_epochs", "3"))
-
-    assert len(events) == 2 * 6  # two divided epochs
-    previous = None
-    for epoch in (events[:6], events[6:]):
-        assert [event[0] for event in epoch[4:]] == ["train", "train"], "divided after net 1 was trained"
-        assert sorted(event[0] for event in epoch[:4]) == ["divide", "divide", "score", "score"]
-        (_, net2, loss2), (_, net1, loss1) = (event for event in epoch if event[0] == "score")
-        (_, before1, peer1, division1, after1), (_, before2, peer2, division2, after2) = epoch[4:]
-        assert same(before1, net1) and same(before2, net2)  # net 2 is still as it was when it divided
-        assert same(peer1, net2), "net 1's peer is not net 2"
-        assert same(peer2, after1) and not same(after1, before1), "net 2's peer is not the just updated net 1"
-        assert np.abs(loss1 - loss2).max() > 1e-3  # the two divisions can be told apart
-        np.testing.assert_allclose(division1, loss2, rtol=1e-5, atol=1e-6, err_msg="net 1 on its own division")
-        np.testing.assert_allclose(division2, loss1, rtol=1e-5, atol=1e-6, err_msg="net 2 on its own division")
-        assert previous is None or (same(net1, previous[0]) and same(net2, previous[1]))
-        previous = after1, after2
+    assert [event["what"] for event in events] == ["score", "score", "train", "train"] * 2
+    for epoch in (events[:4], events[4:]):
+        assert_co_divided(*epoch)
+    for scored, trained in zip(events[4:6], (events[3], events[2]), strict=True):
+        assert same(scored["net"], trained["after"])
 
 
 def test_the_two_networks_start_differently(tmp_path, phases):
@@ -106,32 +66,52 @@ def test_learning_rate_is_a_tenth_from_lr_drop_on(tmp_path, phases):
 
 
 @pytest.mark.parametrize("empty", [1, 2])
-def test_a_net_that_finds_nothing_clean_at_first(tmp_path, phases, monkeypatch, empty):
-    """Its student warms up for one more epoch. Else training stops, trains on nothing, or stats.txt has a line that
-    no script reads."""
+def test_a_net_that_finds_nothing_clean(tmp_path, phases, monkeypatch, empty):
+    """Its peer warms up for one more epoch, and the next epoch divides anew. Else training stops, trains on nothing or
+    on a division of another epoch, or stats.txt has a line that no script reads."""
+    divide, times = codivide.Mixture.divide, []
 
-    class Empty(Train_cifar.CoDivide):
-        def __call__(self, losses, truly_clean, random_state, name="net"):
-            return None if name == f"net {empty}" else super().__call__(losses, truly_clean, random_state, name)
+    def nothing_at_first(self, *arguments):
+        division, name = divide(self, *arguments), arguments[-1]
+        times.append(name)
+        return None if name == f"net {empty}" and times.count(name) == 1 else division
 
-    monkeypatch.setattr(Train_cifar, "CoDivide", Empty)
-    final = Train_cifar.main(tiny(tmp_path))
+    monkeypatch.setattr(codivide.Mixture, "divide", nothing_at_first)
+    folder = Train_cifar.main(tiny(tmp_path, "--num_epochs", "3"))["run_dir"]
+    kinds = ["train", "warmup"] if empty == 1 else ["warmup", "train"]
+    assert [call["kind"] for call in phases] == ["warmup"] * 2 + kinds + ["train"] * 2
+    _, once, again = read_records(folder)
     other = 3 - empty
-    assert [call["kind"] for call in phases[2:]] == (["train", "warmup"] if empty == 1 else ["warmup", "train"])
-    assert final[f"labeled_net{empty}"] is None and final[f"labeled_net{other}"] > 0
-    expected = f"Numer of labeled samples:{final[f'labeled_net{other}']}   AUC:{final[f'auc_net{other}']:.3f}\n"
-    assert Path(final["run_dir"], "stats.txt").read_text() == expected
+    assert (once["phase"], once[f"labeled_net{empty}"], once[f"auc_net{empty}"]) == ("train", None, None)
+    labeled = [int(call["division"].labeled.sum()) for call in phases if call["kind"] == "train"]
+    assert labeled == [once[f"labeled_net{other}"], again["labeled_net2"], again["labeled_net1"]]
+    assert again["phase"] == "train" and times == ["net 2", "net 1"] * 2
+    lines = [(once, other), (again, 2), (again, 1)]
+    expected = [f"Numer of labeled samples:{r[f'labeled_net{k}']}   AUC:{r[f'auc_net{k}']:.3f}" for r, k in lines]
+    assert Path(folder, "stats.txt").read_text().splitlines() == expected
+    assert {name[-4:] for name in np.load(Path(folder, "scores/epoch_002.npz"))} == {"net1", "net2"}
 
 
-def test_hyper_parameters_reach_the_training(tmp_path, phases, capsys):
-    """Else a flag is accepted, saved and reported, and has no effect. The warm-up batch is twice the batch size."""
-    flags = ["--batch_size", "8", "--alpha", "0.7", "--T", "0.3", "--lambda_u", "11", "--warm_up", "1"]
-    Train_cifar.main(tiny(tmp_path, *flags, "--num_epochs", "2"))
-    warmup, _, train, _ = phases
-    assert warmup["batch_size"] == 16 and train["batch_size"] == 8
-    expected = {"alpha": 0.7, "T": 0.3, "lambda_u": 11, "warm_up": 1, "num_class": 10, "epoch": 1}
-    assert {name: train[name] for name in expected} == expected
-    assert "lambda_u 11 (given; cifar10 sym 50% has 25)" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("alpha", 0.7), ("T", 0.3), ("lambda_u", 11), ("warm_up", 0), ("batch_size", 8), ("num_class", 10)],
+)
+def test_hyper_parameters_reach_the_training(tmp_path, phases, capsys, name, value):
+    """Else a flag is accepted, saved and reported, and has no effect."""
+    Train_cifar.main(tiny(tmp_path, f"--{name}", str(value)))
+    assert {call["kind"] for call in phases} == ({"train"} if name == "warm_up" else {"warmup", "train"})
+    assert [getattr(call["mixmatch"], name) for call in phases] == [value] * 4
+    assert [call["phase"].epoch for call in phases] == [0, 0, 1, 1]
+    assert name != "lambda_u" or "lambda_u 11 (given; cifar10 sym 50% has 25)" in capsys.readouterr().out
+
+
+def test_several_ranks_are_refused(tmp_path, monkeypatch, capsys):
+    """Under torchrun each rank would train the whole run by itself, all in one folder."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DivideMixError, match=r"Train_cifar\.py .* torchrun"):
+        Train_cifar.main(tiny(tmp_path / "out"))
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
 
 
 # ---- Method and noise ----
@@ -173,7 +153,7 @@ def test_confidence_penalty_in_warm_up(tmp_path, phases, flags, penalised):
     """Without it the nets fit asymmetric noise within the warm-up; with it under symmetric noise, or in the plain
     cross-entropy baseline, it is not the paper's method."""
     Train_cifar.main(tiny(tmp_path, *flags, "--num_epochs", "1"))
-    assert [call["conf_penalty"] for call in phases] == [penalised] * 2
+    assert [call["mixmatch"].conf_penalty for call in phases] == [penalised] * 2
 
 
 def test_the_asymmetric_map_is_printed(tmp_path, phases, capsys):
@@ -265,7 +245,7 @@ def test_human_labels_are_trained_on(tmp_path, phases, capsys):
     assert folder.name == "cifar10_worse_label" and "paper_best" not in final
     np.testing.assert_array_equal(np.load(folder / "labels.npz")["given"], given)
     assert json.loads((folder / "worse_label.json").read_text()) == given.tolist()
-    assert [call["conf_penalty"] for call in phases] == [False] * 2
+    assert [call["mixmatch"].conf_penalty for call in phases] == [False] * 2
     out = capsys.readouterr().out
     assert f"noise human worse_label: 25.0% of the training labels are wrong; read from {file}\n" in out
     assert "lambda_u 0 (not in the paper; nearest row by 25.0% wrong labels, Table 7: cifar10 sym 20%)" in out
@@ -322,14 +302,15 @@ def test_val_fraction_selects_the_best_epoch_off_the_test_set(tmp_path, phases, 
     trained on, or their clean labels are used."""
     flags = ["--limit_train", "100", "--num_epochs", "3", "--seed", "5"]
     subset = np.load(Path(Train_cifar.main(tiny(tmp_path, *flags, "--id", "whole"))["run_dir"], "labels.npz"))
-    script = {347: iter([[50.0] * 3, [90.0] * 3, [60.0] * 3]), 25: iter([[30.0] * 3, [10.0] * 3, [40.0] * 3])}
+    accuracy = iter(zip([30.0, 10.0, 40.0], [50.0, 90.0, 60.0], strict=True))
     held_out = []
 
-    def accuracy(nets, data, **_):
-        held_out.extend(data.labels.tolist() if len(data) == 25 else [])
-        return next(script[len(data)])
+    def test(nets, sets, phase):
+        held_out[:] = sets["val"].labels.tolist()
+        assert (len(sets["val"]), len(sets["test"])) == (25, 347)
+        return dict(zip(("val_acc", "test_acc"), next(accuracy), strict=True)) | {"test_acc_net1": 0.0}
 
-    monkeypatch.setattr(Train_cifar, "ensemble_accuracy", accuracy)
+    monkeypatch.setattr(Train_cifar, "test", test)
     final = Train_cifar.main(tiny(tmp_path, *flags, "--val_fraction", "0.25"))
     assert (final["best_acc"], final["val_acc"], final["test_acc"]) == (60.0, 40.0, 60.0)
     assert torch.load(Path(final["run_dir"], "best.pt"), weights_only=True)["epochs"] == [2, 2]
@@ -339,7 +320,7 @@ def test_val_fraction_selects_the_best_epoch_off_the_test_set(tmp_path, phases, 
     rest = np.setdiff1d(subset["index"], trained)
     assert (len(trained), len(rest)) == (75, 25) and np.isin(trained, subset["index"]).all()
     given, truth = (subset[name][np.isin(subset["index"], rest)].tolist() for name in ("given", "true"))
-    assert held_out[:25] == given != truth
+    assert held_out == given != truth
 
 
 def test_init_from_starts_both_networks_from_a_checkpoint(tmp_path, phases):
@@ -441,13 +422,9 @@ def test_main_returns_the_final_metrics(tmp_path, phases):
     assert "paper_best" not in Train_cifar.main(tiny(tmp_path / "out"))  # digits: no row of the paper
 
 
-def test_the_papers_number_stands_alone_only_beside_the_papers_setting(tmp_path):
+def test_the_papers_number_stands_alone_only_beside_the_papers_setting():
     """A short run of a narrow net beside "94.6" without a word: its user looks for a mistake that is not there."""
-    records = [{"epoch": 0, "best_acc": 94.0, "last10_acc": 93.0, "test_acc": 94.0, "test_acc_net1": 93.0}]
-    run = types.SimpleNamespace(
-        records=records, best_epochs=[0, 0], folder=tmp_path, say=print, finish=lambda final, _: final
-    )
-    run.ranks = types.SimpleNamespace(first=False)
+    records = [{"best_acc": 94.0, "last10_acc": 93.0}]
     row = recipes.nearest("cifar10", "sym", 0.5)[0]
     for flags, official, expected in (
         ([], True, "; paper: 94.6 / 94.4"),
@@ -457,9 +434,9 @@ def test_the_papers_number_stands_alone_only_beside_the_papers_setting(tmp_path)
     ):
         args = Train_cifar.parse_args(flags)
         options.resolve_recipe(args)
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            Train_cifar.finish(run, row, args, official)
-        assert out.getvalue().splitlines()[0] == f"best 94.00 (epoch 0), mean of the last 10 93.00{expected}"
+        line, paper = options.small_result(args, row, records, 3, official)
+        assert line == f"best 94.00 (epoch 3), mean of the last 10 93.00{expected}"
+        assert paper == {"paper_best": 94.6, "paper_last": 94.4}
 
 
 def test_mixtures_fitted_in_the_background_are_those_fitted_in_place(tmp_path, monkeypatch):
