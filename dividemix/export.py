@@ -54,7 +54,7 @@ def metadata(run: Path, weights: str, epochs: Sequence[int], description: deploy
         f"values / 255, float32 ({p.channels}, {side}, {side})",
     ]
     described = deploy.describe(
-        *(description.arch, description.width, description.num_class, description.classes, description.preparation),
+        *(description.arch, description.num_class, description.width, description.classes, description.preparation),
         description.count,
     )
     nets = ("one network", "two networks trained together")[description.count - 1]
