@@ -163,7 +163,7 @@ def load_last(folder: Path) -> dict[str, Any]:
         last = json.loads(read_file(pointer)) if pointer.exists() else {}
         entries = [entry for entry in (last, last.get("previous")) if entry]
         named = [(folder / Path(entry["file"]).name, entry["sha256"]) for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DivideMixError(f"{pointer} is damaged: --fresh moves the folder aside and starts anew") from error
     for path, sha256 in named:
         try:
@@ -174,7 +174,7 @@ def load_last(folder: Path) -> dict[str, Any]:
             if state.get("format") != FORMAT:
                 raise DivideMixError(f"it is of another version of the project (format {state.get('format')})")
             return state
-        except (OSError, DivideMixError) as error:
+        except (OSError, ValueError, DivideMixError) as error:  # ValueError: a name with a null byte
             warn(f"checkpoint {path} is passed over: {error}")
     if named:
         raise DivideMixError(f"no checkpoint in {folder} can be read: --fresh moves the folder aside and starts anew")

@@ -53,7 +53,7 @@ class Description:
 
 
 def describe(
-    arch: str, width: int, num_class: int, classes: list[str] | None, preparation: Preparation, count: int = 2
+    arch: str, num_class: int, width: int, classes: list[str] | None, preparation: Preparation, count: int = 2
 ) -> dict[str, Any]:
     """The entry "model" of args.json, which `read_description` reads."""
     preprocessing = {"reading": list(READING), **asdict(preparation), "interpolation": "bilinear"}
@@ -92,7 +92,7 @@ def read_description(run: Path) -> Description:
 
 class Ensemble(nn.Module):
     """Images (B, channels, S, S), float32 in [0, 1] -> the sum of the networks' logits (B, num_class): what the paper
-    tests, and `engine.ensemble_accuracy` counts. S is the preparation's image_size. epochs: after which one the weights
+    tests, and `engine.test` counts. S is the preparation's image_size. epochs: after which one the weights
     of each network were saved."""
 
     def __init__(self, nets: list[nn.Module], preparation: Preparation, epochs: Sequence[int] = ()):

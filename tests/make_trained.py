@@ -44,13 +44,14 @@ def make_trained(
     """A run folder with what `deploy` reads, and nets whose answers differ from image to image. The last checkpoint, if
     there is one, holds other nets than best.pt."""
     folder.mkdir(parents=True)
-    model = deploy.describe(arch, width, num_class, classes, preparation)
+    model = deploy.describe(arch, num_class, width, classes, preparation)
     about = {"command": ["Train_cifar.py", "--r", "0.5", "--id", "a b"], "args": {"warm_up": 1}, "model": model}
     (folder / "args.json").write_text(json.dumps(about))
 
     (folder / "best.pt").write_bytes(checkpoint.to_bytes({**pair(arch, num_class, width, 0), "epochs": [1, 1]}))
     if last:
-        checkpoint.save_last(folder, 2, {**pair(arch, num_class, width, 10), "records": [{"epoch": 2}]})
+        about = {"records": [{"epoch": 2}], "format": checkpoint.FORMAT}
+        checkpoint.save_last(folder, 2, pair(arch, num_class, width, 10) | about)
     return folder
 
 

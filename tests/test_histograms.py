@@ -8,23 +8,18 @@ import pytest
 from make_run import histogram
 
 from dividemix import histograms
-from dividemix.codivide import codivide
+from dividemix.codivide import Mixture
 from dividemix.run import score_arrays
 
 
 def divided(n: int = 200, seed: int = 0) -> tuple[dict, np.ndarray]:
     """Scores of an epoch in which both nets were divided, and which labels are right."""
-    from types import SimpleNamespace
-
-    import torch
-
     rng = np.random.default_rng(seed)
     clean = rng.random(n) < 0.6
     scores = {}
     for k in range(2):
         loss = np.where(clean, rng.gamma(2, 0.1, n), rng.normal(3, 0.5, n)).astype(np.float32)
-        scored = SimpleNamespace(loss=torch.from_numpy(loss), prediction=torch.zeros(n, dtype=torch.int64))
-        scores |= score_arrays(k, scored, codivide(loss, 0.5))
+        scores |= score_arrays(k, Mixture(0.5).fit(loss, np.zeros(n, np.int64)))
     return scores, clean
 
 

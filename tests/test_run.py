@@ -1,13 +1,15 @@
 """The run folder: the same command again continues the run, and ends as an uninterrupted run ends."""
 
+import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -16,8 +18,11 @@ from conftest import ROOT
 
 import Train_cifar
 from dividemix import DivideMixError, checkpoint, logs
+from dividemix.codivide import Mixture
+from dividemix.engine import MixMatch, PhaseTerms
 from dividemix.ranks import Ranks
 from dividemix.run import Run, lock_folder, score_arrays
+from dividemix.runtime import PLAIN
 from dividemix.seeds import draws, seeded
 
 TINY = "--dataset digits --limit_train 96 --width 4 --batch_size 16 --warm_up 1 --lr_drop 3 --device cpu"
@@ -83,31 +88,35 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_a_checkpoint_holds_all_that_a_run_goes_on_from(trained):
-    """What is missing there is lost with the process: a run goes on without its momentum, or under other settings."""
-    state = last_state(trained)
-    assert [len(state[name]) for name in ("nets", "optimizers", "codivide", "best_epochs")] == [2] * 4
-    for net, optimizer, part in zip(state["nets"], state["optimizers"], state["codivide"], strict=True):
+KEYS = {"nets", "optimizers", "histories", "records", "histograms", "best_epochs", "config", "pins", "versions"}
+KEYS |= {"script", "format"}
+
+
+def test_a_checkpoint_holds_what_a_run_goes_on_from_and_no_more(tmp_path):
+    """What is missing there is lost with the process: a run goes on without its momentum, or under other settings. What
+    is too much, such as a division that the next epoch makes anew, has to be kept in line with the rest."""
+    train(tmp_path / "run", 4, "--loss_window", "3", "--save_scores")
+    state = last_state(tmp_path / "run")
+    assert state.keys() == KEYS and (state["format"], state["script"]) == (checkpoint.FORMAT, "Train_cifar.py")
+    assert [len(state[name]) for name in ("nets", "optimizers", "histories", "best_epochs")] == [2] * 4
+    for net, optimizer in zip(state["nets"], state["optimizers"], strict=True):
         assert optimizer["state"][0]["momentum_buffer"].shape == net["conv1.weight"].shape
-        assert len(part["history"][0]) == len(part["division"]["clean_probability"]) == 96
-    assert [record["epoch"] for record in state["records"]] == [0, 1] and state["records"][1]["best_acc"] > 0
-    flags = {
-        "seed": 123,
-        "dataset": "digits",
-        "r": 0.5,
-        "noise_mode": "sym",
-        "width": 4,
-        "lambda_u": 25,
-        "num_class": 10,
-    }
-    assert flags.items() <= state["config"].items()
+    scores = [np.load(tmp_path / "run" / "scores" / f"epoch_{epoch:03d}.npz") for epoch in (2, 3)]
+    for k, history in enumerate(state["histories"], start=1):  # of three divided epochs, for a window of three
+        assert [losses.tolist() for losses in history] == [each[f"raw_loss_net{k}"].tolist() for each in scores]
+    assert [record["epoch"] for record in state["records"]] == [0, 1, 2, 3] and state["records"][1]["best_acc"] > 0
+    flags = {"seed": 123, "dataset": "digits", "r": 0.5, "noise_mode": "sym", "width": 4}
+    assert (flags | {"lambda_u": 25, "num_class": 10}).items() <= state["config"].items()
     assert len(state["pins"]["labels_sha256"]) == 64 and state["versions"]["torch"] == torch.__version__
+
+
+def args_of(folder) -> Namespace:
+    """The flags of the run in `folder`."""
+    return Namespace(**checkpoint.load_last(folder)["config"], fresh=False, no_label_scores=True)
 
 
 @pytest.fixture
 def copy(trained, tmp_path):
-    import shutil
-
     return shutil.copytree(trained, tmp_path / "run")
 
 
@@ -133,11 +142,36 @@ def last_state_of(folder, name):
     return torch.load(folder / name, weights_only=True)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"file": 3}', "null"])
-def test_an_unreadable_pointer_is_survived(copy, content):
-    """last.json is the smallest file and the first to be damaged by hand."""
+def test_a_checkpoint_of_another_format_is_passed_over(copy, recwarn):
+    """A run under way when the project is updated: it ends in a traceback, or goes on from values that mean another
+    thing."""
+    checkpoint.save_last(copy, 2, last_state(copy) | {"format": checkpoint.FORMAT + 1})
+    assert [record["epoch"] for record in checkpoint.load_last(copy)["records"]] == [0, 1]
+    [warning] = recwarn
+    assert f"{copy / 'epoch-002.pt'} is passed over" in str(warning.message) and "version" in str(warning.message)
+
+
+NO_POINTERS = ["", "{", "[]", "3", '{"file": 3}', '{"file": "a"}', "[" * 10**5]
+NO_POINTERS += ['{"file": "a", "sha256": 0, "previous": 3}']
+
+
+@pytest.mark.parametrize("content", NO_POINTERS)
+def test_a_damaged_pointer_is_one_line(copy, content):
+    """last.json is the smallest file and the first to be damaged by hand: a stack trace, or a new start over what
+    could still be saved."""
     (copy / "last.json").write_text(content)
-    assert len(checkpoint.load_last(copy)["records"]) == 2
+    with pytest.raises(DivideMixError, match=r"last\.json .*--fresh") as error:
+        train(copy, 3)
+    assert "\n" not in str(error.value) and (copy / "epoch-001.pt").exists()
+
+
+def test_a_folder_of_another_script_is_refused(copy):
+    """Two scripts' epochs under one number; or a stack trace at weights that do not fit, which names neither."""
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    with pytest.raises(DivideMixError, match=r"a run of Train_cifar\.py: .*--fresh") as error:
+        Run(copy, args_of(copy), logs=logs.WEBVISION)
+    assert "\n" not in str(error.value)
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 
 
 def test_no_readable_checkpoint_is_an_error_not_a_new_start(copy):
@@ -159,10 +193,10 @@ def test_a_checkpoint_that_would_run_code_is_refused(copy, tmp_path):
     evil = tmp_path / "evil.pt"
     torch.save({"nets": [Payload(), Payload()]}, evil)
     with pytest.raises(DivideMixError, match=str(evil)):
-        checkpoint.load_networks(evil)
-    for file in copy.glob("epoch-*.pt"):
-        file.write_bytes(evil.read_bytes())
-    (copy / "last.json").unlink()
+        checkpoint.load_file(evil)
+    sha256 = hashlib.sha256(evil.read_bytes()).hexdigest()
+    (copy / "last.json").write_text(json.dumps({"file": "evil.pt", "sha256": sha256, "epoch": 1, "previous": None}))
+    shutil.copy(evil, copy)
     with pytest.raises(DivideMixError, match="can be read"), pytest.warns(UserWarning, match="passed over"):
         train(copy, 3)
     assert not marker.exists()
@@ -186,16 +220,16 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path, monkeypat
 def test_two_checkpoints_are_kept(tmp_path):
     """All of them would fill the disk (180 MB an epoch at full width), one alone could not be fallen back from."""
     for epoch in range(4):
-        checkpoint.save_last(tmp_path, epoch, {"epoch": epoch})
+        checkpoint.save_last(tmp_path, epoch, {"epoch": epoch, "format": checkpoint.FORMAT})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["epoch-002.pt", "epoch-003.pt", "last.json"]
-    assert checkpoint.load_last(tmp_path) == {"epoch": 3}
+    assert checkpoint.load_last(tmp_path)["epoch"] == 3
 
 
 def test_two_processes_in_one_folder(copy):
     """Two runs that write the same checkpoints end with neither."""
-    config = checkpoint.load_last(copy)["config"]
-    with Run(copy, config), pytest.raises(DivideMixError, match="another process"):
-        Run(copy, config)
+    args = args_of(copy)
+    with Run(copy, args), pytest.raises(DivideMixError, match="another process"):
+        Run(copy, args)
 
 
 def test_changed_labels_are_refused(copy):
@@ -245,29 +279,44 @@ def test_initial_weights_follow_from_seed_and_net_and_leave_the_global_stream_al
 # ---- The best epochs and the end ----
 
 
-def clothing1m(folder, **config):
-    return Run(folder, config, logs=logs.CLOTHING1M, best_by=logs.by_network)
+class Marked(torch.nn.Module):
+    """A network of two weights: the epoch, and which network it is."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor([-1.0, k]))
 
 
-def weights(epoch):
-    """The state of two networks that tell their epoch."""
-    nothing = {
-        "optimizers": [{"state": {}, "param_groups": [{}]}] * 2,
-        "codivide": [{"history": [], "division": None}] * 2,
-    }
-    return nothing | {"nets": [{"w": torch.tensor([epoch, k])} for k in (1, 2)]}
+def opened(folder, logs=logs.CLOTHING1M, runtime=PLAIN, **flags) -> Run:
+    return Run(folder, Namespace(**{"seed": 123, "fresh": False, "no_label_scores": True} | flags), runtime, logs)
+
+
+def begin(run: Run) -> None:
+    nets = [Marked(k) for k in (1, 2)]
+    optimizers = [PLAIN.optimizer(net, 0.1, 0.0) for net in nets]
+    mixtures = [Mixture(0.5) for _ in nets]
+    run.start([], nets, optimizers, mixtures, MixMatch(2, warm_up=1), data={}, model={})
+
+
+def end_epoch(run: Run, accuracy: dict, phase: str = "train") -> None:
+    """The networks are marked with the epoch, and it ends with such a record."""
+    for net in run.nets:
+        net.w.data[0] = run.epoch
+    division = Mixture(0.5).fit(np.array([0.0, 0.1, 0.9, 1.0], np.float32), np.zeros(4, np.int64))
+    divisions = [division if phase == "train" else None] * 2
+    run.end_epoch(0.1, divisions, [PhaseTerms(1.0, float("nan"), 0.0, 0.0)] * 2, accuracy)
 
 
 def validated(net1, net2):
-    return {"phase": "train", "val_acc": 50.0, "val_acc_net1": net1, "val_acc_net2": net2, "loss_x": float("nan")}
+    return {"val_acc": 50.0, "val_acc_net1": net1, "val_acc_net2": net2}
 
 
 def go_on(folder, accuracies, last=None):
     """A run like Clothing1M's through epochs of these accuracies (net 1, net 2), from where the folder is."""
-    with clothing1m(folder) as run:
-        run.start({"command": [], "args": {"warm_up": 1}})
+    with opened(folder) as run:
+        begin(run)
         for epoch in run.epochs(last or len(accuracies)):
-            run.end_epoch(validated(*accuracies[epoch]), weights(epoch), None, False)
+            end_epoch(run, validated(*accuracies[epoch]))
         return run
 
 
@@ -301,13 +350,11 @@ def test_the_shipped_networks_of_own_images_are_those_of_the_last_of_equal_epoch
     """Else `predict` and `export` take a warm-up epoch's networks, whose few held-out labels came out as well."""
     epochs = [("warmup", 90.0), ("train", 80.0), ("train", 80.0)]
     for stop, expected in enumerate([0, 1, 2], start=1):  # a new process for each epoch
-        with Run(tmp_path / "run", {}, logs=logs.FOLDER, best_by=logs.by_own_images) as run:
-            run.start({"command": [], "args": {"warm_up": 1}})
+        with opened(tmp_path / "run", logs.FOLDER) as run:
+            begin(run)
             for epoch in run.epochs(stop):
                 phase, accuracy = epochs[epoch]
-                metrics = {"phase": phase, "loss_x": 1.0, "penalty": 0.0}
-                metrics |= dict.fromkeys(("val_acc", "val_acc_net1", "val_acc_net2"), accuracy)
-                run.end_epoch(metrics, weights(epoch), None, False)
+                end_epoch(run, dict.fromkeys(("val_acc", "val_acc_net1", "val_acc_net2"), accuracy), phase)
         assert best(tmp_path / "run") == [expected] * 2
 
 
@@ -325,27 +372,17 @@ def test_best_weights_that_are_lost_are_said_to_be(tmp_path, damage):
     """Else a damaged best.pt ends a run of days, or the other network's best weights come from nowhere."""
     go_on(tmp_path / "run", [(60.0, 60.0), (70.0, 50.0)])
     file = tmp_path / "run" / "best.pt"
-    if damage == "gone":
-        file.unlink()
-    else:
-        torch.save({"nets": weights(7)["nets"], "epochs": [7, 7]}, file)
-        file.write_bytes(file.read_bytes()[: 300 if damage == "half" else None])
     lost = pytest.warns(UserWarning, match="the best weights of net 1 are lost, those of epoch 2 stand in")
-    with clothing1m(tmp_path / "run") as run, lost:
-        for epoch in run.epochs(3):
-            run.end_epoch(validated(65.0, 65.0), weights(epoch), None, False)
+    with opened(tmp_path / "run") as run, lost:
+        begin(run)
+        if damage == "gone":
+            file.unlink()
+        else:
+            torch.save({"nets": [{"w": torch.tensor([7.0, k])} for k in (1, 2)], "epochs": [7, 7]}, file)
+            file.write_bytes(file.read_bytes()[: 300 if damage == "half" else None])
+        for _ in run.epochs(3):
+            end_epoch(run, validated(65.0, 65.0))
     assert run.best_epochs == best(tmp_path / "run") == [2, 2]
-
-
-def test_a_checkpoint_from_before_each_network_had_its_own_best_epoch_goes_on(copy):
-    """Else an update of the project ends every run that is under way."""
-    state = last_state(copy)
-    epochs = state.pop("best_epochs")
-    checkpoint.save_last(copy, 1, state | {"best_epoch": epochs[0]})
-    with Run(copy, state["config"]) as run:
-        assert run.best_epochs == epochs
-    train(copy, 3)
-    assert len(last_state(copy)["best_epochs"]) == 2
 
 
 def test_the_result_is_left_once_and_the_same_again(tmp_path, monkeypatch):
@@ -353,8 +390,9 @@ def test_the_result_is_left_once_and_the_same_again(tmp_path, monkeypatch):
     command was given."""
     folder = tmp_path / "run"
     for _ in range(2):
-        final = go_on(folder, [(60.0, 60.0)]).finish({"test_acc": 74.758, "loss_x": float("inf")})
-        assert final == json.loads((folder / "result.json").read_text()) == {"test_acc": 74.758, "loss_x": None}
+        final = go_on(folder, [(60.0, 60.0)]).finish("the end", test_acc=74.758, more=float("inf"))
+        assert final == json.loads((folder / "result.json").read_text()) and final["val_acc_net1"] == 60.0
+        assert (final["test_acc"], final["more"], final["run_dir"]) == (74.758, None, str(folder))
         lines = (folder / "acc.txt").read_text().splitlines()
         assert lines == ["Validation Epoch:0      Acc1:60.00  Acc2:60.00", "Test Accuracy:74.76"]
     go_on(folder, [(60.0, 60.0), (61.0, 61.0)])  # continued: that was not its result
@@ -363,11 +401,13 @@ def test_the_result_is_left_once_and_the_same_again(tmp_path, monkeypatch):
 
 def test_scores_of_a_sample_say_whose_they_are():
     """Each of Clothing1M's networks scores images of its own: else no loss can be traced to an image."""
-    scored = SimpleNamespace(loss=torch.tensor([1.0, 2.0]), prediction=torch.tensor([3, 4]))
-    arrays = score_arrays(1, scored, None, index=np.array([70, 8]))
-    assert arrays.keys() == {"raw_loss_net2", "prediction_net2", "index_net2"}
-    assert arrays["index_net2"].tolist() == [70, 8]
-    assert "index_net1" not in score_arrays(0, scored, None)
+    loss, prediction, index = np.array([1.0, 2.0], np.float32), np.array([3, 4]), np.array([70, 8])
+    arrays = score_arrays(1, Mixture(0.5).fit(loss, prediction), index)
+    assert all(name.endswith("_net2") for name in arrays) and arrays["index_net2"].tolist() == [70, 8]
+    assert arrays["raw_loss_net2"].tolist() == [1.0, 2.0] and arrays["prediction_net2"].tolist() == [3, 4]
+    assert arrays["loss_net2"].tolist() == [0.0, 1.0] and arrays["clean_probability_net2"].tolist()[0] > 0.5
+    assert "index_net1" not in score_arrays(0, Mixture(0.5).fit(loss, prediction))
+    assert score_arrays(0, None, index) == {}
 
 
 def test_a_run_folders_lock_is_not_held_on_by_workers(tmp_path):
@@ -404,32 +444,29 @@ def test_ranks_that_read_other_data_are_refused(tmp_path, monkeypatch):
 # ---- Several ranks ----
 
 RANKS = """
-import sys, torch, types
+import sys, torch
 from pathlib import Path
-from dividemix import DivideMixError, logs, options, ranks, runtime
-from dividemix.run import Run
+from dividemix import DivideMixError, options, ranks, runtime
+from test_run import begin, end_epoch, opened, validated
 
 def main(_):
     me = ranks.join(torch.device("cpu"))
     folder, lr = Path(sys.argv[1]), float(sys.argv[2])
     mine = folder if me.first else Path("/proc/nowhere")  # the others need not see the folder
-    with Run(mine, {"lr": lr}, ranks=me, logs=logs.CLOTHING1M, best_by=logs.by_network) as run:
+    with opened(mine, runtime=runtime.Runtime(torch.device("cpu"), ranks=me), lr=lr) as run:
         run.pin("labels", 1, "other labels")
         read = len(run.state)
         run.save_labels(given=torch.zeros(2).numpy())
-        run.start({"command": [], "args": {"warm_up": 1}})
+        begin(run)
         run.say("once")
         begun = len(run.records)
         for epoch in run.epochs(begun + 1):
-            with run.phase("test") as bar:
-                list(bar(range(2)))
+            with run.phase("test") as phase:
+                list(phase.bar(range(2)))
             accuracy = epoch * (1 + me.rank)  # should the ranks ever differ, the first one's counts
-            metrics = {"phase": "train", "val_acc": 1.0, "val_acc_net1": accuracy, "val_acc_net2": -accuracy}
-            state = {"optimizers": [{"state": {}, "param_groups": [{}]}] * 2}
-            state |= {"codivide": [{"history": [], "division": None}] * 2}
-            run.end_epoch(metrics, state | {"nets": [{"w": torch.full((2,), float(epoch))}] * 2}, None, False)
+            end_epoch(run, validated(accuracy, -accuracy))
         nets = [float(state["w"][0]) for state in run.best_networks()]
-        run.finish({"test_acc": 5.0})
+        run.finish("the end", test_acc=5.0)
         seen = [begun, run.records[-1]["val_acc_net1"], run.best_epochs, nets, read]
         print("rank", me.rank, seen, flush=True)
         if lr == 2:
@@ -447,10 +484,13 @@ def two_ranks(folder, lr):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    address["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", RANKS, str(folder), str(lr)],
-            env=os.environ | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=os.environ
+            | address
+            | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "RANK": str(rank), "LOCAL_RANK": str(rank)},
             **{"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
         )
         for rank in range(2)
@@ -465,7 +505,7 @@ def test_two_ranks_have_one_run_folder(tmp_path):
     for begun in (0, 1):
         first, second = two_ranks(tmp_path / "run", 1)
         assert first[0] == second[0] == 0, first[2] + second[2]
-        seen = f"[{begun}, {begun}, [{begun}, 0], [{begun}.0, 0.0], {0 if begun == 0 else 9}]"
+        seen = f"[{begun}, {begun}, [{begun}, 0], [{begun}.0, 0.0], {0 if begun == 0 else len(KEYS)}]"
         assert f"rank 0 {seen}" in first[1] and second[1] == f"rank 1 {seen}\n"
         assert first[1].count("once") == 1 and first[1].count("epoch ") >= 1
         assert first[2] == second[2] == ""
@@ -475,10 +515,10 @@ def test_two_ranks_have_one_run_folder(tmp_path):
 def test_a_rank_that_ends_ends_the_others(tmp_path):
     """A refused run, or one rank's fault, must end the job with a line that says why: else a cluster's nodes wait for
     each other until their time is up."""
-    with clothing1m(tmp_path / "run", lr=1.0) as run:
-        run.start({"command": [], "args": {}})
+    with opened(tmp_path / "run", lr=1.0) as run:
+        begin(run)
         for _ in run.epochs(1):
-            run.end_epoch(validated(60.0, 60.0), weights(0), None, False)
+            end_epoch(run, validated(60.0, 60.0))
     started = time.monotonic()
     first, second = two_ranks(tmp_path / "run", 3)
     assert first[0] == second[0] == 1 and time.monotonic() - started < 60

@@ -9,7 +9,7 @@ import tracemalloc
 import pytest
 import torch
 from conftest import read_records
-from test_run import assert_equal, clothing1m, validated
+from test_run import assert_equal, begin, end_epoch, opened, validated
 
 from dividemix import DivideMixError, checkpoint, run
 from dividemix.saving import Background, to_host
@@ -92,18 +92,18 @@ def test_a_failure_is_said_once_and_after_it_goes_on():
 def test_training_goes_on_while_an_epoch_is_written(tmp_path, monkeypatch):
     """Else the card idles at each epoch's end; or what is written is a mixture of two epochs; or the logs are ahead of
     the weights."""
-    go, saved, folder, weights = threading.Event(), run.save_last, tmp_path / "run", torch.zeros(2)
+    go, saved, folder = threading.Event(), run.save_last, tmp_path / "run"
     monkeypatch.setattr(run, "save_last", lambda *rest: go.wait(60) and saved(*rest))
-    with clothing1m(folder) as this:
-        this.start({"command": [], "args": {}})
+    with opened(folder) as this:
+        begin(this)
         for epoch in this.epochs(2):
-            weights += 1  # in place, as a step does; in epoch 1 nothing of epoch 0 is written yet
-            assert checkpoint.load_last(folder) is None and (folder / "metrics.jsonl").read_text() == ""
+            # The weights change in place, as by a step; in epoch 1 nothing of epoch 0 is written yet.
+            assert checkpoint.load_last(folder) == {} and (folder / "metrics.jsonl").read_text() == ""
             if epoch == 1:
                 go.set()
-            this.end_epoch(validated(60.0, 60.0), {"nets": [{"w": weights}, {"w": weights}]}, None, False)
+            end_epoch(this, validated(60.0, 60.0))
     states = [checkpoint.from_bytes((folder / f"epoch-00{epoch}.pt").read_bytes()) for epoch in range(2)]
-    assert [state["nets"][0]["w"].tolist() for state in states] == [[1, 1], [2, 2]]
+    assert [state["nets"][0]["w"].tolist() for state in states] == [[0, 1], [1, 1]]
     assert [len(state["records"]) for state in states] == [1, 2]
     assert [record["epoch"] for record in read_records(folder)] == [0, 1]
 
@@ -115,12 +115,12 @@ def test_what_could_not_be_written_is_said_at_the_next_epoch_s_end(tmp_path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run, "save_last", full)
-    with clothing1m(tmp_path / "run") as this:
-        this.start({"command": [], "args": {}})
+    with opened(tmp_path / "run") as this:
+        begin(this)
         epochs = this.epochs(9)
         next(epochs)
-        this.end_epoch(validated(60.0, 60.0), {"nets": [{}, {}]}, None, False)
+        end_epoch(this, validated(60.0, 60.0))
         next(epochs)
         with pytest.raises(DivideMixError, match=r"checkpoint of epoch 0 could not be written .*No space left"):
-            this.end_epoch(validated(60.0, 60.0), {"nets": [{}, {}]}, None, False)
+            end_epoch(this, validated(60.0, 60.0))
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
