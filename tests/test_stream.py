@@ -371,8 +371,9 @@ def test_where_images_are_kept(clothing, monkeypatch):
             assert made.images("train", keep=True).place == place
     with pytest.raises(ValueError, match="elsewhere"):
         pipeline(clothing, keep="elsewhere")
+    views, card = Views(36, 32, "resized_crop"), Runtime(torch.device("meta"))
     with pytest.raises(DivideMixError, match="host memory"):
-        Pipeline({}, Views(36, 32, "resized_crop"), (0.5,) * 3, (0.5,) * 3, Runtime(torch.device("meta")), keep="device")
+        Pipeline({}, views, (0.5,) * 3, (0.5,) * 3, card, keep="device")
 
 
 # ---- Cached ----
@@ -512,13 +513,13 @@ def train(nets, optimizer, data):
 def test_the_engine_runs_on_it(clothing, workers, keep):
     """An epoch of Clothing1M: the losses would depend on how the images come, or come to no end."""
     results = []
-    for workers, keep in ((0, False), (workers, keep)):
+    for processes, kept in ((0, False), (workers, keep)):
         torch.manual_seed(0)
-        with pipeline(clothing, workers=workers) as made:
+        with pipeline(clothing, workers=processes) as made:
             made.runtime.eval_batch_size = 25
             nets = [made.runtime.prepare(ResNet18(14, width=4)) for _ in range(2)]
             optimizer = made.runtime.optimizer(nets[0], 0.01, 5e-4)
-            data = made.images("train", keep=keep)
+            data = made.images("train", keep=kept)
             warm = engine.warmup_epoch(nets[0], optimizer, data, MIXMATCH, engine.Phase())
             scores = engine.per_sample_loss(nets[0], data)
             terms = train(nets, optimizer, data)

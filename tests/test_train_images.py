@@ -1,5 +1,6 @@
 """What Train_clothing1M.py and Train_webvision.py have in common: the paper's flags, damaged data folders,
---check_data, --skip_bad_images, and a run folder that is continued with other settings or images."""
+--check_data, --skip_bad_images, and a run folder that is continued with other settings or images; and, with
+Train_folder.py, Algorithm 1: when a division is made, by which weights, and who learns from it."""
 
 import json
 from pathlib import Path
@@ -8,12 +9,25 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_NET, end_of, note_phases, run_script, same
-from make_image_trees import make_clothing1M, make_webvision
+from conftest import (
+    SMALL_NET,
+    assert_co_divided,
+    end_of,
+    note_co_division,
+    note_phases,
+    read_records,
+    run_script,
+    same,
+    snapshot,
+)
+from make_image_trees import make_clothing1M, make_folder, make_webvision
+from test_run import last_state
 
 import Train_clothing1M
+import Train_folder
 import Train_webvision
-from dividemix import checkpoint, networks, report
+from dividemix import networks, report
+from dividemix.codivide import Mixture, normalise
 
 CLOTHING1M = SimpleNamespace(
     **{"main": Train_clothing1M, "make": make_clothing1M, "name": "clothing1m", "lists": ("train", "val", "test")},
@@ -26,6 +40,12 @@ WEBVISION = SimpleNamespace(
     **{"labels": "info/train_filelist_google.txt", "weight_decay": 5e-4, "lr": 0.01, "conf_penalty": False},
     **{"num_class": 10},
 )
+FOLDER = SimpleNamespace(
+    **{"main": Train_folder, "make": lambda root, noise, sides: make_folder(root, sides=sides)},
+    **{"name": "folder_data", "size": ["--warm_up", "1"]},
+)
+# The other tests are of the first two.
+ALL = pytest.mark.parametrize("script", [CLOTHING1M, WEBVISION, FOLDER], ids=["clothing1M", "webvision", "folder"])
 
 
 @pytest.fixture(params=[CLOTHING1M, WEBVISION], ids=["clothing1M", "webvision"])
@@ -73,13 +93,11 @@ def test_what_a_phase_is_given(script, start, monkeypatch):
     for i, call in enumerate(calls):
         assert call["lr"] == pytest.approx(script.lr if i < 6 else script.lr / 10)
         assert (call["momentum"], call["nesterov"], call["weight_decay"]) == (0.9, False, script.weight_decay)
-        if call["kind"] == "warmup":
-            assert (call["batch_size"], call["conf_penalty"]) == (16, script.conf_penalty)
-        else:
-            given = {name: call[name] for name in ("batch_size", "warm_up", "alpha", "T", "num_class", "epoch")}
-            expected = {"batch_size": 8, "warm_up": 2, "alpha": 0.5, "T": 0.5, "num_class": script.num_class}
-            assert given == {**expected, "epoch": i // 2}
-            assert (call["unlabeled_loss"], call["lambda_u"]) == (False, 0.0)
+        mixmatch, phase = call["mixmatch"], call["phase"]
+        assert (mixmatch.batch_size, mixmatch.num_class, mixmatch.warm_up) == (8, script.num_class, 2)
+        assert (mixmatch.alpha, mixmatch.T, mixmatch.views, mixmatch.refine) == (0.5, 0.5, 2, True)
+        assert (mixmatch.unlabeled_loss, mixmatch.conf_penalty) == (False, script.conf_penalty)
+        assert phase.epoch == i // 2
     assert not same(calls[0]["state"], calls[1]["state"])  # two networks that start differently
 
 
@@ -100,8 +118,131 @@ def test_lambda_u_says_that_it_has_no_effect(script, start, monkeypatch):
     status, out, _ = start("--lambda_u", "25")
     assert status == 0
     assert "--lambda_u 25: accepted, has no effect; unlabeled images are mix partners only\n" in out
-    assert all(call["lambda_u"] == 0 for call in calls[2:])
+    assert not any(call["mixmatch"].unlabeled_loss for call in calls)
     assert "lambda_u 0" not in start("--fresh")[1]
+
+
+# ---- Algorithm 1, of all three ----
+
+
+def scores_of(folder: Path) -> dict[int, dict[str, np.ndarray]]:
+    """Of each epoch that left scores, these."""
+    return {int(file.stem[6:]): dict(np.load(file)) for file in sorted((folder / "scores").glob("*.npz"))}
+
+
+def all_scores(script) -> list[str]:
+    """The flag that keeps them, where it is one."""
+    return [] if script is WEBVISION else ["--save_scores"]
+
+
+@ALL
+def test_an_epoch_is_divided_at_its_start_and_the_networks_swap(script, start, tmp_path, monkeypatch):
+    """Divided by other weights than those it starts with, by its own division, or with a stale peer, an epoch trains
+    without any error, as another method; a division after the last epoch would be hours for nothing, and its scores
+    would lie beside those that were trained on. Also over a restart."""
+    events = note_co_division(monkeypatch, script.main)
+    fits, divide, test = [], Mixture.divide, script.main.test
+
+    def spy_divide(mixture, *given):
+        fits.append(given[-1])
+        return divide(mixture, *given)
+
+    def spy_test(nets, sets, *given, **more):
+        if not events or events[-1]["what"] != "test":  # on several sets, one after the other: noted once
+            events.append({"what": "test", "nets": [snapshot(net) for net in nets]})
+        return test(nets, sets, *given, **more)
+
+    monkeypatch.setattr(Mixture, "divide", spy_divide)
+    monkeypatch.setattr(script.main, "test", spy_test)
+    folder = tmp_path / "out" / script.name
+    for epochs in ("2", "3"):
+        status, _, error = start("--num_epochs", epochs, *all_scores(script))
+        assert status == 0, error
+    divided = ["score", "score", "train", "train", "test"]
+    assert [event["what"] for event in events] == ["test", *divided, *divided]
+    assert fits == ["net 2", "net 1"] * 2
+
+    scores, labels = scores_of(folder), np.load(folder / "label_scores.npz")
+    assert [*scores] == [1, 2] and labels["epochs"] == 3
+    assert ["seconds_loss" in record for record in read_records(folder)] == [False, True, True]
+    for epoch, begin in ((1, 0), (2, 5)):
+        tested, *of_epoch = events[begin : begin + 5]
+        assert_co_divided(*of_epoch)
+        for k, scored in ((2, of_epoch[0]), (1, of_epoch[1])):
+            assert same(scored["net"], tested["nets"][k - 1]), "not the weights that the epoch before ended with"
+            np.testing.assert_array_equal(normalise(scores[epoch][f"raw_loss_net{k}"]), scored["loss"])
+
+
+@ALL
+def test_an_epoch_whose_losses_cannot_be_divided_afterwards_is_kept(script, start, tmp_path, monkeypatch, recwarn):
+    """The last of a hundred epochs would be lost to a division that nobody asked for: its weights are broken, its
+    record, logs and checkpoint are not."""
+    trained, train = [], script.main.train_epoch
+
+    def train_and_break(net, peer, *given):
+        trained.append(net)
+        terms = train(net, peer, *given)
+        for broken in (net, peer) if len(trained) == 2 else ():  # after the last training of epoch 1
+            broken.linear.bias.data.fill_(float("nan"))
+        return terms
+
+    monkeypatch.setattr(script.main, "train_epoch", train_and_break)
+    status, _, error = start()
+    assert status == 0, error
+    folder = tmp_path / "out" / script.name
+    assert [record["phase"] for record in read_records(folder)] == ["warmup", "train"]
+    assert len(last_state(folder)["records"]) == 2 and json.loads((folder / "result.json").read_text())["epoch"] == 1
+    before = (folder / "last.json").read_bytes()
+    status, _, error = start("--num_epochs", "3")  # now it is asked for
+    assert status == 1 and "epoch 2: " in error.splitlines()[-1] and "not finite" in error
+    assert (folder / "last.json").read_bytes() == before
+
+
+@ALL
+def test_where_nothing_is_clean_the_peer_warms_up_once_more(script, start, tmp_path, monkeypatch, recwarn):
+    """An epoch on no labeled sample would be no epoch; a division of another epoch's losses would be taken for one of
+    these, or, of another sample's, give each image another one's clean probability."""
+    nothing = {1: ["net 2"], 2: ["net 1", "net 2"]}  # epoch -> networks that find nothing clean
+    calls, asked, divide = note_phases(monkeypatch, script.main), [], Mixture.divide
+
+    def choosy(mixture, *given):
+        asked.append(given[-1])
+        mixture.threshold = 1.0 if given[-1] in nothing.get((len(asked) + 1) // 2, []) else 0.5
+        return divide(mixture, *given)
+
+    monkeypatch.setattr(Mixture, "divide", choosy)
+    status, _, error = start("--num_epochs", "4", *all_scores(script))
+    assert status == 0, error
+    said = [str(warning.message).split(" finds no sample clean")[0] for warning in recwarn]
+    assert said == ["net 2", "net 2", "net 1"]
+    kinds = ["warmup", "warmup", "warmup", "train", "warmup", "warmup", "train", "train"]
+    assert [call["kind"] for call in calls] == kinds
+    nets = [call["net"] for call in calls[:2]]
+    for i, call in enumerate(calls):
+        assert call["net"] is nets[i % 2] and call["phase"].epoch == i // 2
+        assert "peer" not in call or call["peer"] is nets[1 - i % 2]
+    if script is CLOTHING1M:  # a sample of a warm-up epoch's size, not that which nothing is clean of
+        assert len(calls[2]["data"]) == len(calls[0]["data"]) > len(calls[3]["data"])
+
+    folder = tmp_path / "out" / script.name
+    records, scores = read_records(folder), scores_of(folder)
+    assert [record["phase"] for record in records] == ["warmup", "train", "warmup", "train"]
+    sizes = [[record[f"labeled_net{k}"] is not None for k in (1, 2)] for record in records]
+    assert sizes == [[False, False], [True, False], [False, False], [True, True]]
+    assert [*scores] == [1, 3]
+    assert not any(name.endswith("net2") for name in scores[1]) and "raw_loss_net1" in scores[1]
+    assert "raw_loss_net1" in scores[3] and "raw_loss_net2" in scores[3]
+    assert len((folder / "stats.txt").read_text().splitlines()) == 3
+
+
+@ALL
+def test_no_warm_up(script, start, tmp_path):
+    """Networks that come trained already (--init_from) need none: the first epoch is divided by them as they are."""
+    status, _, error = start("--warm_up", "0", "--num_epochs", "1")
+    assert status == 0, error
+    folder = tmp_path / "out" / script.name
+    assert [record["phase"] for record in read_records(folder)] == ["train"]
+    assert [*scores_of(folder)] == [0]
 
 
 # ---- The run folder ----
@@ -137,7 +278,7 @@ def test_other_images_than_the_run_began_with_are_refused(script, start, tree, t
     (moved / script.labels).write_text("\n".join([f"{key} {(int(label) + 1) % 10}", *lines[1:]]))
     status, _, error = start("--data_path", str(moved), "--num_epochs", "3")
     assert status == 1 and error.count("\n") == 1
-    assert f"the lists of images in {moved} are not those that " in error and "--fresh" in error
+    assert f"the images or labels in {moved} are not those " in error and "--fresh" in error
 
 
 def test_init_from_starts_both_networks_from_a_run(script, start, tmp_path, monkeypatch):
@@ -146,7 +287,7 @@ def test_init_from_starts_both_networks_from_a_run(script, start, tmp_path, monk
     assert start("--num_epochs", "1")[0] == 0
     file = tmp_path / "out" / script.name / "best.pt"
     assert start("--num_epochs", "1", "--init_from", str(file), "--seed", "6", "--run_dir", str(tmp_path / "b"))[0] == 0
-    for call, state in zip(calls[2:], checkpoint.load_networks(file), strict=True):
+    for call, state in zip(calls[2:], torch.load(file, weights_only=True)["nets"], strict=True):
         assert same(call["state"], state)
 
 
