@@ -1,5 +1,6 @@
 """After the last epoch: the scores of every training label, and what happens to them when runs stop and go on."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,10 +15,11 @@ from test_run import last_state, without_times
 import dataloader_cifar
 import PreResNet
 import Train_cifar
-from dividemix import figures, scoring
-from dividemix.codivide import CoDivide
+from dividemix import engine, figures, histograms, scoring
+from dividemix.codivide import Mixture
 from dividemix.engine import per_sample_loss
 from dividemix.run import Run
+from dividemix.runtime import Runtime
 
 
 @torch.no_grad()
@@ -45,16 +47,18 @@ def assert_same(a: dict, b: dict) -> None:
 
 def test_losses_are_those_of_the_loss_pass(tiny_images):
     """Else the list is ranked by other losses than the method divides by."""
+    tiny_images.runtime = Runtime(torch.device("cpu"), eval_batch_size=7)
     nets = two_nets(tiny_images)
-    found = scoring.ensemble_scores(nets, tiny_images, batch_size=7)
+    found = scoring.ensemble_scores(nets, tiny_images)
     for k, net in enumerate(nets, start=1):
-        np.testing.assert_array_equal(found[f"loss_net{k}"], per_sample_loss(net, tiny_images, batch_size=7).loss)
+        np.testing.assert_array_equal(found[f"loss_net{k}"], per_sample_loss(net, tiny_images).loss)
 
 
 def test_prediction_and_confidence_are_of_the_summed_logits(tiny_images):
     """Else the suggestion is one network's, or its confidence another class's."""
+    tiny_images.runtime = Runtime(torch.device("cpu"), eval_batch_size=7)
     nets = two_nets(tiny_images)
-    found = scoring.ensemble_scores(nets, tiny_images, batch_size=7)
+    found = scoring.ensemble_scores(nets, tiny_images)
     x, labels = next(iter(tiny_images.eval_batches(24)))
     with torch.no_grad():
         p = sum(net.eval()(x) for net in nets).softmax(1)
@@ -64,17 +68,17 @@ def test_prediction_and_confidence_are_of_the_summed_logits(tiny_images):
     assert found["prediction"].dtype == np.int32 and len(set(found["prediction"].tolist())) > 1
 
 
-def test_a_preview_changes_nothing():
+def test_a_fit_keeps_nothing():
     """The run may go on afterwards: a loss history with one epoch twice would divide otherwise."""
     rng = np.random.default_rng(0)
-    losses = [torch.from_numpy(rng.gamma(1 + 3 * (rng.random(60) < 0.4), 1).astype(np.float32)) for _ in range(3)]
-    part, other = CoDivide(0.5, window=5), CoDivide(0.5, window=5)
+    losses = [rng.gamma(1 + 3 * (rng.random(60) < 0.4), 1).astype(np.float32) for _ in range(3)]
+    mixture, other = Mixture(0.5, window=5), Mixture(0.5, window=5)
     for each in losses[:2]:
-        part(each, None, 0)
-        other(each, None, 0)
-    before, seen = part.division, part.preview(losses[2], 7)
-    assert part.division is before and len(part.history) == 2 and not part.kept
-    np.testing.assert_array_equal(seen.clean_probability, other(losses[2], None, 7).clean_probability)
+        mixture.divide(each)
+        other.divide(each)
+    seen = mixture.fit(losses[2], random_state=7)
+    assert len(mixture.history) == 2
+    np.testing.assert_array_equal(seen.clean_probability, other.divide(losses[2], random_state=7).clean_probability)
 
 
 # ---- In a run ----
@@ -98,7 +102,8 @@ def copy(done, tmp_path):
 def without_the_rest(patch) -> None:
     """No figures and no tests of the networks: they take most of a tiny run's time."""
     patch.setattr(figures, "draw_all", lambda *_: {})
-    patch.setattr(Train_cifar, "ensemble_accuracy", lambda *_, **__: [50.0, 49.0, 48.0])
+    accuracy = {"test_acc": 50.0, "test_acc_net1": 49.0, "test_acc_net2": 48.0}
+    patch.setattr(Train_cifar, "test", lambda *_, **__: dict(accuracy))
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +124,7 @@ def test_clean_probabilities_are_those_of_the_next_division(copy, monkeypatch, r
     ours, epochs = scores_of(folder), len(read_records(folder))
     flags = ["--r", r, "--num_epochs", str(epochs + 1), "--save_scores"]
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "finish", lambda self, final, _: final)
+        patch.setattr(Run, "finish", lambda self, *_, **__: {})
         again(folder, *flags)
     assert_same(scores_of(folder), ours)  # of the epoch before, until the run has ended anew
     again(folder, *flags)
@@ -129,6 +134,73 @@ def test_clean_probabilities_are_those_of_the_next_division(copy, monkeypatch, r
         np.testing.assert_array_equal(ours[f"loss_net{k}"], next_epoch[f"raw_loss_net{k}"])
     assert ours["epochs"] == epochs and ours["threshold"] == next_epoch["threshold_net1"]
     assert scores_of(folder)["epochs"] == epochs + 1
+
+
+def epoch_scores(folder, epoch: int) -> dict[str, np.ndarray]:
+    return dict(np.load(folder / "scores" / f"epoch_{epoch:03d}.npz"))
+
+
+def histogram_lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "histograms.jsonl").read_text().splitlines()]
+
+
+def test_what_is_kept_of_an_epoch_is_what_it_was_divided_by(tmp_path, monkeypatch):
+    """Else a figure of epoch N shows losses of after its training, or one network's under the other's name. Warm-up
+    divides nothing, and after the last epoch nothing is divided."""
+    scored, divided, train, loss = [], [], Train_cifar.train_epoch, engine.per_sample_loss
+
+    def note_scores(*args):
+        scored.append(loss(*args))
+        return scored[-1]
+
+    def note_division(*args):
+        divided.append(args[4])
+        return train(*args)
+
+    monkeypatch.setattr(engine, "per_sample_loss", note_scores)
+    monkeypatch.setattr(Train_cifar, "train_epoch", note_division)
+    folder = tmp_path / "run"
+    again(folder, "--warm_up", "2", "--num_epochs", "4", "--loss_window", "2", "--save_scores", "--no_label_scores")
+    assert sorted(path.name for path in (folder / "scores").iterdir()) == ["epoch_002.npz", "epoch_003.npz"]
+    lines, labels = histogram_lines(folder), np.load(folder / "labels.npz")
+    assert [line["epoch"] for line in lines] == [2, 3] and len(scored) == len(divided) == 4  # two networks
+    for epoch, line in zip((2, 3), lines, strict=True):
+        found = epoch_scores(folder, epoch)
+        for k in (2, 1):  # net 2 is scored first, and divides for net 1, which is trained first
+            scores, division = scored.pop(0), divided.pop(0)
+            np.testing.assert_array_equal(found[f"raw_loss_net{k}"], scores.loss)
+            np.testing.assert_array_equal(found[f"prediction_net{k}"], scores.prediction)
+            np.testing.assert_array_equal(found[f"loss_net{k}"], division.loss)
+            np.testing.assert_array_equal(found[f"clean_probability_net{k}"], division.clean_probability)
+        assert line == {"epoch": epoch, **histograms.count(found, labels["given"] == labels["true"])}
+
+
+@pytest.mark.parametrize("none", [{1}, {0, 1}], ids=["one network", "both"])
+def test_a_network_that_finds_nothing_clean_leaves_no_division(tmp_path, monkeypatch, none):
+    """Else the division of an epoch before stands in figures and scores as this one's."""
+    fit = Mixture.fit
+
+    def nothing(self, *args, **rest):
+        mixtures.append(self) if self not in mixtures else None
+        division = fit(self, *args, **rest)
+        epochs.append(self)
+        nobody = np.zeros_like(division.labeled)
+        # Net 2 is divided first.
+        late, k = epochs.count(self) == 2, 1 - mixtures.index(self)
+        return dataclasses.replace(division, labeled=nobody) if late and k in none else division
+
+    mixtures, epochs, folder = [], [], tmp_path / "run"
+    monkeypatch.setattr(Mixture, "fit", nothing)
+    with pytest.warns(UserWarning, match="finds no sample clean"):
+        again(folder, "--num_epochs", "4", "--save_scores", "--no_label_scores")
+    names = {name for path in (folder / "scores").glob("epoch_002.npz") for name in np.load(path)}
+    assert {int(name[-1]) - 1 for name in names} == {0, 1} - none
+    lines = {line.pop("epoch"): line.keys() for line in histogram_lines(folder)}
+    both = {"net1", "net2"}
+    assert lines == {1: both, 3: both} | ({} if len(none) == 2 else {2: {"net1"}})
+    record = read_records(folder)[2]
+    assert {k for k in (0, 1) if record[f"labeled_net{k + 1}"] is None} == none
+    assert record["phase"] == ("warmup" if len(none) == 2 else "train")
 
 
 def test_interrupted_equals_uninterrupted(copy):
