@@ -17,6 +17,7 @@ from dividemix import engine, options
 from dividemix.codivide import Division, normalise
 from dividemix.data import DeviceImages
 from dividemix.engine import PhaseTerms
+from dividemix.runtime import Runtime
 
 # No timing decides a test, and every machine tries the same examples.
 settings.register_profile("dividemix", deadline=None, derandomize=True)
@@ -58,6 +59,12 @@ def tiny_images() -> DeviceImages:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
     return DeviceImages(images, np.arange(24) % 3, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), flip=True)
+
+
+def placed(machine: Runtime, images: DeviceImages) -> DeviceImages:
+    """The same data set on another runtime."""
+    raw, labels = images.padded[:, 4:-4, 4:-4].contiguous().cpu().numpy(), images.labels.cpu().numpy().copy()
+    return DeviceImages(raw, labels, images.mean.tolist(), images.std.tolist(), images.flip, machine)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

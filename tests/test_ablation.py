@@ -1,17 +1,16 @@
 """--ablation: the paper's numbers, and that each switches off what it names in a step and a phase, and nothing else."""
 
+import dataclasses
+
 import graph_emulator
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, half, same, snapshot
-from test_engine import Linear, NoSync, softmax, train_arguments
+from conftest import ROOT, half, placed, same, snapshot
+from test_engine import SETTINGS, Linear, NoSync, softmax
 
-from dividemix import (
-    engine,
-    graph,
-    recipes,
-)
+from dividemix import engine, graph, recipes
+from dividemix.engine import Phase
 from dividemix.runtime import Runtime
 from PreResNet import ResNet18
 
@@ -68,9 +67,16 @@ def test_the_readme_says_the_same():
 
 
 def ablated(name: str, peer):
-    """The arguments of `mixmatch_step` and `train_epoch` for an ablation: (peer, keyword arguments)."""
+    """The arguments of `mixmatch_step` for an ablation: (peer, fields of MixMatch)."""
     found = recipes.ABLATIONS[name]
-    return (peer if found.nets == 2 else None), {"refine": found.refine, "M": found.M}
+    return (peer if found.nets == 2 else None), {"refine": found.refine, "views": found.M}
+
+
+def train(name: str, net, other, optimizer, data, labeled: int = 13):
+    """An epoch of an ablation on 24 samples. -> its terms"""
+    peer, fields = ablated(name, other)
+    mixmatch = dataclasses.replace(SETTINGS, **fields)
+    return engine.train_epoch(net, peer or net, optimizer, data, half(24, labeled), mixmatch, Phase(epoch=3))
 
 
 @pytest.mark.parametrize("name", ASKED)
@@ -138,13 +144,12 @@ def test_no_host_sync_in_a_step(tiny_images, name):
     machine = Runtime(CPU, "bf16", merge=True)
     net, other = (machine.prepare(ResNet18(3, width=4)) for _ in range(2))
     peer, how = ablated(name, other)
-    optimizer = machine.optimizer(net, 0.1, 5e-4)
+    optimizer, index = machine.optimizer(net, 0.1, 5e-4), torch.arange(8 * how["views"])
     batch, *_ = tiny_images.mixmatch_batches(half(24), 4, np.random.default_rng(0))
     with NoSync():
         engine.mixmatch_step(
             net, peer, optimizer, *tiny_images.mixmatch_views(*batch), lam=torch.tensor(0.7),
-            index=torch.arange(8 * how["M"]), T=0.5, lambda_u=torch.tensor(2.0), num_class=3, forward=machine.forward,
-            **how,
+            index=index, T=0.5, lambda_u=torch.tensor(2.0), num_class=3, forward=machine.forward, **how,
         )  # fmt: skip
 
 
@@ -156,17 +161,18 @@ def test_all_draw_alike(monkeypatch, tiny_images):
     mixup are of rows that are not there, or of some rows never."""
     seen: dict[str, list] = {name: [] for name in ASKED}
 
-    def spy(net, peer, optimizer, *batch, lam, index, lambda_u, **_):
+    def spy(net, peer, optimizer, x1, x2, labels, w, u1, u2, mixmatch, lam, index, lambda_u, **_):
+        batch = [x1, x2, labels, w, u1, u2]
         seen[name].append([*batch, lam, lambda_u])
+        assert (peer is None) == (name in ALONE)
         assert sorted(index.tolist()) == list(range(ASKED[name][2] * (len(batch[0]) + len(batch[4]))))
         return engine.StepTerms(*torch.zeros(4))
 
-    monkeypatch.setattr(engine, "mixmatch_step", spy)
-    net = ResNet18(3, width=4)
+    monkeypatch.setattr(engine, "train_step", spy)
+    net, other = ResNet18(3, width=4), ResNet18(3, width=4)
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     for name in ASKED:
-        peer, how = ablated(name, net)
-        engine.train_epoch(net, peer, optimizer, tiny_images, half(24, 13), **train_arguments(**how))
+        train(name, net, other, optimizer, tiny_images)
     assert len(seen["none"]) == 4
     for name in ASKED:
         for mine, whole in zip(seen[name], seen["none"], strict=True):
@@ -178,9 +184,7 @@ def test_all_draw_alike(monkeypatch, tiny_images):
 def test_phases_survive_the_smallest_sets(tiny_images, labeled, name):
     """One labeled sample, one unlabeled, none: an epoch that crashes there loses the run."""
     net, other = ResNet18(3, width=4), ResNet18(3, width=4)
-    peer, how = ablated(name, other)
-    optimizer = Runtime(CPU).optimizer(net, 0.02, 5e-4)
-    terms = engine.train_epoch(net, peer, optimizer, tiny_images, half(24, labeled), **train_arguments(**how))
+    terms = train(name, net, other, Runtime(CPU).optimizer(net, 0.02, 5e-4), tiny_images, labeled)
     assert np.isfinite(terms).all()
     assert (terms.unlabeled == 0) == (labeled == 24)
 
@@ -195,11 +199,8 @@ def test_replayed_steps_equal_eager_ones(monkeypatch, tiny_images, precision, me
         machine = Runtime(CPU, precision, merge=merge, graph=on)
         torch.manual_seed(0)
         net, other = (machine.prepare(ResNet18(3, width=4)) for _ in range(2))
-        optimizer, terms = machine.optimizer(net, 0.02, 5e-4), []
-        for name in ASKED:
-            peer, how = ablated(name, other)
-            how = train_arguments(machine=machine, **how)
-            terms.append(engine.train_epoch(net, peer, optimizer, tiny_images, half(24, 13), **how))
+        optimizer, data = machine.optimizer(net, 0.02, 5e-4), placed(machine, tiny_images)
+        terms = [train(name, net, other, optimizer, data) for name in ASKED]
         assert len(machine.steps) == (len(ASKED) if on else 0)
         assert all(isinstance(step, graph.CapturedStep) for step in machine.steps.values())
         states.append((snapshot(net), terms))
@@ -215,9 +216,5 @@ def test_merged_guesses_are_those_of_single_forwards(tiny_images, name):
         machine = Runtime(CPU, merge=merge)
         torch.manual_seed(0)
         net, other = (machine.prepare(ResNet18(3, width=4)) for _ in range(2))
-        peer, how = ablated(name, other)
-        how = train_arguments(machine=machine, **how)
-        terms.append(
-            engine.train_epoch(net, peer, machine.optimizer(net, 0.02, 5e-4), tiny_images, half(24, 13), **how)
-        )
+        terms.append(train(name, net, other, machine.optimizer(net, 0.02, 5e-4), placed(machine, tiny_images)))
     np.testing.assert_allclose(terms[0], terms[1], rtol=1e-4)

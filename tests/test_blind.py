@@ -7,19 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import note_phases, read_records, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_run import assert_equal, last_state
-from test_torchrun import torchrun
 
 import dataloader_cifar
 import Train_cifar
 from dividemix import blind, label_issues, noise, report
 from dividemix.blind import Choice, Estimate, choose, estimate
-from dividemix.codivide import CoDivide, Division, codivide
-from dividemix.ranks import Ranks
+from dividemix.codivide import Division, Mixture, codivide
+from dividemix.engine import MixMatch
 from dividemix.runfolder import read_run
 
 NO_FLAGS = dict.fromkeys(blind.NAMES)
@@ -31,24 +29,25 @@ def no_figures(monkeypatch):
     monkeypatch.setattr(report, "draw", lambda *_: [])
 
 
-def division(clean_probability: np.ndarray) -> Division:
-    p, two = clean_probability, np.ones(2)
-    return Division(p, p > 0.5, p.astype(np.float32), np.array([0.1, 0.9]), two, two / 2, 0.5, None)
+def division(p: np.ndarray, prediction: np.ndarray) -> Division:
+    """By these clean probabilities (N,)."""
+    loss, two = p.astype(np.float32), np.ones(2)
+    return Division(p, p > 0.5, loss, np.array([0.1, 0.9]), two, two / 2, 0.5, None, loss, prediction)
 
 
 def networks_view(mode: str, r: float, num_class: int, accuracy: float = 0.8, samples: int = 10_000):
-    """Two networks' divisions and predictions under this noise, and the given labels: each network errs in 1 -
-    `accuracy` of the images, in half of its errors for the next class, and divides 1 label in 20 wrongly."""
+    """Two networks' divisions under this noise, and the given labels: each network errs in 1 - `accuracy` of the
+    images, in half of its errors for the next class, and divides 1 label in 50 wrongly."""
     rng = np.random.default_rng(0)
     truth = rng.integers(0, num_class, samples)
     labels = np.array(noise.inject(truth.tolist(), mode, r, num_class, seed=5))
-    divisions, predictions = [], []
+    divisions = []
     for _ in range(2):
         shift = np.where(rng.random(samples) < 0.5, 1, rng.integers(1, num_class, samples))
-        predictions.append((truth + np.where(rng.random(samples) < accuracy, 0, shift)) % num_class)
+        prediction = (truth + np.where(rng.random(samples) < accuracy, 0, shift)) % num_class
         clean = (labels == truth) ^ (rng.random(samples) < 0.02)
-        divisions.append(division(np.where(clean, rng.beta(20, 1, samples), rng.beta(1, 20, samples))))
-    return divisions, predictions, labels
+        divisions.append(division(np.where(clean, rng.beta(20, 1, samples), rng.beta(1, 20, samples)), prediction))
+    return divisions, labels
 
 
 # ---- The rule ----
@@ -98,28 +97,27 @@ def test_steps_lie_half_way_between_the_shares_of_wrong_labels_in_the_papers_row
 def test_the_estimate_is_near_the_truth_where_divisions_are_good(mode, r, wrong):
     """Else the record's noise_rate_estimate, which people will quote, means something else than the share of wrong
     labels; ten classes' asymmetric map moves five of them."""
-    divisions, predictions, labels = networks_view(mode, r, 10, accuracy=1.0)
-    found = estimate(divisions, predictions, labels, 10)
+    found = estimate(*networks_view(mode, r, 10, accuracy=1.0), 10)
     assert found.noise_rate == pytest.approx(wrong, abs=0.05)
     assert found.concentration == pytest.approx({"sym": 1 / 9, "asym": 1}[mode], abs=0.05)
 
 
 def test_a_network_without_a_division_is_left_out():
     """Else an epoch in which one net finds nothing clean ends in an error, or counts an old division as new."""
-    (a, b), predictions, labels = networks_view("sym", 0.5, 10)
-    both = estimate([a, b], predictions, labels, 10)
-    alone = [estimate([a, None], predictions, labels, 10), estimate([None, b], predictions, labels, 10)]
+    (a, b), labels = networks_view("sym", 0.5, 10)
+    both = estimate([a, b], labels, 10)
+    alone = [estimate([a, None], labels, 10), estimate([None, b], labels, 10)]
     assert both.noise_rate == pytest.approx(np.mean([found.noise_rate for found in alone]))
-    wrong = (1 - a.clean_probability) * (predictions[0] != labels)
+    wrong = (1 - a.clean_probability) * (a.prediction != labels)
     assert alone[0].noise_rate == pytest.approx(wrong.mean())
-    assert estimate([None, None], predictions, labels, 10) is None
+    assert estimate([None, None], labels, 10) is None
     assert choose([], 10) is None
 
 
 def test_labels_that_no_network_disputes_are_not_called_concentrated():
     """0/0 would choose the row, or end the run: clean data are legal."""
     labels = np.arange(50) % 10
-    found = estimate([division(np.full(50, 0.99))] * 2, [labels] * 2, labels, 10)
+    found = estimate([division(np.full(50, 0.99), labels)] * 2, labels, 10)
     assert found == pytest.approx((0, 1 / 9))
     assert choose([found], 10).r == 0.2
 
@@ -154,29 +152,30 @@ def test_flags_win_over_the_choice():
 def test_threshold_and_window_are_set_for_the_next_division():
     """Else the strongest noise is divided by one epoch's losses at 0.5 although the record says otherwise, or the first
     average after the change is of a single epoch since the others were thrown away."""
-    _, predictions, labels = networks_view("sym", 0.95, 10, accuracy=1.0, samples=500)
-    rng = np.random.default_rng(1)
-    parts, records, lines = [CoDivide(None, None, blind.HISTORY) for _ in range(2)], [], []
-    choice = Choice(records, parts, torch.from_numpy(labels), 10, NO_FLAGS, Ranks())
-    predicted = [torch.from_numpy(prediction) for prediction in predictions]
-    wrong = labels != predictions[0]
+    views, labels = networks_view("sym", 0.95, 10, accuracy=1.0, samples=500)
+    predictions = [view.prediction for view in views]
+    rng, wrong = np.random.default_rng(1), labels != predictions[0]
+    mixtures, records, lines = [Mixture(None, 1, blind.HISTORY) for _ in range(2)], [], []
+    choice = Choice(records, mixtures, labels, 10, NO_FLAGS, lines.append)
+    assert choice.record == dict.fromkeys(blind.FIELDS)  # of a warm-up epoch
+    mixmatch = MixMatch(10, lambda_u=7, T=0.3)
     for _ in range(3):
-        losses = [torch.from_numpy((rng.normal(size=500) + 6 * wrong).astype("f")) for _ in parts]
-        used = [(part.threshold, part.window) for part in parts]
-        divisions = [part(loss, None, 0) for part, loss in zip(parts, losses, strict=True)]
-        record, news = choice.by(divisions, predicted)
+        losses = [(rng.normal(size=500) + 6 * wrong).astype("f") for _ in mixtures]
+        used = [(mixture.threshold, mixture.window) for mixture in mixtures]
+        divisions = [mixtures[k].divide(losses[k], predictions[k]) for k in range(2)]
+        mixmatch = choice.by(divisions, mixmatch)
+        record = choice.record
         assert used == [(record["p_threshold"], record["loss_window"])] * 2
+        assert mixmatch.lambda_u == record["lambda_u"] == 50 and mixmatch == MixMatch(10, T=0.3)
         records.append({"epoch": len(records)} | record)
-        lines += news
-    assert [record["lambda_u"] for record in records] == [50] * 3
     assert [(record["p_threshold"], record["loss_window"]) for record in records] == [(0.5, 1), (0.6, 5), (0.6, 5)]
     assert len(lines) == 1 and "cifar10 sym 90%" in lines[0]
-    expected = codivide(np.stack(parts[0].history), 0.6, 5).clean_probability
-    assert len(parts[0].history) == 3
-    np.testing.assert_array_equal(parts[0].division.clean_probability, expected)
-    resumed = [CoDivide(None, None, blind.HISTORY) for _ in range(2)]
-    Choice([{"epoch": 0}, *records], resumed, torch.from_numpy(labels), 10, NO_FLAGS, Ranks())
-    assert [(part.threshold, part.window) for part in resumed] == [(0.6, 5)] * 2
+    assert len(mixtures[0].history) == 3
+    expected = codivide(np.stack(mixtures[0].history), 0.6, 5).clean_probability
+    np.testing.assert_array_equal(divisions[0].clean_probability, expected)
+    resumed = [Mixture(None, 1, blind.HISTORY) for _ in range(2)]
+    Choice([{"epoch": 0}, *records], resumed, labels, 10, NO_FLAGS)
+    assert [(mixture.threshold, mixture.window) for mixture in resumed] == [(0.6, 5)] * 2
 
 
 # ---- A run ----
@@ -224,7 +223,7 @@ def test_a_continued_run_chooses_as_the_uninterrupted_one(tmp_path, capsys):
     for epochs in ("2", "3", "4"):
         final = Train_cifar.main(tiny(tmp_path, *flags, "--num_epochs", epochs))
     a, b = last_state(Path(whole["run_dir"])), last_state(Path(final["run_dir"]))
-    for name in ("nets", "optimizers", "codivide"):
+    for name in ("nets", "optimizers", "histories"):
         assert_equal(a[name], b[name])
     fields = [[{name: r[name] for name in blind.FIELDS} for r in read_records(f["run_dir"])] for f in (whole, final)]
     assert fields[0] == fields[1]
@@ -244,12 +243,12 @@ def test_what_is_chosen_reaches_the_training(tmp_path, phases, monkeypatch, caps
     monkeypatch.setattr(blind, "estimate", lambda *_: Estimate(rate, 0.12))
     final = Train_cifar.main(tiny(tmp_path, "--recipe", "blind", "--r", "0.2", *flags, "--num_epochs", "3"))
     trained = [call for call in phases if call["kind"] == "train"]
-    assert [call["lambda_u"] for call in trained] == [lambda_u] * 4
+    assert [call["mixmatch"].lambda_u for call in trained] == [lambda_u] * 4
     strongest = rate == 0.85
     assert [call["division"].threshold for call in trained] == [0.5] * 2 + [0.6 if strongest else 0.5] * 2
     assert (final["noise_rate_estimate"], final["lambda_u"]) == (rate, lambda_u)
     assert final["loss_window"] == (5 if strongest else 1)
-    kept = [len(part["history"]) for part in last_state(Path(final["run_dir"]))["codivide"]]
+    kept = [len(history) for history in last_state(Path(final["run_dir"]))["histories"]]
     assert kept == [2, 2], "a window that comes later has no losses of the epochs before to average"
     lines = capsys.readouterr().out.splitlines()
     assert "" not in lines and sum(line.startswith("blind: ") for line in lines) == 1
@@ -264,26 +263,15 @@ def test_confidence_penalty_does_not_depend_on_the_noise(tmp_path, phases, mode,
     """Else warm-up knows what the rest of the run is not to know."""
     flags = ["--recipe", "blind", "--noise_mode", mode, "--conf_penalty", flag, "--num_epochs", "1"]
     Train_cifar.main(tiny(tmp_path, *flags))
-    assert [call["conf_penalty"] for call in phases] == [flag == "on" or (flag == "auto" and blind.CONF_PENALTY)] * 2
+    assert [call["mixmatch"].conf_penalty for call in phases] == [
+        flag == "on" or (flag == "auto" and blind.CONF_PENALTY)
+    ] * 2
 
 
 def test_cross_entropy_has_no_choice_to_make(tmp_path, phases):
     """Else the baseline's records fill with nulls, its warm-up is penalised, or its list of doubtful labels, for which
     nobody chose a threshold, is empty."""
     final = Train_cifar.main(tiny(tmp_path, "--recipe", "blind", "--method", "ce"))
-    assert not set(blind.FIELDS) & final.keys() and not any(call["conf_penalty"] for call in phases)
+    assert not set(blind.FIELDS) & final.keys() and not any(call["mixmatch"].conf_penalty for call in phases)
     issues = label_issues.find(read_run(Path(final["run_dir"])))
     assert issues.threshold == 0.5 and issues.is_issue.any()  # of 48 digits that an untrained network looks at
-
-
-@pytest.mark.slow
-def test_two_ranks_choose_as_one_process_does(tmp_path):
-    """Else each rank trains with a lambda_u of its own, or the run waits for ever where only one has a division."""
-    flags = ["--recipe", "blind", "--warm_up", "0", "--num_epochs", "2"]
-    one = read_records(Train_cifar.main(tiny(tmp_path / "one", *flags))["run_dir"])
-    result = torchrun("Train_cifar.py", *tiny(tmp_path / "two", *flags))
-    assert result.returncode == 0, result.stderr
-    two = read_records(tmp_path / "two" / "digits_0.5_sym")
-    assert result.stdout.count("blind: ") >= 1 and None not in [two[1][name] for name in blind.FIELDS]
-    # Before anything is trained, both have the same losses, so they must have the same divisions.
-    assert [two[0][name] for name in blind.FIELDS] == [one[0][name] for name in blind.FIELDS]

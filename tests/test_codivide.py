@@ -2,14 +2,13 @@
 
 import numpy as np
 import pytest
-import torch
 from conftest import GOLDEN, half
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.mixture import GaussianMixture
 
-from dividemix import DivideMixError
-from dividemix.codivide import CoDivide, Division, clean_probability, codivide, normalise, smoothed
+from dividemix import DivideMixError, DivideMixWarning
+from dividemix.codivide import Mixture, clean_probability, codivide, normalise, smoothed
 
 
 def two_groups(clean=150, wrong=100, seed=0):
@@ -88,31 +87,78 @@ def test_precision_and_recall_of_the_labeled_set_by_hand():
     assert division.precision_recall(np.zeros(10, bool)) == (0.0, None)
 
 
-def test_empty_labeled_set_keeps_the_division_before():
-    """Training on no labeled image crashes; a made-up division would be another method."""
-    losses = torch.from_numpy(two_groups())
-    first = CoDivide(threshold=1 - 1e-16)
-    with pytest.warns(UserWarning, match="one more warm-up epoch"):
-        assert first(losses, None, 0) is None
-    later = CoDivide(threshold=0.5)
-    division = later(losses, None, 0)
-    later.threshold = 1 - 1e-16
-    with pytest.warns(UserWarning, match="division before is kept"):
-        assert later(losses, None, 1) is division
+# ---- A network's mixture through the epochs ----
 
 
-def test_state_round_trip_continues_with_the_same_divisions():
-    """A continued run that forgot the loss history would divide otherwise than the uninterrupted one."""
-    rows = [torch.from_numpy(two_groups(seed=k)) for k in range(7)]
-    straight, stopped = CoDivide(0.6, window=5), CoDivide(0.6, window=5)
+@pytest.mark.parametrize(("windows", "kept"), [((1,), 0), ((3,), 2), ((1, 3), 2), ((2, 1), 1)])
+def test_a_mixture_keeps_the_losses_that_the_next_window_averages(windows, kept):
+    """One row fewer, and the window is shorter than it says; one more, and each checkpoint of a million images grows
+    by what nobody reads. A window that grows later (1, 3) finds the epochs before it."""
+    mixture, rows = Mixture(0.6, *windows), [two_groups(seed=k) for k in range(5)]
+    for epoch, row in enumerate(rows):
+        division = mixture.divide(row, random_state=epoch)
+        expected = codivide(np.stack(rows[: epoch + 1]), 0.6, windows[0], random_state=epoch)
+        np.testing.assert_array_equal(division.clean_probability, expected.clean_probability)
+        assert len(mixture.history) == min(kept, epoch + 1)
+    assert all(np.array_equal(a, b) for a, b in zip(mixture.history, rows[len(rows) - kept :], strict=True))
+    mixture.window = max(windows)
+    last = mixture.divide(rows[0])
+    expected = codivide(np.stack([*rows, rows[0]]), 0.6, max(windows))
+    np.testing.assert_array_equal(last.clean_probability, expected.clean_probability)
+
+
+def test_a_mixture_that_goes_on_from_a_checkpoint_divides_as_the_uninterrupted_one():
+    """Else a continued run, which restores the history alone, is another training."""
+    rows = [two_groups(seed=k) for k in range(7)]
+    straight, resumed = Mixture(0.6, 5), Mixture(0.6, 5)
     for row in rows[:6]:
-        straight(row, None, 0)
-        stopped(row, None, 0)
-    resumed = CoDivide(0.6, window=5)
-    resumed.load_state(stopped.state())
-    assert isinstance(resumed.division, Division)
-    a, b = straight(rows[6], None, 1), resumed(rows[6], None, 1)
+        straight.divide(row)
+    resumed.history = [row.copy() for row in straight.history]
+    a, b = (mixture.divide(rows[6], random_state=1) for mixture in (straight, resumed))
     np.testing.assert_array_equal(a.clean_probability, b.clean_probability)
+
+
+def test_where_nothing_is_clean_there_is_no_division_and_the_next_epoch_is_as_if_there_had_been():
+    """Training on no labeled image crashes, and a division of losses of long ago, or of a window with a hole, is
+    another method."""
+    rows = [two_groups(seed=k) for k in range(3)]
+    mixture, without = Mixture(0.5, 3), Mixture(0.5, 3)
+    for epoch, row in enumerate(rows):
+        mixture.threshold = 1 if epoch == 1 else 0.5
+        expected = without.divide(row, random_state=epoch)
+        if epoch == 1:
+            with pytest.warns(DivideMixWarning, match="net 2 finds no sample clean"):
+                assert mixture.divide(row, name="net 2") is None
+        else:
+            np.testing.assert_array_equal(mixture.divide(row, random_state=epoch).loss, expected.loss)
+        assert len(mixture.history) == min(epoch + 1, 2)
+
+
+def test_a_division_carries_what_it_was_made_of_and_a_fit_keeps_nothing():
+    """Else the score files hold other losses or predictions than those that the epoch was divided by; or looking at the
+    final networks' labels adds an epoch to the window."""
+    rows, prediction, clean = [two_groups(seed=k) for k in range(3)], np.arange(250) % 3, np.arange(250) < 150
+    mixture = Mixture(0.5, 2)
+    mixture.divide(rows[0])
+    for make in (mixture.fit, mixture.fit, mixture.divide):
+        division = make(rows[1], prediction, clean, 4)
+        assert np.array_equal(division.raw_loss, rows[1]) and np.array_equal(division.prediction, prediction)
+        expected = codivide(np.stack(rows[:2]), 0.5, 2, clean, 4)
+        np.testing.assert_array_equal(division.clean_probability, expected.clean_probability)
+        assert division.auc == expected.auc > 0.99
+    assert len(mixture.history) == 1 and np.array_equal(mixture.history[0], rows[1])
+    mixture.threshold = -1
+    with pytest.warns(DivideMixWarning, match="net 1 finds every sample clean"):
+        assert mixture.divide(rows[2], name="net 1").labeled.all()
+
+
+def test_other_samples_each_epoch_are_divided_by_their_own_losses():
+    """Clothing1M divides other images, and as many as there are, in every epoch."""
+    mixture = Mixture(0.5)
+    for seed, wrong in enumerate((100, 30)):
+        losses = two_groups(150, wrong, seed)
+        expected = codivide(losses, 0.5).labeled
+        np.testing.assert_array_equal(mixture.divide(losses).labeled, expected)
 
 
 # ---- Many samples ----
@@ -168,23 +214,3 @@ def test_the_subsample_is_seeded_and_not_the_first_samples(monkeypatch):
     np.testing.assert_array_equal(division.clean_probability, again.clean_probability)
     assert not np.array_equal(division.means, other.means)
     assert 0.5 < division.labeled.mean() < 0.7
-
-
-# ---- Other samples every epoch ----
-
-
-def test_the_caller_can_tell_a_division_of_the_samples_before():
-    """Clothing1M divides other images every epoch: the old division of the old images would be used on the new."""
-    losses = [torch.from_numpy(two_groups(150, wrong, seed)) for seed, wrong in enumerate((100, 70, 30))]
-    dividing = CoDivide(threshold=0.5)
-    assert len(dividing(losses[0], None, 0).labeled) == 250 and not dividing.kept
-    dividing.threshold = 1 - 1e-16
-    with pytest.warns(UserWarning, match="division before is kept"):
-        assert len(dividing(losses[1], None, 0).labeled) == 250
-    assert dividing.kept
-    dividing.threshold = 0.5
-    assert len(dividing(losses[2], None, 0).labeled) == 180 and not dividing.kept
-    first = CoDivide(threshold=1 - 1e-16)
-    with pytest.warns(UserWarning, match="one more warm-up epoch"):
-        assert first(losses[0], None, 0) is None
-    assert not first.kept

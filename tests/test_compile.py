@@ -6,10 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import half
-from test_engine import train_arguments
+from conftest import half, placed
+from test_engine import SETTINGS
 
 from dividemix import engine
+from dividemix.engine import Phase
 from dividemix.runtime import Runtime
 from PreResNet import ResNet18
 
@@ -20,16 +21,15 @@ def phases(machine: Runtime, data, epochs: int = 2):
     """Both nets through all phases. -> their states and the terms."""
     torch.manual_seed(0)
     nets = [machine.prepare(ResNet18(3, width=4)) for _ in range(2)]
-    optimizers = [machine.optimizer(net, 0.02, 5e-4) for net in nets]
+    optimizers, data = [machine.optimizer(net, 0.02, 5e-4) for net in nets], placed(machine, data)
     terms = []
     for epoch in range(epochs):
-        for k in range(2):
-            rng = np.random.default_rng([epoch, k])
-            engine.per_sample_loss(nets[k], data, batch_size=16, machine=machine)
-            terms.append(engine.warmup_epoch(nets[k], optimizers[k], data, batch_size=8, rng=rng, machine=machine))
-            how = train_arguments(rng=rng, machine=machine)
-            terms.append(engine.train_epoch(nets[k], nets[1 - k], optimizers[k], data, half(24), **how))
-        engine.ensemble_accuracy(nets, data, batch_size=16, machine=machine)
+        for k, (net, optimizer) in enumerate(zip(nets, optimizers, strict=True)):
+            phase = Phase(3, np.random.default_rng([epoch, k]))
+            engine.per_sample_loss(net, data)
+            terms.append(engine.warmup_epoch(net, optimizer, data, SETTINGS, phase))
+            terms.append(engine.train_epoch(net, nets[1 - k], optimizer, data, half(24), SETTINGS, phase))
+        engine.test(nets, {"test": data})
     return nets, terms
 
 
@@ -51,10 +51,10 @@ def test_two_nets_and_partial_batches_share_five_compilations(monkeypatch, tiny_
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    machine = Runtime(CPU, merge=True, compile=True)
+    machine = Runtime(CPU, merge=True, compile=True, eval_batch_size=16)
     nets, terms = phases(machine, tiny_images)
     assert machine.compile and len(compiled) == 5
-    eager_nets, eager_terms = phases(Runtime(CPU, merge=True), tiny_images)
+    eager_nets, eager_terms = phases(Runtime(CPU, merge=True, eval_batch_size=16), tiny_images)
     assert np.allclose(terms, eager_terms, rtol=1e-4)
     for net, eager in zip(nets, eager_nets, strict=True):
         for name, value in net.state_dict().items():
@@ -67,7 +67,7 @@ def test_two_nets_and_partial_batches_share_five_compilations(monkeypatch, tiny_
 def test_inductors_kernels_train_as_eager_ones(tiny_images, precision):
     """Fused kernels, their backward and the BN statistics they update, two nets in turn: anything that they share or
     leave out would train another method."""
-    machine = Runtime(CPU, precision, merge=True, compile=True)
+    machine = Runtime(CPU, precision, merge=True, compile=True, eval_batch_size=16)
     nets, terms = phases(machine, tiny_images, epochs=1)
     assert machine.compile
     eager_nets, eager_terms = phases(Runtime(CPU, "fp32"), tiny_images, epochs=1)

@@ -1,19 +1,26 @@
 """A step and a phase: golden steps, an independent numpy transcription of the equations, modes, statistics, order."""
 
+import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, golden_weights, half
+from conftest import GOLDEN, golden_weights, half, placed
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dividemix import DivideMixError, DivideMixWarning, engine, recipes
-from dividemix.runtime import Runtime
+from dividemix import Diverged, DivideMixError, DivideMixWarning, engine, recipes
+from dividemix.codivide import Mixture
+from dividemix.engine import MixMatch, Phase
+from dividemix.run import RunPhase
+from dividemix.runtime import PLAIN, Runtime
 from PreResNet import ResNet18
 
-CPU = Runtime(torch.device("cpu"))
+CPU = torch.device("cpu")
 
 
-def golden_step(name: str, num_class: int, lr: float, weight_decay: float, machine: Runtime = CPU, **kwargs):
+def golden_step(name: str, num_class: int, lr: float, weight_decay: float, machine: Runtime = PLAIN, **kwargs):
     """Run the golden file's step. -> (file, net after it, its terms)."""
     golden = np.load(GOLDEN / f"step_{name}.npz")
     rs = np.random.RandomState(5)
@@ -209,7 +216,7 @@ def test_running_statistics_after_a_step():
 def test_weight_decay_reaches_bn_and_biases():
     """The usual exemption of BN and biases is not in the authors' optimiser, and moves every number a little."""
     net = ResNet18(3, width=4)
-    optimizer = Runtime(torch.device("cpu")).optimizer(net, lr=0.5, weight_decay=0.1)
+    optimizer = Runtime(CPU).optimizer(net, lr=0.5, weight_decay=0.1)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     engine.update(optimizer, sum((p * 0).sum() for p in net.parameters()))
     for name, p in net.named_parameters():
@@ -232,7 +239,7 @@ def test_no_host_sync_in_a_step(tiny_images):
     with pytest.raises(AssertionError, match="synchronises"), NoSync():
         torch.ones(1).item()  # the net that the steps below are caught with has no hole
     net, peer = ResNet18(3, width=4), ResNet18(3, width=4)
-    machine = Runtime(torch.device("cpu"), "bf16", merge=True)
+    machine = Runtime(CPU, "bf16", merge=True)
     net, peer = machine.prepare(net), machine.prepare(peer)
     optimizer = machine.optimizer(net, 0.1, 5e-4)
     rng = np.random.default_rng(0)
@@ -252,9 +259,7 @@ def test_no_host_sync_in_a_step(tiny_images):
 # Phases
 
 
-def train_arguments(**changed):
-    arguments = {"epoch": 3, "warm_up": 1, "batch_size": 4, "alpha": 4, "T": 0.5, "lambda_u": 8.0, "num_class": 3}
-    return {**arguments, "rng": np.random.default_rng(0), **changed}
+SETTINGS = MixMatch(num_class=3, batch_size=4, lambda_u=8.0, warm_up=1)
 
 
 @pytest.mark.parametrize(("labeled", "steps", "num_iter"), [(12, 3, 4), (13, 4, 4), (1, 1, 1), (24, 6, 7), (23, 6, 6)])
@@ -262,14 +267,14 @@ def test_an_epoch_is_one_pass_and_the_ramp_counts_as_the_authors(monkeypatch, ti
     """The authors count one batch too many when B divides the labeled set: the ramp must follow them."""
     seen = []
 
-    def spy(net, peer, optimizer, x1, x2, labels, w, u1, u2, *, lam, index, lambda_u, **_):
+    def spy(net, peer, optimizer, x1, x2, labels, w, u1, u2, mixmatch, lam, index, lambda_u, **_):
         seen.append((len(x1), len(u1), float(lam), float(lambda_u), sorted(index.tolist())))
         return engine.StepTerms(*torch.zeros(4))
 
-    monkeypatch.setattr(engine, "mixmatch_step", spy)
+    monkeypatch.setattr(engine, "train_step", spy)
     net = ResNet18(3, width=4)
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    engine.train_epoch(net, net, optimizer, tiny_images, half(24, labeled), **train_arguments())
+    engine.train_epoch(net, net, optimizer, tiny_images, half(24, labeled), SETTINGS, Phase(epoch=3))
     assert len(seen) == steps
     assert sum(rows for rows, *_ in seen) == labeled
     for i, (x, u, lam, ramp, index) in enumerate(seen):
@@ -282,8 +287,8 @@ def test_an_epoch_is_one_pass_and_the_ramp_counts_as_the_authors(monkeypatch, ti
 def test_phases_survive_the_smallest_sets(tiny_images, labeled):
     """One labeled sample, one unlabeled, none: an epoch that crashes there loses the run."""
     net, peer = ResNet18(3, width=4), ResNet18(3, width=4)
-    optimizer = Runtime(torch.device("cpu")).optimizer(net, 0.02, 5e-4)
-    terms = engine.train_epoch(net, peer, optimizer, tiny_images, half(24, labeled), **train_arguments())
+    optimizer = Runtime(CPU).optimizer(net, 0.02, 5e-4)
+    terms = engine.train_epoch(net, peer, optimizer, tiny_images, half(24, labeled), SETTINGS, Phase(epoch=3))
     assert np.isfinite(terms).all()
     assert (terms.unlabeled == 0) == (labeled == 24)
 
@@ -311,10 +316,10 @@ def test_per_sample_loss_is_in_eval_mode_and_in_order(tiny_images):
     torch.manual_seed(0)
     net = ResNet18(3, width=4).train()
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    scores = engine.per_sample_loss(net, tiny_images, batch_size=7)
+    scores = engine.per_sample_loss(net, placed(Runtime(CPU, eval_batch_size=7), tiny_images))
     x, labels = next(iter(tiny_images.eval_batches(24)))
     with torch.no_grad():
-        logits = net.eval()(x)
+        logits = net.eval()(x.contiguous())
     torch.testing.assert_close(scores.loss, torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
     torch.testing.assert_close(scores.prediction, logits.argmax(dim=1))
     for name, value in net.state_dict().items():
@@ -340,21 +345,20 @@ def test_evaluation_adapts_to_the_memory(tiny_images):
     lose the time of the failed attempts."""
     torch.manual_seed(0)
     net = ResNet18(3, width=4)
-    small, machine = SmallMemory(net, room=6), Runtime(torch.device("cpu"))
+    small, data = SmallMemory(net, room=6), placed(Runtime(CPU, eval_batch_size=100), tiny_images)
     with pytest.warns(DivideMixWarning, match="24 images at once.*--eval_batch_size"):
-        scores = engine.per_sample_loss(small, tiny_images, batch_size=100, machine=machine)
+        scores = engine.per_sample_loss(small, data)
     assert small.tried == [24, 12, 6, 6, 6, 6]
     expected = engine.per_sample_loss(net, tiny_images)
     torch.testing.assert_close(scores.loss, expected.loss)
     small.tried.clear()
-    assert (
-        engine.ensemble_accuracy([small, net], tiny_images, batch_size=100, machine=machine)[1:]
-        == [pytest.approx(engine.ensemble_accuracy([net], tiny_images)[1])] * 2
-    )
+    expected = engine.test([net], {"test": tiny_images})["test_acc"]
+    accuracy = engine.test([small, net], {"test": data})
+    assert accuracy["test_acc_net1"] == accuracy["test_acc_net2"] == expected
     assert small.tried == [6, 6, 6, 6]
     small.room = 0
     with pytest.warns(DivideMixWarning), pytest.raises(DivideMixError, match="no memory for even one image"):
-        engine.per_sample_loss(small, tiny_images, batch_size=100, machine=machine)
+        engine.per_sample_loss(small, data)
 
 
 def test_ensemble_sums_logits(tiny_images):
@@ -369,17 +373,25 @@ def test_ensemble_sums_logits(tiny_images):
             return self.logits.expand(len(x), 3)
 
     # Summed logits say class 2; both argmaxes and summed probabilities say otherwise.
-    nets = [Fixed(9.0, 0.0, 8.0), Fixed(0.0, 9.0, 8.0)]
-    assert engine.ensemble_accuracy(nets, tiny_images, batch_size=5) == pytest.approx([100 / 3] * 3)
-    tiny_images.labels.fill_(2)
-    assert engine.ensemble_accuracy(nets, tiny_images, batch_size=5) == [100, 0, 0]
+    nets = [Fixed(9.0, 1.0, 8.0), Fixed(0.0, 9.0, 8.0)]
+    data = placed(Runtime(CPU, eval_batch_size=5), tiny_images)
+    names = ["test_acc", "test_acc_net1", "test_acc_net2"]
+    assert engine.test(nets, {"test": data}) == pytest.approx(dict.fromkeys(names, 100 / 3))
+    data.labels.fill_(2)
+    assert engine.test(nets, {"test": data}) == dict(zip(names, (100, 0, 0), strict=True))
+    # Of two sets each has its own names, and more than the first answer is asked of the summed logits alone.
+    record = engine.test(nets, {"val": tiny_images, "test": data}, ks=(1, 2))
+    assert record == pytest.approx(
+        {"val_acc": 100 / 3, "val_acc_net1": 100 / 3, "val_acc_net2": 100 / 3, "val_acc_top2": 200 / 3}
+        | {"test_acc": 100, "test_acc_net1": 0, "test_acc_net2": 0, "test_acc_top2": 100}
+    )
 
 
 def test_first_non_finite_step_stops_all_updates(tiny_images):
     """Weights that turned NaN an hour ago: the phase must end with the batch's number and sound weights."""
     torch.manual_seed(0)
     net = ResNet18(3, width=4)
-    optimizer = Runtime(torch.device("cpu")).optimizer(net, 0.02, 5e-4)
+    optimizer = Runtime(CPU).optimizer(net, 0.02, 5e-4)
     calls, kept = 0, {}
 
     def spoil(module, inputs, logits):
@@ -391,6 +403,77 @@ def test_first_non_finite_step_stops_all_updates(tiny_images):
 
     net.register_forward_hook(spoil)
     with pytest.raises(DivideMixError, match="batch 3 of 6"):
-        engine.warmup_epoch(net, optimizer, tiny_images, batch_size=4, rng=np.random.default_rng(0))
+        engine.warmup_epoch(net, optimizer, tiny_images, MixMatch(3, batch_size=2), Phase())
     for name, p in net.named_parameters():
         torch.testing.assert_close(p.detach(), kept[name], rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Co-divide
+
+
+class Threaded(Runtime):
+    """A CPU that fits mixtures in a thread, as a card does."""
+
+    def background(self, function, *args):
+        return ThreadPoolExecutor(1).submit(function, *args).result
+
+
+def linear_nets() -> list[torch.nn.Module]:
+    return [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 3)) for _ in range(2)]
+
+
+def run_phase(name: str, k: int = 0) -> RunPhase:
+    """As of a run's epoch 7."""
+    return RunPhase(7, np.random.default_rng(k) if name == "divide" else None, iter, name, {})
+
+
+def test_a_mixture_that_is_fitted_in_a_thread_gives_the_same_division(tiny_images, monkeypatch):
+    """Else a card divides other samples than a CPU, or each network's samples by the other's losses."""
+    nets, scored, divided = linear_nets(), [], []
+    loss = engine.per_sample_loss
+    monkeypatch.setattr(engine, "per_sample_loss", lambda net, *args: scored.append(net) or loss(net, *args))
+    for machine in (Runtime(CPU), Threaded(CPU)):
+        divisions = engine.co_divide(nets, [placed(machine, tiny_images)] * 2, [Mixture(0.5), Mixture(0.6)], run_phase)
+        divided.append([dataclasses.asdict(division) for division in divisions])
+    assert [id(net) for net in scored] == [id(net) for net in nets[::-1]] * 2, "net 1 waits for net 2's division"
+    for here, there in zip(*divided, strict=True):
+        for name, value in here.items():
+            np.testing.assert_array_equal(there[name], value)
+    for net, division, threshold in zip(nets, divided[1], (0.5, 0.6), strict=True):
+        assert division["threshold"] == threshold
+        scores = loss(net, tiny_images)
+        np.testing.assert_array_equal(division["raw_loss"], scores.loss)
+        np.testing.assert_array_equal(division["prediction"], scores.prediction)
+
+
+def test_net_2s_division_is_read_while_net_1s_is_fitted(tiny_images):
+    """Else net 1's training, which is the first and needs net 2's division alone, waits for both: a card idles for
+    seconds in each epoch."""
+    may_go_on, ended = threading.Event(), threading.Event()
+
+    class Held(Mixture):
+        def divide(self, *args):
+            may_go_on.wait(60)
+            ended.set()
+            return super().divide(*args)
+
+    data = placed(Threaded(CPU), tiny_images)
+    divisions = engine.co_divide(linear_nets(), [data] * 2, [Held(0.5), Mixture(0.5)], run_phase)
+    assert divisions[1] is not None and divisions[-1] is divisions[1] and not ended.is_set()
+    may_go_on.set()
+    assert divisions[0] is not None and ended.is_set()
+
+
+def test_losses_that_cannot_be_divided_end_the_run_where_the_division_is_read(tiny_images):
+    """Else a training that diverged goes on: an error in a thread is seen by nobody until its result is asked for."""
+    nets = linear_nets()
+    with torch.no_grad():
+        nets[0][1].weight.fill_(torch.nan)
+    mixtures = [Mixture(0.5), Mixture(0.5)]
+    divisions = engine.co_divide(nets, [placed(Threaded(CPU), tiny_images)] * 2, mixtures, run_phase)
+    assert divisions[1] is not None
+    with pytest.raises(Diverged, match=r"epoch 7.*not finite"):
+        divisions[0]
+    with pytest.raises(Diverged, match=r"epoch 7.*not finite"):  # where nothing runs in a thread
+        engine.co_divide(nets, [tiny_images] * 2, mixtures, run_phase)

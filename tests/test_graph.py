@@ -1,26 +1,29 @@
 """Captured steps, on an emulation of CUDA graphs (the same on a card: test_gpu.py)."""
 
+import dataclasses
 import io
+from dataclasses import dataclass, replace
 
 import graph_emulator
 import numpy as np
 import pytest
 import torch
-from conftest import half
+from conftest import half, placed
 from make_data import colour_digits
 from make_image_trees import make_webvision
-from test_engine import train_arguments
 from test_run import assert_equal
 
 import dataloader_webvision
 from dividemix import DivideMixError, DivideMixWarning, engine, graph, runtime
 from dividemix.data import DeviceImages
+from dividemix.engine import MixMatch, Phase
 from dividemix.images import Views
 from dividemix.runtime import Runtime
 from dividemix.stream import Pipeline
 from PreResNet import ResNet18
 
 CPU = torch.device("cpu")
+SETTINGS = MixMatch(num_class=10, batch_size=4, lambda_u=8.0, warm_up=1)
 
 
 @pytest.fixture(autouse=True)
@@ -41,17 +44,18 @@ def start(machine: Runtime):
     return nets, [machine.optimizer(net, 0.02, 5e-4) for net in nets]
 
 
-def train(machine: Runtime, data, epochs, nets, optimizers):
+def train(data, epochs, nets, optimizers):
     """Both nets in turn, for each of `epochs` a warm-up epoch and a divided one, the learning rate falling."""
     terms = []
     for epoch in epochs:
         engine.set_learning_rate(optimizers, 0.02 / (1 + epoch))
         for k in range(2):
-            rng = np.random.default_rng([epoch, k])
-            warmup = engine.warmup_epoch(nets[k], optimizers[k], data, batch_size=8, rng=rng, machine=machine)
-            arguments = train_arguments(epoch=3 + epoch, rng=rng, num_class=10, machine=machine)
-            division = half(len(data), int(0.565 * len(data)))
-            terms += [warmup, engine.train_epoch(nets[k], nets[1 - k], optimizers[k], data, division, **arguments)]
+            division, phase = (
+                half(len(data), int(0.565 * len(data))),
+                Phase(3 + epoch, np.random.default_rng([epoch, k])),
+            )
+            terms.append(engine.warmup_epoch(nets[k], optimizers[k], data, SETTINGS, phase))
+            terms.append(engine.train_epoch(nets[k], nets[1 - k], optimizers[k], data, division, SETTINGS, phase))
     return terms
 
 
@@ -65,7 +69,9 @@ def test_replayed_steps_equal_eager_ones(digits, merge, precision):
     statistics spoiled by the runs before the capture: all would train another method without an error."""
     eager, replayed = (Runtime(CPU, precision, merge=merge, graph=on) for on in (False, True))
     runs = [start(eager), start(replayed)]
-    terms = [train(machine, digits, range(2), *run) for machine, run in zip((eager, replayed), runs, strict=True)]
+    terms = [
+        train(placed(machine, digits), range(2), *run) for machine, run in zip((eager, replayed), runs, strict=True)
+    ]
     assert len(replayed.steps) == 4  # each net's two steps, captured once
     assert all(isinstance(step, graph.CapturedStep) for step in replayed.steps.values())
     assert terms[0] == terms[1]
@@ -83,9 +89,9 @@ def test_streamed_batches_are_replayed_too(tmp_path, keep):
     runs = [start(eager), start(replayed)]
     for machine, run in zip((eager, replayed), runs, strict=True):
         lists = {"train": data.train}
-        with Pipeline(lists, Views(20, 16), data.mean, data.std, "cpu", workers=0, keep=keep) as pipeline:
+        with Pipeline(lists, Views(20, 16), data.mean, data.std, machine, workers=0, keep=keep) as pipeline:
             for epoch in range(2):
-                train(machine, pipeline.images("train", np.arange(epoch, 54 + epoch), keep=True), [epoch], *run)
+                train(pipeline.images("train", np.arange(epoch, 54 + epoch), keep=True), [epoch], *run)
     assert len(replayed.steps) == 4  # each net's two steps, captured once
     for optimizer in runs[0][1]:
         optimizer.param_groups[0]["lr"] = torch.tensor(optimizer.param_groups[0]["lr"])
@@ -101,9 +107,8 @@ def test_partial_batches_are_not_captured(digits):
         shapes.append([len(x) for x in inputs[-4:-2]]) or run(key, step, inputs, changed)
     )
     nets, optimizers = start(machine)
-    terms = engine.train_epoch(
-        nets[0], nets[1], optimizers[0], digits, half(83, 46), **train_arguments(num_class=10, machine=machine)
-    )
+    data = placed(machine, digits)
+    terms = engine.train_epoch(nets[0], nets[1], optimizers[0], data, half(83, 46), SETTINGS, Phase())
     # 12 batches, the last of 2 labeled; the 37 unlabeled end with one image in the tenth
     assert shapes == [[4, 4]] * 10
     assert np.isfinite(terms).all()
@@ -134,9 +139,9 @@ def test_partial_batches_are_not_autotuned(digits, monkeypatch):
     nets, optimizers = start(machine)
     first = type(nets[0].conv1).forward
     nets[0].conv1.forward = lambda x: Noting.apply(first(nets[0].conv1, x), notes)
-    arguments = train_arguments(num_class=10, machine=machine)
+    data = placed(machine, digits)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    engine.train_epoch(nets[0], nets[1], optimizers[0], digits, half(83, 46), **arguments)
+    engine.train_epoch(nets[0], nets[1], optimizers[0], data, half(83, 46), SETTINGS, Phase())
     # 12 batches of 4 labeled and 4 unlabeled: four guesses, then 16 rows forward and backward; the tenth has one
     # unlabeled image, the last two labeled ones
     full = [(4, True)] * 4 + [(16, True)] * 2
@@ -162,18 +167,18 @@ def test_autotuning_is_on_again_after_a_partial_batch_that_failed(monkeypatch):
 def test_a_restored_run_captures_the_restored_state(digits):
     """Resuming: a graph that holds the addresses of what was there before the restore would train something else."""
     machine = Runtime(CPU, graph=True)
-    straight = start(machine)
-    train(machine, digits, range(1), *straight)
+    straight, data = start(machine), placed(machine, digits)
+    train(data, range(1), *straight)
     kept = [{**part.state_dict()} for part in (*straight[0], *straight[1])]
     kept = torch.load(saved(kept), weights_only=True)
-    train(machine, digits, range(1, 2), *straight)
+    train(data, range(1, 2), *straight)
     again = Runtime(CPU, graph=True)
     nets, optimizers = start(again)
     for net, saved_state in zip(nets, kept[:2], strict=True):
         net.load_state_dict(saved_state)
     for optimizer, saved_state in zip(optimizers, kept[2:], strict=True):
         runtime.load_optimizer(optimizer, saved_state)
-    train(again, digits, range(1, 2), nets, optimizers)
+    train(placed(again, digits), range(1, 2), nets, optimizers)
     assert_equal(state(*straight), state(nets, optimizers))
 
 
@@ -184,17 +189,56 @@ def saved(what):
     return buffer
 
 
-def test_another_division_or_setting_is_not_replayed(digits):
-    """T is a number: a graph of T = 0.5 that is replayed for T = 1 sharpens as before."""
-    machine = Runtime(CPU, graph=True)
-    nets, optimizers = start(machine)
-    arguments = train_arguments(num_class=10, machine=machine, batch_size=8)
-    engine.train_epoch(nets[0], nets[1], optimizers[0], digits, half(83), **arguments)
-    assert len(machine.steps) == 1
-    engine.train_epoch(nets[0], nets[1], optimizers[0], digits, half(83, 60), **arguments)  # other samples: the same
-    assert len(machine.steps) == 1
-    engine.train_epoch(nets[0], nets[1], optimizers[0], digits, half(83), **{**arguments, "T": 1.0})
-    assert len(machine.steps) == 2
+@dataclass(frozen=True)
+class Extended(MixMatch):
+    """What somebody makes who adds a setting."""
+
+    more: int = 0
+
+
+def test_a_step_is_captured_anew_for_each_setting_that_it_reads_and_for_no_other(digits):
+    """T is a number: a graph of T = 0.5 that is replayed for T = 1 sharpens as before, and so would be a setting that
+    somebody adds to the method. Captured anew with each lambda_u that `--recipe blind` chooses, or for each division,
+    the card fills up. What is replayed is what is computed step by step."""
+    one, another = half(83, 9), half(83, 8)
+    named = dataclasses.asdict(SETTINGS)
+    calls = [(one, SETTINGS, 1), (another, SETTINGS, 1)]
+    calls += [(one, replace(SETTINGS, **other), 1) for other in ({"lambda_u": 50}, {"alpha": 0.5}, {"warm_up": 3})]
+    calls += [(one, replace(SETTINGS, T=1.0), 2), (one, Extended(**named), 3), (one, Extended(**named, more=1), 4)]
+    calls += [(one, Extended(**named, more=1), 4), (one, SETTINGS, 4)]
+    results = []
+    for machine in (Runtime(CPU), Runtime(CPU, graph=True)):
+        nets, optimizers = start(machine)
+        data, terms = placed(machine, digits), []
+        for division, mixmatch, captured in calls:
+            phase = Phase(epoch=5)
+            terms.append(engine.train_epoch(nets[0], nets[1], optimizers[0], data, division, mixmatch, phase))
+            assert len(machine.steps) == (captured if machine.graph else 0), mixmatch
+        results.append((terms, nets[0].state_dict()))
+    assert results[0][0] == results[1][0]
+    assert_equal(results[0][1], results[1][1])
+
+
+def test_no_step_reads_what_is_not_in_its_key(digits):
+    """A lambda_u that the step reads is frozen in the graph: the ramp would stand still, without an error."""
+    outside = {field.name for field in dataclasses.fields(MixMatch) if not field.compare}
+    assert outside == {"alpha", "lambda_u", "warm_up"}
+
+    class Guarded(MixMatch):
+        def __getattribute__(self, name):
+            assert name not in outside, f"{name} is read"
+            return super().__getattribute__(name)
+
+    guarded = Guarded(num_class=10, batch_size=4)
+    with pytest.raises(AssertionError, match="alpha is read"):
+        _ = guarded.alpha
+    nets, optimizers = start(Runtime(CPU))
+    batch = next(iter(digits.mixmatch_batches(half(83), 4, np.random.default_rng(0))))
+    draws = torch.tensor(0.7), torch.randperm(16), torch.tensor(2.0)
+    images, forward = digits.mixmatch_views(*batch), Runtime(CPU).forward
+    terms = engine.train_step(nets[0], nets[1], optimizers[0], *images, guarded, *draws, forward=forward)
+    assert terms.loss.isfinite() and terms.unlabeled > 0
+    assert np.isfinite(engine.warmup_epoch(nets[0], optimizers[0], digits, guarded, Phase())).all()
 
 
 def test_a_failed_capture_is_said_and_the_run_goes_on_as_if_nothing_had_been(monkeypatch, digits):
@@ -211,9 +255,9 @@ def test_a_failed_capture_is_said_and_the_run_goes_on_as_if_nothing_had_been(mon
     monkeypatch.setattr(graph, "capture", fail)
     eager, failing = Runtime(CPU), Runtime(CPU, graph=True)
     runs = [start(eager), start(failing)]
-    expected = train(eager, digits, range(1), *runs[0])
+    expected = train(placed(eager, digits), range(1), *runs[0])
     with pytest.warns(DivideMixWarning, match=r"CUDA graph failed.*not permitted.*--no_graph"):
-        assert train(failing, digits, range(1), *runs[1]) == expected
+        assert train(placed(failing, digits), range(1), *runs[1]) == expected
     assert not failing.graph and not any(isinstance(step, graph.CapturedStep) for step in failing.steps.values())
     for a, b in zip(runs[0][0], runs[1][0], strict=True):
         assert_equal(a.state_dict(), b.state_dict())
@@ -227,15 +271,15 @@ def test_a_failed_compilation_is_said_and_the_run_goes_on(monkeypatch, digits):
 
     monkeypatch.setattr(Runtime, "_compiled", property(lambda self: broken))
     for work in ("training", "evaluation"):
-        eager, failing = Runtime(CPU), Runtime(CPU, compile=True)
+        eager, failing = Runtime(CPU, eval_batch_size=20), Runtime(CPU, compile=True, eval_batch_size=20)
         runs = [start(eager), start(failing)]
         with pytest.warns(DivideMixWarning, match=r"torch.compile failed.*C compiler.*--no_compile") as record:
             if work == "training":
-                train(failing, digits, range(1), *runs[1])
-                train(eager, digits, range(1), *runs[0])
+                train(placed(failing, digits), range(1), *runs[1])
+                train(placed(eager, digits), range(1), *runs[0])
             else:
                 scores = [
-                    engine.per_sample_loss(run[0][0], digits, machine=machine, batch_size=20)
+                    engine.per_sample_loss(run[0][0], placed(machine, digits))
                     for machine, run in zip((eager, failing), runs, strict=True)
                 ]
                 assert torch.equal(scores[0].loss, scores[1].loss)
@@ -269,7 +313,7 @@ def test_the_emulator_freezes_numbers():
 def test_a_reference_runtime_keeps_no_steps(digits):
     """Else every network and data set that was ever trained stays in memory."""
     machine = Runtime(CPU)
-    train(machine, digits, range(1), *start(machine))
+    train(placed(machine, digits), range(1), *start(machine))
     assert machine.steps == {}
 
 
@@ -282,6 +326,6 @@ def test_training_out_of_memory_names_the_remedies(monkeypatch, digits):
     machine = Runtime(CPU, graph=True)
     nets, optimizers = start(machine)
     monkeypatch.setattr(graph, "capture", full)
-    monkeypatch.setattr(engine, "mixmatch_step", full)
+    monkeypatch.setattr(engine, "train_step", full)
     with pytest.warns(DivideMixWarning, match="CUDA graph failed"), pytest.raises(DivideMixError, match="--batch_size"):
-        train(machine, digits, range(1), nets, optimizers)
+        train(placed(machine, digits), range(1), nets, optimizers)
