@@ -1,32 +1,24 @@
-"""Train_webvision.py end to end, tiny: the published data format, the files of a run, both validation sets, and the
-order of Algorithm 1 with the division at an epoch's end. What it shares with Clothing1M is in test_train_images.py."""
+"""Train_webvision.py end to end, tiny: the published data format, the files of a run, and both validation sets. What
+it shares with Clothing1M, and the order of Algorithm 1, is in test_train_images.py."""
 
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    SMALL_NET,
-    assert_co_divided,
-    note_co_division,
-    read_records,
-    reference_logits,
-    run_script,
-    same,
-    snapshot,
-)
+from conftest import SMALL_NET, read_records, reference_logits, run_script, same, snapshot
 from make_image_trees import WNIDS, make_webvision
 from test_run import assert_equal, last_state, without_times
 
 import dataloader_webvision
 import PreResNet
 import Train_webvision
-from dividemix import DivideMixWarning, report
+from dividemix import engine, report
 from dividemix.codivide import normalise
 from dividemix.images import Views
 
@@ -92,7 +84,8 @@ def test_files_of_a_run(done):
     logs |= {"report.html", "figures", "label_issues.csv", "cleaned_labels.csv"}
     assert files == logs | {"last.json", "best.pt", "epoch-001.pt", "epoch-002.pt", "result.json"}
     assert (done.folder / "figures" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
-    for epoch in range(EPOCHS):
+    assert sorted(path.name for path in (done.folder / "scores").iterdir()) == ["epoch_001.npz", "epoch_002.npz"]
+    for epoch in range(1, EPOCHS):
         scores = np.load(done.folder / "scores" / f"epoch_{epoch:03d}.npz", allow_pickle=False)
         names = ("raw_loss", "prediction", "loss", "clean_probability")
         assert all(scores[f"{name}_net{k}"].shape == (60,) for name in names for k in (1, 2))
@@ -122,10 +115,10 @@ def test_metrics_are_one_flat_object_an_epoch(done):
     both = {f"{name}_net{k}" for name in ("test_acc", "imagenet_acc", "labeled", "unlabeled") for k in (1, 2)}
     keys = both | {"epoch", "phase", "lr", "test_acc", "test_acc_top5", "imagenet_acc", "imagenet_acc_top5"}
     keys |= {"best_acc", "last10_acc", "loss_x", "penalty"}
-    seconds = {"warmup": {"warmup1", "warmup2"}, "train": {"train1", "train2"}}
+    seconds = {"warmup": {"warmup1", "warmup2"}, "train": {"loss", "gmm", "train1", "train2"}}
     assert [(r["epoch"], r["phase"]) for r in done.records] == [(0, "warmup"), (1, "train"), (2, "train")]
     for record in done.records:
-        phases = seconds[record["phase"]] | {"test", "imagenet", "loss", "gmm", "save"}
+        phases = seconds[record["phase"]] | {"test", "imagenet", "save"}
         assert record.keys() == keys | {f"seconds_{name}" for name in phases}
         assert all(value is None or isinstance(value, int | float | str) for value in record.values())
         for k in (1, 2):
@@ -137,18 +130,18 @@ def test_metrics_are_one_flat_object_an_epoch(done):
     assert done.records[0]["penalty"] == 0  # no confidence penalty in WebVision's warm-up
 
 
-def test_the_list_of_labels_is_of_the_last_division(done):
-    """By other means: the last epoch ends with a division by the final networks. Else the list is of other images, or
-    of other networks than the run's."""
-    scores = np.load(done.folder / "scores" / f"epoch_{EPOCHS - 1:03d}.npz")
+def test_the_list_of_labels_is_by_what_a_further_epoch_would_divide_by(done, tmp_path):
+    """Else the list is of other images, or of other networks than the run's."""
     found = np.load(done.folder / "label_scores.npz")
-    for k in (1, 2):
-        np.testing.assert_array_equal(found[f"loss_net{k}"], scores[f"raw_loss_net{k}"])
-        np.testing.assert_array_equal(found[f"p_clean_net{k}"], scores[f"clean_probability_net{k}"])
     lines = (done.folder / "label_issues.csv").read_text().splitlines()
-    assert (
-        len(lines) == 61 and lines[0].startswith("index,path,given_label,") and lines[1].startswith("0,google/q0001/")
-    )
+    assert len(lines) == 61 and lines[0].startswith("index,path,given_label,")
+    assert lines[1].startswith("0,google/q0001/")
+    shutil.copytree(done.folder, tmp_path / "longer")
+    Train_webvision.main([*done.flags, "--workers", "0", "--run_dir", str(tmp_path / "longer"), "--num_epochs", "4"])
+    scores = np.load(tmp_path / "longer" / "scores" / f"epoch_{EPOCHS:03d}.npz")
+    for k in (1, 2):
+        np.testing.assert_allclose(found[f"loss_net{k}"], scores[f"raw_loss_net{k}"], rtol=1e-5)
+        np.testing.assert_allclose(found[f"p_clean_net{k}"], scores[f"clean_probability_net{k}"], atol=1e-4)
 
 
 def test_a_finished_run_started_again_says_so_and_ends_the_same(done, capsys):
@@ -167,30 +160,30 @@ def test_scores_and_accuracies_are_what_torchvision_and_pillow_give(done):
     """By other means, from the files: a wrong mean, crop, label, set or k, or a net in train mode, divides and tests
     something else, and shows in no number that one could doubt."""
     data = dataloader_webvision.load(done.tree, CLASSES)
-    nets = [PreResNet.ResNet18(CLASSES, 4) for _ in range(2)]
-    for net, state in zip(nets, last_state(done.folder)["nets"], strict=True):
-        net.load_state_dict(state)
+    before = torch.load(done.folder / f"epoch-{EPOCHS - 2:03d}.pt", weights_only=True)["nets"]
 
-    def logits(k, images):
+    def logits(state, images):
+        net = PreResNet.ResNet18(CLASSES, 4)
+        net.load_state_dict(state)
         mean_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         paths = [images.path(i) for i in range(len(images))]
-        return reference_logits(nets[k], paths, round(16 * 320 / 299), 16, *mean_std)
+        return reference_logits(net, paths, round(16 * 320 / 299), 16, *mean_std)
 
     record = done.records[-1]
     for name, images in (("test", data.val), ("imagenet", data.imagenet)):
         labels = torch.from_numpy(images.labels)
-        both = [logits(k, images) for k in range(2)]
+        both = [logits(state, images) for state in last_state(done.folder)["nets"]]
         top1 = [100 * (x.argmax(1) == labels).float().mean().item() for x in (sum(both), *both)]
         top5 = 100 * (sum(both).topk(5)[1] == labels[:, None]).any(1).float().mean().item()
         found = [record[f"{name}_acc{suffix}"] for suffix in ("", "_net1", "_net2")]
         assert found == pytest.approx(top1, abs=0.5 * 100 / 20)
         assert record[f"{name}_acc_top5"] == pytest.approx(top5, abs=0.5 * 100 / 20)
     scores = np.load(done.folder / "scores" / f"epoch_{EPOCHS - 1:03d}.npz")
-    for k in range(2):
+    for k, state in enumerate(before, start=1):
         labels = torch.from_numpy(data.train.labels)
-        loss = torch.nn.functional.cross_entropy(logits(k, data.train), labels, reduction="none")
-        np.testing.assert_allclose(scores[f"raw_loss_net{k + 1}"], loss, rtol=1e-3, atol=1e-4)
-        np.testing.assert_allclose(scores[f"loss_net{k + 1}"], normalise(loss), rtol=1e-2, atol=1e-3)
+        loss = torch.nn.functional.cross_entropy(logits(state, data.train), labels, reduction="none")
+        np.testing.assert_allclose(scores[f"raw_loss_net{k}"], loss, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(scores[f"loss_net{k}"], normalise(loss), rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -213,7 +206,7 @@ def test_it_learns(tmp_path):
 
 
 def test_interrupted_equals_uninterrupted_bit_for_bit(tree, tmp_path):
-    """Stopped after warm-up, in the middle and where the learning rate drops: weights, momentum, divisions and all
+    """Stopped after warm-up, in the middle and where the learning rate drops: weights, momentum, scores and all
     logs. A run that a stop changes cannot be reproduced."""
     for name, stops in (("straight", [4]), ("stopped", [1, 2, 4])):
         for epochs in stops:
@@ -225,7 +218,7 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(tree, tmp_path):
     assert [record["lr"] for record in state["records"]] == [0.01] * 3 + [0.001]
     for name in ("acc.txt", "stats.txt"):
         assert (straight / name).read_text() == (stopped / name).read_text()
-    for epoch in range(4):
+    for epoch in range(1, 4):
         scores = [dict(np.load(f / "scores" / f"epoch_{epoch:03d}.npz")) for f in (straight, stopped)]
         np.testing.assert_equal(*scores)
     records = [[without_times(r) for r in read_records(folder)] for folder in (straight, stopped)]
@@ -252,74 +245,29 @@ def test_a_cache_changes_nothing_and_is_used_again(tmp_path):
     assert_equal(last_state(tmp_path / "plain"), last_state(tmp_path / "again"))
 
 
-# ---- Algorithm 1 ----
-
-
-def test_networks_swap_divisions_and_the_peer_is_fresh(tree, tmp_path, monkeypatch):
-    """Exchanged divisions make each net confirm its own errors; a stale peer, or a division of before the epoch's
-    training, is another method. All of these train without any error. Also over a restart."""
-    events = note_co_division(monkeypatch, Train_webvision)
-    top_k = Train_webvision.top_k_accuracy
-
-    def spy_test(nets, data, ks, **flags):
-        events.append({"what": data.name})
-        return top_k(nets, data, ks, **flags)
-
-    monkeypatch.setattr(Train_webvision, "top_k_accuracy", spy_test)
-    for epochs in ("2", "3"):
-        Train_webvision.main(tiny(tree, tmp_path, "--num_epochs", epochs))
-    tests, scoring, training = ["val", "imagenet"], ["score"] * 2, ["train"] * 2
-    assert [e["what"] for e in events] == (tests + scoring + training) * 2 + tests + scoring
-    events = [e for e in events if e["what"] not in tests]
-    for begin in (0, 4):
-        assert_co_divided(*events[begin : begin + 4])
-
-
-def test_an_empty_labeled_set_keeps_the_division_before(tree, tmp_path, monkeypatch):
-    """An epoch on no labeled sample would be no epoch; and the scores would call the division before one of these
-    losses."""
-    seen = []
-    train = Train_webvision.train_epoch
-
-    def spy_train(net, peer, optimizer, data, division, **flags):
-        seen.append(division)
-        return train(net, peer, optimizer, data, division, **flags)
-
-    class Choosy(Train_webvision.CoDivide):
-        calls = 0
-
-        def __call__(self, losses, truly_clean, random_state, name):
-            self.calls += 1
-            self.threshold = 1.0 if (name, self.calls) == ("net 2", 2) else 0.5
-            return super().__call__(losses, truly_clean, random_state, name)
-
-    monkeypatch.setattr(Train_webvision, "train_epoch", spy_train)
-    monkeypatch.setattr(Train_webvision, "CoDivide", Choosy)
-    with pytest.warns(DivideMixWarning, match="net 2 finds no sample clean with p > 1: its division before is kept"):
-        Train_webvision.main(tiny(tree, tmp_path))
-    assert seen[2] is seen[0] and seen[3] is not seen[1]
-
-
 # ---- Selection ----
 
 
 def test_val_fraction_selects_off_the_test_set(tree, tmp_path, monkeypatch):
     """Else the best epoch is chosen on what it is then tested with, or the held-out images are trained on."""
-    chosen = iter([[10.0, 0.0, 0.0], [30.0, 0.0, 0.0], [20.0, 0.0, 0.0]])
+    chosen = iter([10.0, 30.0, 20.0])
     states, held_out, scored = [], [], []
-    loss = Train_webvision.per_sample_loss
+    loss, test = engine.per_sample_loss, Train_webvision.test
 
-    def validate(nets, data, **_):
+    def spy_test(nets, sets, *given, **more):
+        if "val" not in sets:
+            return test(nets, sets, *given, **more)
+        [data] = sets.values()
         states.append([snapshot(net) for net in nets])
         held_out.append((data.name, data.index))
-        return next(chosen)
+        return {"val_acc": next(chosen), "val_acc_net1": 0.0, "val_acc_net2": 0.0}
 
-    def spy_loss(net, data, **flags):
+    def spy_loss(net, data, phase):
         scored.append((data.name, data.index))
-        return loss(net, data, **flags)
+        return loss(net, data, phase)
 
-    monkeypatch.setattr(Train_webvision, "ensemble_accuracy", validate)
-    monkeypatch.setattr(Train_webvision, "per_sample_loss", spy_loss)
+    monkeypatch.setattr(Train_webvision, "test", spy_test)
+    monkeypatch.setattr(engine, "per_sample_loss", spy_loss)
     final = Train_webvision.main(tiny(tree, tmp_path, "--val_fraction", "0.2"))
     best = torch.load(Path(final["run_dir"]) / "best.pt", weights_only=True)
     assert best["epochs"] == [1, 1]
@@ -327,7 +275,7 @@ def test_val_fraction_selects_off_the_test_set(tree, tmp_path, monkeypatch):
     assert final["best_acc"] == read_records(final["run_dir"])[1]["test_acc"] and final["val_acc"] == 20.0
     parts = {name for name, _ in held_out + scored}
     index = np.load(Path(final["run_dir"]) / "labels.npz")["index"]
-    assert parts == {"train"} and len(held_out[0][1]) == 12
+    assert parts == {"train"} and len(held_out[0][1]) == 12 and len(scored) == 4
     for _, rows in held_out:
         assert sorted([*rows, *index]) == list(range(60))
     for _, rows in scored:
