@@ -148,7 +148,8 @@ def save_last(folder: Path, epoch: int, state: dict[str, Any]) -> None:
     write_atomically(pointer, json.dumps(entry | {"previous": previous}, indent=1).encode())
     keep = {file.name, previous["file"] if previous else ""}
     for old in folder.glob("epoch-*.pt"):
-        if re.fullmatch(r"epoch-\d+\.pt", old.name) and old.name not in keep:  # copies under other names are the user's
+        # Copies under other names, and folders, are the user's.
+        if re.fullmatch(r"epoch-\d+\.pt", old.name) and old.name not in keep and old.is_file():
             old.unlink()
 
 

@@ -9,13 +9,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import end_of, tiny
+from test_run import begin, end_epoch, go_on, opened, validated
 
 import Train_cifar
 from dividemix import DivideMixError, checkpoint, noise_file, report, run
 from dividemix.imagestore import locked
-from dividemix.run import Run, lock_folder, set_aside
+from dividemix.run import lock_folder, set_aside
 
 
 @pytest.fixture(autouse=True)
@@ -55,15 +55,19 @@ def start(begun, monkeypatch, capsys):
 def test_links_in_a_run_folder_lead_to_no_other_file(begun, start):
     """A run folder from somebody else, to be continued: links in it overwrite its user's own files."""
     (begun.parent / "thesis").write_text("precious")
-    for name in ("labels.npz", "args.json", "metrics.jsonl", "last.json", "best.pt", "epoch-001.pt"):
+    for name in ("labels.npz", "metrics.jsonl", "best.pt", "epoch-001.pt", "histograms.jsonl"):
         (begun / name).unlink(missing_ok=True)
         (begun / name).symlink_to(begun.parent / "thesis")
     assert start()[0] == 0 and (begun.parent / "thesis").read_text() == "precious"
     assert len((begun / "metrics.jsonl").read_text().splitlines()) == 2
-    (begun / ".lock").unlink()
-    (begun / ".lock").symlink_to(begun.parent / "thesis")
-    status, error = start()
-    assert status == 1 and error.startswith(f"error: run folder {begun} cannot be written: ")
+    for name, said in (
+        ("last.json", f"error: {begun / 'last.json'} is damaged"),
+        (".lock", f"error: run folder {begun} "),
+    ):
+        (begun / name).unlink()
+        (begun / name).symlink_to(begun.parent / "thesis")
+        status, error = start()
+        assert status == 1 and error.startswith(said) and error.count("\n") == 1
     assert (begun.parent / "thesis").read_text() == "precious"
 
 
@@ -81,8 +85,9 @@ def test_a_noise_file_that_is_no_file(begun, start, make):
 
 def test_a_path_that_is_not_utf_8(tmp_path):
     """A folder named on an old system: TensorBoard, an extra, ends the run with a stack trace."""
-    with Run(tmp_path / os.fsdecode(b"caf\xe9"), {}) as this, pytest.warns(UserWarning, match="no TensorBoard events"):
-        this.start({"command": [], "args": {}})
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    with opened(folder) as this, pytest.warns(UserWarning, match="no TensorBoard events"):
+        begin(this)
 
 
 # ---- Checkpoints that are kept ----
@@ -97,21 +102,6 @@ def test_a_user_s_own_copies_are_left_alone(tmp_path):
         checkpoint.save_last(tmp_path, epoch, {"epoch": epoch})
     left = {file.name for file in tmp_path.iterdir()}
     assert left == {"epoch-000-mine.pt", "epoch-007.pt", "epoch-001.pt", "epoch-002.pt", "last.json"}
-
-
-@pytest.mark.parametrize("junk", [False, True])
-def test_the_checkpoint_before_is_kept_though_last_json_was_lost(tmp_path, junk):
-    """The first epoch after the loss deletes all but its own: a fault in that one file, and nothing is left."""
-    for epoch in (0, 1):
-        checkpoint.save_last(tmp_path, epoch, {"epoch": epoch})
-    (tmp_path / "last.json").unlink()
-    if junk:  # of a later epoch, as a run leaves it that went back to one before: it could not be read
-        (tmp_path / "epoch-010.pt").write_bytes(b"")
-    checkpoint.save_last(tmp_path, 2, {"epoch": 2})
-    assert sorted(file.name for file in tmp_path.glob("*.pt")) == ["epoch-001.pt", "epoch-002.pt"]
-    (tmp_path / "epoch-002.pt").write_bytes(b"")
-    with pytest.warns(UserWarning, match="passed over"):
-        assert checkpoint.load_last(tmp_path) == {"epoch": 1}
 
 
 # ---- Locks ----
@@ -183,18 +173,18 @@ def full(*_):
     ],
     ids=["first checkpoint", "checkpoint", "after it"],
 )
-def test_a_full_disk_is_told_as_it_is(tmp_path, begun, monkeypatch, function, done, what, left):
+def test_a_full_disk_is_told_as_it_is(tmp_path, monkeypatch, function, done, what, left):
     """A user who is told of an intact checkpoint that does not exist deletes the wrong files to make room."""
-    folder = begun if done else tmp_path / "new"
-    record = {"phase": "warmup", "test_acc": 1.0, "test_acc_net1": 1.0, "test_acc_net2": 1.0, "loss_x": 1.0}
-    config = checkpoint.load_last(begun)["config"]
-    with pytest.raises(DivideMixError) as error, Run(folder, config) as this:
-        this.start({"command": [], "args": {}})
+    folder = tmp_path / "run"
+    go_on(folder, [(60.0, 60.0)] * done)
+    with pytest.raises(DivideMixError) as error, opened(folder) as this:
+        begin(this)
         monkeypatch.setattr(run, function, full)
         for _ in this.epochs(done + 1):
-            this.end_epoch(record | {"lr": 0.1}, {"nets": [{"w": torch.zeros(1)}] * 2}, None, False)
+            end_epoch(this, validated(60.0, 60.0))
     assert str(error.value).startswith(f"{what} could not be written to {folder} (No space left on device){left}")
-    assert checkpoint.read_pointer(folder).get("epoch") == (None if "again" in left else 0)
+    assert (folder / "last.json").exists() == ("again" not in left)
+    assert len(checkpoint.load_last(folder).get("records", [])) == ("again" not in left)
 
 
 def test_ctrl_c_while_the_figures_are_drawn(begun, start, monkeypatch):
@@ -209,16 +199,16 @@ def test_ctrl_c_while_the_figures_are_drawn(begun, start, monkeypatch):
     assert json.loads((begun / "result.json").read_text())["epoch"] == 1
 
 
-def test_a_folder_and_a_pipe_where_files_are_expected(one_epoch, tmp_path):
+def test_a_folder_and_a_pipe_where_files_are_expected(begun, start):
     """A pipe is waited for until a queue kills the job; a folder's name that ends like a temporary file's is an error
     that holds the lock on."""
-    folder = shutil.copytree(one_epoch, tmp_path / "run")
-    (folder / ".x.tmp").mkdir()
-    for name in ("args.json", "last.json"):
-        (folder / name).unlink()
-        os.mkfifo(folder / name)
-    Train_cifar.main(tiny(tmp_path, "--run_dir", str(folder), "--num_epochs", "2"))
-    assert (folder / ".x.tmp").is_dir() and json.loads((folder / "last.json").read_text())["epoch"] == 1
+    (begun / ".x.tmp").mkdir()
+    (begun / "last.json").rename(begun / "kept")
+    os.mkfifo(begun / "last.json")
+    status, error = start()
+    assert status == 1 and error.startswith(f"error: {begun / 'last.json'} ") and error.count("\n") == 1
+    (begun / "kept").rename(begun / "last.json")
+    assert start()[0] == 0 and (begun / ".x.tmp").is_dir()
 
 
 def test_a_run_whose_path_is_not_utf_8(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from make_data import make_cifar10, make_cifar100
 from test_cifar_pickles import Evil
 from test_dataloader_cifar import batch
 
+import dataloader_cifar
 import Train_cifar
 import Train_clothing1M
 import Train_folder
@@ -123,8 +124,8 @@ def test_rates_0_and_1(start, tmp_path, mode, r, known):
 @pytest.mark.parametrize(
     ("clean", "labeled", "said"),
     [
-        ([20, 0], [20, 20], "finds no sample clean with p > 0.5: its division before is kept"),
-        ([0, 20], [None, 20], "finds no sample clean with p > 0.5: one more warm-up epoch"),
+        ([20, 0], [20, None], "finds no sample clean with p > 0.5: its peer gets one more warm-up epoch"),
+        ([0, 20], [None, 20], "finds no sample clean with p > 0.5: its peer gets one more warm-up epoch"),
         ([33, 1], [33, 1], "finds every sample clean: no unlabeled images this epoch"),
         ([32, 17], [32, 17], None),
     ],
@@ -265,7 +266,7 @@ HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAll
 @pytest.mark.parametrize(
     ("owner", "function", "said"),
     [
-        (engine, "mixmatch_step", "not enough memory to train; try --no_graph, a smaller --width or a smaller --batch"),
+        (engine, "train_step", "not enough memory to train; try --no_graph, a smaller --width or a smaller --batch"),
         (runtime.Runtime, "evaluation_forward", "no memory for even one image; use a smaller --width"),
         (runtime.Runtime, "prepare", "not enough memory for two networks of --arch preresnet18; is another job using"),
     ],
@@ -283,3 +284,15 @@ def test_out_of_memory_names_the_flags_and_loses_nothing(begun, monkeypatch, own
         status, [line] = begun("--eval_batch_size", "1")
     assert status == 1 and line.startswith(f"error: cpu: {said}")
     assert begun("--num_epochs", "1") == (0, [])  # as it was: finished, as far as that
+
+
+@pytest.mark.parametrize("error", [MemoryError(), HOST], ids=["python", "torch"])
+def test_too_little_memory_anywhere_is_one_line(start, tmp_path, monkeypatch, error):
+    """Memory ends where nobody thought of it: a traceback tells a user that the program is broken."""
+
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(dataloader_cifar, "noisy_sets", full)
+    status, [line] = start()
+    assert status == 1 and line.startswith("error: not enough memory") and not (tmp_path / "run").exists()

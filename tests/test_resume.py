@@ -1,4 +1,4 @@
-"""A run that is stopped in the middle of its epochs, again and again, ends as one that was left alone: all three
+"""A run that is stopped in the middle of its epochs, again and again, ends as one that was left alone: all
 scripts, with a worker that reads images."""
 
 import json
@@ -16,12 +16,13 @@ from conftest import ROOT, SMALL_NET, end_of, read_records, tiny
 from make_data import make_cifar10
 from make_image_trees import make_webvision
 from test_run import assert_equal, last_state, without_times
-from test_train_images import CLOTHING1M, WEBVISION
+from test_train_images import CLOTHING1M, FOLDER, WEBVISION
 
 import Train_cifar
 from dividemix import noise_file, report
 
 CIFAR = SimpleNamespace(main=Train_cifar, lr=0.02)
+OWN = SimpleNamespace(main=FOLDER.main, make=FOLDER.make, lr=0.02, size=["--lr", "0.02", "--weights", "none"])
 # Two epochs of warm-up, two divided ones; in the last the learning rate drops.
 SCHEDULE = ["--warm_up", "2", "--lr_drop", "3", "--num_epochs", "4"]
 
@@ -50,7 +51,7 @@ def assert_same_run(folder: Path, whole: Path) -> None:
     assert_equal(last_state(folder), last_state(whole))
     assert [*map(without_times, read_records(folder))] == [*map(without_times, read_records(whole))]
     assert_equal(*(torch.load(each / "best.pt", weights_only=True) for each in (folder, whole)))
-    for name in ("acc.txt", "stats.txt"):
+    for name in ("acc.txt", "stats.txt", "histograms.jsonl"):
         assert (folder / name).read_text() == (whole / name).read_text()
     scores = [sorted((each / "scores").iterdir()) for each in (folder, whole)]
     assert [file.name for file in scores[0]] == [file.name for file in scores[1]]
@@ -59,7 +60,7 @@ def assert_same_run(folder: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [CIFAR, CLOTHING1M, WEBVISION], ids=lambda script: script.main.__name__)
+@pytest.mark.parametrize("script", [CIFAR, CLOTHING1M, WEBVISION, OWN], ids=lambda script: script.main.__name__)
 def test_stopped_in_each_epoch(tmp_path, monkeypatch, capsys, flags, script):
     """Stopped in the second warm-up epoch, in the first divided one and in that where the learning rate drops, when
     net 1 has learned and net 2 has not: something of the epoch that was cut off, or a rate, is left in what follows."""
