@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             accuracy = test(nets, tests, run.phase)
             run.end_epoch(lr, divisions, losses, accuracy | (choice.record if choice else {}))
 
-        line, paper = options.small_result(args, setting.row, run.records, run.best_epochs[0], images.official)
+        line, paper = options.small_result(args, run.records, run.best_epochs[0], images.official)
         final = run.finish(line, train, **paper)
         report.of_finished(run)
         return final

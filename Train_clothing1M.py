@@ -113,7 +113,7 @@ def finish(run: Run, args: argparse.Namespace, accuracy: dict[str, float], train
     paper, epochs = PAPER.results["test_acc"], " and ".join(map(str, run.best_epochs))
     line = (
         f"test {accuracy['test_acc']:.2f} (nets {logs.pair(accuracy, 'test_acc', '.2f')}, of epochs {epochs}, chosen "
-        f"on the clean validation set); paper: {paper}{options.but(args, PAPER)}"
+        f"on the clean validation set); paper: {paper}{options.but(args, PAPER.setting)}"
     )
     final = run.finish(line, train, paper_test_acc=paper, **accuracy)
     report.of_finished(run)

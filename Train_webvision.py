@@ -105,7 +105,7 @@ def finish(run: Run, args: argparse.Namespace, train: StreamedImages) -> dict[st
         return f"{webvision}, ILSVRC12 {of['imagenet_acc']:.2f} ({of['imagenet_acc_top5']:.2f})"
 
     last10 = f"mean of the last 10 {run.records[-1]['last10_acc']:.2f}"
-    text = f"best epoch {best['epoch']}: {line(best)}; {last10}; paper: {line(paper)}{options.but(args, PAPER)}"
+    text = f"best epoch {best['epoch']}: {line(best)}; {last10}; paper: {line(paper)}{options.but(args, PAPER.setting)}"
     final = run.finish(text, train, **{f"paper_{name}": value for name, value in paper.items()})
     report.of_finished(run)
     return final

@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -345,12 +345,11 @@ def add_run(
 
 @dataclass(frozen=True)
 class SmallSetting:
-    """What the flags of Train_cifar.py come to, with the data: the run's folder and noise, the paper's row if there is
-    one, the variant of the method, and lines that say where each value comes from."""
+    """What the flags of Train_cifar.py come to, with the data: the run's folder and noise, the variant of the method,
+    and lines that say where each value comes from."""
 
     folder: Path
     noise: NoiseSpec
-    row: recipes.Recipe | None
     ablation: recipes.Ablation
     blind: bool  # whether lambda_u, p_threshold and loss_window are chosen while it trains
     conf_penalty: bool
@@ -369,12 +368,12 @@ def resolve_small(args: argparse.Namespace, data: "ImageData") -> SmallSetting:
     spec = noise_spec(args)
     folder = folder_for(args, args.dataset, *spec.folder_parts, variant)
     wrong = wrong_share(data.train_labels, spec, data.folder, folder, args.noise_file)
-    row, lines = resolve_recipe(args, wrong)
+    lines = resolve_recipe(args, wrong)
     if args.ablation != "none":
         lines.insert(0, f"ablation {args.ablation}: {ablation.reading} ({ablation.paper_name})")
     by_recipe = divides and (blind.CONF_PENALTY if args.recipe == "blind" else args.noise_mode == "asym")
     conf_penalty = by_recipe if args.conf_penalty == "auto" else args.conf_penalty == "on"
-    return SmallSetting(folder, spec, row, ablation, divides and args.recipe == "blind", conf_penalty, lines)
+    return SmallSetting(folder, spec, ablation, divides and args.recipe == "blind", conf_penalty, lines)
 
 
 def folder_for(args: argparse.Namespace, *parts: str) -> Path:
@@ -413,13 +412,17 @@ def noise_spec(args: argparse.Namespace) -> NoiseSpec:
     return NoiseSpec(*asked, args.noise_definition or "with_self", args.noise_key)
 
 
-def resolve_recipe(args: argparse.Namespace, wrong: float | None = None) -> tuple[recipes.Recipe | None, list[str]]:
-    """Fill lambda_u, p_threshold, loss_window and warm_up that were not given. `wrong`: see `recipes.nearest`. -> (the
-    paper's row if there is one for this setting, lines that say where each value comes from that the method uses)."""
+def resolve_recipe(args: argparse.Namespace, wrong: float | None = None) -> list[str]:
+    """Fill lambda_u, p_threshold, loss_window and warm_up that were not given. `wrong`: see `recipes.nearest`. -> lines
+    that say where each value comes from, of which cross-entropy has none, and how the run differs from the paper's."""
+    lines = resolve_blind(args) if args.recipe == "blind" else resolve_paper(args, wrong)
+    setting, _ = recipes.in_paper("Train_cifar.py", vars(args))
+    return [*(lines if args.method == "dividemix" else []), *differs(args, setting)]
+
+
+def resolve_paper(args: argparse.Namespace, wrong: float | None) -> list[str]:
+    """The same for `--recipe paper`. -> lines"""
     row, exact = recipes.nearest(args.dataset, args.noise_mode, args.r, wrong)
-    if args.recipe == "blind":
-        lines = resolve_blind(args)
-        return (row if exact else None), with_differences(args, row if exact else None, lines)
     by = "" if wrong is None else f" by {wrong:.1%} wrong labels"
     source = f"paper, Table 7: {row.name}" if exact else f"not in the paper; nearest row{by}, Table 7: {row.name}"
     found = {
@@ -443,14 +446,7 @@ def resolve_recipe(args: argparse.Namespace, wrong: float | None = None) -> tupl
         "the authors', by the kind of noise" if args.conf_penalty == "auto" else f"given; the authors have {penalty}"
     )
     lines.append(f"conf_penalty {penalty if args.conf_penalty == 'auto' else args.conf_penalty} ({origin}, in warm-up)")
-    return (row if exact else None), with_differences(args, row if exact else None, lines)
-
-
-def with_differences(args: argparse.Namespace, row: recipes.Recipe | None, lines: list[str]) -> list[str]:
-    """The lines, of which cross-entropy has none, and how the run differs from the paper's row where there is one."""
-    other = recipes.setting_differences(vars(args), recipes.setting(row, args.method)) if row else []
-    lines = lines if args.method == "dividemix" else []
-    return [*lines, f"differs from the paper's setting: {', '.join(other)}"] if other else lines
+    return lines
 
 
 def resolve_blind(args: argparse.Namespace) -> list[str]:
@@ -509,37 +505,38 @@ def resolve_images(args: argparse.Namespace, paper: recipes.ImageRecipe) -> list
     notes = []
     if args.lambda_u > 0:
         notes = [f"--lambda_u {args.lambda_u:g}: accepted, has no effect; unlabeled images are mix partners only"]
-    other = recipes.setting_differences(vars(args), paper.setting)
-    return [*notes, f"differs from the paper's setting: {', '.join(other)}"] if other else notes
+    return [*notes, *differs(args, paper.setting)]
 
 
-def but(args: argparse.Namespace, paper: recipes.ImageRecipe) -> str:
-    """What stands behind the paper's result where this run is not the paper's setting."""
-    other = recipes.setting_differences(vars(args), paper.setting)
+def differs(args: argparse.Namespace, paper: Mapping[str, Any]) -> list[str]:
+    """What a run says at its start of how it differs from the paper's setting."""
+    other = recipes.setting_differences(vars(args), paper)
+    return [f"differs from the paper's setting: {', '.join(other)}"] if other else []
+
+
+def but(args: argparse.Namespace, paper: Mapping[str, Any], *more: str) -> str:
+    """The same at its end, behind the paper's result. more: other differences than of flags."""
+    other = [*recipes.setting_differences(vars(args), paper), *more]
     return f" (but this run: {', '.join(other)})" if other else ""
 
 
 def small_result(
-    args: argparse.Namespace, row: recipes.Recipe | None, records: Sequence[dict[str, Any]], best: int, official: bool
+    args: argparse.Namespace, records: Sequence[dict[str, Any]], best: int, official: bool
 ) -> tuple[str, dict[str, float]]:
-    """The last line of Train_cifar.py, best (of epoch `best`) and last beside the paper's row, and the paper's results
-    by their names in result.json."""
+    """The last line of Train_cifar.py, best (of epoch `best`) and last beside the paper's, and the paper's results by
+    their names in result.json."""
+    setting, paper = recipes.in_paper("Train_cifar.py", vars(args))
     final = records[-1]
     line = f"best {final['best_acc']:.2f} (epoch {best}), mean of the last 10 {final['last10_acc']:.2f}"
     if args.method == "ce":
         line += f"; net 1 alone: best {max(record['test_acc_net1'] for record in records):.2f}"
-    if not row:
-        return line, {}
-    other = recipes.setting_differences(vars(args), recipes.setting(row, args.method))
-    other += [] if official else [f"not the official {args.dataset}"]
-    but = f" (but this run: {', '.join(other)})" if other else ""
-    paper = recipes.paper_results(row, args.method, args.ablation)
-    if args.method == "ce":
-        line += f"; paper's cross-entropy, one net: best {row.ce_best}{but}"
-    elif args.ablation == "none":
-        line += f"; paper: {row.best} / {row.last}{but}"
-    elif paper:
-        line += f"; paper's {recipes.ABLATIONS[args.ablation].paper_name} (Table 5): best {paper['best']}{but}"
+    if paper:
+        whose = f"paper's {recipes.ABLATIONS[args.ablation].paper_name} (Table 5): best {paper['best']}"
+        if args.method == "ce":
+            whose = f"paper's cross-entropy, one net: best {paper['best']}"
+        elif args.ablation == "none":
+            whose = f"paper: {paper['best']} / {paper['last']}"
+        line += "; " + whose + but(args, setting, *([] if official else [f"not the official {args.dataset}"]))
     return line, {f"paper_{name}": value for name, value in paper.items()}
 
 

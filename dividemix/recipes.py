@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dividemix.engine import MixMatch
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -49,6 +51,8 @@ ROWS = (
 CIFAR_SETTING = {"num_epochs": 300, "arch": "preresnet18", "width": 64, "batch_size": 64, "limit_train": None}
 CIFAR_SETTING |= {"recipe": "paper", "lr": 0.02, "lr_drop": 150, "val_fraction": 0.0}
 CIFAR_WEIGHT_DECAY = 5e-4
+# Where a recipe says nothing, the method's defaults hold: a flag that is a new field of MixMatch is compared, too.
+METHOD_SETTING = {name: item.default for name, item in MixMatch.__dataclass_fields__.items() if name != "num_class"}
 
 
 def setting(row: Recipe, method: str = "dividemix") -> dict[str, Any]:
@@ -57,7 +61,7 @@ def setting(row: Recipe, method: str = "dividemix") -> dict[str, Any]:
         return CIFAR_SETTING | {"conf_penalty": "auto"}
     of_row = {name: getattr(row, name) for name in ("lambda_u", "p_threshold", "loss_window")}
     of_row |= {"noise_definition": "with_self"} if row.mode == "sym" else {}
-    return CIFAR_SETTING | {"alpha": 4, "T": 0.5, "conf_penalty": "auto", "warm_up": warm_up(row.dataset)} | of_row
+    return CIFAR_SETTING | METHOD_SETTING | {"conf_penalty": "auto", "warm_up": warm_up(row.dataset)} | of_row
 
 
 def setting_differences(args: Mapping[str, Any], setting: Mapping[str, Any], whose: str = "paper") -> list[str]:
@@ -164,7 +168,8 @@ class ImageRecipe:
     def setting(self) -> dict[str, Any]:
         """All flags that the paper's results were made with; lambda_u, which has no effect here, is none of them.
         (Clothing1M's script has no --val_fraction: its validation set is another one.)"""
-        flags = {"T": 0.5, "val_fraction": 0.0} | self.method | self.images | self.results_with
+        flags = METHOD_SETTING | {"unlabeled_loss": False, "conf_penalty": self.conf_penalty, "val_fraction": 0.0}
+        flags |= self.method | self.images | self.results_with
         return {name: value for name, value in flags.items() if name != "lambda_u"}
 
     def resize_for(self, image_size: int) -> int:

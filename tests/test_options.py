@@ -71,9 +71,11 @@ DEFAULTS = {
 }
 
 
-def resolved(*flags: str) -> tuple[argparse.Namespace, recipes.Recipe | None, list[str]]:
+def resolved(*flags: str) -> tuple[argparse.Namespace, dict[str, float], list[str]]:
+    """-> the flags with their values, the paper's results to compare with, and the lines"""
     args = Train_cifar.parse_args(flags)
-    return args, *options.resolve_recipe(args)
+    lines = options.resolve_recipe(args)
+    return args, recipes.in_paper("Train_cifar.py", vars(args))[1], lines
 
 
 def test_the_recipes_are_the_papers_table():
@@ -129,8 +131,8 @@ def test_noise_that_the_paper_lacks_goes_by_its_wrong_labels(dataset, wrong, nea
     row, exact = recipes.nearest(dataset, "human", None, wrong)
     assert ((row.dataset, row.mode, row.r), exact) == (nearest, False)
     args = Train_cifar.parse_args(["--dataset", dataset, "--noise_mode", "human", "--noise_key", "worse_label"])
-    row, lines = options.resolve_recipe(args, wrong)
-    assert row is None  # nothing of the paper's to compare with
+    lines = options.resolve_recipe(args, wrong)
+    assert recipes.in_paper("Train_cifar.py", vars(args)) == ({}, {})  # nothing of the paper's to compare with
     name = f"{nearest[0]} sym {nearest[2]:.0%}"
     assert (
         f"p_threshold {args.p_threshold:g} (not in the paper; nearest row by {wrong:.1%} wrong labels, Table 7: {name})"
@@ -143,11 +145,11 @@ def test_a_setting_of_the_paper_gets_its_own_values_and_says_so(setting):
     """Else the first command that anybody runs does not reproduce the paper: the authors' own default costs 5 to 10
     points at 20 % and at asym 40 %."""
     dataset, mode, r = setting
-    lambda_u, p_threshold, loss_window, *_ = PAPER[setting]
-    args, row, lines = resolved("--dataset", dataset, "--noise_mode", mode, "--r", str(r))
+    lambda_u, p_threshold, loss_window, best, last, _ = PAPER[setting]
+    args, paper, lines = resolved("--dataset", dataset, "--noise_mode", mode, "--r", str(r))
     assert (args.lambda_u, args.p_threshold, args.loss_window) == (lambda_u, p_threshold, loss_window)
     assert args.warm_up == (30 if dataset == "cifar100" else 10)
-    assert (row.dataset, row.mode, row.r) == setting
+    assert paper == {"best": best, "last": last}
     source = f"(paper, Table 7: {dataset} {mode} {round(100 * r)}%)"
     expected = [f"lambda_u {lambda_u} {source}", f"p_threshold {p_threshold} {source}", f"loss_window {loss_window}"]
     assert all(any(line.startswith(start) for line in lines) for start in expected), lines
@@ -180,8 +182,8 @@ def test_what_is_not_the_papers_setting_is_said_before_300_epochs_are_over():
 def test_other_settings_are_not_called_the_papers():
     """Else a result on digits or at 45 % would pass for one of the paper's settings and be set beside its numbers."""
     for flags in (["--dataset", "digits"], ["--r", "0.45"], ["--noise_mode", "asym", "--r", "0.5"]):
-        _, row, lines = resolved(*flags)
-        assert row is None
+        _, paper, lines = resolved(*flags)
+        assert not paper
         assert not any("(paper, Table 7" in line for line in lines)
         assert sum("not in the paper; nearest row, Table 7: cifar10" in line for line in lines) == 3, lines
     assert "warm_up 10 (as CIFAR-10)" in resolved("--dataset", "digits")[2]
@@ -190,9 +192,9 @@ def test_other_settings_are_not_called_the_papers():
 def test_given_flags_win_and_are_named_as_given():
     """Else a user's own value is overridden, or the log credits the paper with it. 0 is a value, not 'not given'."""
     flags = ["--lambda_u", "0", "--p_threshold", "0.7", "--loss_window", "3", "--warm_up", "0"]
-    args, row, lines = resolved("--r", "0.9", *flags)
+    args, paper, lines = resolved("--r", "0.9", *flags)
     assert (args.lambda_u, args.p_threshold, args.loss_window, args.warm_up) == (0, 0.7, 3, 0)
-    assert row.best == 76.0  # still the paper's row to compare with
+    assert paper["best"] == 76.0  # still the paper's row to compare with
     assert lines[:4] == [
         "lambda_u 0 (given; cifar10 sym 90% has 50)",
         "p_threshold 0.7 (given; cifar10 sym 90% has 0.6)",
@@ -375,7 +377,19 @@ def test_the_papers_number_stands_beside_its_own_setting():
     ):
         args = parser.parse_args(flags)
         assert options.resolve_images(args, recipe)[-1:] == ([f"{DIFFERS}: {other}"] if other else [])
-        assert options.but(args, recipe) == (f" (but this run: {other})" if other else "")
+        assert options.but(args, recipe.setting) == (f" (but this run: {other})" if other else "")
+
+
+def test_a_new_hyper_parameter_is_compared_with_the_papers_setting():
+    """Else a run of a changed method stands beside the paper's number without a word. `views` has no flag yet."""
+    for script, args in (
+        ("Train_cifar.py", {"dataset": "cifar10", "noise_mode": "sym", "r": 0.2}),
+        ("Train_clothing1M.py", {}),
+        ("Train_webvision.py", {}),
+    ):
+        setting, _ = recipes.in_paper(script, args)
+        assert recipes.setting_differences(args | {"views": 3}, setting) == ["--views 3 (paper: 2)"]
+        assert recipes.setting_differences(args | {"views": 2}, setting) == []
 
 
 def test_setting_differences_from_a_setting_are_written_as_flags():

@@ -195,8 +195,8 @@ def test_the_differences_from_the_papers_setting_are_those_of_the_console(tmp_pa
     from dividemix import options
 
     args = Train_cifar.parse_args(["--r", "0.2", "--lambda_u", "25", "--warm_up", "3", "--T", "0.9"])
-    _, console = options.resolve_recipe(args)
-    differences = "--T 0.9 (paper: 0.5), --warm_up 3 (paper: 10), --lambda_u 25 (paper: 0)"
+    console = options.resolve_recipe(args)
+    differences = "--T 0.9 (paper: 0.5), --lambda_u 25 (paper: 0), --warm_up 3 (paper: 10)"
     folder = make_run(tmp_path / "a", **vars(args))
     text = Reader(page_of(folder)).text
     assert differences in console[-1] and f"differs from the paper's setting: {differences}" in text

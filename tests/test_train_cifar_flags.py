@@ -14,7 +14,7 @@ from test_run import assert_equal, last_state
 import dataloader_cifar
 import PreResNet
 import Train_cifar
-from dividemix import DivideMixError, codivide, label_issues, noise, noise_instance, options, recipes
+from dividemix import DivideMixError, codivide, label_issues, noise, noise_instance, options
 from dividemix.checkpoint import load_last
 from dividemix.runfolder import read_run
 from dividemix.runtime import Runtime
@@ -425,7 +425,6 @@ def test_main_returns_the_final_metrics(tmp_path, phases):
 def test_the_papers_number_stands_alone_only_beside_the_papers_setting():
     """A short run of a narrow net beside "94.6" without a word: its user looks for a mistake that is not there."""
     records = [{"best_acc": 94.0, "last10_acc": 93.0}]
-    row = recipes.nearest("cifar10", "sym", 0.5)[0]
     for flags, official, expected in (
         ([], True, "; paper: 94.6 / 94.4"),
         (["--width", "16"], True, "; paper: 94.6 / 94.4 (but this run: --width 16 (paper: 64))"),
@@ -434,7 +433,7 @@ def test_the_papers_number_stands_alone_only_beside_the_papers_setting():
     ):
         args = Train_cifar.parse_args(flags)
         options.resolve_recipe(args)
-        line, paper = options.small_result(args, row, records, 3, official)
+        line, paper = options.small_result(args, records, 3, official)
         assert line == f"best 94.00 (epoch 3), mean of the last 10 93.00{expected}"
         assert paper == {"paper_best": 94.6, "paper_last": 94.4}
 
