@@ -9,10 +9,10 @@ import torch
 from conftest import note_phases, read_records
 from make_image_trees import make_folder
 from PIL import Image
-from test_train_folder import EPOCHS, MODES, starter, tiny
+from test_train_folder import EPOCHS, MODES, starter
 
 import Train_folder
-from dividemix import DivideMixWarning, networks
+from dividemix import networks
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -162,27 +162,3 @@ def test_odd_data_sets(tmp_path, start, recwarn):
     status, _, error = start(make_folder(tmp_path / "two", 2, num_class=2), "--fresh")
     assert status == 1 and "error: no image is left to select the best epoch by" in error  # one of each class
     assert len(read_records(tmp_path / "run")) == EPOCHS  # the first run is as it was
-
-
-def test_an_empty_labeled_set_keeps_the_division_before(tree, tmp_path, monkeypatch):
-    """An epoch on no labeled sample would be no epoch."""
-    seen = []
-    train = Train_folder.train_epoch
-
-    def spy_train(net, peer, optimizer, data, division, **flags):
-        seen.append(division)
-        return train(net, peer, optimizer, data, division, **flags)
-
-    class Choosy(Train_folder.CoDivide):
-        calls = 0
-
-        def __call__(self, losses, truly_clean, random_state, name):
-            self.calls += 1
-            self.threshold = 1.0 if (name, self.calls) == ("net 2", 2) else 0.5
-            return super().__call__(losses, truly_clean, random_state, name)
-
-    monkeypatch.setattr(Train_folder, "train_epoch", spy_train)
-    monkeypatch.setattr(Train_folder, "CoDivide", Choosy)
-    with pytest.warns(DivideMixWarning, match="net 2 finds no sample clean with p > 1: its division before is kept"):
-        Train_folder.main(tiny(tree, tmp_path / "run"))
-    assert seen[2] is seen[0] and seen[3] is not seen[1]

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_co_divided, note_co_division, note_phases, read_records, same
+from conftest import note_phases, read_records, same
 from make_image_trees import make_folder
-from test_train_folder import EPOCHS, MODES, starter, tiny
+from test_train_folder import EPOCHS, MACHINE, MODES, NET, starter, tiny
 
 import Train_folder
 from dividemix import DivideMixWarning, networks
@@ -38,12 +38,10 @@ def test_what_a_phase_is_given(tree, start, monkeypatch, mode):
         assert call["lr"] == pytest.approx(0.02 if i < 6 else 0.002)
         assert (call["momentum"], call["nesterov"], call["weight_decay"]) == (0.9, False, 5e-4)
         assert len(call["data"]) == 22
-        if call["kind"] == "warmup":
-            assert (call["batch_size"], call["conf_penalty"]) == (16, False)
-        else:
-            expected = {"batch_size": 8, "warm_up": 2, "alpha": 4, "T": 0.5, "num_class": 4, "epoch": i // 2}
-            assert call.items() >= expected.items()
-            assert (call["unlabeled_loss"], call["lambda_u"]) == (True, 0)
+        mixmatch = call["mixmatch"]
+        assert (mixmatch.batch_size, mixmatch.num_class, mixmatch.warm_up) == (8, 4, 2)
+        assert (mixmatch.alpha, mixmatch.T, mixmatch.lambda_u) == (4, 0.5, 0)
+        assert mixmatch.unlabeled_loss and not mixmatch.conf_penalty and call["phase"].epoch == i // 2
     assert not same(calls[0]["state"], calls[1]["state"])  # two networks that start differently
 
 
@@ -61,12 +59,14 @@ def test_flags_reach_the_phases(tree, start, monkeypatch):
     """Else somebody tunes for a week what nothing depends on."""
     calls = note_phases(monkeypatch, Train_folder)
     assert start(tree, "--conf_penalty", "on", "--T", "0.7", "--alpha", "2", "--p_threshold", "0.6")[0] == 0
-    assert calls[0]["conf_penalty"] and (calls[-1]["T"], calls[-1]["alpha"]) == (0.7, 2)
+    mixmatch = calls[0]["mixmatch"]
+    assert mixmatch.conf_penalty and (mixmatch.T, mixmatch.alpha) == (0.7, 2) and calls[-1]["mixmatch"] is mixmatch
     assert calls[-1]["division"].threshold == 0.6
     large = ["--image_size", "72", "--batch_size", "4"]  # large images: as WebVision's, unless lambda_u says otherwise
     for flags, expected in (([], (False, 0)), (["--lambda_u", "3"], (True, 3))):
         assert start(tree, *large, *flags, "--fresh", "--num_epochs", "2")[0] == 0
-        assert (calls[-1]["unlabeled_loss"], calls[-1]["lambda_u"]) == expected
+        mixmatch = calls[-1]["mixmatch"]
+        assert (mixmatch.unlabeled_loss, mixmatch.lambda_u) == expected
 
 
 def test_imagenets_weights_come_with_their_normalisation(tree, start, tmp_path, monkeypatch):
@@ -88,27 +88,27 @@ def test_imagenets_weights_come_with_their_normalisation(tree, start, tmp_path, 
         assert call["weight_decay"] == 1e-3
 
 
-def test_networks_swap_divisions_and_the_peer_is_fresh(tree, tmp_path, monkeypatch):
-    """Exchanged divisions make each net confirm its own errors; a stale peer is another method. Also over a restart."""
-    events = note_co_division(monkeypatch, Train_folder)
-    for epochs in ("2", "3"):
-        Train_folder.main(tiny(tree, tmp_path / "run", "--num_epochs", epochs))
-    assert [e["what"] for e in events] == (["score"] * 2 + ["train"] * 2) * 2 + ["score"] * 2
-    for begin in (0, 4):
-        assert_co_divided(*events[begin : begin + 4])
+def test_the_unlabeled_loss_is_recorded_where_there_is_one(tree, tmp_path):
+    """It would be trained by and never seen; or a loss of 0 would look like one that is trained by."""
+    small, large = ["--lambda_u", "5"], ["--image_size", "72", "--batch_size", "4"]
+    for name, flags in (("small", small), ("large", large)):
+        Train_folder.main(tiny(tree, tmp_path / name, *flags, "--num_epochs", "2"))
+    warmup, train = read_records(tmp_path / "small")
+    assert warmup["loss_u"] is None and train["loss_u"] > 0
+    assert not any("loss_u" in record for record in read_records(tmp_path / "large"))
 
 
-def test_plain_cross_entropy(tree, start, tmp_path):
+def test_plain_cross_entropy(tree, tmp_path):
     """The comparison would divide after all, or end without the losses that its labels are ranked by."""
-    status, _, error = start(tree, "--method", "ce")
-    assert status == 0, error
-    records = read_records(tmp_path / "run")
+    flags = ["--method", "ce", "--save_scores", "--num_epochs", str(EPOCHS), "--out_dir", str(tmp_path)]
+    Train_folder.main(["--data_path", str(tree), *NET, *MACHINE, *flags])
+    folder = tmp_path / "folder_images_ce"
+    records = read_records(folder)
     assert [record["phase"] for record in records] == ["ce"] * EPOCHS
-    assert not any("seconds_gmm" in record for record in records)
-    [scores] = (tmp_path / "run/scores").glob("*.npz")
-    assert scores.name == f"epoch_{EPOCHS - 1:03d}.npz"
-    assert set(np.load(scores)) == {f"{name}_net{k}" for name in ("raw_loss", "prediction") for k in (1, 2)}
-    assert Train_folder.folder_for("out", None, "folder", "x", "ce", "", "").name == "folder_x_ce"
+    assert not any("seconds_gmm" in record or "seconds_loss" in record for record in records)
+    assert not (folder / "scores").exists()
+    scores = np.load(folder / "label_scores.npz")
+    assert len(scores["loss_net1"]) == len(scores["loss_net2"]) == 22 and "p_clean_net1" not in scores
 
 
 @pytest.mark.parametrize(
@@ -126,17 +126,17 @@ def test_what_the_best_epoch_is_chosen_on(tmp_path, start, monkeypatch, parts, f
     note_phases(monkeypatch, Train_folder)
     named = [name for name, size in zip(("val", "test"), sizes[1:], strict=True) if size]
     values = {"val": iter([10.0, 30.0, 20.0]), "test": iter([50.0, 40.0, 60.0])}
-    evaluated: list[int] = []
+    evaluated: list[dict[str, int]] = []
 
-    def accuracy(nets, data, **_):
-        name = named[len(evaluated) % len(named)]
-        evaluated.append(len(data))
-        return [next(values[name]), 0.0, 0.0]
+    def accuracy(nets, sets, phase):
+        evaluated.append({name: len(data) for name, data in sets.items()})
+        record = {f"{name}_acc": next(values[name]) for name in sets}
+        return record | {f"{name}_acc_net{k}": 0.0 for name in sets for k in (1, 2)}
 
-    monkeypatch.setattr(Train_folder, "ensemble_accuracy", accuracy)
+    monkeypatch.setattr(Train_folder, "test", accuracy)
     status, out, error = start(make_folder(tmp_path / "data", parts=parts), *flags)
     assert status == 0, error
-    assert evaluated == [size for size in sizes[1:] if size] * EPOCHS
+    assert evaluated == [dict(zip(named, filter(None, sizes[1:]), strict=True))] * EPOCHS
     data = json.loads((tmp_path / "run/args.json").read_text())["data"]
     assert tuple(data.get(name) for name in ("train", "val", "test")) == sizes
     assert f"chosen on {chosen} " in out and ("no test part: " in out) == ("test" not in named)
