@@ -15,10 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import dataloader_cifar
 import PreResNet
 import Train_cifar
-from dividemix import noise
+from dividemix import engine, noise
 from dividemix.codivide import normalise
 from dividemix.data import DeviceImages
-from dividemix.engine import ensemble_accuracy, per_sample_loss
 from dividemix.noise_file import file_name
 
 EPOCHS = 3  # one of warm-up
@@ -121,12 +120,12 @@ def test_checkpoints_are_safe_and_are_the_networks_that_were_tested(done):
     accuracy = [r["test_acc"] for r in done.records]
     assert pointer["epoch"] == EPOCHS - 1 and best["epochs"] == [accuracy.index(max(accuracy))] * 2
     data = done.data
-    test = DeviceImages(data.test_images, data.test_labels, data.mean, data.std, data.flip)
+    images = DeviceImages(data.test_images, data.test_labels, data.mean, data.std, data.flip)
     for state, epoch in ((last, EPOCHS - 1), (best, best["epochs"][0])):
         nets = load_nets(state["nets"], data.num_class)
         record = done.records[epoch]
-        expected = [record[key] for key in ("test_acc", "test_acc_net1", "test_acc_net2")]
-        assert ensemble_accuracy(nets, test) == pytest.approx(expected, abs=0.5 * 100 / len(test))
+        expected = {key: record[key] for key in ("test_acc", "test_acc_net1", "test_acc_net2")}
+        assert engine.test(nets, {"test": images}) == pytest.approx(expected, abs=0.5 * 100 / len(images))
         assert not same(*state["nets"])  # two networks, not one twice
 
 
@@ -169,26 +168,23 @@ def test_figure_events_and_nothing_else(done):
     assert [path.name for path in (done.folder / "scores").iterdir()] == ["epoch_002.npz"]
 
 
-def test_save_scores_keeps_every_epoch_as_of_its_start(tmp_path):
+def test_save_scores_keeps_every_divided_epoch_as_of_its_start(tmp_path, no_figures):
     """Else an analysis of the losses over the epochs has gaps, or is shifted by an epoch against the weights."""
-    final = Train_cifar.main(tiny(tmp_path, "--num_epochs", "3", "--warm_up", "2", "--save_scores"))
+    final = Train_cifar.main(tiny(tmp_path, "--num_epochs", "4", "--warm_up", "2", "--save_scores"))
     folder = Path(final["run_dir"])
-    files = sorted((folder / "scores").iterdir())
-    assert [file.name for file in files] == ["epoch_000.npz", "epoch_001.npz", "epoch_002.npz"]
-    scores = [dict(np.load(file, allow_pickle=False)) for file in files]
-    always = {f"{name}_net{k}" for name in ("raw_loss", "prediction") for k in (1, 2)}
-    division = ("loss", "clean_probability", "means", "variances", "weights", "threshold")
-    assert scores[0].keys() == scores[1].keys() == always
-    assert scores[2].keys() == always | {f"{name}_net{k}" for name in division for k in (1, 2)}
+    assert [file.name for file in sorted((folder / "scores").iterdir())] == ["epoch_002.npz", "epoch_003.npz"]
+    scores = dict(np.load(folder / "scores/epoch_003.npz", allow_pickle=False))
+    names = ("raw_loss", "prediction", "loss", "clean_probability", "means", "variances", "weights", "threshold")
+    assert scores.keys() == {f"{name}_net{k}" for name in names for k in (1, 2)}
 
     data, index = dataloader_cifar.load("digits", ""), np.load(folder / "labels.npz")["index"]
     given = np.load(folder / "labels.npz")["given"]
     train = DeviceImages(data.train_images[index], given, data.mean, data.std, data.flip)
-    weights = torch.load(folder / "epoch-001.pt", weights_only=True)["nets"]
-    for k, net in enumerate(load_nets(weights, 10), start=1):  # after epoch 1, which is the start of epoch 2
-        scored = per_sample_loss(net, train)
-        np.testing.assert_allclose(scores[2][f"raw_loss_net{k}"], scored.loss.numpy(), rtol=1e-3, atol=1e-4)
-        assert (scores[2][f"prediction_net{k}"] == scored.prediction.numpy()).mean() > 0.95
-        np.testing.assert_allclose(scores[2][f"loss_net{k}"], normalise(scored.loss.numpy()), rtol=1e-2, atol=1e-3)
-        labeled = scores[2][f"clean_probability_net{k}"] > scores[2][f"threshold_net{k}"]
+    weights = torch.load(folder / "epoch-002.pt", weights_only=True)["nets"]
+    for k, net in enumerate(load_nets(weights, 10), start=1):  # after epoch 2, which is the start of epoch 3
+        scored = engine.per_sample_loss(net, train)
+        np.testing.assert_allclose(scores[f"raw_loss_net{k}"], scored.loss.numpy(), rtol=1e-3, atol=1e-4)
+        assert (scores[f"prediction_net{k}"] == scored.prediction.numpy()).mean() > 0.95
+        np.testing.assert_allclose(scores[f"loss_net{k}"], normalise(scored.loss.numpy()), rtol=1e-2, atol=1e-3)
+        labeled = scores[f"clean_probability_net{k}"] > scores[f"threshold_net{k}"]
         assert labeled.sum() == final[f"labeled_net{k}"]
