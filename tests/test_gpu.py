@@ -2,20 +2,20 @@
 and a run continues exactly."""
 
 import copy
-import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, golden_weights, half
+from conftest import ROOT, golden_weights, half, placed, read_records
 from make_data import colour_digits
 from make_image_trees import make_clothing1M, make_folder, make_webvision
-from test_engine import golden_step, train_arguments
+from test_engine import golden_step
+from test_graph import SETTINGS, state, train
 from test_graph import start as start_nets
-from test_graph import state, train
 from test_run import assert_equal, last_state
 from test_run import train as train_script
 from test_runtime import gradients
@@ -26,8 +26,9 @@ import Train_folder
 import Train_webvision
 from dividemix import DivideMixError, DivideMixWarning, engine, graph, runtime
 from dividemix.data import DeviceImages
+from dividemix.engine import MixMatch, Phase
 from dividemix.images import Views
-from dividemix.runtime import Runtime, start
+from dividemix.runtime import PLAIN, Runtime, start
 from dividemix.saving import to_host
 from dividemix.stream import Pipeline
 from PreResNet import ResNet18
@@ -61,7 +62,7 @@ def digits() -> DeviceImages:
     """167 digits on the card, 94 of them labeled by `train`: batches of 4 make 22 full steps, one where the unlabeled
     set ends, and one of two images."""
     images, labels = colour_digits(167)
-    return DeviceImages(images[:, ::2, ::2].copy(), labels, (0.5,) * 3, (0.25,) * 3, flip=True, device="cuda")
+    return DeviceImages(images[:, ::2, ::2].copy(), labels, (0.5,) * 3, (0.25,) * 3, flip=True, runtime=card())
 
 
 def card(**how) -> Runtime:
@@ -113,7 +114,7 @@ def test_no_host_sync_in_a_step(tiny_images, merge):
     machine = card(precision="bf16", merge=merge)
     net, peer = (machine.prepare(golden_weights(ResNet18(3, width=8), seed)) for seed in (2, 3))
     optimizer = machine.optimizer(net, 0.02, 5e-4)
-    data = on_card(tiny_images, machine.device)
+    data = placed(machine, tiny_images)
     batch = next(iter(data.mixmatch_batches(half(24), 4, np.random.default_rng(0))))
     lam, index = torch.tensor(0.7, device=machine.device), torch.randperm(16).to(machine.device)
     arguments = {"lam": lam, "index": index, "T": 0.5, "lambda_u": lam, "num_class": 3, "forward": machine.forward}
@@ -131,14 +132,11 @@ def test_no_host_sync_in_a_step(tiny_images, merge):
 def test_an_epoch_on_the_card_draws_what_the_cpu_draws(tiny_images, machine):
     """Draws that depend on the device would make a result of one machine impossible to check on another."""
     losses = []
-    for where, data in (
-        (start("cpu", precision="fp32"), tiny_images),
-        (machine, on_card(tiny_images, machine.device)),
-    ):
+    mixmatch = MixMatch(3, batch_size=4, lambda_u=8.0, warm_up=1)
+    for where in (start("cpu", precision="fp32"), machine):
         net, peer = (where.prepare(golden_weights(ResNet18(3, width=8), seed)) for seed in (2, 3))
-        optimizer = where.optimizer(net, 1e-3, 5e-4)
-        terms = engine.train_epoch(net, peer, optimizer, data, half(24), machine=where, **train_arguments())
-        losses.append(terms)
+        optimizer, data = where.optimizer(net, 1e-3, 5e-4), placed(where, tiny_images)
+        losses.append(engine.train_epoch(net, peer, optimizer, data, half(24), mixmatch, Phase(epoch=3)))
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
@@ -151,8 +149,9 @@ def test_graph_equals_eager_step_by_step(exact, digits, merge):
     momentum bit for bit. Whatever froze in the graph would show."""
     eager, replayed = card(merge=merge), card(merge=merge, graph=True)
     runs = [start_nets(eager), start_nets(replayed)]
+    sets = [placed(machine, digits) for machine in (eager, replayed)]
     for epoch in range(2):
-        terms = [train(one, digits, [epoch], *run) for one, run in zip((eager, replayed), runs, strict=True)]
+        terms = [train(data, [epoch], *run) for data, run in zip(sets, runs, strict=True)]
         assert terms[0] == terms[1]
         assert_equal(state(*runs[0]), state(*runs[1]))
     assert len(replayed.steps) == 4
@@ -165,10 +164,10 @@ def test_graphs_of_ablations_equal_eager_steps(exact, digits):
     runs = []
     for machine in (card(merge=True), card(merge=True, graph=True)):
         nets, optimizers = start_nets(machine)
-        how, terms = train_arguments(num_class=10, machine=machine, batch_size=8), []
-        for peer, refine, M in ((nets[1], True, 2), (None, True, 2), (nets[1], False, 2), (nets[1], True, 1)):
-            how |= {"rng": np.random.default_rng(0), "refine": refine, "M": M}
-            terms.append(engine.train_epoch(nets[0], peer, optimizers[0], digits, half(167), **how))
+        (net, other), data, terms = nets, placed(machine, digits), []
+        for peer, refine, views in ((other, True, 2), (net, True, 2), (other, False, 2), (other, True, 1)):
+            mixmatch = replace(SETTINGS, batch_size=8, refine=refine, views=views)
+            terms.append(engine.train_epoch(net, peer, optimizers[0], data, half(167), mixmatch, Phase(epoch=3)))
         runs.append((terms, state(nets, optimizers)))
     assert len(machine.steps) == 4 and all(isinstance(step, graph.CapturedStep) for step in machine.steps.values())
     assert runs[0][0] == runs[1][0]
@@ -178,7 +177,7 @@ def test_graphs_of_ablations_equal_eager_steps(exact, digits):
 def test_bf16_graph_and_compiled_step_stay_near_eager_fp32(digits):
     """The run as users start it: compiled, captured, bf16. After an epoch its losses are those of the reference."""
     fast = card(precision="bf16", merge=True, compile=True, graph=True)
-    terms = [train(one, digits, range(1), *start_nets(one)) for one in (card(), fast)]
+    terms = [train(placed(one, digits), range(1), *start_nets(one)) for one in (card(), fast)]
     assert fast.compile and fast.graph
     for reference, ours in zip(*terms, strict=True):
         assert ours.loss == pytest.approx(reference.loss, rel=0.15)
@@ -186,9 +185,9 @@ def test_bf16_graph_and_compiled_step_stay_near_eager_fp32(digits):
 
 def test_compiled_evaluation_equals_eager(digits):
     """A loss that a compiled kernel computes otherwise divides other samples."""
-    eager, compiled = card(), card(compile=True)
+    eager, compiled = (card(compile=on, eval_batch_size=80) for on in (False, True))
     nets, _ = start_nets(eager)
-    scores = [engine.per_sample_loss(nets[0], digits, batch_size=80, machine=one).loss for one in (eager, compiled)]
+    scores = [engine.per_sample_loss(nets[0], placed(one, digits)).loss for one in (eager, compiled)]
     torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-5)
 
 
@@ -227,16 +226,17 @@ def test_resumed_capture(exact, digits):
     """A run that is continued captures anew: it must go on as if it had never stopped."""
     straight = card(graph=True)
     nets, optimizers = start_nets(straight)
-    train(straight, digits, [0], nets, optimizers)
+    data = placed(straight, digits)
+    train(data, [0], nets, optimizers)
     kept = copy.deepcopy(state(nets, optimizers))
-    train(straight, digits, [1], nets, optimizers)
+    train(data, [1], nets, optimizers)
     resumed = card(graph=True)
     others, their_optimizers = start_nets(resumed)
     for net, saved in zip(others, kept[:2], strict=True):
         net.load_state_dict(saved)
     for optimizer, saved in zip(their_optimizers, kept[2:], strict=True):
         runtime.load_optimizer(optimizer, saved)
-    train(resumed, digits, [1], others, their_optimizers)
+    train(placed(resumed, digits), [1], others, their_optimizers)
     assert_equal(state(nets, optimizers), state(others, their_optimizers))
 
 
@@ -244,11 +244,12 @@ def test_a_non_finite_loss_stops_replayed_updates_too(digits):
     """The flag must be read by the captured optimiser, or a graph trains on NaN to the end of the epoch."""
     machine = card(graph=True)
     nets, optimizers = start_nets(machine)
-    train(machine, digits, [0], nets, optimizers)
-    digits.mean.fill_(torch.nan)
+    data = placed(machine, digits)
+    train(data, [0], nets, optimizers)
+    data.mean.fill_(torch.nan)
     before = [tensor.detach().clone() for tensor in (*nets[0].parameters(), *momentum(optimizers[0]))]
     with pytest.raises(DivideMixError, match="batch 1 of"):
-        train(machine, digits, [1], nets, optimizers)
+        train(data, [1], nets, optimizers)
     for tensor, old in zip((*nets[0].parameters(), *momentum(optimizers[0])), before, strict=True):
         assert torch.equal(tensor, old)
 
@@ -256,18 +257,18 @@ def test_a_non_finite_loss_stops_replayed_updates_too(digits):
 def test_a_failed_capture_leaves_an_eager_run(digits):
     """What cannot be captured must cost speed, not the run: the next steps are eager, on the usual stream."""
     machine = card(graph=True)
-    nets, optimizers = start_nets(machine)
+    (nets, optimizers), data = start_nets(machine), placed(machine, digits)
     hook = nets[0].register_forward_hook(lambda _, inputs, logits: logits.sum().item() and None)  # a sync
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DivideMixWarning)
-        terms = train(machine, digits, [0], nets, optimizers)
+        terms = train(data, [0], nets, optimizers)
     hook.remove()
     assert not machine.graph and torch.cuda.current_stream() == torch.cuda.default_stream()
     eager = card()
     others = start_nets(eager)
-    expected = train(eager, digits, [0], *others)
+    expected = train(placed(eager, digits), [0], *others)
     assert np.allclose(terms, expected, rtol=1e-2)
-    assert not engine.per_sample_loss(nets[0], digits, machine=machine).loss.isnan().any()
+    assert not engine.per_sample_loss(nets[0], data).loss.isnan().any()
 
 
 def momentum(optimizer):
@@ -303,16 +304,16 @@ def photos(tmp_path_factory):
     return dataloader_webvision.load(make_webvision(tmp_path_factory.mktemp("photos"), n_train=56, num_class=10), 10)
 
 
-def streams(data, device, **options) -> Pipeline:
-    return Pipeline({"train": data.train}, Views(40, 32), data.mean, data.std, device, workers=1, **options)
+def streams(data, machine: Runtime, **options) -> Pipeline:
+    return Pipeline({"train": data.train}, Views(40, 32), data.mean, data.std, machine, workers=1, **options)
 
 
 @pytest.mark.parametrize("keep", ["host", "device", "no"])
 def test_streamed_batches_are_those_of_a_cpu(photos, keep):
     """Pinned memory that is used again before its copy has ended, or a crop that is cut otherwise on the card."""
     found, expected = [], []
-    for device, where, into in (("cpu", "no", expected), ("cuda", keep, found)):
-        with streams(photos, device, keep=where) as pipeline:
+    for machine, where, into in ((PLAIN, "no", expected), (card(), keep, found)):
+        with streams(photos, machine, keep=where) as pipeline:
             data = pipeline.images("train", keep=True)
             for _ in range(3):
                 passes = data.eval_batches(20), data.mixmatch_batches(half(56, 40), 8, np.random.default_rng(0))
@@ -329,10 +330,10 @@ def test_a_captured_step_takes_streamed_batches(photos, exact, keep):
     for how in ("eager", "graph"):
         machine = card(graph=how == "graph")
         nets, optimizers = start_nets(machine)
-        with streams(photos, "cuda", keep=keep) as pipeline:
+        with streams(photos, machine, keep=keep) as pipeline:
             for epoch in range(2):
                 data = pipeline.images("train", np.arange(epoch, 54 + epoch), keep=True)
-                terms = train(machine, data, [epoch], nets, optimizers)
+                terms = train(data, [epoch], nets, optimizers)
         results[how] = state(nets, optimizers)
         assert np.isfinite(terms).all()
     assert len(machine.steps) == 4  # each net's two steps, captured once
@@ -374,13 +375,18 @@ def test_own_images_as_users_start_them(tmp_path, arch, mode, capsys):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
 def test_two_cards_train_together(tmp_path):
     """NCCL: from one start, two cards make the first division of one."""
-    flags = ["--dataset", "digits", "--width", "16", "--warm_up", "1", "--num_epochs", "2", "--precision", "fp32"]
+    flags = ["--data_path", str(make_folder(tmp_path / "data")), "--data_mode", "stream", "--arch", "preresnet18"]
+    flags += ["--weights", "none", "--image_size", "32", "--batch_size", "8", "--warm_up", "0", "--num_epochs", "2"]
+    flags += ["--precision", "fp32", "--save_scores"]
     for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc_per_node=2"])):
-        command = [sys.executable, *launcher, str(ROOT / "Train_cifar.py"), *flags, "--run_dir", str(tmp_path / name)]
+        command = [sys.executable, *launcher, str(ROOT / "Train_folder.py"), *flags, "--run_dir", str(tmp_path / name)]
         subprocess.run(command, check=True, timeout=600)
-    records = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
-    assert len(records[0]) == len(records[1]) == 2
-    assert json.loads(records[1][1])["test_acc"] > 0
+    records = [read_records(tmp_path / name) for name in ("one", "two")]
+    assert len(records[0]) == len(records[1]) == 2 and np.isfinite(records[1][1]["loss_x"])
+    scores = [np.load(tmp_path / name / "scores" / "epoch_000.npz") for name in ("one", "two")]
+    for k in (1, 2):  # before anything is trained
+        a, b = (each[f"clean_probability_net{k}"] for each in scores)
+        np.testing.assert_allclose(a, b, atol=1e-3)
 
 
 def on_card(images: DeviceImages, device: torch.device) -> DeviceImages:
