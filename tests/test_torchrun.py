@@ -347,7 +347,7 @@ def test_clothing1m_and_webvision_score_and_go_on_as_one_process_does(tmp_path):
     """Images that workers read, samples of each network's own: from one checkpoint each rank must get the losses,
     divisions and accuracies that the run itself logged, to the bit, and training must go on."""
     common = ["--device", "cpu", "--precision", "fp32", "--arch", "preresnet18", "--width", "4", "--weights", "none"]
-    common += ["--image_size", "16", "--batch_size", "4", "--lr", "0.01"]
+    common += ["--image_size", "16", "--batch_size", "4", "--lr", "0.01", "--eval_batch_size", "7"]
     clothing1m = ["--data_path", str(make_clothing1M(tmp_path / "c", n_val=25, n_test=25)), "--num_batches", "5"]
     clothing1m += [*common, "--workers", "1", "--save_scores", "--run_dir", str(tmp_path / "clothing1m")]
     webvision = ["--data_path", str(make_webvision(tmp_path / "w", n_train=41, n_val=23)), "--num_class", "10"]

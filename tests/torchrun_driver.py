@@ -144,7 +144,7 @@ def clothing1m_scores(machine: runtime.Runtime, argv: list[str]) -> dict:
     side = args.image_size
     kind = Views(paper.resize_for(side), side, "crop")
     lists = {"train": data.train, "val": data.val}
-    machine.eval_batch_size = 3
+    machine.eval_batch_size = args.eval_batch_size
     with Pipeline(lists, kind, data.mean, data.std, machine, workers=1) as pipeline:
         state, nets = checkpoint(machine, args)
         result = {"val": engine.test(nets, {"val": pipeline.images("val")})}
@@ -170,7 +170,7 @@ def webvision_scores(machine: runtime.Runtime, argv: list[str]) -> dict:
     side = args.image_size
     kind = Views(paper.resize_for(side), side, "resized_crop")
     lists = {"train": data.train, "val": data.val, "imagenet": data.imagenet}
-    machine.eval_batch_size = 7
+    machine.eval_batch_size = args.eval_batch_size
     with Pipeline(lists, kind, data.mean, data.std, machine, workers=0) as pipeline:
         state, nets = checkpoint(machine, args)
         sets = {"test": pipeline.images("val"), "imagenet": pipeline.images("imagenet")}
