@@ -40,23 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_method(parser, **from_data, source="from the data")
     from_data = dict.fromkeys(("arch", "weights", "image_size", "num_class", "data_path"))
     options.add_images(parser, **from_data, keep_images=True, cache_dir=True)
-    group = parser.add_argument_group("own images")
-    group.add_argument("--labels", metavar="FILE.csv", help="training labels, instead of those in --data_path")
-    group.add_argument(
-        "--val_fraction",
-        type=options.part,
-        help="part of the training images held out, with their labels, to select the best epoch (default: 0.1 where "
-        "there is no validation and no test part, else 0)",
-    )
-    group.add_argument("--no_flip", action="store_true", help="never mirror images: for digits, text, left and right")
-    group.add_argument(
-        "--data_mode",
-        choices=["auto", "device", "stream"],
-        default="auto",
-        help="images as pixels on the device, cropped after padding; or read by workers; auto: by size",
-    )
-    options.add_baseline(group)
-    group.add_argument("--conf_penalty", choices=["on", "off"], default="off", help="confidence penalty in warm-up")
+    options.add_own_images(parser)
     options.add_run(parser, val_fraction=False, eval_batch_size=None)
     return parser.parse_args(argv)
 
@@ -66,9 +50,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     if args.check_data:
         lists, problems, lines = dataloader_folder.find(args.data_path, args.labels)
-        check_data.run_check(
-            (lists, problems), full=args.check_data == "full", skip=bool(args.skip_bad_images), about=lines
-        )
+        depth = {"full": args.check_data == "full", "skip": bool(args.skip_bad_images)}
+        check_data.run_check((lists, problems), about=lines, **depth)
         return {}
     data = dataloader_folder.load(args.data_path, args.labels)
     look = dataloader_folder.survey(data.train)

@@ -277,6 +277,27 @@ def add_images(
         group.add_argument("--cache_dir", help="folder for resized images, so that each is decoded once")
 
 
+def add_own_images(parser: Parser) -> None:
+    """What Train_folder.py has beside the flags for images."""
+    group = parser.add_argument_group("own images")
+    group.add_argument("--labels", metavar="FILE.csv", help="training labels, instead of those in --data_path")
+    group.add_argument(
+        "--val_fraction",
+        type=part,
+        help="part of the training images held out, with their labels, to select the best epoch (default: 0.1 where "
+        "there is no validation and no test part, else 0)",
+    )
+    group.add_argument("--no_flip", action="store_true", help="never mirror images: for digits, text, left and right")
+    group.add_argument(
+        "--data_mode",
+        choices=["auto", "device", "stream"],
+        default="auto",
+        help="images as pixels on the device, cropped after padding; or read by workers; auto: by size",
+    )
+    add_baseline(group)
+    group.add_argument("--conf_penalty", choices=["on", "off"], default="off", help="confidence penalty in warm-up")
+
+
 def add_run(
     parser: Parser,
     *,
