@@ -13,12 +13,12 @@ import pytest
 import torch
 from conftest import ROOT, run_script, tiny
 from make_data import make_cifar10, make_cifar100, make_fashionmnist
+from test_run import args_of
 
 import dataloader_cifar
 import PreResNet
 import Train_cifar
 from dividemix import DivideMixError, noise, options, report, runtime
-from dividemix.checkpoint import load_last
 from dividemix.run import Run
 
 
@@ -204,7 +204,7 @@ def test_a_checkpoint_to_start_from_that_is_missing_or_none(refuse, tmp_path):
     (tmp_path / "text.pt").write_text("no checkpoint")
     assert "checkpoint text.pt: not a loadable checkpoint" in refuse("--init_from", "text.pt")[1]
     torch.save({"model": 1}, tmp_path / "other.pt")
-    assert "does not hold two networks" in refuse("--init_from", "other.pt")[1]
+    assert "--init_from other.pt: expected a checkpoint with 2 networks" in refuse("--init_from", "other.pt")[1]
     torch.save({"nets": [print, print]}, tmp_path / "code.pt")
     assert "checkpoint code.pt: not a loadable checkpoint" in refuse("--init_from", "code.pt")[1]
 
@@ -214,9 +214,9 @@ def test_a_checkpoint_of_another_network(refuse, tmp_path):
     state = PreResNet.ResNet18(10, 8).state_dict()
     torch.save({"nets": [state, state]}, tmp_path / "wide.pt")
     status, line = refuse("--init_from", "wide.pt")  # the run's width is 4
-    assert status == 1 and "wide.pt does not fit this network" in line and "--width" in line
+    assert status == 1 and "wide.pt does not fit these networks" in line and "--width" in line
     torch.save({"nets": [state, 3]}, tmp_path / "odd.pt")
-    assert "odd.pt does not fit this network" in refuse("--init_from", "odd.pt", "--width", "8")[1]
+    assert "odd.pt does not fit these networks" in refuse("--init_from", "odd.pt", "--width", "8")[1]
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
@@ -265,7 +265,7 @@ def test_a_run_stopped_before_its_first_checkpoint_does_not_hold_its_labels(begu
 def test_a_folder_that_another_process_trains_in(begun, tmp_path, fresh):
     """Else two processes write one run's checkpoints in turn; --fresh would move the folder away under the other one,
     which then goes on writing into the new run."""
-    with Run(begun, load_last(begun)["config"]), pytest.raises(DivideMixError, match="another process is training"):
+    with Run(begun, args_of(begun)), pytest.raises(DivideMixError, match="another process is training"):
         Train_cifar.main(tiny(tmp_path / "runs", *fresh))
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [begun.name]
     assert len((begun / "metrics.jsonl").read_text().splitlines()) == 1
