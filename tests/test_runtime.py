@@ -371,6 +371,15 @@ def test_convolutions_are_channels_last():
     assert net.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_narrow_networks_are_contiguous_on_a_cpu(monkeypatch):
+    """Else its vector units are half empty, and below 8 channels torch writes out of bounds in the backward pass."""
+    layouts = [runtime.start("cpu", width=width).memory_format for width in (4, 15, 16)]
+    assert layouts == [torch.contiguous_format, torch.contiguous_format, torch.channels_last]
+    assert runtime.PLAIN.memory_format == torch.contiguous_format
+    card_that_computes(monkeypatch)
+    assert runtime.start("cuda", width=4).memory_format == torch.channels_last
+
+
 def test_momentum_takes_the_layout_and_the_kernel_of_this_machine():
     """A checkpoint from a machine with another memory format or device: SGD would scramble its momentum."""
     torch.manual_seed(0)
