@@ -1,6 +1,7 @@
 """--ablation in whole runs: who trains on what, the logs, restarts, and what a run of one network leaves behind."""
 
 import contextlib
+import html
 import io
 import json
 import re
@@ -276,7 +277,7 @@ def test_the_report_of_one_network(done, tmp_path):
     """Else the page has an empty second network, or does not come."""
     run = done["no_cotraining"].folder
     report.main([str(run), "--out", str(tmp_path / "report")])
-    page = " ".join((tmp_path / "report" / "report.html").read_text().split())
+    page = " ".join(html.unescape((tmp_path / "report" / "report.html").read_text()).split())
     assert "net 2" not in page and "net 1/2" not in page and "two networks" not in page
     assert "their quality, the network's clean probability" in page
     assert "AUC, net 1" in page and "net 1, epoch 2" in page
