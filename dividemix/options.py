@@ -490,8 +490,10 @@ def resolve_blind(args: argparse.Namespace) -> list[str]:
     ]
 
 
-def mixmatch(args: argparse.Namespace, **settings: Any) -> MixMatch:
-    """The method's settings: those flags that are fields of `MixMatch`, and `settings`, which win."""
+def mixmatch(args: argparse.Namespace, *, conf_penalty: bool, **settings: Any) -> MixMatch:
+    """The method's settings: those flags that are fields of `MixMatch`, and `settings`, which win. The flag of
+    conf_penalty is a word."""
+    settings["conf_penalty"] = conf_penalty
     fields = {field.name for field in dataclasses.fields(MixMatch)}
     return MixMatch(**{name: value for name, value in vars(args).items() if name in fields} | settings)
 

@@ -217,16 +217,16 @@ def test_every_flag_that_is_a_field_of_mixmatch_is_in_it(name, value):
     """Else a flag is accepted, saved and reported, and has no effect."""
     args = Train_cifar.parse_args(["--num_class", "10", f"--{name}", str(value)])
     options.resolve_recipe(args)
-    mixmatch = options.mixmatch(args, views=1)
+    mixmatch = options.mixmatch(args, conf_penalty=False, views=1)
     assert (getattr(mixmatch, name), mixmatch.views) == (value, 1)
-    assert getattr(options.mixmatch(args, **{name: 2}), name) == 2  # what a script says wins
+    assert getattr(options.mixmatch(args, conf_penalty=False, **{name: 2}), name) == 2  # what a script says wins
 
 
 def test_a_new_hyper_parameter_reaches_the_engine(monkeypatch):
     """Else a fourth place has to be changed for it, which nobody is told of."""
     more = dataclasses.make_dataclass("More", [("new", float, 1.0)], bases=(MixMatch,), frozen=True)
     monkeypatch.setattr(options, "MixMatch", more)
-    assert options.mixmatch(argparse.Namespace(num_class=10, new=3.0, seed=1)) == more(10, new=3.0)
+    assert options.mixmatch(argparse.Namespace(num_class=10, new=3.0, seed=1), conf_penalty=False) == more(10, new=3.0)
 
 
 def test_the_authors_long_name_of_the_learning_rate_works():
