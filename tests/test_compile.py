@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def phases(machine: Runtime, data, epochs: int = 2):
     """Both nets through all phases. -> their states and the terms."""
     torch.manual_seed(0)
-    nets = [machine.prepare(ResNet18(3, width=4)) for _ in range(2)]
+    nets = [machine.prepare(ResNet18(3, width=8)) for _ in range(2)]  # 8: Inductor takes channels_last
     optimizers, data = [machine.optimizer(net, 0.02, 5e-4) for net in nets], placed(machine, data)
     terms = []
     for epoch in range(epochs):
