@@ -160,10 +160,13 @@ def load_last(folder: Path) -> dict[str, Any]:
     DivideMixError where there are checkpoints but none that loads.
     """
     pointer = folder / "last.json"
+    # The first epoch's file alone: the machine died before last.json was there.
+    if not pointer.exists() and any(folder.glob("epoch-[0-9]*[1-9]*.pt")):
+        raise DivideMixError(f"{pointer} is missing: put it back, or --fresh moves the folder aside and starts anew")
     try:
         last = json.loads(read_file(pointer)) if pointer.exists() else {}
         entries = [entry for entry in (last, last.get("previous")) if entry]
-        named = [(folder / Path(entry["file"]).name, entry["sha256"]) for entry in entries]
+        named = [(folder / Path(entry["file"]).name, entry["sha256"]) for entry in entries if entry["epoch"] >= 0]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DivideMixError(f"{pointer} is damaged: --fresh moves the folder aside and starts anew") from error
     for path, sha256 in named:

@@ -155,6 +155,15 @@ NO_POINTERS = ["", "{", "[]", "3", '{"file": 3}', '{"file": "a"}', "[" * 10**5]
 NO_POINTERS += ['{"file": "a", "sha256": 0, "previous": 3}']
 
 
+def test_a_lost_pointer_is_no_new_start(copy):
+    """The run would begin again over its own checkpoints, and delete them with its first epoch."""
+    before = sorted(path.name for path in copy.iterdir())
+    (copy / "last.json").unlink()
+    with pytest.raises(DivideMixError, match=r"last[.]json is missing"):
+        train(copy, 3)
+    assert sorted([*(path.name for path in copy.iterdir()), "last.json"]) == sorted({*before, ".lock"})
+
+
 @pytest.mark.parametrize("content", NO_POINTERS)
 def test_a_damaged_pointer_is_one_line(copy, content):
     """last.json is the smallest file and the first to be damaged by hand: a stack trace, or a new start over what
