@@ -327,11 +327,10 @@ def dropped(seed: int = 1) -> dict[str, torch.Tensor]:
 
     net, peer = (seeded(5, k, build) for k in range(2))
     optimizer = machine.optimizer(net, 0.01, 5e-4)
-    flags = {"batch_size": 4, "machine": machine}
-    engine.warmup_epoch(net, optimizer, data, rng=draws(seed, "warmup"), **flags)
-    more = {"epoch": 1, "warm_up": 1, "alpha": 4, "T": 0.5, "lambda_u": 1, "num_class": 3}
-    engine.train_epoch(net, peer, optimizer, data, half(12), rng=draws(seed, "train"), **more, **flags)
-    return {key: value.clone() for key, value in net.state_dict().items()}
+    settings = engine.MixMatch(num_class=3, batch_size=2, lambda_u=1, warm_up=1)
+    engine.warmup_epoch(net, optimizer, data, settings, engine.Phase(1, draws(seed, "warmup")))
+    engine.train_epoch(net, peer, optimizer, data, half(12), settings, engine.Phase(1, draws(seed, "train")))
+    return net.state_dict()
 
 
 def test_dropout_follows_from_the_phase_s_generator():
