@@ -91,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                         sample = draw(pipeline, 2 * size, run.phase("warmup sample", k))
                         losses.append(warmup_epoch(net, optimizers[k], sample, mixmatch, run.phase("warmup", k)))
                     else:
-                        phase, sample = run.phase("train", k), samples[1 - k]
-                        losses.append(train_epoch(net, peer, optimizers[k], sample, division, mixmatch, phase))
+                        phase = run.phase("train", k)  # no name for the sample: it would outlive the epoch
+                        losses.append(train_epoch(net, peer, optimizers[k], samples[1 - k], division, mixmatch, phase))
 
                 index = [sample and split.index[sample.index] for sample in samples]
                 run.end_epoch(lr, divisions, losses, test(nets, val, run.phase), index)

@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             preparation = Preparation(tuple(mean), tuple(std), views.crop, views.resize)
             model = deploy.describe(*shape, data.class_names, preparation)
             lines = describe(args, data, split, tests, mean, std)
-            lines = [*data.lines, str(look), *lines, *chosen, *pipeline.said()]
+            lines = [*data.lines, str(look), *lines, *chosen]
+            lines += pipeline.said() if args.data_mode == "device" else []  # else not all images have been read yet
             run.start(argv, nets, optimizers, mixtures, mixmatch, data=about, model=model, lines=lines)
 
             for epoch in run.epochs(args.num_epochs):

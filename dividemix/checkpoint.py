@@ -115,7 +115,7 @@ class HashingFile:
         return len(data)
 
     def flush(self) -> None:
-        """By `atomic_file`."""
+        """Called by torch; `atomic_file` does it."""
 
 
 def write_state(path: Path, state: dict[str, Any]) -> str:
@@ -160,12 +160,16 @@ def load_last(folder: Path) -> dict[str, Any]:
     DivideMixError where there are checkpoints but none that loads.
     """
     pointer = folder / "last.json"
-    # The first epoch's file alone: the machine died before last.json was there.
-    if not pointer.exists() and any(folder.glob("epoch-[0-9]*[1-9]*.pt")):
-        raise DivideMixError(f"{pointer} is missing: put it back, or --fresh moves the folder aside and starts anew")
+    if not pointer.exists():
+        # The first epoch's file alone: the machine died before last.json was there.
+        if any(re.fullmatch(r"epoch-0*[1-9]\d*\.pt", path.name) for path in folder.glob("epoch-*.pt")):
+            raise DivideMixError(
+                f"{pointer} is missing: put it back, or --fresh moves the folder aside and starts anew"
+            )
+        return {}
     try:
-        last = json.loads(read_file(pointer)) if pointer.exists() else {}
-        entries = [entry for entry in (last, last.get("previous")) if entry]
+        last = json.loads(read_file(pointer))
+        entries = [last, *([last["previous"]] if last["previous"] else [])]
         named = [(folder / Path(entry["file"]).name, entry["sha256"]) for entry in entries if entry["epoch"] >= 0]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DivideMixError(f"{pointer} is damaged: --fresh moves the folder aside and starts anew") from error
@@ -180,9 +184,7 @@ def load_last(folder: Path) -> dict[str, Any]:
             return state
         except (OSError, ValueError, DivideMixError) as error:  # ValueError: a name with a null byte
             warn(f"checkpoint {path} is passed over: {error}")
-    if named:
-        raise DivideMixError(f"no checkpoint in {folder} can be read: --fresh moves the folder aside and starts anew")
-    return {}
+    raise DivideMixError(f"no checkpoint in {folder} can be read: --fresh moves the folder aside and starts anew")
 
 
 def from_bytes(content: bytes) -> dict[str, Any]:

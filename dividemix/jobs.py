@@ -1,5 +1,6 @@
 """Runs as jobs: processes on this machine, or jobs of SLURM through submitit. One loop keeps every slot busy."""
 
+import contextlib
 import ctypes
 import os
 import shlex
@@ -74,7 +75,9 @@ class Job:
         from submitit.helpers import DelayedSubmission
 
         self.cancel()
-        self.result()
+        for process in self.processes:
+            with contextlib.suppress(ChildProcessError):  # `result`, which this interrupts, holds the lock of `wait`
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(Job(self.commands, self.logs, self.env, self.in_queue))
 
 
@@ -86,10 +89,10 @@ def launch(
     can be started; whatever is raised, Ctrl-C too, the jobs that run are told to end and waited for."""
     waiting = deque(runs[i : i + size] for i in range(0, len(runs), size))
     free, running, failed = list(slots), [], []
-    pause = PAUSE_QUEUE if executor else PAUSE
+    pause, retry = PAUSE_QUEUE if executor else PAUSE, 0.0
     try:
         while waiting or running:
-            while waiting and free:
+            while waiting and free and time.monotonic() >= retry:
                 batch, slot = waiting[0], free.pop(0)
                 paths = [logs.absolute() / f"{run.name}.log" for run in batch]
                 job = Job([run.command for run in batch], paths, slot, executor is not None)
@@ -99,7 +102,9 @@ def launch(
                     message = f"a job could not be started: {' '.join(str(error).split())[:300]}"
                     if not running:
                         raise DivideMixError(message) from error
-                    print(f"{message}; going on with one job less at once", flush=True)
+                    print(f"{message}; tried again when another job ends, or in five minutes", flush=True)
+                    free.append(slot)
+                    retry = time.monotonic() + 300
                     break
                 waiting.popleft()
                 running.append((job, batch, paths, slot))
@@ -111,6 +116,7 @@ def launch(
                 if job.done():
                     running.remove(entry)
                     free.append(slot)
+                    retry = 0.0
                     ended = [None] * len(batch) if job.exception() else job.result()
                     for run, path, status in zip(batch, paths, ended, strict=True):
                         line = f"{run.name}: finished"

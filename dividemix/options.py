@@ -360,7 +360,7 @@ def add_run(
         "--workers",
         type=processes,
         default=min(16, max(1, available_cores() // ranks.on_this_machine())),
-        help="image-loading processes of each rank, 16 at most unless given; sets that live on the device start none",
+        help="image-loading processes of each rank, 16 at most unless given; small sets read once by them",
     )
 
 

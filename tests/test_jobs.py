@@ -172,6 +172,25 @@ def test_a_job_that_is_requeued_ends_cleanly_and_goes_on(tmp_path):
     assert again.result() == [0] and len(starts(run)) == 2 and run.is_finished
 
 
+def test_a_requeue_is_asked_for_while_the_job_waits(tmp_path):
+    """submitit calls `checkpoint` from a signal's handler: one that waits as the job does hangs until it is killed, and
+    the runs are never queued again."""
+    run = fake_run(tmp_path, "run", "--seconds", "0.3", epochs=6)
+    job, again = fake_job(tmp_path, run, in_queue=True), []
+    before = signal.signal(signal.SIGUSR2, lambda *_: again.append(job.checkpoint()))
+
+    def warn() -> None:
+        wait_for(lambda: has_epoch(run))
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    threading.Thread(target=warn).start()
+    try:
+        assert job() == [130]
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert again[0].result() == [0] and run.is_finished
+
+
 def test_a_queue_that_takes_no_more_jobs_is_filled_as_far_as_it_goes(tmp_path, monkeypatch, capsys):
     """A limit of jobs a user would end the command, with the jobs that were taken training on unseen."""
     monkeypatch.setattr(jobs, "PAUSE_QUEUE", 0.1)

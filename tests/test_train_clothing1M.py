@@ -2,8 +2,10 @@
 where each network draws samples of its own. What it shares with WebVision is in test_train_images.py."""
 
 import csv
+import gc
 import json
 import re
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,9 +28,10 @@ from test_run import assert_equal, last_state, without_times
 import dataloader_clothing1M
 import PreResNet
 import Train_clothing1M
-from dividemix import engine, report
+from dividemix import engine, report, stream
 from dividemix.codivide import normalise
 from dividemix.images import Views
+from dividemix.imagestore import Kept
 
 EPOCHS = 3  # one of warm-up
 DRAWN = 4 * 8  # images of a sample that is divided, below: num_batches x batch_size
@@ -308,6 +311,28 @@ def test_each_network_draws_its_own_sample_and_learns_from_the_others(tree, tmp_
         assert_co_divided(net2, net1, first, second)
         for trained, divided in ((first, net2), (second, net1)):
             np.testing.assert_array_equal(trained["index"], divided["index"])
+
+
+def test_no_more_than_two_samples_are_kept_in_memory(tree, tmp_path, monkeypatch):
+    """A sample of the epoch before that is still there when the next ones are read is a third of the memory more than
+    was found to be free: the run is killed in its second divided epoch."""
+    made, kept, score = weakref.WeakSet(), [], engine.per_sample_loss
+
+    class Noted(Kept):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.add(self)
+
+    def spy(net, data, phase):
+        scores = score(net, data, phase)
+        gc.collect()
+        kept.append(len(made))
+        return scores
+
+    monkeypatch.setattr(stream, "Kept", Noted)
+    monkeypatch.setattr(engine, "per_sample_loss", spy)
+    Train_clothing1M.main(tiny(tree, tmp_path, "--keep_images", "host", "--num_epochs", "4", "--no_label_scores"))
+    assert kept == [1, 2] * 3
 
 
 def test_a_class_with_few_images_makes_the_sample_shorter(tmp_path):
