@@ -584,22 +584,22 @@ def command_line(
             main(None)
         ranks.leave()
     except DivideMixError as error:
-        fail(f"{who}error: {error}")
+        end(f"{who}error: {error}")
     except OSError as error:  # a full disk, a folder that went away
         # filename2: of two, the one that the user knows, not the temporary one
-        fail(f"{who}error: {error.filename2 or error.filename or 'input or output'}: {error.strerror or error}")
+        end(f"{who}error: {error.filename2 or error.filename or 'input or output'}: {error.strerror or error}")
     except KeyboardInterrupt as stopped:
         how = getattr(stopped, "__notes__", [stopped_means])
-        fail(f"\n{who}interrupted: {'; '.join(how)}", getattr(stopped, "status", 130))
+        end(f"\n{who}interrupted: {'; '.join(how)}", getattr(stopped, "status", 130))
     except Exception as error:
         if runtime.is_out_of_memory(error):
-            fail(f"{who}error: not enough memory ({str(error).splitlines()[0][:120] if str(error) else 'of the host'})")
+            end(f"{who}error: not enough memory ({str(error).splitlines()[0][:120] if str(error) else 'of the host'})")
         if not who:
             raise
         if lost_the_others(error):
-            fail(f"{who}error: another rank ended or cannot be reached: its own line, if there is one, says why")
-        fail(who + traceback.format_exc().rstrip())
-    sys.exit(0)
+            end(f"{who}error: another rank ended or cannot be reached: its own line, if there is one, says why")
+        end(who + traceback.format_exc().rstrip())
+    end("", 0)
 
 
 def speaker() -> str:
@@ -608,10 +608,12 @@ def speaker() -> str:
     return f"rank {rank}: " if world > 1 else ""
 
 
-def fail(message: str, status: int = 1) -> NoReturn:
+def end(message: str, status: int = 1) -> NoReturn:
     """Say why, and end the process. Among several ranks without the interpreter's clean-up: it frees memory of the
-    card, and would wait there for a collective that the others never come to."""
-    print(message, file=sys.stderr)
+    card, and would wait there for a collective that the others never come to; and a thread of gloo that lets go of a
+    tensor meanwhile aborts the process (torch.distributed.nn keeps the process group alive until then)."""
+    if message:
+        print(message, file=sys.stderr)
     if speaker():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,6 +1,7 @@
 """Bad input gets one clear line and a non-zero exit, before any training, and leaves nothing behind."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -291,10 +292,11 @@ def test_bad_input_of_the_real_script(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def command_line(body: str) -> subprocess.CompletedProcess:
+def command_line(body: str, **environment: str) -> subprocess.CompletedProcess:
     """`options.command_line` around a main of these lines, in a process of its own: pytest catches warnings itself."""
     code = f"from dividemix import DivideMixError, options, warn\ndef main(_):\n {body}\noptions.command_line(main)"
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    options = {"cwd": ROOT, "env": os.environ | environment, "capture_output": True, "text": True, "check": False}
+    return subprocess.run([sys.executable, "-c", code], **options)
 
 
 def test_a_warning_is_one_line_each_time():
@@ -321,3 +323,11 @@ def test_ctrl_c_says_how_to_go_on():
     done = command_line("raise KeyboardInterrupt")
     assert done.returncode == 130
     assert "same command continues" in done.stderr and done.stderr.strip().count("\n") == 0
+
+
+def test_a_rank_that_is_done_ends_at_once():
+    """Else the interpreter cleans up while gloo's threads let go of tensors, and now and then a rank of a run that went
+    well aborts: torchrun then reports a failure and a queue starts the job again."""
+    ends_badly = "import atexit, os; atexit.register(os._exit, 9); print('done', end='')"
+    alone, rank = command_line(ends_badly), command_line(ends_badly, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
+    assert (alone.returncode, rank.returncode, rank.stdout) == (9, 0, "done")
