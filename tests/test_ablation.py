@@ -6,7 +6,7 @@ import graph_emulator
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, half, placed, same, snapshot
+from conftest import half, placed, same, snapshot
 from test_engine import SETTINGS, Linear, NoSync, softmax
 
 from dividemix import engine, graph, recipes
@@ -16,7 +16,7 @@ from PreResNet import ResNet18
 
 CPU = torch.device("cpu")
 
-# What each is to switch off, typed from the README and not from recipes.py: networks, refinement, views.
+# What each is to switch off, typed from docs/reproduce.md and not from recipes.py: networks, refinement, views.
 ASKED = {
     "none": (2, True, 2),
     "no_cotraining": (1, True, 2),
@@ -51,16 +51,6 @@ def test_the_recipes_are_the_papers_table():
         assert recipes.paper_results(row) == {"best": row.best, "last": row.last}
         assert recipes.paper_results(row, "ce") == {"best": row.ce_best}
         assert row.dataset == "cifar10" or recipes.paper_results(row, ablation="divide_mixmatch") == {}
-
-
-def test_the_readme_says_the_same():
-    """Else the table that people compare with is another than the program's."""
-    text = (ROOT / "README.md").read_text().split("### Ablations")[1].split("\n## ")[0]
-    for name, best in [*TABLE5.items(), ("none", [row.best for row in CIFAR10])]:
-        shown = f"| `--ablation {name}` |" if name in TABLE5 else f"| {recipes.ABLATIONS[name].paper_name} |"
-        [line] = [line for line in text.splitlines() if shown in line]
-        assert line.endswith(f"| {' | '.join('-' if value is None else str(value) for value in best)} |"), line
-        assert recipes.ABLATIONS[name].paper_name in line
 
 
 # ---- One step ----

@@ -86,7 +86,7 @@ def test_each_noise_gets_the_papers_row(mode, r, num_class, row):
     ],
 )
 def test_steps_lie_half_way_between_the_shares_of_wrong_labels_in_the_papers_rows(num_class, steps):
-    """The README's table, typed. Else nominal rates are compared with real shares: 80 % noise, of which 72 % are wrong
+    """The rule's table, typed. Else nominal rates are compared with real shares: 80 % noise, of which 72 % are wrong
     labels, would be taken for less than it is."""
     for rate, *expected in steps:
         chosen = blind.setting(choose([Estimate(rate, 1 / (num_class - 1))], num_class), NO_FLAGS)

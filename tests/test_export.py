@@ -173,12 +173,12 @@ def test_the_program_on_a_card_equals_the_ensemble(done):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preparation", [COLOUR, GREY], ids=["colour", "grey"])
-def test_the_readmes_code_gives_the_answers_of_predict(preparation, start, tmp_path):
+def test_the_documented_code_gives_the_answers_of_predict(preparation, start, tmp_path):
     """In a process that has PyTorch, Pillow and numpy, and not this project. Else the file cannot be used by those who
     get it, or the recipe that they copy prepares images otherwise."""
     run = make_trained(tmp_path / "run", preparation)
     assert start(run, "model.pt2")[0] == 0
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own-images.md").read_text(), re.DOTALL)
     [code] = [block for block in blocks if "torch.export.load" in block]
     away = tmp_path / "elsewhere"
     away.mkdir()

@@ -263,8 +263,8 @@ def test_a_cross_entropy_list_has_the_same_columns(tmp_path):
 
 
 def test_the_list_is_what_cleanlab_takes(tmp_path):
-    """The README says so: CleanLearning.fit takes a frame with is_label_issue, which it uses as a mask with ~, and with
-    given_label, which must be the labels; one row a sample, in their order."""
+    """docs/own-images.md says so: CleanLearning.fit takes a frame with is_label_issue, which it uses as a mask with ~,
+    and with given_label, which must be the labels; one row a sample, in their order."""
     classification = pytest.importorskip("cleanlab.classification")
     from sklearn.linear_model import LogisticRegression
 

@@ -1,39 +1,58 @@
-"""Every command that the README, the scripts' docstrings and the Makefile show is one that works as written."""
+"""The README and docs/: commands that work as written (those of docstrings and of the Makefile, too), links that lead
+somewhere, the paper's numbers, the worked example, and the README's length."""
 
 import ast
 import contextlib
 import importlib
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, read_records, tiny
 from torch.distributed.run import get_args_parser
 
 import Train_cifar
-from dividemix import DivideMixError, report
+from dividemix import DivideMixError, recipes, report
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # its scripts import each other
 
 SOURCES = ("Train_*.py", "reproduce.py", "dataloader_*.py", "dividemix/*.py", "benchmarks/*.py")
 MODULES = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = [page.name for page in PAGES]
+CHANGE = ROOT / "docs" / "change-the-method.md"
 OURS = re.compile(r"python3? +(Train_\w+\.py|reproduce\.py|benchmarks/\w+\.py|-m +dividemix\b)")
 
 
 # ---- Finding commands ----
 
 
+FENCE = re.compile(r"^ *(```|~~~)[^\n]*\n(.*?)^ *\1 *$", re.MULTILINE | re.DOTALL)
+
+
 def fenced_blocks(markdown: str) -> list[str]:
-    return [block[1] for block in re.findall(r"^ *(```|~~~)[^\n]*\n(.*?)^ *\1 *$", markdown, re.MULTILINE | re.DOTALL)]
+    return [block[1] for block in FENCE.findall(markdown)]
+
+
+def inline_code(markdown: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", FENCE.sub("", markdown))
+
+
+def worked_example(markdown: str) -> str:
+    """The only diff of the page."""
+    [diff] = re.findall(r"^```diff\n(.*?)^```$", markdown, re.MULTILINE | re.DOTALL)
+    return diff
 
 
 def simple_commands(text: str) -> list[list[str]]:
-    """The words of each shell command in `text`: continuations joined, prompts, comments and `VAR=value` dropped, lines
-    split at ; && || | and &. Lines that no shell can read (a program's output) are left out."""
+    """The words of each shell command in `text`: continuations joined, prompts, comments, `VAR=value` and `srun` left
+    out, lines split at ; && || | and &. Lines that no shell can read (a program's output) are left out, too."""
     commands = []
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         lexer = shlex.shlex(re.sub(r"^\s*[$>%] ", "", line), posix=True, punctuation_chars=";&|")
@@ -45,7 +64,7 @@ def simple_commands(text: str) -> list[list[str]]:
         command: list[str] = []
         for word in [*words, ";"]:
             if re.fullmatch("[;&|]+", word):
-                commands.append(command)
+                commands.append(command[command.index("torchrun") :] if command[:1] == ["srun"] else command)
                 command = []
             elif command or not re.fullmatch(r"\w+=.*", word):
                 command.append(word)
@@ -123,13 +142,147 @@ def check_all(text: str, where: str) -> int:
 # ---- The tests ----
 
 
-def test_every_command_of_the_readme_parses():
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_command_of_a_page_parses(page):
     """Else the first thing that a new user copies ends in an error."""
-    blocks = fenced_blocks((ROOT / "README.md").read_text())
-    text = "\n".join(blocks)
-    assert sum(check_all(block, "README.md") for block in blocks) >= 4
-    for expected in ("make demo", "make test", "Train_cifar.py"):
+    text = page.read_text()
+    if page == CHANGE:  # its commands have a flag that its example adds
+        for flag in re.findall(r'^\+.*"(--\w+)"', worked_example(text), re.MULTILINE):
+            text = re.sub(rf" {flag} [\d.]+", "", text)
+    spans = [span for span in inline_code(text) if " " in span and runs_python_or_make(span.split())]
+    assert sum(check_all(block, page.name) for block in [*fenced_blocks(text), *spans]) >= 1
+
+
+def test_the_readme_shows_what_a_newcomer_needs():
+    """Else nobody finds the demo, how its environment is used, or the two scripts that most people want."""
+    text = "\n".join(fenced_blocks(PAGES[0].read_text()))
+    for expected in ("make demo", "source .venv/bin/activate", "Train_cifar.py", "Train_folder.py"):
         assert expected in text, f"README.md shows no `{expected}`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_flag_and_file_that_a_page_names_is_there(page):
+    """Else the reader looks for a flag that was renamed or a module that was moved."""
+    sources = "".join(path.read_text() for path in MODULES)
+    text = page.read_text()
+    added = worked_example(text) if page == CHANGE else ""
+    for span in inline_code(text):
+        for flag in re.findall(r"--\w+", span):
+            known = f'"{flag}"' in sources or f'("{flag[2:]}",' in sources or f'"{flag}"' in added
+            assert known or span.startswith("git "), f"{page.name}: `{span}`: no script has {flag}"
+        if re.fullmatch(r"(dividemix|tests|benchmarks)/\S+", span):
+            assert (ROOT / span).exists(), f"{page.name}: `{span}` is not there"
+
+
+def anchors(markdown: str) -> set[str]:
+    """Those of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ +(.+?) *$", FENCE.sub("", markdown), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks" / "RESULTS.md"], ids=[*NAMES, "RESULTS.md"])
+def test_every_link_leads_somewhere(page):
+    """Else a reader who wants to know more ends on an error page, or at the top of a long one."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):
+        if re.match(r"https?://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name}: {link}: no such file"
+        assert not anchor or anchor in anchors(target.read_text()), f"{page.name}: {link}: no such heading"
+
+
+def tables(markdown: str) -> list[list[str]]:
+    """The cells of every row, head and rules included."""
+    lines = [line for line in FENCE.sub("", markdown).splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_readme_can_be_read():
+    """Else it grows back into a manual of 800 lines, in which nobody finds the three commands that matter."""
+    text = PAGES[0].read_text()
+    assert len(text.encode()) <= 15 * 1024 and len(text.splitlines()) <= 200
+    assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 160, "a line is a paragraph"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_tables_have_short_cells_and_no_empty_rows(page):
+    """A table with cells like paragraphs, or with rows that wait for a number, is no overview."""
+    for cells in tables(page.read_text()):
+        assert any(cells[1:]), f"{page.name}: an empty row: {cells[0]}"
+        assert max(map(len, cells)) <= 140, f"{page.name}: {max(cells, key=len)}"
+
+
+def test_the_readme_has_the_papers_rows():
+    """A command beside another row's numbers, or a number that was mended in the code alone, misleads everybody who
+    compares."""
+    shown = {}
+    for cells in tables(PAGES[0].read_text()):
+        if command := re.fullmatch("`python (Train_.*)`", cells[1]):
+            script, *flags = shlex.split(command[1])
+            args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
+            row = (args.dataset, args.noise_mode, args.r) if script == "Train_cifar.py" else script
+            assert row not in shown
+            shown[row] = [re.sub(r" \(a\)$", "", cell) for cell in cells[2:]]
+            if script == "Train_webvision.py":
+                assert vars(args).items() >= recipes.WEBVISION.results_with.items()
+    expected = {
+        (row.dataset, row.mode, row.r): [f"{row.lambda_u:g}", f"{row.best} / {row.last}", f"{row.ce_best}"]
+        for row in recipes.ROWS
+    }
+    test, top5, imagenet, imagenet_top5 = recipes.WEBVISION.results.values()
+    expected["Train_clothing1M.py"] = ["-", f"test {recipes.CLOTHING1M.results['test_acc']:.2f}", "-"]
+    expected["Train_webvision.py"] = ["-", f"top-1 (top-5) {test:.2f} ({top5:.2f})", "-"]
+    assert shown == expected
+    assert f"top-1 (top-5) {imagenet:.2f} ({imagenet_top5:.2f})" in PAGES[0].read_text()
+
+
+def test_the_pages_have_the_ablations():
+    """Else a flag is compared with another row of Table 5 than its own, or with a number that has no source."""
+    text = (ROOT / "docs" / "reproduce.md").read_text()
+    shown = {cells[0]: cells[1] for cells in tables(text) if cells[0].startswith("`--ablation")}
+    names = {f"`--ablation {name}`": each.paper_name for name, each in recipes.ABLATIONS.items() if name != "none"}
+    assert shown == names
+    assert "best 94.1 (sym 20 %) and 86.5 (asym 40 %) for Divide and MixMatch" in text
+
+
+def test_the_worked_example_adds_a_hyper_parameter(tmp_path, no_figures):
+    """Else who follows docs/change-the-method.md has a diff that does not apply, a flag without effect, or other
+    numbers without the flag."""
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT / "dividemix", tree / "dividemix", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tree)
+    apply, diff = ["git", "apply", "--recount"], worked_example(CHANGE.read_text())
+    assert shlex.join(apply) in CHANGE.read_text()
+    applied = subprocess.run([*apply, "-"], cwd=tree, input=diff, capture_output=True, text=True, check=False)
+    assert applied.returncode == 0, applied.stderr
+
+    def flags(name: str, *more: str) -> list[str]:
+        return tiny(tmp_path, "--run_dir", str(tmp_path / name), *more)
+
+    runs = [flags("changed", "--lambda_r", "0"), flags("default")]
+    code = f"""
+import torch, Train_cifar
+torch.set_num_threads(1)
+Train_cifar.report.of_finished = lambda run: None
+for flags in {runs}:
+    Train_cifar.main(flags)
+"""
+    process = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    Train_cifar.main(flags("before"))
+
+    def epochs(name: str) -> list[dict]:
+        records = read_records(tmp_path / name)
+        return [{key: value for key, value in record.items() if "seconds" not in key} for record in records]
+
+    about = [json.loads((tmp_path / name / "args.json").read_text()) for name in ("changed", "default")]
+    assert [each["args"]["lambda_r"] for each in about] == [0, 1]
+    assert epochs("default") == epochs("before")
+    warm_up, trained = epochs("changed")
+    assert warm_up == epochs("before")[0]
+    assert trained["loss_x"] != epochs("before")[1]["loss_x"] and trained["penalty"] > epochs("before")[1]["penalty"]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)

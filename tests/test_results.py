@@ -4,7 +4,6 @@ import json
 
 import pandas as pd
 import pytest
-from conftest import ROOT
 
 from dividemix import DivideMixError, figures, results, rows
 
@@ -198,11 +197,3 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(DivideMixError, match=r"--out_dir .*out"):
         results.write([], tmp_path / "out")
-
-
-def test_the_readme_has_each_row_with_the_papers_numbers():
-    """Its results are pasted: a row that was added later, or a number that was mended, would be missing there."""
-    readme = (ROOT / "README.md").read_text().splitlines()
-    for row in ROWS.values():
-        begin = f"| {row.name} | {results.paper_numbers(row, [*row.paper])} | "
-        assert sum(line.startswith(begin) for line in readme) == 1, begin

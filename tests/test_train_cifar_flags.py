@@ -349,7 +349,7 @@ def test_init_from_starts_both_networks_from_a_checkpoint(tmp_path, phases):
     ],
 )
 def test_name_of_the_run_folder(tmp_path, monkeypatch, phases, flags, name):
-    """Else two different runs share a folder, or the README's paths do not exist."""
+    """Else two different runs share a folder, or the documented paths do not exist."""
     monkeypatch.chdir(tmp_path)
     final = Train_cifar.main(tiny("out", *flags, "--num_epochs", "1"))
     folder = (tmp_path / "out" / name).resolve()
