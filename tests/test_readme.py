@@ -174,6 +174,14 @@ def test_every_flag_and_file_that_a_page_names_is_there(page):
             assert (ROOT / span).exists(), f"{page.name}: `{span}` is not there"
 
 
+def test_the_readmes_file_tree_is_there():
+    """Else it sends the reader to modules of an earlier version."""
+    [tree] = [block for block in fenced_blocks(PAGES[0].read_text()) if "\ndividemix/\n" in block]
+    names = re.findall(r"[\w*]+(?:\.py|/)(?=\s)", tree)
+    assert len(names) > 20
+    assert [name for name in names if not any([*ROOT.glob(name), *ROOT.glob(f"dividemix/{name}")])] == []
+
+
 def anchors(markdown: str) -> set[str]:
     """Those of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ +(.+?) *$", FENCE.sub("", markdown), re.MULTILINE)
