@@ -15,7 +15,7 @@ from dividemix.run import FREE_FLAGS
 from dividemix.runfolder import RunFolder
 
 Group = tuple[str, list[RunFolder]]  # its name, the runs
-Agreements = dict[Path, Agreement | None]  # of a run folder
+Agreements = dict[Path, Agreement | None]  # by run folder
 
 # noise_file may change between two starts of a run, which sees to it that its labels do not.
 _NO_SETTING = (FREE_FLAGS | {"seed", "noise_seed", "id"}) - {"noise_file"}

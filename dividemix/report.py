@@ -62,7 +62,7 @@ def draw_comparison(runs: Sequence[RunFolder], agreements: compare.Agreements, o
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m dividemix.report", description="Make report.html of each run, and one of several.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
-    place = "folder of the report: of one run instead of the run folder, of several for the page of all (./report)"
+    place = "folder of the report, instead of the run folder; of several runs, of the page of all (default: ./report)"
     parser.add_argument("--out", type=Path, metavar="DIR", help=place)
     clean = "write a corrected copy of the run's labels into a new folder"
     parser.add_argument("--export_clean", type=Path, metavar="DIR", help=clean)
