@@ -1,33 +1,24 @@
 """Which labels look wrong: label_issues.csv and cleaned_labels.csv, from what `scoring` left in the run folder.
 
-A label is an issue where its quality is below the run's p_threshold and the networks suggest another class. Quality is
-the mean clean probability of the two networks, or an ablation's one; of a cross-entropy run, which divides nothing, it
-is the probability that both networks together give the label. All scores are in-sample: the networks were trained on
-these labels.
-
-The columns of label_issues.csv follow cleanlab's CleanLearning, which takes the file as it is:
+cleanlab's CleanLearning takes label_issues.csv as it is:
 `CleanLearning(classifier).fit(X, labels, label_issues=pandas.read_csv("label_issues.csv"))`.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
-from dividemix import warn
 from dividemix.checkpoint import csv_bytes, write_atomically
 from dividemix.runfolder import RunFolder
-
-if TYPE_CHECKING:
-    from pandas import DataFrame, Series
 
 IN_SAMPLE = "scores are in-sample: the networks were trained on these labels"
 _CLASSES_SHOWN = 10
 _FEW, _NEARLY_ALL = 10, 0.95  # labels of a class, and the part of them that looks wrong, from which it is suspicious
-_MOST_CLASSES = 100_000  # where their names are not known
 
 
 @dataclass(frozen=True)
@@ -41,7 +32,7 @@ class LabelIssues:
     quality: NDArray[np.float64]
     is_issue: NDArray[np.bool_]
     loss: NDArray[np.float32]  # mean of both networks
-    p_clean: list[NDArray[np.float64]] | None  # net 1's and, where there is one, net 2's; None of a cross-entropy run
+    p_clean: list[NDArray[np.float64]]  # net 1's and, where there is one, net 2's; none of a cross-entropy run
     confidence: NDArray[np.float32]  # probability that both networks together give their prediction
     true: NDArray[np.int64] | None  # where it is known
     class_names: list[str]
@@ -56,27 +47,17 @@ class LabelIssues:
         """The corrected labels."""
         return np.where(self.is_issue, self.suggested, self.given)
 
-    @property
-    def num_class(self) -> int:
-        known = [each for each in (self.given, self.suggested, self.true) if each is not None]
-        return max(len(self.class_names), *(int(each.max(initial=0)) + 1 for each in known))
-
-    def class_name(self, label: int) -> str:
-        return self.class_names[label] if label < len(self.class_names) else str(label)
-
 
 @dataclass(frozen=True)
 class Agreement:
-    """The list against the truth. wrong: how many labels are wrong; listed: how many are issues; found: how many are
-    both; by_loss: how many of the `wrong` labels with the largest loss are wrong, which is what a ranking by loss alone
-    finds when it is told how many there are."""
+    """The list against the truth, numbers of labels."""
 
     n: int
     wrong: int
-    listed: int
-    found: int
-    by_loss: int
-    wrong_after: int  # labels that are still, or newly, wrong when the suggestions are taken
+    listed: int  # that are issues
+    found: int  # issues that are wrong
+    by_loss: int  # wrong ones of the `wrong` largest losses: what a ranking by loss finds when it is told how many
+    wrong_after: int  # still, or newly, wrong when the suggestions are taken
 
     @property
     def precision(self) -> float | None:
@@ -92,14 +73,12 @@ class Agreement:
 
 
 def judge(scores: dict[str, NDArray], given: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    """Quality, is_issue and mean loss of each label, from the arrays of label_scores.npz."""
-    if p_clean := of_nets(scores, "p_clean"):
-        quality = sum(p_clean) / len(p_clean)
-    else:
-        quality = scores["p_given"].astype(np.float64)
-    losses = of_nets(scores, "loss")
-    loss = sum(losses) / len(losses)
-    return quality, (quality < scores["threshold"]) & (scores["prediction"] != given), loss
+    """Quality, is_issue and mean loss of each label, from the arrays of label_scores.npz. Quality: the mean clean
+    probability of the networks; of a cross-entropy run the probability that both together give the label. An issue is
+    of a quality below the run's p_threshold, and the networks suggest another class."""
+    p_clean, losses = of_nets(scores, "p_clean"), of_nets(scores, "loss")
+    quality = sum(p_clean) / len(p_clean) if p_clean else scores["p_given"].astype(np.float64)
+    return quality, (quality < scores["threshold"]) & (scores["prediction"] != given), sum(losses) / len(losses)
 
 
 def of_nets(scores: dict[str, NDArray], name: str) -> list[NDArray]:
@@ -113,52 +92,36 @@ def worst_first(quality: NDArray, is_issue: NDArray, loss: NDArray) -> NDArray[n
 
 
 def find(run: RunFolder) -> LabelIssues | None:
-    """None of a run without scores: it is not finished, or older than they are."""
+    """None of a run that has no scores yet."""
     scores, labels = run.label_scores, run.labels
-    if not scores or "list_given" not in labels:
+    if not (scores and labels):
         return None
-    try:
-        index = scores["index"]
-        given = labels["list_given"][index]
-        quality, is_issue, loss = judge(scores, given)
-        known = "true" in labels and np.array_equal(labels["index"], index)
-        issues = LabelIssues(
-            index=index,
-            paths=decoded(labels["list_path"][index]) if "list_path" in labels else None,
-            given=given,
-            suggested=scores["prediction"].astype(np.int64),
-            quality=quality,
-            is_issue=is_issue,
-            loss=loss,
-            p_clean=of_nets(scores, "p_clean") or None,
-            confidence=scores["confidence"],
-            true=labels["true"] if known else None,
-            class_names=run.class_names,
-            threshold=float(scores["threshold"]),
-            epochs=int(scores["epochs"]),
-        )
-        lengths = {len(each) for each in (given, quality, is_issue, loss, issues.suggested, issues.confidence)}
-        if lengths != {len(index)} or not len(index):
-            raise ValueError("arrays that do not go together")
-        numbers = [quality, loss, issues.confidence, issues.threshold, *(issues.p_clean or [])]
-        if not all(np.isfinite(each).all() for each in numbers):
-            raise ValueError("numbers that are none")
-        classes = [given, issues.suggested, *([] if issues.true is None else [issues.true])]
-        if any(each.min() < 0 or each.max() >= (len(run.class_names) or _MOST_CLASSES) for each in classes):
-            raise ValueError("labels of no class")
-    except (KeyError, IndexError, ValueError, TypeError) as error:
-        warn(f"{run.path / 'label_scores.npz'} is left out, it is not what a run writes ({error})")
-        return None
-    return issues
+    index = scores["index"]
+    given = labels["list_given"][index]
+    quality, is_issue, loss = judge(scores, given)
+    # A run that goes on without some damaged images has other samples than the scores of its end before.
+    is_known = "true" in labels and np.array_equal(labels["index"], index)
+    paths = labels["list_path"][index].tolist() if "list_path" in labels else None
+    return LabelIssues(
+        index=index,
+        paths=paths and [path.decode(errors="backslashreplace") for path in paths],
+        given=given,
+        suggested=scores["prediction"].astype(np.int64),
+        quality=quality,
+        is_issue=is_issue,
+        loss=loss,
+        p_clean=of_nets(scores, "p_clean"),
+        confidence=scores["confidence"],
+        true=labels["true"] if is_known else None,
+        class_names=run.class_names,
+        threshold=float(scores["threshold"]),
+        epochs=int(scores["epochs"]),
+    )
 
 
-def decoded(paths: NDArray[np.bytes_]) -> list[str]:
-    return [path.decode(errors="backslashreplace") for path in paths.tolist()]
-
-
-def against_truth(issues: LabelIssues) -> Agreement | None:
+def against_truth(issues: LabelIssues | None) -> Agreement | None:
     """None where the truth is unknown."""
-    if issues.true is None:
+    if issues is None or issues.true is None:
         return None
     wrong = issues.given != issues.true
     n_wrong = int(wrong.sum())
@@ -177,50 +140,42 @@ def against_truth(issues: LabelIssues) -> Agreement | None:
 # Saying so
 
 
-def by_class(issues: LabelIssues) -> list[tuple[int, int, int]]:
+def by_class(issues: LabelIssues) -> list[tuple[str, int, int]]:
     """(given class, how many of its labels are issues, how many it has), those with the most issues first."""
-    listed = np.bincount(issues.given[issues.is_issue], minlength=issues.num_class)
-    counts = np.bincount(issues.given, minlength=issues.num_class)
-    order = np.argsort(-listed, kind="stable")
-    return [(int(c), int(listed[c]), int(counts[c])) for c in order if counts[c]]
+    counts = pd.Series(issues.is_issue).groupby(issues.given).agg(["sum", "size"])
+    counts = counts.sort_values("sum", ascending=False, kind="stable")
+    return [(issues.class_names[c], few, many) for c, few, many in counts.itertuples()]
 
 
 def lost_classes(issues: LabelIssues) -> list[str]:
     """A line for each class whose labels nearly all look wrong. One mixture is fitted to the losses of all classes: one
     that is harder to learn than the others, or rare, has the losses of wrong labels."""
     return [
-        f"{printable(issues.class_name(c))}: {few} of {many} labels look wrong, nearly all: more likely a class that "
+        f"{printable(name)}: {few} of {many} labels look wrong, nearly all: more likely a class that "
         "the networks have not learned than so many errors; look at its images before you drop them"
-        for c, few, many in by_class(issues)
+        for name, few, many in by_class(issues)
         if many >= _FEW and few >= _NEARLY_ALL * many
     ]
 
 
 def summary(issues: LabelIssues) -> list[str]:
     """What the list says, for the terminal."""
-    listed = int(issues.is_issue.sum())
-    lines = [f"labels: {listed} of {len(issues)} look wrong ({listed / len(issues):.1%}); {IN_SAMPLE}"]
+    lines = [f"labels: {issues.is_issue.sum()} of {len(issues)} look wrong ({issues.is_issue.mean():.1%}); {IN_SAMPLE}"]
     rows = [row for row in by_class(issues) if row[1]]
-    shown = [f"{printable(issues.class_name(c))}: {few} of {many}" for c, few, many in rows[:_CLASSES_SHOWN]]
+    shown = [f"{printable(name)}: {few} of {many}" for name, few, many in rows[:_CLASSES_SHOWN]]
     if rest := rows[_CLASSES_SHOWN:]:
         shown.append(f"{len(rest)} more classes: {sum(row[1] for row in rest)} of {sum(row[2] for row in rest)}")
-    if shown:
-        lines.append(f"  by given class: {', '.join(shown)}")
+    lines += [f"  by given class: {', '.join(shown)}"] if shown else []
     lines += [f"  {line}" for line in lost_classes(issues)[:_CLASSES_SHOWN]]
-    if found := against_truth(issues):
-        lines += [f"  {line}" for line in truth_lines(found)]
-    return lines
-
-
-def truth_lines(found: Agreement) -> list[str]:
-    lines = [
-        f"against the truth: {found.found} of the {found.listed} listed are wrong (precision "
-        f"{percent(found.precision)}), of {found.wrong} wrong ones (recall {percent(found.recall)}); wrong labels "
-        f"{found.wrong / found.n:.1%}, after the suggestions {found.wrong_after / found.n:.1%}"
-    ]
-    if found.wrong:
-        share = percent(found.by_loss / found.wrong)
-        lines.append(f"by loss alone: of the {found.wrong} with the largest loss {found.by_loss} are wrong ({share})")
+    if truth := against_truth(issues):
+        lines.append(
+            f"  against the truth: {truth.found} of the {truth.listed} listed are wrong (precision "
+            f"{percent(truth.precision)}), of {truth.wrong} wrong ones (recall {percent(truth.recall)}); wrong labels "
+            f"{truth.wrong / truth.n:.1%}, after the suggestions {truth.wrong_after / truth.n:.1%}"
+        )
+        if truth.wrong:
+            share = f"{truth.by_loss} are wrong ({truth.by_loss / truth.wrong:.1%})"
+            lines.append(f"  by loss alone: of the {truth.wrong} with the largest loss {share}")
     return lines
 
 
@@ -244,63 +199,51 @@ def write(issues: LabelIssues, folder: Path) -> list[Path]:
     return [folder / name for name in tables]
 
 
-def issues_table(issues: LabelIssues) -> "DataFrame":
+def issues_table(issues: LabelIssues) -> pd.DataFrame:
     """One row a sample."""
-    p_clean = [*(issues.p_clean or []), None, None]  # one column for each network, empty where there is none
+    p_clean = [*issues.p_clean, None, None]  # one column for each network, empty where there is none
+    names = np.array(issues.class_names, dtype=object)
     columns = {"given_label": issues.given, "suggested_label": issues.suggested, "label_quality": issues.quality}
     columns |= {"is_label_issue": issues.is_issue, "loss": issues.loss}
     columns |= {"p_clean_net1": p_clean[0], "p_clean_net2": p_clean[1], "confidence": issues.confidence}
-    if issues.class_names:
-        labels = {"given_class": issues.given, "suggested_class": issues.suggested}
-        columns |= {name: texts(map(issues.class_name, each.tolist())) for name, each in labels.items()}
+    columns |= {"given_class": texts(names[issues.given]), "suggested_class": texts(names[issues.suggested])}
     return table_of(issues, columns)
 
 
-def cleaned_table(issues: LabelIssues) -> "DataFrame":
+def cleaned_table(issues: LabelIssues) -> pd.DataFrame:
     """One row a sample: the corrected label, and what it was."""
     return table_of(issues, {"label": issues.cleaned, "was": issues.given})
 
 
-def table_of(issues: LabelIssues, columns: dict[str, Any]) -> "DataFrame":
+def table_of(issues: LabelIssues, columns: dict[str, Any]) -> pd.DataFrame:
     """The columns behind those that say which sample a row is."""
-    import pandas
-
-    first = {"index": issues.index} | ({} if issues.paths is None else {"path": texts(issues.paths)})
-    return pandas.DataFrame(first | columns)
+    return pd.DataFrame({"index": issues.index} | ({"path": issues.paths} if issues.paths else {}) | columns)
 
 
-def texts(values: Iterable[str]) -> "Series":
+def texts(values: Iterable[str]) -> pd.Series:
     """A column of names as they are: pandas' own type for text takes only what is Unicode."""
-    import pandas
-
-    return pandas.Series(list(values), dtype=object)
+    return pd.Series(list(values), dtype=object)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The transition matrix: how often each class is given each label
 
 
-def transition_counts(actual: NDArray, given: NDArray, num_class: int) -> NDArray[np.int64]:
-    """(C, C): samples of the class [row] that have the given label [column]; labels (N,) each."""
-    return np.bincount(actual * num_class + given, minlength=num_class**2).reshape(num_class, num_class)
-
-
-def transition_rates(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(C, C): P(given label | class), rows that add up to 1; NaN for a class without samples."""
+def transition(actual: NDArray, given: NDArray, num_class: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """(C, C) each, from labels (N,) each: samples of the class [row] that have the given label [column]; and
+    P(given label | class), whose rows add up to 1, or are NaN for a class without samples."""
+    counts = np.bincount(actual * num_class + given, minlength=num_class**2).reshape(num_class, num_class)
     with np.errstate(invalid="ignore"):
-        return counts / counts.sum(axis=1, keepdims=True)
+        return counts, counts / counts.sum(axis=1, keepdims=True)
 
 
-def transition_table(run: RunFolder) -> "DataFrame | None":
+def transition_table(run: RunFolder) -> pd.DataFrame | None:
     """transition.csv: one row for each true class c: true_label, true_class, samples; rate_0, rate_1 ..., which is
     P(given label 0 | c) and so on, empty where the class has no samples; count_0, count_1 ... None where the truth is
     not known."""
-    import pandas
-
-    names = run.class_names
-    if "true" not in run.labels or not names:
+    if "true" not in run.labels:
         return None
-    counts = transition_counts(run.labels["true"], run.labels["given"], len(names))
-    columns = {"true_label": range(len(names)), "true_class": texts(names), "samples": counts.sum(axis=1)}
-    columns |= {f"rate_{c}": column for c, column in enumerate(transition_rates(counts).round(6).T)}
-    return pandas.DataFrame(columns | {f"count_{c}": column for c, column in enumerate(counts.T)})
+    names = run.class_names
+    counts, rates = transition(run.labels["true"], run.labels["given"], len(names))
+    table = pd.DataFrame({"true_label": range(len(names)), "true_class": texts(names), "samples": counts.sum(axis=1)})
+    return table.join([pd.DataFrame(rates.round(6)).add_prefix("rate_"), pd.DataFrame(counts).add_prefix("count_")])

@@ -1,10 +1,8 @@
 """What a run did, for people: report.html, figures and lists of doubtful labels in each run folder.
 
-    python -m dividemix.report RUN                              # RUN/report.html, figures/, *.csv
-    python -m dividemix.report RUN RUN RUN --out seeds          # the same of each, and seeds/report.html of all
-    python -m dividemix.report RUN --export_clean my-labels     # a corrected copy of the labels
-
-Reads run folders only. Each page is one file that needs no network and no other file: its images are in it.
+python -m dividemix.report RUN                              # RUN/report.html, figures/, *.csv
+python -m dividemix.report RUN RUN RUN --out seeds          # the same of each, and seeds/report.html of all
+python -m dividemix.report RUN --export_clean my-labels     # a corrected copy of the labels
 """
 
 from collections.abc import Sequence
@@ -31,13 +29,9 @@ def of_finished(run: Run) -> None:
 
 def draw(path: Path, out: Path | None = None) -> list[str]:
     """Make the report of the run folder `path`, in it or in `out`. -> lines for the terminal."""
-    return draw_run(read_run(path), out)
-
-
-def draw_run(run: RunFolder, out: Path | None = None) -> list[str]:
     from dividemix import figures  # matplotlib, which a script that trains does not wait for
 
-    out = out or run.path
+    run, out = read_run(path), out or path
     out.mkdir(parents=True, exist_ok=True)
     issues = label_issues.find(run)
     drawn = figures.draw_all(run, issues, out / "figures")
@@ -52,12 +46,11 @@ def draw_run(run: RunFolder, out: Path | None = None) -> list[str]:
     return [*lines, f"report: {out / PAGE}"]
 
 
-def draw_comparison(runs: Sequence[RunFolder], out: Path) -> list[str]:
+def draw_comparison(runs: Sequence[RunFolder], agreements: compare.Agreements, out: Path) -> list[str]:
     """Make the page of several runs in `out`. -> lines for the terminal."""
     from dividemix import figures
 
     out.mkdir(parents=True, exist_ok=True)
-    agreements = {run.path: agreement(run) for run in runs}
     groups = compare.group_by_setting(runs)
     drawn = figures.draw_comparison(groups, out / "figures")
     write_atomically(out / PAGE, compare.comparison_page(groups, agreements, drawn))
@@ -66,63 +59,42 @@ def draw_comparison(runs: Sequence[RunFolder], out: Path) -> list[str]:
     return [*lines, f"all runs: {out / PAGE}"]
 
 
-def agreement(run: RunFolder) -> label_issues.Agreement | None:
-    issues = label_issues.find(run)
-    return label_issues.against_truth(issues) if issues else None
-
-
-def table(runs: Sequence[RunFolder]) -> str:
-    """One line a run, aligned, for the terminal."""
-    return compare.aligned(compare.run_table(runs, {run.path: agreement(run) for run in runs}))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(
-        prog="python -m dividemix.report", description="Make report.html of each run, and of several one that has all."
-    )
+    parser = Parser(prog="python -m dividemix.report", description="Make report.html of each run, and one of several.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder of the report: of one run instead of the run folder, of several for the page of all (default: "
-        "./report)",
-    )
-    parser.add_argument(
-        "--export_clean", type=Path, metavar="DIR", help="write a corrected copy of the run's labels into a new folder"
-    )
+    place = "folder of the report, instead of the run folder; of several runs, of the page of all (default: ./report)"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=place)
+    clean = "write a corrected copy of the run's labels into a new folder"
+    parser.add_argument("--export_clean", type=Path, metavar="DIR", help=clean)
     args = parser.parse_args(argv)
     if args.export_clean and len(args.runs) > 1:
         raise DivideMixError("--export_clean: expected one run, whose labels are written; give the others apart")
     runs = [read_run(path) for path in {path.resolve(): path for path in args.runs}.values()]  # each once
+    agreements = {run.path: label_issues.against_truth(label_issues.find(run)) for run in runs}
+    print(compare.aligned(compare.run_table(runs, agreements)))
     several = len(runs) > 1
-    print(table(runs))
     try:
         for run in runs:
             try:
-                print("", run.path, *draw_run(run, None if several else args.out), sep="\n")
+                print("", run.path, *draw(run.path, None if several else args.out), sep="\n")
             except OSError as error:
                 if not several:
                     raise
                 warn(f"{run.path}: no report of its own is written there ({error.strerror})")
         if several:
-            print(*draw_comparison(runs, args.out or Path("report")), sep="\n")
+            print(*draw_comparison(runs, agreements, args.out or Path("report")), sep="\n")
     except OSError as error:
         raise DivideMixError(
             f"{error.filename or args.out}: cannot be written ({error.strerror}); choose another folder with --out"
         ) from error
     if args.export_clean:
-        print(*export(runs[0], args.export_clean), sep="\n")
-
-
-def export(run: RunFolder, folder: Path) -> list[str]:
-    issues = label_issues.find(run)
-    if issues is None:
-        raise DivideMixError(
-            f"--export_clean: {run.path} has no scores of its labels yet: finish it, with the same training command "
-            "and without --no_label_scores"
-        )
-    return clean_labels.export(run, issues, folder)
+        issues = label_issues.find(runs[0])
+        if issues is None:
+            raise DivideMixError(
+                f"--export_clean: {runs[0].path} has no scores of its labels yet: finish it, with the same training "
+                "command and without --no_label_scores"
+            )
+        print(*clean_labels.export(runs[0], issues, args.export_clean), sep="\n")
 
 
 if __name__ == "__main__":

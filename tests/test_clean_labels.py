@@ -47,9 +47,9 @@ def test_the_rate_that_is_named_is_one_that_the_file_passes(tmp_path, num_class,
     object.__setattr__(run, "labels", {"list_given": true})
     given, classes = (true + 1) % num_class, [str(c) for c in range(num_class)]
     fields = {"index": np.arange(n), "paths": None, "given": given, "suggested": labels, "quality": np.zeros(n)}
-    fields |= {"is_issue": np.ones(n, bool), "loss": np.zeros(n), "p_clean": None, "confidence": np.zeros(n)}
+    fields |= {"is_issue": np.ones(n, bool), "loss": np.zeros(n), "p_clean": [], "confidence": np.zeros(n)}
     issues = label_issues.LabelIssues(**fields, true=true, class_names=classes, threshold=0.5, epochs=1)
-    rate = float(clean_labels.use_json(run, issues, tmp_path).split("--r ")[1].split()[0])
+    rate = clean_labels.rate_left(run, issues)
     file = tmp_path / "labels.json"
     file.write_text(json.dumps(labels.tolist()))
     noise_file.read(file, true, noise_file.NoiseSpec("digits", "sym", rate, 0, num_class, noise.next_class(num_class)))

@@ -97,7 +97,7 @@ def test_a_run_without_truth_list_or_test_has_dashes(tmp_path):
     mixed = compare.run_table([run, read_run(make_run(tmp_path / "b"))], {}).values.tolist()
     assert mixed[0] == row and mixed[1][2:6] == ["52.00", "52.00", "51.00", "-"]
     spread = compare.spread_table([("a", [run])], {}).values.tolist()
-    assert spread == [["a", "1", "-", "-", "-", "-", "-", "-", "60.00"]]
+    assert spread == [["a", "1", "-", "-", "-", "60.00", "-", "-", "-"]]
 
 
 def test_the_page_of_several_runs(runs, tmp_path, monkeypatch):

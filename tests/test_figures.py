@@ -88,12 +88,14 @@ def test_a_run_that_is_validated_only(tmp_path, axes):
 
 
 def test_a_run_on_two_validation_sets(tmp_path, axes):
-    """Else WebVision's figure lacks ImageNet, half of what the paper reports of it."""
+    """Else WebVision's figure lacks ImageNet, half of what the paper reports of it, or the held-out part by which the
+    epoch was chosen."""
     folder = make_run(tmp_path / "run")
-    records = [{"epoch": e, "test_acc": 70.0 + e, "imagenet_acc": 65.0, "best_acc": 70.0} for e in range(3)]
+    known = {"imagenet_acc": 65.0, "best_acc": 70.0, "val_acc": 60.0}
+    records = [{"epoch": e, "test_acc": 70.0 + e, **known} for e in range(3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     figures.draw_accuracy(axes, read_run(folder))
-    assert curves(axes)["both, ImageNet"] == [65] * 3
+    assert curves(axes)["both, ImageNet"] == [65] * 3 and curves(axes)["held-out part"] == [60] * 3
 
 
 def test_metrics_of_both_nets_have_gaps_where_they_have_no_value(tmp_path, axes):

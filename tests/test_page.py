@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from make_run import GIVEN, N, make_run
+from make_run import N, make_run
 from PIL import Image
 
 from dividemix import figures, label_issues, page, recipes
@@ -235,18 +235,6 @@ def test_what_the_blind_recipe_chose_is_said(tmp_path):
     assert "in the last epoch: lambda_u 25, p_threshold 0.5, loss_window 1." in text
     assert "44.4% of the labels are wrong, with a concentration of 0.12" in text
     assert "--recipe blind" not in Reader(page_of(make_run(tmp_path / "other"))).text
-
-
-def test_thumbnails_that_do_not_fit_are_left_out(tmp_path):
-    """A damaged file must not take the report with it, nor show an image beside a label that is not its own."""
-    folder = make_run(tmp_path / "run")
-    pixels = np.zeros((3, 8, 6, 3), np.uint8)
-    sizes = np.array([[8, 6], [9, 6], [0, 0]], np.int32)
-    np.savez(folder / "thumbnails.npz", index=np.array([2, 3, 4]), pixels=pixels, sizes=sizes)
-    shown = [each["alt"] for each in Reader(page_of(folder)).all("img") if each["alt"].startswith("sample")]
-    assert shown == ["sample 2: given bird, suggested bird"] and GIVEN[2] == 2
-    np.savez(folder / "thumbnails.npz", index=np.array([2]), pixels=np.zeros(3), sizes=np.zeros(2))
-    assert "The run folder has no images of them" in Reader(page_of(folder)).text
 
 
 def test_the_page_runs_its_own_script_alone(tmp_path):
