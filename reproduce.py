@@ -47,14 +47,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("where").add_argument
     add("--launcher", choices=["local", "slurm"], default="local", help="this machine, or a SLURM queue")
     add("--jobs_per_gpu", type=options.positive_int, default=1, metavar="K", help="runs at once on a card, or the CPU")
+    # These go to submitit as they are.
     add = parser.add_argument_group("slurm").add_argument
     add("--slurm_partition", metavar="NAME")
-    add(
-        "--slurm_time", type=options.positive_int, default=1440, metavar="MINUTES", help="of a job; then it is requeued"
-    )
+    add("--slurm_time", type=options.positive_int, default=1440, metavar="MIN", help="of a job; then it is requeued")
     add("--slurm_gpus_per_node", type=int, choices=[0, 1], default=1, help="of a job")
     add("--slurm_cpus_per_task", type=options.positive_int, default=8, metavar="N", help="of a job")
-    add("--slurm_jobs", type=options.positive_int, default=100, metavar="N", help="in the queue at once")
     add("--slurm_extra", action="append", metavar="KEY=VALUE", default=[], help="for sbatch; may be repeated")
     args = parser.parse_args(words[:end])
     args.extra = words[end + 1 :]
@@ -129,12 +127,10 @@ def launch(runs: Sequence[rows.PlannedRun], args: argparse.Namespace) -> list[st
     if args.launcher == "local":
         slots = jobs.local_slots(args.jobs_per_gpu, available_cores(), flags.get("device") == "cpu")
         return jobs.launch(runs, logs, slots)
-    parameters = {"timeout_min": args.slurm_time, "cpus_per_task": args.slurm_cpus_per_task, "name": "dividemix"}
-    parameters |= {"gpus_per_node": args.slurm_gpus_per_node, "slurm_partition": args.slurm_partition}
-    parameters |= {"slurm_additional_parameters": dict(word.split("=", 1) for word in args.slurm_extra)}
-    given = {name: value for name, value in parameters.items() if value}
+    given = {name: value for name, value in vars(args).items() if name.startswith("slurm_") and value}
+    given["slurm_additional_parameters"] = dict(word.split("=", 1) for word in given.pop("slurm_extra", []))
     executor = jobs.slurm_executor(args.out_dir / "slurm", **given)
-    slots = [jobs.threads(args.slurm_cpus_per_task // args.jobs_per_gpu)] * args.slurm_jobs
+    slots = [jobs.threads(args.slurm_cpus_per_task // args.jobs_per_gpu)] * len(runs)
     return jobs.launch(runs, logs, slots, args.jobs_per_gpu, executor)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim
 
 from dividemix import DivideMixError, deploy, options
 from dividemix.checkpoint import write_atomically
@@ -26,17 +26,19 @@ TOLERANCE = 1e-4  # largest difference from the networks, as a part of their lar
 _BATCHES = (1, 2, 5)  # compared; traced with 2
 
 
-def export(ensemble: deploy.Ensemble, preparation: Preparation) -> ExportedProgram:
-    """The ensemble for batches of any size. Raises DivideMixError for networks that torch.export cannot trace."""
+def export(ensemble: deploy.Ensemble, preparation: Preparation, about: dict[str, Any]) -> bytes:
+    """The content of a .pt2 file: the ensemble for batches of any size, and its metadata. Raises DivideMixError for
+    networks that torch.export cannot trace."""
+    content, batch = io.BytesIO(), {"images": {0: Dim("batch", min=1)}}
     try:
         with torch.no_grad():
-            batch = {"images": {0: Dim("batch", min=1)}}
             program = torch.export.export(ensemble, (noise(2, preparation),), dynamic_shapes=batch)
-            # Takes out the regions without autocast, which name the device and are empty in float32
-            return program.run_decompositions({})
+            program = program.run_decompositions({})  # without regions of no autocast, which name the device
+            torch.export.save(program, content, extra_files={METADATA: json.dumps(about, indent=1)})
     except Exception as error:  # torch's tracer has no error class of its own
         reason = " ".join(str(error).split())[:200]
         raise DivideMixError(f"torch.export cannot trace this network ({type(error).__name__}: {reason})") from error
+    return content.getvalue()
 
 
 def metadata(run: Path, weights: str, epochs: Sequence[int], description: deploy.Description) -> dict[str, Any]:
@@ -68,13 +70,6 @@ def metadata(run: Path, weights: str, epochs: Sequence[int], description: deploy
         "versions": versions(),
         "commit": commit(),
     }
-
-
-def to_file(program: ExportedProgram, about: dict[str, Any]) -> bytes:
-    """The content of a .pt2 file."""
-    content = io.BytesIO()
-    torch.export.save(program, content, extra_files={METADATA: json.dumps(about, indent=1)})
-    return content.getvalue()
 
 
 @torch.no_grad()
@@ -109,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     preparation = description.preparation
     ensemble = deploy.load_ensemble(args.run, description, args.weights)
     about = metadata(args.run, args.weights, ensemble.epochs, description)
-    content = to_file(export(ensemble, preparation), about)
+    content = export(ensemble, preparation, about)
     largest = difference(content, ensemble, preparation)
     if not largest <= TOLERANCE:
         raise DivideMixError(

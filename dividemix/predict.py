@@ -9,7 +9,7 @@ import argparse
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 from dividemix import DivideMixError, deploy, options, runtime, warn
@@ -77,41 +76,21 @@ def _listed(source: Path) -> list[str]:
     return table.iloc[:, 0].tolist()
 
 
-def classify(
-    ensemble: deploy.Ensemble,
-    machine: Runtime,
-    read: Callable[[str], NDArray],
-    paths: Sequence[str],
-    batch_size: int,
-    workers: int,
-) -> Iterator[Answer | str]:
-    """For each file, in order, its likeliest classes, or why it cannot be read. `workers` threads read the files."""
-
-    def attempt(path: str) -> NDArray | str:
-        try:
-            return read(path)
-        except (BadImage, MemoryError) as error:
-            return str(error) or type(error).__name__
-
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        for start in range(0, len(paths), batch_size):
-            batch = list(pool.map(attempt, paths[start : start + batch_size]))
-            pixels = [item for item in batch if not isinstance(item, str)]
-            answers = iter(_likeliest(ensemble, machine, torch.from_numpy(np.stack(pixels))) if pixels else ())
-            yield from (item if isinstance(item, str) else next(answers) for item in batch)
-
-
 @torch.inference_mode()
-def _likeliest(ensemble: deploy.Ensemble, machine: Runtime, pixels: Tensor) -> list[Answer]:
-    """Of uint8 (B, S, S, channels)."""
-    [logits] = machine.forward(ensemble, deploy.to_images(pixels.to(machine.device)))
+def classify(ensemble: deploy.Ensemble, machine: Runtime, images: Sequence[NDArray | None]) -> list[Answer]:
+    """Of images uint8 (S, S, channels); an empty answer for None."""
+    sound = [image for image in images if image is not None]
+    if not sound:
+        return [[] for _ in images]
+    pixels = torch.from_numpy(np.stack(sound)).to(machine.device)
+    [logits] = machine.forward(ensemble, deploy.to_images(pixels))
     logits = logits.cpu()
     if not logits.isfinite().all():
         raise DivideMixError("the networks' outputs are not finite numbers: their weights are damaged or diverged")
     # A stable order: of equals the first, as argmax, which counts the ensemble's accuracy, takes it
     ordered, labels = deploy.probabilities(logits, len(ensemble.nets)).sort(dim=1, descending=True, stable=True)
     rows = zip(labels[:, :TOP].tolist(), ordered[:, :TOP].tolist(), strict=True)
-    return [list(zip(*row, strict=True)) for row in rows]
+    return [[] if image is None else list(zip(*next(rows), strict=True)) for image in images]
 
 
 def table(names: Sequence[str], answers: Sequence[Answer], description: deploy.Description) -> "DataFrame":
@@ -156,32 +135,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{args.run}: {description}; {deploy.epochs_used(args.weights, ensemble.epochs)}; {machine.describe()}")
 
     changes: list[int] = []
+    bad: list[str] = []
 
-    def read(path: str) -> NDArray:
-        image, change = shown(path, files.boundary)
-        changes.append(change)
-        return description.preparation.view(image)
+    def read(path: str) -> NDArray | None:
+        try:
+            image, change = shown(path, files.boundary)
+            changes.append(change)
+            return description.preparation.view(image)
+        except (BadImage, MemoryError) as error:
+            problem = f"{path if path.isprintable() else repr(path)}: {str(error) or type(error).__name__}"
+            if args.strict:
+                raise DivideMixError(f"{problem}: nothing is written; without --strict it is left empty") from error
+            bad.append(problem)
+            return None
 
     answers: list[Answer] = []
-    bad = 0
-    with warnings.catch_warnings():
+    bar = tqdm(total=len(files.paths), desc="images", disable=None)
+    with warnings.catch_warnings(), bar, ThreadPoolExecutor(max(1, args.workers)) as pool:
         warnings.filterwarnings("ignore", module=r"PIL\b")  # remarks on metadata; what cannot be read is an exception
-        answered = classify(ensemble, machine, read, files.paths, args.batch_size, args.workers)
-        for name, answer in zip(files.names, tqdm(answered, "images", len(files.names), disable=None), strict=True):
-            if isinstance(answer, str):
-                bad += 1
-                problem = f"{name if name.isprintable() else repr(name)}: {answer}"
-                if args.strict:
-                    raise DivideMixError(f"{problem}: nothing is written; without --strict it is left empty")
-                if bad <= _SHOWN:
-                    warn(problem)
-            answers.append([] if isinstance(answer, str) else answer)
-    if bad > _SHOWN:
-        warn(f"{bad - _SHOWN} more images cannot be read")
-    if bad == len(answers):
-        raise DivideMixError(f"{args.images}: not one of {bad} images can be read; nothing is written")
+        for start in range(0, len(files.paths), args.batch_size):
+            images = list(pool.map(read, files.paths[start : start + args.batch_size]))
+            answers += classify(ensemble, machine, images)
+            bar.update(len(images))
+    more = [f"{len(bad) - _SHOWN} more images cannot be read"] if len(bad) > _SHOWN else []
+    for problem in bad[:_SHOWN] + more:
+        warn(problem)
+    if len(bad) == len(answers):
+        raise DivideMixError(f"{args.images}: not one of {len(bad)} images can be read; nothing is written")
     write_atomically(args.out, csv_bytes(table(files.names, answers, description)))
-    left = f", of which {bad} cannot be read and are left empty" if bad else ""
+    left = f", of which {len(bad)} cannot be read and are left empty" if bad else ""
     print(*said(np.array(changes)), f"{args.out}: {len(answers)} images{left}", sep="\n")
 
 

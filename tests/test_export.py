@@ -201,8 +201,7 @@ def test_the_readmes_code_gives_the_answers_of_predict(preparation, start, tmp_p
 
 def as_if_exported(done, monkeypatch) -> None:
     """Tracing, saving and loading take seconds: from now on they give what is there."""
-    monkeypatch.setattr(export, "export", lambda *_: None)
-    monkeypatch.setattr(export, "to_file", lambda *_: done.content)
+    monkeypatch.setattr(export, "export", lambda *_: done.content)
     monkeypatch.setattr(torch.export, "load", lambda *_: done.exported)
 
 
