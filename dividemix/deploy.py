@@ -1,9 +1,5 @@
 """A trained run as one network, for `predict` and `export`: args.json describes it, best.pt or the last checkpoint has
-its weights.
-
-    description = read_description(Path("checkpoint/cifar10_0.5_sym"))
-    logits = load_ensemble(Path("checkpoint/cifar10_0.5_sym"), description)(images)
-"""
+its weights. `load_ensemble(run, read_description(run))(images)` are the logits."""
 
 import json
 from collections.abc import Sequence
@@ -92,8 +88,7 @@ class Ensemble(nn.Module):
         if self.border:
             images = F.pad(images, [self.border] * 4)
         x = (images.expand(-1, 3, -1, -1) - self.mean) / self.std  # bit for bit as `augment.to_float`
-        first, *others = [net(x) for net in self.nets]
-        return sum(others, first)
+        return sum(net(x) for net in self.nets)
 
 
 def epochs_used(weights: str, epochs: Sequence[int]) -> str:

@@ -1,9 +1,8 @@
 """What a trained run says of your images: the networks of a run folder, and files in, predictions.csv out.
 
-python -m dividemix.predict RUN DIR                           # all images below DIR
-python -m dividemix.predict RUN photo.jpg --out photo.csv     # one image
-python -m dividemix.predict RUN list.csv --weights last       # the files in the column `path` of a CSV
-"""
+    python -m dividemix.predict RUN DIR                           # all images below DIR
+    python -m dividemix.predict RUN list.csv --weights last       # the files in the column `path` of a CSV; or one file
+A row has path, label, class, confidence (the class's probability), then the same of the next four classes."""
 
 import argparse
 import io
@@ -12,9 +11,9 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import pandas
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -25,43 +24,25 @@ from dividemix.filelist import IMAGE_SUFFIXES, Boundary, images_below
 from dividemix.images import BadImage, said, shown
 from dividemix.runtime import Runtime, available_cores
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
 TOP = 5  # classes in a row
 _SHOWN = 10  # images that are warned of
 
 Answer = list[tuple[int, float]]  # (label, probability) of the likeliest classes of an image, likeliest first
 
 
-class Files(NamedTuple):
-    """Image files: as predictions.csv names them, where they are, and what symbolic links may not lead out of; None for
-    files that are named one by one, where a symbolic link is as good as a file."""
-
-    names: list[str]
-    paths: list[str]
-    boundary: Boundary | None
-
-
-def find_images(source: Path) -> Files:
+def find_images(source: Path) -> tuple[list[str], list[str], Boundary | None]:
     """All images below a folder, or the files in the column `path` of a .csv (relative ones start at its folder), or
-    one file. Raises DivideMixError where there are none."""
+    one file. -> as predictions.csv names them; where they are; what symbolic links may not lead out of, None for files
+    that are named one by one. Raises DivideMixError where there are none."""
     if source.is_dir():
         paths = [os.path.join(source, os.fsdecode(name)) for name in images_below(source)[0]]
         if not paths:
             raise DivideMixError(f"no image below {source}: expected files that end in {', '.join(IMAGE_SUFFIXES)}")
-        return Files(paths, paths, Boundary(source))
+        return paths, paths, Boundary(source)
     if not source.exists():
         raise DivideMixError(f"{source} does not exist: give a folder, an image, or a .csv with a column `path`")
     if source.suffix.lower() != ".csv":
-        return Files([str(source)], [str(source)], None)
-    names = _listed(source)
-    return Files(names, [os.path.join(source.parent, name.strip()) for name in names], None)
-
-
-def _listed(source: Path) -> list[str]:
-    import pandas
-
+        return [str(source)], [str(source)], None
     content = io.BytesIO(read_file(source))
     form = {"dtype": str, "na_filter": False, "index_col": False, "encoding": "utf-8-sig"}
     try:
@@ -69,11 +50,12 @@ def _listed(source: Path) -> list[str]:
     except ValueError as error:  # of pandas' parser, or not UTF-8
         reason = " ".join(str(error).split())
         raise DivideMixError(f"{source} is not a CSV in UTF-8 ({reason}): save it as one") from error
-    if table.columns.empty:
-        raise DivideMixError(f"{source} has no column `path` in its first line: add it")
-    if table.empty:
-        raise DivideMixError(f"{source} names no image: expected a line for each below `path`")
-    return table.iloc[:, 0].tolist()
+    if table.empty:  # without such a column, too
+        raise DivideMixError(
+            f"{source}: expected a first line with a column `path`, and a line for each image below it"
+        )
+    names = table.iloc[:, 0].tolist()
+    return names, [os.path.join(source.parent, name.strip()) for name in names], None
 
 
 @torch.inference_mode()
@@ -93,11 +75,8 @@ def classify(ensemble: deploy.Ensemble, machine: Runtime, images: Sequence[NDArr
     return [[] if image is None else list(zip(*next(rows), strict=True)) for image in images]
 
 
-def table(names: Sequence[str], answers: Sequence[Answer], description: deploy.Description) -> "DataFrame":
-    """A row for each image: path, label, class, confidence, then label_2, class_2, probability_2 ...; empty but for the
-    path where the answer is."""
-    import pandas
-
+def table(names: Sequence[str], answers: Sequence[Answer], description: deploy.Description) -> pandas.DataFrame:
+    """predictions.csv: a row for each image, empty but for the path where the answer is."""
     columns = ["path", "label", "class", "confidence"]
     for k in range(2, min(TOP, description.num_class) + 1):
         columns += [f"label_{k}", f"class_{k}", f"probability_{k}"]
@@ -124,7 +103,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    files = find_images(args.images)
+    names, paths, boundary = find_images(args.images)
     deploy.check_output(args.out, ".csv")
     if args.out.exists() and args.out.samefile(args.images):
         raise DivideMixError(f"--out {args.out} is the list that is read: give another name")
@@ -139,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def read(path: str) -> NDArray | None:
         try:
-            image, change = shown(path, files.boundary)
+            image, change = shown(path, boundary)
             changes.append(change)
             return description.preparation.view(image)
         except (BadImage, MemoryError) as error:
@@ -150,11 +129,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             return None
 
     answers: list[Answer] = []
-    bar = tqdm(total=len(files.paths), desc="images", disable=None)
+    bar = tqdm(total=len(paths), desc="images", disable=None)
     with warnings.catch_warnings(), bar, ThreadPoolExecutor(max(1, args.workers)) as pool:
         warnings.filterwarnings("ignore", module=r"PIL\b")  # remarks on metadata; what cannot be read is an exception
-        for start in range(0, len(files.paths), args.batch_size):
-            images = list(pool.map(read, files.paths[start : start + args.batch_size]))
+        for start in range(0, len(paths), args.batch_size):
+            images = list(pool.map(read, paths[start : start + args.batch_size]))
             answers += classify(ensemble, machine, images)
             bar.update(len(images))
     more = [f"{len(bad) - _SHOWN} more images cannot be read"] if len(bad) > _SHOWN else []
@@ -162,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         warn(problem)
     if len(bad) == len(answers):
         raise DivideMixError(f"{args.images}: not one of {len(bad)} images can be read; nothing is written")
-    write_atomically(args.out, csv_bytes(table(files.names, answers, description)))
+    write_atomically(args.out, csv_bytes(table(names, answers, description)))
     left = f", of which {len(bad)} cannot be read and are left empty" if bad else ""
     print(*said(np.array(changes)), f"{args.out}: {len(answers)} images{left}", sep="\n")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from dividemix import DivideMixError, figures, recipes
+from dividemix import figures, recipes
 from dividemix.checkpoint import write_atomically
 from dividemix.compare import mean_and_deviation
 from dividemix.rows import DATA, TABLES, PlannedRun, Row, RunFiles, all_rows, read
@@ -19,6 +19,8 @@ MEASURES = {  # name of a number -> its name in tables
 LAST = 10  # epochs that "last" is the mean of
 COLUMNS = ["row", "table", "seed", "setting", "finished", *MEASURES, *(f"paper_{name}" for name in MEASURES)]
 COLUMNS += ["epochs", "seconds", "commit", "torch", "python", "device", "run_folder"]
+HEAD = "| row | paper: {0} | ours: {0} | difference | n | epochs | seconds a run | commit |"
+HEAD += " differs from the row's setting |"
 NOTE = """Test accuracy in per cent: best is the peak over the epochs, last the mean of the last 10. Ours: mean ±
 standard deviation over n seeds, all with the same noise; a subset of the images is drawn by each seed. Cross-entropy
 beside the paper's is net 1 alone, as there. Only finished runs are in the tables; `results.csv` has each run."""
@@ -60,8 +62,8 @@ def differences(row: Row, about: dict[str, Any], given: str) -> str:
     """What makes a run another one than the row asks for: the flags in its folder's name, those that differ all the
     same, and data that are not the published ones."""
     notes = [given] if given else []
-    for note in recipes.setting_differences(about["args"], row.setting, "row"):
-        notes += [] if f"_{note.split()[0][2:]}-" in f"_{given}" else [note]
+    more = recipes.setting_differences(about["args"], row.setting, "row")
+    notes += [note for note in more if f"_{note.split()[0][2:]}-" not in f"_{given}"]
     if row.data in ("cifar10", "cifar100") and f"(official {row.data})" not in str(about["data"].get("lines")):
         notes.append(f"not the official {row.data}")
     return ", ".join(notes)
@@ -78,23 +80,18 @@ def hours_left(run: PlannedRun, table: pd.DataFrame) -> float | None:
 
 
 def write(chosen: Sequence[Row], out_dir: Path) -> list[Path]:
-    """Write results.csv, RESULTS.md and curves of these rows and of all that have runs. Raises DivideMixError."""
+    """Write results.csv, RESULTS.md and curves of these rows and of all that have runs."""
     table = table_of_runs(all_rows(), out_dir)
     groups = dict(list(table.groupby("row")))
     rows = [row for row in all_rows() if row in chosen or row.name in groups]
-    panels = {
-        row.name: lambda axes, row=row: draw(axes, row, groups[row.name], out_dir)
-        for row in rows
-        if row.name in groups and row.name == row.run_name
-    }
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        curves = figures.write_panels(panels, out_dir / "curves")
-        write_atomically(out_dir / "results.csv", table.to_csv(index=False, float_format="%.4f").encode())
-        write_atomically(out_dir / "RESULTS.md", markdown(rows, table, curves).encode())
-    except OSError as error:
-        raise DivideMixError(f"--out_dir {out_dir}: cannot be written ({error.strerror}); choose another") from error
-    return [out_dir / "results.csv", out_dir / "RESULTS.md"]
+    drawn = [row for row in rows if row.name in groups and row.name == row.run_name]
+    panels = {row.name: lambda axes, row=row: draw(axes, row, groups[row.name], out_dir) for row in drawn}
+    curves = figures.write_panels(panels, out_dir / "curves")
+    contents = {"results.csv": table.to_csv(index=False, float_format="%.4f")}
+    contents["RESULTS.md"] = markdown(rows, table, curves)
+    for name, content in contents.items():
+        write_atomically(out_dir / name, content.encode())
+    return [out_dir / name for name in contents]
 
 
 def draw(axes: Any, row: Row, runs: pd.DataFrame, out_dir: Path) -> None:
@@ -122,9 +119,7 @@ def markdown(rows: Sequence[Row], table: pd.DataFrame, curves: Collection[str]) 
             continue
         names = list(dict.fromkeys(name for row in rows_here for name in row.paper))
         numbers = " / ".join(MEASURES[name] for name in names)
-        head = ["row", f"paper: {numbers}", f"ours: {numbers}", "difference", "n", "epochs", "seconds a run", "commit"]
-        head.append("differs from the row's setting")
-        lines += ["", f"## {title}", "", joined(head), joined(["---"] * len(head))]
+        lines += ["", f"## {title}", "", HEAD.format(numbers), joined(["---"] * (HEAD.count("|") - 1))]
         for row in rows_here:
             runs, paper = finished[finished.row == row.name], paper_numbers(row, names)
             if not (runs.setting == "").any():

@@ -46,13 +46,11 @@ class DataSet:
         return "" if self.place(data_root) else f"needs {self.title} in {data_root / self.folder}"
 
 
-_FASHION = "train-images-idx3-ubyte*"
+_FASHION = ("FashionMNIST/raw/train-images-*", "raw/train-images-*", "train-images-*")
 DATA = {
     "cifar10": DataSet("CIFAR-10", "cifar-10", ("cifar-10-batches-py/data_batch_*", "data_batch_*"), True),
     "cifar100": DataSet("CIFAR-100", "cifar-100", ("cifar-100-python/train", "train"), True),
-    "fashionmnist": DataSet(
-        "Fashion-MNIST", "data", (f"FashionMNIST/raw/{_FASHION}", f"raw/{_FASHION}", _FASHION), True
-    ),
+    "fashionmnist": DataSet("Fashion-MNIST", "data", _FASHION, True),
     "digits": DataSet("scikit-learn's digits"),
     "clothing1M": DataSet("Clothing1M", "Clothing1M/data", ("noisy_train_key_list.txt",)),
     "webvision": DataSet("WebVision", "webvision", ("info/train_filelist_google.txt",)),
@@ -115,16 +113,11 @@ def select(tables: Sequence[str], patterns: Sequence[str]) -> list[Row]:
     """The rows of these tables ('all': of all) and those whose names match a pattern. Raises DivideMixError for a
     pattern that matches none."""
     rows = all_rows()
-    names: set[str] = set()
-    for pattern in patterns:
-        matched = fnmatch.filter([row.name for row in rows], pattern)
-        if not matched:
-            raise DivideMixError(f"--rows {pattern}: no row has such a name; --list shows them")
-        names.update(matched)
+    matches = {pattern: fnmatch.filter([row.name for row in rows], pattern) for pattern in patterns}
+    if missed := [pattern for pattern in patterns if not matches[pattern]]:
+        raise DivideMixError(f"--rows {missed[0]}: no row has such a name; --list shows them")
+    names = set().union(*matches.values())
     return [row for row in rows if row.name in names or row.table in tables or "all" in tables]
-
-
-REFUSED = ("seed", "run_dir", "out_dir", "data_path", "fresh")  # what reproduce.py itself gives or decides
 
 
 @dataclass(frozen=True)
@@ -153,7 +146,7 @@ def plan(rows: Sequence[Row], seeds: int, data_root: Path, out_dir: Path, extra:
     """The runs, in the order of the rows, no folder twice. extra: more flags of the scripts, which name the folders
     where they decide what is computed. Raises DivideMixError for flags that are reproduce.py's to give."""
     flags = grouped(extra)
-    for name in flags.keys() & REFUSED:
+    for name in flags.keys() & {"seed", "run_dir", "out_dir", "data_path", "fresh"}:
         raise DivideMixError(f"--{name} after --: --seeds, --out_dir and --data_root of reproduce.py itself say this")
     end, runs = folder_name(flags), {}
     for row in rows:
@@ -163,11 +156,10 @@ def plan(rows: Sequence[Row], seeds: int, data_root: Path, out_dir: Path, extra:
         epochs = int(flags.get("num_epochs", row.setting["num_epochs"]))
         for seed in range(FIRST_SEED, FIRST_SEED + seeds):
             folder = out_dir / f"{row.run_name}_seed{seed}{end and '_' + end}"
-            words = ["--data_path", str(place)] if data.folder else []
-            words += [word for name, value in row.flags.items() for word in (f"--{name}", f"{value}")]
-            words += ["--seed", str(seed)] if seed != FIRST_SEED else []
-            if seed != FIRST_SEED and row.script == "Train_cifar.py":  # all seeds have the same noise
-                words += ["--noise_seed", str(FIRST_SEED)]
+            asked = ({"data_path": place} if data.folder else {}) | row.flags
+            if seed != FIRST_SEED:  # all seeds have the same noise
+                asked |= {"seed": seed} | ({"noise_seed": FIRST_SEED} if row.script == "Train_cifar.py" else {})
+            words = [word for name, value in asked.items() for word in (f"--{name}", f"{value}")]
             command = (sys.executable, str(ROOT / row.script), *words, *extra, "--run_dir", str(folder))
             runs.setdefault(folder, PlannedRun(row, folder, command, epochs, missing, end))
     return list(runs.values())

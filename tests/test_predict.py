@@ -370,9 +370,9 @@ def test_the_table_of_a_training_is_a_list(run, start, tmp_path):
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (b"file,label\na.png,1\n", "no column `path`"),
+        (b"file,label\na.png,1\n", "a column `path`"),
         (b"", "not a CSV"),
-        (b"path\n", "names no image"),
+        (b"path\n", "a line for each image"),
         (b"path\n\xff.png\n", "not a CSV in UTF-8"),
         (b'path\n"a.png\n', "not a CSV"),
     ],
