@@ -30,10 +30,6 @@ class Description:
     preparation: Preparation
     count: int = 2  # networks; an ablation may have one
 
-    def name(self, label: int) -> str:
-        """Of a class; its number, where classes have no names."""
-        return self.classes[label] if self.classes else str(label)
-
     def __str__(self) -> str:
         width = f", width {self.width}" if self.width != networks.WIDTH else ""
         side = f"{self.preparation.image_size}x{self.preparation.image_size}"

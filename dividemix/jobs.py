@@ -102,8 +102,7 @@ def launch(
                 except Exception as error:
                     if running:
                         break  # the queue takes no more jobs of one user: it is asked again at the next look
-                    message = f"a job could not be started: {' '.join(str(error).split())[:300]}"
-                    raise DivideMixError(message) from error
+                    raise DivideMixError(f"no job could be started: {' '.join(str(error).split())[:300]}") from error
                 del waiting[0], free[0]
                 for run in job.runs:
                     print(f"{run.name}: {'submitted' if executor else 'started'}", flush=True)

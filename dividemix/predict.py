@@ -77,12 +77,12 @@ def classify(ensemble: deploy.Ensemble, machine: Runtime, images: Sequence[NDArr
 
 def table(names: Sequence[str], answers: Sequence[Answer], description: deploy.Description) -> pandas.DataFrame:
     """predictions.csv: a row for each image, empty but for the path where the answer is."""
-    columns = ["path", "label", "class", "confidence"]
+    columns, classes = ["path", "label", "class", "confidence"], description.classes or range(description.num_class)
     for k in range(2, min(TOP, description.num_class) + 1):
         columns += [f"label_{k}", f"class_{k}", f"probability_{k}"]
     rows = []
     for name, answer in zip(names, answers, strict=True):
-        cells = [cell for label, p in answer for cell in (label, description.name(label), f"{p:.6g}")]
+        cells = [cell for label, p in answer for cell in (label, classes[label], f"{p:.6g}")]
         rows.append([name, *cells] if cells else [name] + [""] * (len(columns) - 1))
     return pandas.DataFrame(rows, columns=columns, dtype=object)
 

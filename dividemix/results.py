@@ -12,10 +12,9 @@ from dividemix.checkpoint import write_atomically
 from dividemix.compare import mean_and_deviation
 from dividemix.rows import DATA, TABLES, PlannedRun, Row, RunFiles, all_rows, read
 
-MEASURES = {  # name of a number -> its name in tables
-    **{"best": "best", "last": "last", "test_acc": "test", "test_acc_top5": "top-5"},
-    **{"imagenet_acc": "ILSVRC12", "imagenet_acc_top5": "ILSVRC12 top-5"},
-}
+# Name of a number -> its name in tables
+MEASURES = {"best": "best", "last": "last", "test_acc": "test", "test_acc_top5": "top-5"}
+MEASURES |= {"imagenet_acc": "ILSVRC12", "imagenet_acc_top5": "ILSVRC12 top-5"}
 LAST = 10  # epochs that "last" is the mean of
 COLUMNS = ["row", "table", "seed", "setting", "finished", *MEASURES, *(f"paper_{name}" for name in MEASURES)]
 COLUMNS += ["epochs", "seconds", "commit", "torch", "python", "device", "run_folder"]
@@ -129,13 +128,12 @@ def markdown(rows: Sequence[Row], table: pd.DataFrame, curves: Collection[str]) 
                 lines.append(joined([row.name, paper, f"{state}; `python reproduce.py --rows {row.name}`", *[""] * 6]))
             for setting, group in runs.groupby("setting"):
                 lines.append(joined([row.name, paper, *cells(row, names, group), setting]))
-        lines += ["", *(f"![{row.name}](curves/{row.name}.png)" for row in rows_here if row.name in curves)]
+        lines += [f"\n![{row.name}](curves/{row.name}.png)" for row in rows_here if row.name in curves]
     return "\n".join(lines) + "\n"
 
 
 def paper_numbers(row: Row, names: Sequence[str]) -> str:
-    values = [row.paper.get(name) for name in names]
-    return " / ".join("-" if v is None else f"{v:.1f}" if round(v, 1) == v else f"{v:.2f}" for v in values)
+    return " / ".join("-" if row.paper.get(name) is None else str(row.paper[name]) for name in names)
 
 
 def cells(row: Row, names: Sequence[str], group: pd.DataFrame) -> list[str]:

@@ -35,15 +35,13 @@ class DataSet:
     files: tuple[str, ...] = ()
     can_download: bool = False
 
-    def place(self, data_root: Path) -> Path | None:
-        for place in (data_root / self.folder, data_root):
-            if not self.files or any(any(place.glob(pattern)) for pattern in self.files):
-                return place
-        return None
-
-    def missing(self, data_root: Path) -> str:
-        """What a row that has no data says, '' where nothing is missing."""
-        return "" if self.place(data_root) else f"needs {self.title} in {data_root / self.folder}"
+    def find(self, data_root: Path) -> tuple[Path, str]:
+        """Where it is, or belongs; and what is missing, '' for nothing."""
+        wanted = data_root / self.folder
+        for folder in (wanted, data_root):
+            if not self.files or any(any(folder.glob(pattern)) for pattern in self.files):
+                return folder, ""
+        return wanted, f"needs {self.title} in {wanted}"
 
 
 _FASHION = ("FashionMNIST/raw/train-images-*", "raw/train-images-*", "train-images-*")
@@ -151,8 +149,8 @@ def plan(rows: Sequence[Row], seeds: int, data_root: Path, out_dir: Path, extra:
     end, runs = folder_name(flags), {}
     for row in rows:
         data = DATA[row.data]
-        missing = "" if data.can_download and "download" in flags else data.missing(data_root)
-        place = data.place(data_root) or data_root / data.folder
+        place, missing = data.find(data_root)
+        missing = "" if data.can_download and "download" in flags else missing
         epochs = int(flags.get("num_epochs", row.setting["num_epochs"]))
         for seed in range(FIRST_SEED, FIRST_SEED + seeds):
             folder = out_dir / f"{row.run_name}_seed{seed}{end and '_' + end}"

@@ -42,9 +42,7 @@ def refused(call, *arguments) -> str:
 def test_a_description_is_read_as_it_was_written(tmp_path, preparation, classes):
     """Else a run's predictions have other names, sizes or colours than its training had."""
     run = make_trained(tmp_path / "run", preparation, classes)
-    found = read_description(run)
-    assert found == deploy.Description("preresnet18", 6, 4, classes, preparation)
-    assert [found.name(c) for c in (0, 5)] == ([classes[0], classes[5]] if classes else ["0", "5"])
+    assert read_description(run) == deploy.Description("preresnet18", 6, 4, classes, preparation)
 
 
 def test_what_is_no_run_folder_is_said(tmp_path):

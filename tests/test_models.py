@@ -25,9 +25,7 @@ def test_golden_logits():
         np.testing.assert_allclose(net(x).numpy(), golden, atol=1e-3 * np.abs(golden).max())
 
 
-@pytest.mark.parametrize(
-    "build", [PreResNet.ResNet18, PreResNet.ResNet34, PreResNet.ResNet50, PreResNet.ResNet101, PreResNet.ResNet152]
-)
+@pytest.mark.parametrize("build", [PreResNet.ResNet18, PreResNet.ResNet34, PreResNet.ResNet50])
 @pytest.mark.parametrize("size", [16, 33])
 def test_every_depth_takes_square_inputs_of_16_and_up(build, size):
     """An image size that needs another head would fail after the data has been loaded."""

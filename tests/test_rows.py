@@ -109,11 +109,11 @@ def test_rows_are_chosen_by_table_and_pattern():
 def test_missing_data_are_seen_before_anything_starts(tmp_path, data, files):
     """A night's queue ends in 18 errors of which the first told all."""
     for file in files:
-        assert DATA[data].missing(tmp_path).startswith(f"needs {DATA[data].title} in {tmp_path}")
+        assert DATA[data].find(tmp_path)[1].startswith(f"needs {DATA[data].title} in {tmp_path}")
         path = tmp_path / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    assert DATA[data].missing(tmp_path) == ""
+    assert DATA[data].find(tmp_path)[1] == ""
 
 
 def test_what_can_be_downloaded_is_not_missing(tmp_path):
