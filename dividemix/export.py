@@ -1,6 +1,6 @@
 """A trained run as one file that needs PyTorch alone: both networks, and in its metadata how to prepare an image.
 
-    python -m dividemix.export RUN model.pt2 [--weights last]
+    python -m dividemix.export RUN model.pt2        # --weights last: not those of the best epoch
 
 It takes float32 (B, channels, S, S) in [0, 1], for any B, and gives the sum of both networks' logits (B, classes).
 """
