@@ -2,6 +2,7 @@
 
     python -m dividemix.predict RUN DIR                           # all images below DIR
     python -m dividemix.predict RUN list.csv --weights last       # the files in the column `path` of a CSV; or one file
+
 A row has path, label, class, confidence (the class's probability), then the same of the next four classes."""
 
 import argparse
@@ -46,15 +47,13 @@ def find_images(source: Path) -> tuple[list[str], list[str], Boundary | None]:
     content = io.BytesIO(read_file(source))
     form = {"dtype": str, "na_filter": False, "index_col": False, "encoding": "utf-8-sig"}
     try:
-        table = pandas.read_csv(content, **form, usecols=lambda name: name.strip().lower() == "path")
+        listed = pandas.read_csv(content, **form, usecols=lambda name: name.strip().lower() == "path")
     except ValueError as error:  # of pandas' parser, or not UTF-8
         reason = " ".join(str(error).split())
         raise DivideMixError(f"{source} is not a CSV in UTF-8 ({reason}): save it as one") from error
-    if table.empty:  # without such a column, too
-        raise DivideMixError(
-            f"{source}: expected a first line with a column `path`, and a line for each image below it"
-        )
-    names = table.iloc[:, 0].tolist()
+    if listed.empty:  # without such a column, too
+        raise DivideMixError(f"{source}: expected a first line with a column `path`, and a line for each image below")
+    names = listed.iloc[:, 0].tolist()
     return names, [os.path.join(source.parent, name.strip()) for name in names], None
 
 
