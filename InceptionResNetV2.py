@@ -13,14 +13,11 @@ from torch import Tensor, nn
 
 
 class ConvBN(nn.Module):
-    """Convolution, BN, ReLU. Stride 1 keeps the size unless padding is "valid"; stride 2 is never padded."""
+    """Convolution, BN, ReLU. Stride 1 keeps the size unless `valid`; stride 2 is never padded."""
 
-    def __init__(
-        self, in_planes: int, planes: int, kernel_size: int | tuple[int, int], stride: int = 1, padding: str = "same"
-    ):
+    def __init__(self, in_planes: int, planes: int, size: int | tuple[int, int], stride: int = 1, valid: bool = False):
         super().__init__()
-        padding = "valid" if stride > 1 else padding
-        self.conv = nn.Conv2d(in_planes, planes, kernel_size, stride, padding, bias=False)
+        self.conv = nn.Conv2d(in_planes, planes, size, stride, "valid" if valid or stride > 1 else "same", bias=False)
         self.bn = nn.BatchNorm2d(planes, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,14 +38,13 @@ class Branches(nn.Module):
 
 
 class Residual(Branches):
-    """relu(x + scale * conv2d(branches)): a 1x1 convolution without BN brings the branches back to x's planes. The
-    scale keeps the residual stream stable (the paper's section 3.3)."""
+    """relu(x + scale * conv2d(branches)): a 1x1 convolution without BN brings the branches' planes back to those of x.
+    The scale keeps the residual stream stable (the paper's section 3.3)."""
 
-    def __init__(self, *branches: nn.Module, branch_planes: int, planes: int, scale: float, relu: bool = True):
+    def __init__(self, *branches: nn.Module, planes: tuple[int, int], scale: float, relu: bool = True):
         super().__init__(*branches)
-        self.conv2d = nn.Conv2d(branch_planes, planes, kernel_size=1)
-        self.scale = scale
-        self.relu = relu
+        self.conv2d = nn.Conv2d(*planes, kernel_size=1)
+        self.scale, self.relu = scale, relu
 
     def forward(self, x: Tensor) -> Tensor:
         out = x + self.scale * self.conv2d(super().forward(x))
@@ -59,68 +55,49 @@ class Residual(Branches):
 # The blocks, with their sizes at 299x299
 
 
-class Mixed5b(Branches):  # (B, 192, 35, 35) -> (B, 320, 35, 35)
-    def __init__(self):
-        super().__init__(
-            ConvBN(192, 96, 1),
-            nn.Sequential(ConvBN(192, 48, 1), ConvBN(48, 64, 5)),
-            nn.Sequential(ConvBN(192, 64, 1), ConvBN(64, 96, 3), ConvBN(96, 96, 3)),
-            nn.Sequential(nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False), ConvBN(192, 64, 1)),
-        )
+def mixed_5b() -> Branches:  # (B, 192, 35, 35) -> (B, 320, 35, 35)
+    return Branches(
+        ConvBN(192, 96, 1),
+        nn.Sequential(ConvBN(192, 48, 1), ConvBN(48, 64, 5)),
+        nn.Sequential(ConvBN(192, 64, 1), ConvBN(64, 96, 3), ConvBN(96, 96, 3)),
+        nn.Sequential(nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False), ConvBN(192, 64, 1)),
+    )
 
 
-class Block35(Residual):  # (B, 320, 35, 35), Inception-ResNet-A
-    def __init__(self):
-        super().__init__(
-            ConvBN(320, 32, 1),
-            nn.Sequential(ConvBN(320, 32, 1), ConvBN(32, 32, 3)),
-            nn.Sequential(ConvBN(320, 32, 1), ConvBN(32, 48, 3), ConvBN(48, 64, 3)),
-            branch_planes=128,
-            planes=320,
-            scale=0.17,
-        )
+def block_35() -> Residual:  # (B, 320, 35, 35), Inception-ResNet-A
+    first = ConvBN(320, 32, 1)
+    second = nn.Sequential(ConvBN(320, 32, 1), ConvBN(32, 32, 3))
+    third = nn.Sequential(ConvBN(320, 32, 1), ConvBN(32, 48, 3), ConvBN(48, 64, 3))
+    return Residual(first, second, third, planes=(128, 320), scale=0.17)
 
 
-class Mixed6a(Branches):  # (B, 320, 35, 35) -> (B, 1088, 17, 17), Reduction-A
-    def __init__(self):
-        super().__init__(
-            ConvBN(320, 384, 3, stride=2),
-            nn.Sequential(ConvBN(320, 256, 1), ConvBN(256, 256, 3), ConvBN(256, 384, 3, stride=2)),
-            nn.MaxPool2d(3, stride=2),
-        )
+def mixed_6a() -> Branches:  # (B, 320, 35, 35) -> (B, 1088, 17, 17), Reduction-A
+    return Branches(
+        ConvBN(320, 384, 3, stride=2),
+        nn.Sequential(ConvBN(320, 256, 1), ConvBN(256, 256, 3), ConvBN(256, 384, 3, stride=2)),
+        nn.MaxPool2d(3, stride=2),
+    )
 
 
-class Block17(Residual):  # (B, 1088, 17, 17), Inception-ResNet-B
-    def __init__(self):
-        super().__init__(
-            ConvBN(1088, 192, 1),
-            nn.Sequential(ConvBN(1088, 128, 1), ConvBN(128, 160, (1, 7)), ConvBN(160, 192, (7, 1))),
-            branch_planes=384,
-            planes=1088,
-            scale=0.10,
-        )
+def block_17() -> Residual:  # (B, 1088, 17, 17), Inception-ResNet-B
+    first = ConvBN(1088, 192, 1)
+    second = nn.Sequential(ConvBN(1088, 128, 1), ConvBN(128, 160, (1, 7)), ConvBN(160, 192, (7, 1)))
+    return Residual(first, second, planes=(384, 1088), scale=0.10)
 
 
-class Mixed7a(Branches):  # (B, 1088, 17, 17) -> (B, 2080, 8, 8), Reduction-B
-    def __init__(self):
-        super().__init__(
-            nn.Sequential(ConvBN(1088, 256, 1), ConvBN(256, 384, 3, stride=2)),
-            nn.Sequential(ConvBN(1088, 256, 1), ConvBN(256, 288, 3, stride=2)),
-            nn.Sequential(ConvBN(1088, 256, 1), ConvBN(256, 288, 3), ConvBN(288, 320, 3, stride=2)),
-            nn.MaxPool2d(3, stride=2),
-        )
+def mixed_7a() -> Branches:  # (B, 1088, 17, 17) -> (B, 2080, 8, 8), Reduction-B
+    return Branches(
+        nn.Sequential(ConvBN(1088, 256, 1), ConvBN(256, 384, 3, stride=2)),
+        nn.Sequential(ConvBN(1088, 256, 1), ConvBN(256, 288, 3, stride=2)),
+        nn.Sequential(ConvBN(1088, 256, 1), ConvBN(256, 288, 3), ConvBN(288, 320, 3, stride=2)),
+        nn.MaxPool2d(3, stride=2),
+    )
 
 
-class Block8(Residual):  # (B, 2080, 8, 8), Inception-ResNet-C
-    def __init__(self, scale: float = 0.20, relu: bool = True):
-        super().__init__(
-            ConvBN(2080, 192, 1),
-            nn.Sequential(ConvBN(2080, 192, 1), ConvBN(192, 224, (1, 3)), ConvBN(224, 256, (3, 1))),
-            branch_planes=448,
-            planes=2080,
-            scale=scale,
-            relu=relu,
-        )
+def block_8(scale: float = 0.20, relu: bool = True) -> Residual:  # (B, 2080, 8, 8), Inception-ResNet-C
+    first = ConvBN(2080, 192, 1)
+    second = nn.Sequential(ConvBN(2080, 192, 1), ConvBN(192, 224, (1, 3)), ConvBN(224, 256, (3, 1)))
+    return Residual(first, second, planes=(448, 2080), scale=scale, relu=relu)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,17 +110,17 @@ class InceptionResNetV2(nn.Module):
     def __init__(self, num_classes: int):
         super().__init__()
         self.conv2d_1a = ConvBN(3, 32, 3, stride=2)
-        self.conv2d_2a = ConvBN(32, 32, 3, padding="valid")
+        self.conv2d_2a = ConvBN(32, 32, 3, valid=True)
         self.conv2d_2b = ConvBN(32, 64, 3)
         self.conv2d_3b = ConvBN(64, 80, 1)
-        self.conv2d_4a = ConvBN(80, 192, 3, padding="valid")
-        self.mixed_5b = Mixed5b()
-        self.repeat = nn.Sequential(*[Block35() for _ in range(10)])
-        self.mixed_6a = Mixed6a()
-        self.repeat_1 = nn.Sequential(*[Block17() for _ in range(20)])
-        self.mixed_7a = Mixed7a()
-        self.repeat_2 = nn.Sequential(*[Block8() for _ in range(9)])
-        self.block8 = Block8(scale=1.0, relu=False)
+        self.conv2d_4a = ConvBN(80, 192, 3, valid=True)
+        self.mixed_5b = mixed_5b()
+        self.repeat = nn.Sequential(*[block_35() for _ in range(10)])
+        self.mixed_6a = mixed_6a()
+        self.repeat_1 = nn.Sequential(*[block_17() for _ in range(20)])
+        self.mixed_7a = mixed_7a()
+        self.repeat_2 = nn.Sequential(*[block_8() for _ in range(9)])
+        self.block8 = block_8(scale=1.0, relu=False)
         self.conv2d_7b = ConvBN(2080, 1536, 1)
         self.last_linear = nn.Linear(1536, num_classes)
 

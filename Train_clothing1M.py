@@ -1,13 +1,10 @@
 """DivideMix on Clothing1M: a million shop photos, about 39 % of their labels wrong (Sec. 4.2, Table 3 of the paper).
 
-    python Train_clothing1M.py --data_path ../../Clothing1M/data                        # the paper's setting: 74.76 %
-    torchrun --nproc_per_node=2 Train_clothing1M.py --data_path ../../Clothing1M/data   # the same batch on two GPUs
-    python Train_clothing1M.py --data_path ../../Clothing1M/data --check_data           # is everything there?
+    python Train_clothing1M.py --data_path ../../Clothing1M/data                # the paper's setting: 74.76 %
+    python Train_clothing1M.py --data_path ../../Clothing1M/data --check_data   # is everything there?
 
-The same command again continues the run. An epoch is no pass over the million: in each epoch each network draws its own
-class-balanced sample, scores it and divides it, and the other network learns from that. Validated on the clean
-validation set every epoch; the test takes each network as it was at its own best epoch. `main` reads from top to
-bottom: data, two networks, Algorithm 1.
+The same command again continues the run. An epoch is no pass over the million: each network draws its own
+class-balanced sample, scores it and divides it, and the other learns from that.
 """
 
 import argparse
@@ -51,15 +48,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     runtime = options.machine(args)
     data = dataloader_clothing1M.load(args.data_path)
     views = Views(PAPER.resize_for(args.image_size), args.image_size, "crop")
-    folder = options.folder_for(args)
     size = args.num_batches * args.batch_size  # of an epoch's sample; that of a warm-up epoch is twice as large
 
-    with Run(folder, args, runtime, logs.CLOTHING1M) as run:
+    with Run(options.folder_for(args), args, runtime, logs.CLOTHING1M) as run:
         lists = {"train": data.train, "val": data.val, "test": data.test}
         split = check_data.split(lists, run, args.skip_bad_images)
-        lists = split.lists
         streams = {"workers": args.workers, "keep": args.keep_images}
-        with Pipeline(lists, views, data.mean, data.std, runtime, **streams) as pipeline:
+        with Pipeline(split.lists, views, data.mean, data.std, runtime, **streams) as pipeline:
             val, tests = {"val": pipeline.images("val")}, {"test": pipeline.images("test")}
             weights = {"init_from": args.init_from, "seed": args.seed, "begun": run.begun}
             shape = args.arch, args.num_class, args.width
@@ -68,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             mixtures = [Mixture(args.p_threshold) for _ in nets]
             mixmatch = options.mixmatch(args, unlabeled_loss=False, conf_penalty=PAPER.conf_penalty)
             whole = {"list_given": data.train.labels, "list_path": data.train.names()}
-            run.save_labels(index=split.index, given=lists["train"].labels, **whole)
-            about = {"classes": data.class_names, **{name: len(images) for name, images in lists.items()}}
+            run.save_labels(index=split.index, given=split.lists["train"].labels, **whole)
+            about = {"classes": data.class_names, **{name: len(images) for name, images in split.lists.items()}}
             preparation = Preparation(data.mean, data.std, views.crop, views.resize)
             model = deploy.describe(*shape, data.class_names, preparation)
             run.start(argv, nets, optimizers, mixtures, mixmatch, data=about, model=model, lines=[*split.lines, *notes])

@@ -2,13 +2,9 @@
 
     python Train_webvision.py --data_path ./dataset/                                # the authors' single-GPU setting
     python Train_webvision.py --data_path ./dataset/ --num_epochs 100 --lr_drop 50  # the paper's: 77.32 (91.64)
-    python Train_webvision.py --data_path ./dataset/ --cache_dir /fast/disk         # each image is decoded once
-    torchrun --nproc_per_node=2 Train_webvision.py --data_path ./dataset/           # the same batch on two GPUs
     python Train_webvision.py --data_path ./dataset/ --check_data                   # is everything there?
 
-The same command again continues the run. Every epoch ends with top-1 and top-5 accuracy on WebVision's and on
-ILSVRC12's validation images; the losses of every division are kept. `main` reads from top to bottom: data, two
-networks, Algorithm 1.
+The same command again continues the run. Accuracies are top-1 and top-5, on WebVision's and ILSVRC12's validation sets.
 """
 
 import argparse
@@ -46,9 +42,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     runtime = options.machine(args)
     data = dataloader_webvision.load(args.data_path, args.num_class)
     views = Views(PAPER.resize_for(args.image_size), args.image_size, "resized_crop")
-    folder = options.folder_for(args, "webvision")
 
-    with Run(folder, args, runtime, logs.WEBVISION) as run:
+    with Run(options.folder_for(args, "webvision"), args, runtime, logs.WEBVISION) as run:
         lists = {"train": data.train, "val": data.val, "imagenet": data.imagenet}
         split = check_data.split(lists, run, args.skip_bad_images, val_fraction=args.val_fraction)
         streams = {"workers": args.workers, "cache_dir": args.cache_dir}

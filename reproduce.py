@@ -1,16 +1,11 @@
 """The paper's tables in one command: runs any part of its experiments, and sets our numbers beside the paper's.
 
     python reproduce.py --list                                       # the rows, what they need, what is there
-    python reproduce.py --table 1 --seeds 3 --dry_run                # the commands, and the hours that they take
-    python reproduce.py --table 1 --seeds 3                          # runs them; the same command again continues
+    python reproduce.py --table 1 --seeds 3                          # runs them; --dry_run shows the commands, hours
     python reproduce.py --rows 'cifar10-sym-??' --jobs_per_gpu 2     # by name; several runs share a card
-    python reproduce.py --table here                                 # small sets: digits, Fashion-MNIST; hours on a CPU
     python reproduce.py --rows cifar10-sym-50 -- --num_epochs 20     # flags of the scripts: said not to be the paper's
-    python reproduce.py --table all --report_only                    # results.csv, RESULTS.md, curves of what is there
-    python reproduce.py --table 5 --launcher slurm --slurm_partition gpu
 
-A run is the training script itself in a process of its own, with a run folder below --out_dir and its output in
-logs/. What is finished is skipped, what is not is continued, what fails is reported and the rest goes on.
+What is finished is skipped, what is not is continued, what fails is reported and the rest goes on.
 """
 
 import argparse
@@ -39,22 +34,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--table", action="append", choices=[*rows.TABLES, "all"], help="a table's rows; may be repeated")
     add("--rows", action="append", metavar="'GLOB'", help="rows by name; may be repeated")
     add("--seeds", type=options.positive_int, default=1, help="runs of each row, seeds 123, 124 ...")
-    places = "holds cifar-10, cifar-100, data (Fashion-MNIST), Clothing1M/data and webvision"
-    add("--data_root", type=Path, default=Path(), help=places)
+    add("--data_root", type=Path, default=Path(), help="has cifar-10, cifar-100, data, Clothing1M/data, webvision")
     add("--out_dir", type=Path, default=Path("reproduced"), help="run folders, logs, results")
     add("--dry_run", action="store_true", help="show the commands and the hours they take, and end")
     add("--report_only", action="store_true", help="run nothing: write the results of what is there")
     add = parser.add_argument_group("where").add_argument
     add("--launcher", choices=["local", "slurm"], default="local", help="this machine, or a SLURM queue")
     add("--jobs_per_gpu", type=options.positive_int, default=1, metavar="K", help="runs at once on a card, or the CPU")
+    # These go to submitit as they are.
     add = parser.add_argument_group("slurm").add_argument
     add("--slurm_partition", metavar="NAME")
-    add(
-        "--slurm_time", type=options.positive_int, default=1440, metavar="MINUTES", help="of a job; then it is requeued"
-    )
+    add("--slurm_time", type=options.positive_int, default=1440, metavar="MIN", help="of a job; then it is requeued")
     add("--slurm_gpus_per_node", type=int, choices=[0, 1], default=1, help="of a job")
     add("--slurm_cpus_per_task", type=options.positive_int, default=8, metavar="N", help="of a job")
-    add("--slurm_jobs", type=options.positive_int, default=100, metavar="N", help="in the queue at once")
     add("--slurm_extra", action="append", metavar="KEY=VALUE", default=[], help="for sbatch; may be repeated")
     args = parser.parse_args(words[:end])
     args.extra = words[end + 1 :]
@@ -100,7 +92,7 @@ def list_rows(chosen: Sequence[rows.Row], args: argparse.Namespace) -> None:
         for row in lines:
             notes = [f"read from {row.run_name}"] if row.run_name != row.name else []
             notes += [f"{done[row.name]} finished"] if row.name in done else []
-            notes += filter(None, [rows.DATA[row.data].missing(args.data_root)])
+            notes += filter(None, [rows.DATA[row.data].find(args.data_root)[1]])
             print(f"  {row.name:<31}  {results.paper_numbers(row, [*row.paper]):<28}  {'; '.join(notes)}".rstrip())
 
 
@@ -122,19 +114,17 @@ def launch(runs: Sequence[rows.PlannedRun], args: argparse.Namespace) -> list[st
     flags = rows.grouped(args.extra)
     if "download" in flags:  # once, before several runs do it in one folder
         for name in sorted({run.row.data for run in runs}):
-            data = rows.DATA[name]
-            if data.can_download and not data.place(args.data_root):
-                dataloader_cifar.load(name, args.data_root / data.folder, download=True)
+            place, missing = rows.DATA[name].find(args.data_root)
+            if missing:
+                dataloader_cifar.load(name, place, download=True)
     logs = args.out_dir / "logs"
     if args.launcher == "local":
         slots = jobs.local_slots(args.jobs_per_gpu, available_cores(), flags.get("device") == "cpu")
         return jobs.launch(runs, logs, slots)
-    parameters = {"timeout_min": args.slurm_time, "cpus_per_task": args.slurm_cpus_per_task, "name": "dividemix"}
-    parameters |= {"gpus_per_node": args.slurm_gpus_per_node, "slurm_partition": args.slurm_partition}
-    parameters |= {"slurm_additional_parameters": dict(word.split("=", 1) for word in args.slurm_extra)}
-    given = {name: value for name, value in parameters.items() if value}
+    given = {name: value for name, value in vars(args).items() if name.startswith("slurm_") and value}
+    given["slurm_additional_parameters"] = dict(word.split("=", 1) for word in given.pop("slurm_extra", []))
     executor = jobs.slurm_executor(args.out_dir / "slurm", **given)
-    slots = [jobs.threads(args.slurm_cpus_per_task // args.jobs_per_gpu)] * args.slurm_jobs
+    slots = [jobs.threads(args.slurm_cpus_per_task // args.jobs_per_gpu)] * len(runs)
     return jobs.launch(runs, logs, slots, args.jobs_per_gpu, executor)
 
 

@@ -1,16 +1,9 @@
-"""A trained run as one network: what `predict` and `export` need of a run folder.
-
-    description = read_description(Path("checkpoint/cifar10_0.5_sym"))       # args.json, "model"
-    ensemble = load_ensemble(Path("checkpoint/cifar10_0.5_sym"), description, "best")
-    logits = ensemble(images)                                                # (B, channels, S, S) in [0, 1] -> (B, C)
-
-A training script writes the description (`describe`) at every start. Weights are read as tensors and plain values
-only.
-"""
+"""A trained run as one network, for `predict` and `export`: args.json describes it, best.pt or the last checkpoint has
+its weights. `load_ensemble(run, read_description(run))(images)` are the logits."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dividemix import DivideMixError, networks
-from dividemix.checkpoint import load_file, load_last, load_weights, read_file
+from dividemix.checkpoint import load_file, load_last, load_weights
 from dividemix.images import READING, Preparation
 
 WEIGHTS = ("best", "last")
@@ -31,15 +24,11 @@ class Description:
     of an image before."""
 
     arch: str
-    width: int
     num_class: int
+    width: int
     classes: list[str] | None
     preparation: Preparation
     count: int = 2  # networks; an ablation may have one
-
-    def name(self, label: int) -> str:
-        """Of a class; its number, where classes have no names."""
-        return self.classes[label] if self.classes else str(label)
 
     def __str__(self) -> str:
         width = f", width {self.width}" if self.width != networks.WIDTH else ""
@@ -49,42 +38,31 @@ class Description:
         return f"{count} {self.arch}{width}, {self.num_class} classes, {colour} images of {side}"
 
 
-# ---- In args.json ----
-
-
 def describe(
     arch: str, num_class: int, width: int, classes: list[str] | None, preparation: Preparation, count: int = 2
 ) -> dict[str, Any]:
     """The entry "model" of args.json, which `read_description` reads."""
     preprocessing = {"reading": list(READING), **asdict(preparation), "interpolation": "bilinear"}
-    return {
-        "arch": arch,
-        "count": count,
-        "width": width,
-        "num_class": num_class,
-        "classes": classes,
-        "preprocessing": preprocessing | {name: list(preprocessing[name]) for name in ("mean", "std")},
-    }
+    of_networks = {"arch": arch, "count": count, "width": width, "num_class": num_class}
+    return of_networks | {"classes": classes, "preprocessing": preprocessing}
 
 
 def read_description(run: Path) -> Description:
-    """Raises DivideMixError for what is no run folder, and for an args.json that `describe` did not write."""
-    path = run / "args.json"
+    """Raises DivideMixError for what is no run folder."""
     try:
-        model = json.loads(read_file(path))["model"]
-        given = model["preprocessing"]
-        sizes = (given[name] for name in ("image_size", "resize", "channels", "border"))
-        preparation = Preparation(tuple(given["mean"]), tuple(given["std"]), *sizes)
-        of_networks = (model[name] for name in ("arch", "width", "num_class", "classes"))
-        return Description(*of_networks, preparation, model["count"])
+        model = json.loads((run / "args.json").read_text())["model"]
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DivideMixError(f"{run} is not a run folder: it has no args.json") from error
-    except OSError as error:
-        raise DivideMixError(f"{path} cannot be read: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise DivideMixError(
-            f"{path} does not describe the run ({error!r:.100}): its training command, given again, writes it anew"
-        ) from error
+    preprocessing = model.pop("preprocessing")
+    values = {field.name: preprocessing[field.name] for field in fields(Preparation)}
+    values |= {name: tuple(values[name]) for name in ("mean", "std")}
+    return Description(**model, preparation=Preparation(**values))
+
+
+def check_output(path: Path, suffix: str) -> None:
+    """Before hours of work, not after them. Raises DivideMixError."""
+    if path.suffix != suffix or path.is_dir() or not path.absolute().parent.is_dir():
+        raise DivideMixError(f"{path}: expected a name that ends in {suffix}, in a folder that exists")
 
 
 # ---- The networks as one ----
@@ -92,8 +70,7 @@ def read_description(run: Path) -> Description:
 
 class Ensemble(nn.Module):
     """Images (B, channels, S, S), float32 in [0, 1] -> the sum of the networks' logits (B, num_class): what the paper
-    tests, and `engine.test` counts. S is the preparation's image_size. epochs: after which one the weights
-    of each network were saved."""
+    tests. S is the preparation's image_size. epochs: after which one the weights of each network were saved."""
 
     def __init__(self, nets: list[nn.Module], preparation: Preparation, epochs: Sequence[int] = ()):
         super().__init__()
@@ -107,14 +84,13 @@ class Ensemble(nn.Module):
         if self.border:
             images = F.pad(images, [self.border] * 4)
         x = (images.expand(-1, 3, -1, -1) - self.mean) / self.std  # bit for bit as `augment.to_float`
-        first, *others = [net(x) for net in self.nets]
-        return sum(others, first)
+        return sum(net(x) for net in self.nets)
 
 
 def epochs_used(weights: str, epochs: Sequence[int]) -> str:
-    """What `predict` and `export` say of the weights of each network: 'weights of the best epoch 17'."""
-    numbers = epochs if len(set(epochs)) > 1 else epochs[:1]
-    return f"weights of the {weights} epoch{'s' if len(numbers) > 1 else ''} {' and '.join(map(str, numbers))}"
+    """'weights of the best epoch 17', or 'epochs 5 and 7' where each network has its own."""
+    numbers = dict.fromkeys(epochs)
+    return f"weights of the {weights} epoch{'s' * (len(numbers) > 1)} {' and '.join(map(str, numbers))}"
 
 
 def to_images(pixels: Tensor) -> Tensor:
@@ -123,10 +99,8 @@ def to_images(pixels: Tensor) -> Tensor:
 
 
 def probabilities(logits: Tensor, nets: int = 2) -> Tensor:
-    """Of the classes, float64 (B, C), from the sum of the logits of so many networks: the softmax of their mean.
-
-    Its order is that of the sum, whose own softmax would take two networks that agree for twice as sure.
-    """
+    """Of the classes, float64 (B, C), from the sum of the logits of so many networks: the softmax of their mean. The
+    softmax of the sum would take two networks that agree for twice as sure."""
     return (logits.double() / nets).softmax(dim=1)
 
 
@@ -135,21 +109,19 @@ def load_ensemble(run: Path, description: Description, weights: str = "best") ->
 
     Raises DivideMixError where they are missing, damaged, or not of the networks that are described.
     """
+    path = run / "best.pt"
     if weights == "last":
         state = load_last(run)
         if not state:
             raise DivideMixError(f"{run} has no checkpoint yet: not one epoch is finished")
-        source = f"the last checkpoint of {run}"
-        epochs = [record["epoch"] for record in state["records"][-1:]] * description.count
-    else:
-        path = run / "best.pt"
-        if not path.exists():
-            raise DivideMixError(f"{path} is missing: --weights last takes the run's last checkpoint, if it has one")
-        source, state = str(path), load_file(path)
+        epochs = [state["records"][-1]["epoch"]] * description.count
+    elif path.exists():
+        state = load_file(path)
         epochs = state["epochs"]
-    states = state["nets"]
-    about = description.arch, description.num_class, description.width
+    else:
+        raise DivideMixError(f"{path} is missing: --weights last takes the run's last checkpoint, if it has one")
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced at once
-        nets = [networks.build(*about) for _ in range(description.count)]
-    load_weights(nets, states, source)
+        shape = description.arch, description.num_class, description.width
+        nets = [networks.build(*shape) for _ in range(description.count)]
+    load_weights(nets, state["nets"], str(path) if weights == "best" else f"the last checkpoint of {run}")
     return Ensemble(nets, description.preparation, epochs).eval()

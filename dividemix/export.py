@@ -1,11 +1,8 @@
 """A trained run as one file that needs PyTorch alone: both networks, and in its metadata how to prepare an image.
 
-    python -m dividemix.export RUN model.pt2
-    python -m dividemix.export RUN model.pt2 --weights last
+    python -m dividemix.export RUN model.pt2        # --weights last: not those of the best epoch
 
-The program takes images float32 (B, channels, S, S) in [0, 1], for any B, normalises them itself, and gives the sum of
-both networks' logits (B, classes). It is traced by torch.export in float32; before it takes its name, the file's
-content is loaded again and compared with the networks.
+It takes float32 (B, channels, S, S) in [0, 1], for any B, and gives the sum of both networks' logits (B, classes).
 """
 
 import argparse
@@ -17,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim
 
 from dividemix import DivideMixError, deploy, options
 from dividemix.checkpoint import write_atomically
@@ -29,17 +26,19 @@ TOLERANCE = 1e-4  # largest difference from the networks, as a part of their lar
 _BATCHES = (1, 2, 5)  # compared; traced with 2
 
 
-def export(ensemble: deploy.Ensemble, preparation: Preparation) -> ExportedProgram:
-    """The ensemble for batches of any size. Raises DivideMixError for networks that torch.export cannot trace."""
+def export(ensemble: deploy.Ensemble, preparation: Preparation, about: dict[str, Any]) -> bytes:
+    """The content of a .pt2 file: the ensemble for batches of any size, and its metadata. Raises DivideMixError for
+    networks that torch.export cannot trace."""
+    content, batch = io.BytesIO(), {"images": {0: Dim("batch", min=1)}}
     try:
         with torch.no_grad():
-            batch = {"images": {0: Dim("batch", min=1)}}
             program = torch.export.export(ensemble, (noise(2, preparation),), dynamic_shapes=batch)
-            # Takes out the regions without autocast, which name the device and are empty in float32
-            return program.run_decompositions({})
+            program = program.run_decompositions({})  # without regions of no autocast, which name the device
+            torch.export.save(program, content, extra_files={METADATA: json.dumps(about, indent=1)})
     except Exception as error:  # torch's tracer has no error class of its own
         reason = " ".join(str(error).split())[:200]
         raise DivideMixError(f"torch.export cannot trace this network ({type(error).__name__}: {reason})") from error
+    return content.getvalue()
 
 
 def metadata(run: Path, weights: str, epochs: Sequence[int], description: deploy.Description) -> dict[str, Any]:
@@ -53,37 +52,24 @@ def metadata(run: Path, weights: str, epochs: Sequence[int], description: deploy
         f"the centre of {side}x{side}: from row round((height - {side}) / 2) and column round((width - {side}) / 2)",
         f"values / 255, float32 ({p.channels}, {side}, {side})",
     ]
-    described = deploy.describe(
-        *(description.arch, description.num_class, description.width, description.classes, description.preparation),
-        description.count,
-    )
-    nets = ("one network", "two networks trained together")[description.count - 1]
-    meaning = (
-        "logits: argmax is the class, softmax(logits) the probabilities",
-        "sum of the two networks' logits: argmax is the class, softmax(logits / 2) the probabilities",
-    )[description.count - 1]
+    if description.count == 1:
+        nets, logits, mean = "one network", "logits", "logits"
+    else:
+        nets, logits, mean = "two networks trained together", "sum of the two networks' logits", "logits / 2"
+    networks = deploy.describe(**vars(description))
+    preprocessing = networks.pop("preprocessing") | {"steps": steps, "in_the_program": ["border", "mean", "std"]}
+    meaning = f"{logits}: argmax is the class, softmax({mean}) the probabilities"
     return {
         "program": f"DivideMix: {nets}",
         "input": {"name": "images", "dtype": "float32", "shape": ["batch", p.channels, side, side], "range": [0, 1]},
-        "preprocessing": {**described["preprocessing"], "steps": steps, "in_the_program": ["border", "mean", "std"]},
-        "output": {
-            "name": "logits",
-            "shape": ["batch", description.num_class],
-            "meaning": meaning,
-        },
-        "classes": description.classes,
-        "networks": {name: described[name] for name in ("arch", "count", "width", "num_class")},
+        "preprocessing": preprocessing,
+        "output": {"name": "logits", "shape": ["batch", description.num_class], "meaning": meaning},
+        "classes": networks.pop("classes"),
+        "networks": networks,
         "run": {"name": run.resolve().name, "weights": weights, "epochs": list(epochs)},
         "versions": versions(),
         "commit": commit(),
     }
-
-
-def to_file(program: ExportedProgram, about: dict[str, Any]) -> bytes:
-    """The content of a .pt2 file."""
-    content = io.BytesIO()
-    torch.export.save(program, content, extra_files={METADATA: json.dumps(about, indent=1)})
-    return content.getvalue()
 
 
 @torch.no_grad()
@@ -91,9 +77,9 @@ def difference(content: bytes, ensemble: deploy.Ensemble, preparation: Preparati
     """The largest difference between a loaded .pt2 file's outputs and the ensemble's, as a part of the largest
     |logit|, over batches of several sizes. NaN where either is not finite."""
     program = torch.export.load(io.BytesIO(content)).module()
-    pairs = [(program(x), ensemble(x)) for x in (noise(n, preparation) for n in _BATCHES)]
-    ours, its = (torch.cat(part) for part in zip(*pairs, strict=True))
-    return float((ours - its).abs().max() / its.abs().max())
+    batches = [noise(n, preparation) for n in _BATCHES]
+    exported, expected = (torch.cat([net(x) for x in batches]) for net in (program, ensemble))
+    return float((exported - expected).abs().max() / expected.abs().max())
 
 
 def noise(n: int, preparation: Preparation) -> Tensor:
@@ -104,37 +90,33 @@ def noise(n: int, preparation: Preparation) -> Tensor:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = options.Parser(prog="python -m dividemix.export", description="Write a trained run as one .pt2 file.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("file", type=Path, metavar="FILE", help="the file to write, model.pt2 say")
-    parser.add_argument(
-        "--weights", choices=deploy.WEIGHTS, default="best", help="of the best epoch, or of the last one"
-    )
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="run folder")
+    add("file", type=Path, metavar="FILE", help="the file to write, model.pt2 say")
+    add("--weights", choices=deploy.WEIGHTS, default="best", help="of the best epoch, or of the last one")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.file.suffix != ".pt2":
-        raise DivideMixError(f"{args.file}: expected a name that ends in .pt2, which torch.export.load asks for")
-    if args.file.is_dir() or not args.file.absolute().parent.is_dir():
-        raise DivideMixError(f"{args.file}: expected a file in a folder that exists")
+    deploy.check_output(args.file, ".pt2")
     description = deploy.read_description(args.run)
     preparation = description.preparation
     ensemble = deploy.load_ensemble(args.run, description, args.weights)
     about = metadata(args.run, args.weights, ensemble.epochs, description)
-    content = to_file(export(ensemble, preparation), about)
-    found = difference(content, ensemble, preparation)
-    if not found <= TOLERANCE:
+    content = export(ensemble, preparation, about)
+    largest = difference(content, ensemble, preparation)
+    if not largest <= TOLERANCE:
         raise DivideMixError(
-            f"{args.file}: not written, the exported program differs from the networks by {found:.1e} of their largest "
-            f"|logit| (allowed: {TOLERANCE:.0e}); are the weights finite, and does --weights {args.weights} hold them?"
+            f"{args.file}: not written, the exported program differs from the networks by {largest:.1e} of their "
+            f"largest |logit| (allowed: {TOLERANCE:.0e}); are the weights finite?"
         )
     write_atomically(args.file, content)
     epochs = deploy.epochs_used(args.weights, ensemble.epochs)
     print(
         f"{args.file}: {description}; {epochs}; {len(content) / 1e6:.1f} MB\n"
         f"loaded and compared with the networks, batches of {', '.join(map(str, _BATCHES))}: largest difference "
-        f"{found:.1e} of the largest |logit| (allowed: {TOLERANCE:.0e})\n"
+        f"{largest:.1e} of the largest |logit| (allowed: {TOLERANCE:.0e})\n"
         f"input: images float32 {about['input']['shape']} in [0, 1]; {METADATA} in the file says how to prepare them"
     )
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,30 +16,33 @@ from typing import Any
 from dividemix import DivideMixError
 from dividemix.rows import ROOT, PlannedRun
 
-PAUSE, PAUSE_QUEUE = 0.5, 5.0  # seconds between two looks at the jobs
+PAUSE, PAUSE_QUEUE = 0.5, 30.0  # seconds between two looks at the jobs
 
 
 @dataclass
 class Job:
-    """Training scripts side by side, one process each, whose output is added to its log. On this machine `start` starts
-    them; in a queue submitit calls the job on a node, and gives an object with the same methods to look after it."""
+    """Runs side by side, one process each, whose output is added to its log. On this machine `start` starts them; in a
+    queue submitit calls the job on a node, and gives an object with the same methods to look after it."""
 
-    commands: Sequence[tuple[str, ...]]
-    logs: Sequence[Path]
+    runs: Sequence[PlannedRun]
+    logs: Path
     env: dict[str, str]  # beside the environment
     in_queue: bool = False
     processes: list[subprocess.Popen] = field(default_factory=list, init=False)
 
+    def log(self, run: PlannedRun) -> Path:
+        return self.logs / f"{run.name}.log"
+
     def start(self) -> "Job":
-        for command, path in zip(self.commands, self.logs, strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a", errors="backslashreplace") as log:
-                print("$", shlex.join(command), file=log, flush=True)
+        self.logs.mkdir(parents=True, exist_ok=True)
+        env = os.environ | {"PYTHONUNBUFFERED": "1"} | self.env
+        for run in self.runs:
+            with open(self.log(run), "a", errors="backslashreplace") as log:
+                print("$", shlex.join(run.command), file=log, flush=True)
                 streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-                env = os.environ | {"PYTHONUNBUFFERED": "1"} | self.env
                 # A session for itself: the terminal's Ctrl-C would be a second signal, which kills.
-                where = {"env": env, "start_new_session": True, "preexec_fn": self.prepare_signals}
-                self.processes.append(subprocess.Popen(command, **streams, **where))
+                session = {"start_new_session": True, "preexec_fn": self.prepare_signals}
+                self.processes.append(subprocess.Popen(run.command, env=env, **streams, **session))
         return self
 
     def prepare_signals(self) -> None:
@@ -55,7 +57,7 @@ class Job:
     def __call__(self) -> list[int]:
         return self.start().result()
 
-    def done(self, force_check: bool = False) -> bool:
+    def done(self) -> bool:
         return all(process.poll() is not None for process in self.processes)
 
     def exception(self) -> None:
@@ -64,6 +66,8 @@ class Job:
     def result(self) -> list[int]:
         """Exit statuses, negative for a signal."""
         return [process.wait() for process in self.processes]
+
+    wait = result
 
     def cancel(self, check: bool = True) -> None:
         """Tell the scripts to end; they leave runs that can be continued."""
@@ -78,7 +82,7 @@ class Job:
         for process in self.processes:
             with contextlib.suppress(ChildProcessError):  # `result`, which this interrupts, holds the lock of `wait`
                 os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        return DelayedSubmission(Job(self.commands, self.logs, self.env, self.in_queue))
+        return DelayedSubmission(Job(self.runs, self.logs, self.env, self.in_queue))
 
 
 def launch(
@@ -87,48 +91,37 @@ def launch(
     """Run them all: one job at a time on each slot, which is the environment of its jobs; `size` runs are a job.
     executor: submitit's, None for this machine. -> a line for each run that failed. Raises DivideMixError where no job
     can be started; whatever is raised, Ctrl-C too, the jobs that run are told to end and waited for."""
-    waiting = deque(runs[i : i + size] for i in range(0, len(runs), size))
+    waiting = [runs[i : i + size] for i in range(0, len(runs), size)]
     free, running, failed = list(slots), [], []
-    pause, retry = PAUSE_QUEUE if executor else PAUSE, 0.0
     try:
         while waiting or running:
-            while waiting and free and time.monotonic() >= retry:
-                batch, slot = waiting[0], free.pop(0)
-                paths = [logs.absolute() / f"{run.name}.log" for run in batch]
-                job = Job([run.command for run in batch], paths, slot, executor is not None)
+            while waiting and free:
+                job = Job(waiting[0], logs.absolute(), free[0], executor is not None)
                 try:
-                    job = executor.submit(job) if executor else job.start()
-                except Exception as error:  # the queue takes no more jobs of one user, or no memory is left
-                    message = f"a job could not be started: {' '.join(str(error).split())[:300]}"
-                    if not running:
-                        raise DivideMixError(message) from error
-                    print(f"{message}; tried again when another job ends, or in five minutes", flush=True)
-                    free.append(slot)
-                    retry = time.monotonic() + 300
-                    break
-                waiting.popleft()
-                running.append((job, batch, paths, slot))
-                for run in batch:
+                    running.append((executor.submit(job) if executor else job.start(), job))
+                except Exception as error:
+                    if running:
+                        break  # the queue takes no more jobs of one user: it is asked again at the next look
+                    raise DivideMixError(f"no job could be started: {' '.join(str(error).split())[:300]}") from error
+                del waiting[0], free[0]
+                for run in job.runs:
                     print(f"{run.name}: {'submitted' if executor else 'started'}", flush=True)
-            time.sleep(pause)
-            for entry in list(running):
-                job, batch, paths, slot = entry
-                if job.done():
-                    running.remove(entry)
-                    free.append(slot)
-                    retry = 0.0
-                    ended = [None] * len(batch) if job.exception() else job.result()
-                    for run, path, status in zip(batch, paths, ended, strict=True):
-                        line = f"{run.name}: finished"
-                        if not run.is_finished:
-                            line = f"{run.name}: failed: {last_line(path, status)} ({path})"
-                            failed.append(line)
-                        print(line, flush=True)
+            time.sleep(PAUSE_QUEUE if executor else PAUSE)
+            for handle, job in [pair for pair in running if pair[0].done()]:
+                running.remove((handle, job))
+                free.append(job.env)
+                statuses = [None] * len(job.runs) if handle.exception() else handle.result()
+                for run, status in zip(job.runs, statuses, strict=True):
+                    line = f"{run.name}: finished"
+                    if not run.is_finished:
+                        line = f"{run.name}: failed: {last_line(job.log(run), status)} ({job.log(run)})"
+                        failed.append(line)
+                    print(line, flush=True)
     except BaseException:
-        for job, *_ in running:
-            job.cancel(check=False)
-        while not all(job.done(force_check=True) for job, *_ in running):
-            time.sleep(pause)
+        for handle, _ in running:
+            handle.cancel(check=False)
+        for handle, _ in running:
+            handle.wait()
         raise
     return failed
 
@@ -164,7 +157,7 @@ def slurm_executor(folder: Path, **parameters: Any) -> Any:
         import submitit
 
         executor = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_max_num_timeout=1000)
-        executor.update_parameters(**parameters)
+        executor.update_parameters(name="dividemix", **parameters)
     except (ImportError, RuntimeError, ValueError, TypeError, NameError) as error:
         raise DivideMixError(f"--launcher slurm: {' '.join(str(error).split())[:300]}") from error
     return executor

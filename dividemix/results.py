@@ -7,18 +7,19 @@ from typing import Any
 
 import pandas as pd
 
-from dividemix import DivideMixError, figures, recipes
+from dividemix import figures, recipes
 from dividemix.checkpoint import write_atomically
 from dividemix.compare import mean_and_deviation
 from dividemix.rows import DATA, TABLES, PlannedRun, Row, RunFiles, all_rows, read
 
-MEASURES = {  # name of a number -> its name in tables
-    **{"best": "best", "last": "last", "test_acc": "test", "test_acc_top5": "top-5"},
-    **{"imagenet_acc": "ILSVRC12", "imagenet_acc_top5": "ILSVRC12 top-5"},
-}
+# Name of a number -> its name in tables
+MEASURES = {"best": "best", "last": "last", "test_acc": "test", "test_acc_top5": "top-5"}
+MEASURES |= {"imagenet_acc": "ILSVRC12", "imagenet_acc_top5": "ILSVRC12 top-5"}
 LAST = 10  # epochs that "last" is the mean of
 COLUMNS = ["row", "table", "seed", "setting", "finished", *MEASURES, *(f"paper_{name}" for name in MEASURES)]
 COLUMNS += ["epochs", "seconds", "commit", "torch", "python", "device", "run_folder"]
+HEAD = "| row | paper: {0} | ours: {0} | difference | n | epochs | seconds a run | commit |"
+HEAD += " differs from the row's setting |"
 NOTE = """Test accuracy in per cent: best is the peak over the epochs, last the mean of the last 10. Ours: mean ±
 standard deviation over n seeds, all with the same noise; a subset of the images is drawn by each seed. Cross-entropy
 beside the paper's is net 1 alone, as there. Only finished runs are in the tables; `results.csv` has each run."""
@@ -30,42 +31,38 @@ def table_of_runs(rows: Sequence[Row], out_dir: Path) -> pd.DataFrame:
     for row in rows:
         for folder in sorted(out_dir.glob(f"{row.run_name}_seed*")):
             seed, _, given = folder.name.removeprefix(f"{row.run_name}_seed").partition("_")
-            files = read(folder)
-            if not (seed.isdecimal() and files.records):
+            about, records, result = files = read(folder)
+            if not (seed.isdecimal() and records):
                 continue
-            about, numbers = files.about, measures(row, files)
             line = {"row": row.name, "table": row.table, "seed": int(seed), "setting": differences(row, about, given)}
-            line["finished"] = bool(files.result) and len(files.records) >= about["args"]["num_epochs"]
-            line |= numbers | {f"paper_{name}": row.paper[name] for name in numbers}
-            line["epochs"] = len(files.records)
-            line["seconds"] = sum(v for record in files.records for k, v in record.items() if k.startswith("seconds_"))
+            line |= {"finished": bool(result) and len(records) >= about["args"]["num_epochs"]} | measures(row, files)
+            line |= {f"paper_{name}": value for name, value in row.paper.items()} | {"epochs": len(records)}
+            line["seconds"] = sum(v for record in records for k, v in record.items() if k.startswith("seconds_"))
             line["commit"] = " ".join(dict.fromkeys(str(start["commit"]) for start in about["starts"]))
-            line |= {name: about["versions"].get(name) for name in ("torch", "python")}
-            lines.append(line | {"device": about["machine"], "run_folder": folder.name})
+            lines.append(line | about["versions"] | {"device": about["machine"], "run_folder": folder.name})
     return pd.DataFrame(lines, columns=COLUMNS).astype({"finished": bool})
 
 
 def measures(row: Row, files: RunFiles) -> dict[str, float | None]:
     """The run's value of each number that the row is about."""
     epochs = pd.DataFrame(files.records)
-    chosen = epochs.loc[epochs["val_acc" if "val_acc" in epochs else "test_acc"].idxmax()]
-    values: dict[str, Any] = {name: chosen.get(name) for name in MEASURES}
+    values = epochs.loc[epochs["val_acc" if "val_acc" in epochs else "test_acc"].idxmax()].to_dict()
     if row.script == "Train_clothing1M.py":  # tested once, with each network's best epoch
-        values["test_acc"] = files.result.get("test_acc")
+        values |= files.result
     if "best" in row.paper:
         accuracy = epochs[row.column]
         # Of both networks: where an epoch is chosen by held-out labels, this is its accuracy, and not the peak.
         values["best"] = epochs["best_acc"].iloc[-1] if row.column == "test_acc" else accuracy.max()
         values["last"] = accuracy.tail(LAST).mean() if len(accuracy) >= LAST else None
-    return {name: values[name] for name in row.paper}
+    return {name: values.get(name) for name in row.paper}
 
 
 def differences(row: Row, about: dict[str, Any], given: str) -> str:
     """What makes a run another one than the row asks for: the flags in its folder's name, those that differ all the
     same, and data that are not the published ones."""
     notes = [given] if given else []
-    for note in recipes.setting_differences(about["args"], row.setting, "row"):
-        notes += [] if f"_{note.split()[0][2:]}-" in f"_{given}" else [note]
+    more = recipes.setting_differences(about["args"], row.setting, "row")
+    notes += [note for note in more if f"_{note.split()[0][2:]}-" not in f"_{given}"]
     if row.data in ("cifar10", "cifar100") and f"(official {row.data})" not in str(about["data"].get("lines")):
         notes.append(f"not the official {row.data}")
     return ", ".join(notes)
@@ -82,30 +79,29 @@ def hours_left(run: PlannedRun, table: pd.DataFrame) -> float | None:
 
 
 def write(chosen: Sequence[Row], out_dir: Path) -> list[Path]:
-    """Write results.csv, RESULTS.md and curves of these rows and of all that have runs. Raises DivideMixError."""
+    """Write results.csv, RESULTS.md and curves of these rows and of all that have runs."""
     table = table_of_runs(all_rows(), out_dir)
-    rows = [row for row in all_rows() if row in chosen or row.name in {*table.row}]
     groups = dict(list(table.groupby("row")))
+    rows = [row for row in all_rows() if row in chosen or row.name in groups]
     drawn = [row for row in rows if row.name in groups and row.name == row.run_name]
     panels = {row.name: lambda axes, row=row: draw(axes, row, groups[row.name], out_dir) for row in drawn}
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        curves = figures.write_panels(panels, out_dir / "curves")
-        write_atomically(out_dir / "results.csv", table.to_csv(index=False, float_format="%.4f").encode())
-        write_atomically(out_dir / "RESULTS.md", markdown(rows, table, curves).encode())
-    except OSError as error:
-        raise DivideMixError(f"--out_dir {out_dir}: cannot be written ({error.strerror}); choose another") from error
-    return [out_dir / "results.csv", out_dir / "RESULTS.md"]
+    curves = figures.write_panels(panels, out_dir / "curves")
+    contents = {"results.csv": table.to_csv(index=False, float_format="%.4f")}
+    contents["RESULTS.md"] = markdown(rows, table, curves)
+    for name, content in contents.items():
+        write_atomically(out_dir / name, content.encode())
+    return [out_dir / name for name in contents]
 
 
 def draw(axes: Any, row: Row, runs: pd.DataFrame, out_dir: Path) -> None:
     """Accuracy over the epochs, a colour for each setting, and the paper's numbers as lines."""
     for i, (setting, group) in enumerate(runs.groupby("setting")):
-        for label, name in enumerate(group.run_folder):
+        label = setting[:40] or "as the row says"
+        for name in group.run_folder:
             epochs = pd.DataFrame(read(out_dir / name).records)
             y = epochs[row.column if row.column in epochs else "val_acc"]
-            shown = None if label else (setting[:40] or "as the row says")
-            axes.plot(epochs["epoch"], y, color=f"C{i}", marker="." if len(y) < 30 else "", label=shown)
+            axes.plot(epochs["epoch"], y, color=f"C{i}", marker="." if len(y) < 30 else "", label=label)
+            label = None
     # Clothing1M's curves are of its validation set: its test accuracy is no line there.
     for name, value in row.paper.items() if row.column in epochs else ():
         if value is not None and name in ("best", "last", "test_acc"):
@@ -122,12 +118,9 @@ def markdown(rows: Sequence[Row], table: pd.DataFrame, curves: Collection[str]) 
             continue
         names = list(dict.fromkeys(name for row in rows_here for name in row.paper))
         numbers = " / ".join(MEASURES[name] for name in names)
-        head = ["row", f"paper: {numbers}", f"ours: {numbers}", "difference", "n", "epochs", "seconds a run", "commit"]
-        head.append("differs from the row's setting")
-        lines += ["", f"## {title}", "", joined(head), joined(["---"] * len(head))]
+        lines += ["", f"## {title}", "", HEAD.format(numbers), joined(["---"] * (HEAD.count("|") - 1))]
         for row in rows_here:
-            runs = finished[finished.row == row.name]
-            paper = paper_numbers(row, names)
+            runs, paper = finished[finished.row == row.name], paper_numbers(row, names)
             if not (runs.setting == "").any():
                 begun = ((table.row == row.name) & (table.setting == "")).sum()
                 needs = f": needs {DATA[row.data].title}" if DATA[row.data].folder else ""
@@ -135,27 +128,22 @@ def markdown(rows: Sequence[Row], table: pd.DataFrame, curves: Collection[str]) 
                 lines.append(joined([row.name, paper, f"{state}; `python reproduce.py --rows {row.name}`", *[""] * 6]))
             for setting, group in runs.groupby("setting"):
                 lines.append(joined([row.name, paper, *cells(row, names, group), setting]))
-        images = [f"![{row.name}](curves/{row.name}.png)" for row in rows_here if row.name in curves]
-        lines += ["", *images] if images else []
+        lines += [f"\n![{row.name}](curves/{row.name}.png)" for row in rows_here if row.name in curves]
     return "\n".join(lines) + "\n"
 
 
 def paper_numbers(row: Row, names: Sequence[str]) -> str:
-    values = [row.paper.get(name) for name in names]
-    return " / ".join("-" if v is None else f"{v:.1f}" if round(v, 1) == v else f"{v:.2f}" for v in values)
+    return " / ".join("-" if row.paper.get(name) is None else str(row.paper[name]) for name in names)
 
 
 def cells(row: Row, names: Sequence[str], group: pd.DataFrame) -> list[str]:
     """Of the finished runs of one row and setting: ours, difference, n, epochs, seconds a run, commits."""
-    ours, difference = [], []
-    for name in names:
-        known, paper = group[name].notna().all(), row.paper.get(name)
-        ours.append(mean_and_deviation(group[name]))
-        difference.append(f"{group[name].mean() - paper:+.2f}" if known and paper is not None else "-")
+    ours = " / ".join(mean_and_deviation(group[name]) for name in names)
+    distances = group[names].astype(float).mean(skipna=False) - pd.Series(row.paper, names, float)
+    difference = " / ".join("-" if pd.isna(distance) else f"{distance:+.2f}" for distance in distances)
     commits = sorted({commit[:9] + "+" * ("+" in commit) for text in group.commit for commit in text.split()})
     epochs = ", ".join(map(str, sorted(group.epochs.unique())))
-    shared = [str(len(group)), epochs, f"{group.seconds.mean():.0f}", ", ".join(commits)]
-    return [" / ".join(ours), " / ".join(difference), *shared]
+    return [ours, difference, str(len(group)), epochs, f"{group.seconds.mean():.0f}", ", ".join(commits)]
 
 
 def joined(row: Sequence[str]) -> str:

@@ -1,11 +1,8 @@
 """The rows of the paper's tables: their data, the commands that make them, and what is there of their runs. Settings
-and the paper's numbers come from `recipes`; here they become flags of the training scripts.
-
-Names: <dataset>-<mode>-<per cent>, then -ce (cross-entropy), or the ablation.
-"""
+and the paper's numbers come from `recipes`. Names: <dataset>-<mode>-<per cent>, then -ce (cross-entropy) or the
+ablation."""
 
 import fnmatch
-import hashlib
 import json
 import re
 import sys
@@ -31,37 +28,30 @@ FIRST_SEED = 123  # the scripts' default
 
 @dataclass(frozen=True)
 class DataSet:
-    """A set is looked for in `folder` below --data_root, then in --data_root itself. needs: what has to be there, as
-    patterns, with | between those of which one must match."""
+    """A set is in `folder` below --data_root, or in --data_root itself, if one of the patterns `files` is there."""
 
     title: str
     folder: str = ""
-    needs: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
     can_download: bool = False
 
-    def place(self, data_root: Path) -> Path | None:
-        """The first folder that has everything, None where none has."""
-        for folder in (data_root / self.folder, data_root):
-            if all(any(any(folder.glob(pattern)) for pattern in need.split("|")) for need in self.needs):
-                return folder
-        return None
-
-    def missing(self, data_root: Path, download: bool = False) -> str:
-        """What a row that has no data says, '' where nothing is missing."""
-        if self.place(data_root) or (download and self.can_download):
-            return ""
-        return f"needs {self.title} in {data_root / self.folder}"
+    def find(self, data_root: Path) -> tuple[Path, str]:
+        """Where it is, or belongs; and what is missing, '' for nothing."""
+        wanted = data_root / self.folder
+        for folder in (wanted, data_root):
+            if not self.files or any(any(folder.glob(pattern)) for pattern in self.files):
+                return folder, ""
+        return wanted, f"needs {self.title} in {wanted}"
 
 
-_FASHION = "FashionMNIST/raw/train-images-idx3-ubyte*|raw/train-images-idx3-ubyte*|train-images-idx3-ubyte*"
-_WEBVISION = ("info/train_filelist_google.txt", "val_images_256", "imagenet/val")
+_FASHION = ("FashionMNIST/raw/train-images-*", "raw/train-images-*", "train-images-*")
 DATA = {
-    "cifar10": DataSet("CIFAR-10", "cifar-10", ("cifar-10-batches-py/data_batch_*|data_batch_*",), True),
-    "cifar100": DataSet("CIFAR-100", "cifar-100", ("cifar-100-python/train|train",), True),
-    "fashionmnist": DataSet("Fashion-MNIST", "data", (_FASHION,), True),
+    "cifar10": DataSet("CIFAR-10", "cifar-10", ("cifar-10-batches-py/data_batch_*", "data_batch_*"), True),
+    "cifar100": DataSet("CIFAR-100", "cifar-100", ("cifar-100-python/train", "train"), True),
+    "fashionmnist": DataSet("Fashion-MNIST", "data", _FASHION, True),
     "digits": DataSet("scikit-learn's digits"),
     "clothing1M": DataSet("Clothing1M", "Clothing1M/data", ("noisy_train_key_list.txt",)),
-    "webvision": DataSet("WebVision", "webvision", _WEBVISION),
+    "webvision": DataSet("WebVision", "webvision", ("info/train_filelist_google.txt",)),
 }
 
 
@@ -85,26 +75,22 @@ class Row:
 def small_images(row: recipes.Recipe, table: str, variant: str = "", flags: dict[str, Any] | None = None) -> Row:
     """A row of Train_cifar.py. variant: '', 'ce' or an ablation; flags: of a set that the paper lacks."""
     method, ablation = ("ce", "none") if variant == "ce" else ("dividemix", variant or "none")
-    asked = {"dataset": row.dataset, "noise_mode": row.mode, "r": row.r, "method": method, "ablation": ablation}
-    setting = recipes.setting(row, method) | asked | (flags or {})
-    defaults = {"dataset": "cifar10", "noise_mode": "sym", "method": "dividemix", "ablation": "none"}
-    asked = {name: value for name, value in asked.items() if defaults.get(name) != value} | (flags or {})
-    paper: dict[str, float | None] = {"best": row.best, "last": row.last}
-    if variant == "ce":
-        paper = {"best": row.ce_best, "last": None}
-    elif variant:
-        paper = {"best": recipes.ABLATIONS[variant].paper_best(row)}
+    defaults = {"dataset": "cifar10", "noise_mode": "sym", "r": None, "method": "dividemix", "ablation": "none"}
+    asked = dict(zip(defaults, (row.dataset, row.mode, row.r, method, ablation), strict=True)) | (flags or {})
+    setting = recipes.setting(row, method) | asked
+    asked = {name: value for name, value in asked.items() if name not in defaults or defaults[name] != value}
+    results = recipes.paper_results(row, method, ablation)
+    paper = {name: results.get(name) for name in (("best",) if ablation != "none" else ("best", "last"))}
     # The paper's cross-entropy is one network; where there is nothing to compare with, it is both, as for DivideMix.
-    column = "test_acc_net1" if variant == "ce" and row.ce_best is not None else "test_acc"
+    column = "test_acc_net1" if method == "ce" and row.ce_best is not None else "test_acc"
     name = "-".join(filter(None, (row.dataset, row.mode, f"{round(100 * row.r)}", variant)))
     return Row(name, name, table, "Train_cifar.py", asked, row.dataset, paper, setting, column)
 
 
 def all_rows() -> list[Row]:
     """The rows of Tables 1 to 5, with cross-entropy beside those of Tables 1 and 2, and of the small sets."""
-    rows = [
-        small_images(row, "1" if row.mode == "sym" else "2", variant) for row in recipes.ROWS for variant in ("ce", "")
-    ]
+    tables = {"sym": "1", "asym": "2"}
+    rows = [small_images(row, tables[row.mode], variant) for row in recipes.ROWS for variant in ("ce", "")]
     for table, data, recipe in (("3", "clothing1M", recipes.CLOTHING1M), ("4", "webvision", recipes.WEBVISION)):
         name, paper = data.lower(), dict(recipe.results)
         rows.append(Row(name, name, table, f"Train_{data}.py", recipe.results_with, data, paper, recipe.setting))
@@ -125,20 +111,11 @@ def select(tables: Sequence[str], patterns: Sequence[str]) -> list[Row]:
     """The rows of these tables ('all': of all) and those whose names match a pattern. Raises DivideMixError for a
     pattern that matches none."""
     rows = all_rows()
-    matched = {pattern: fnmatch.filter([row.name for row in rows], pattern) for pattern in patterns}
-    for pattern in (pattern for pattern in patterns if not matched[pattern]):
-        raise DivideMixError(f"--rows {pattern}: no row has such a name; --list shows them")
-    names = {name for match in matched.values() for name in match}
+    matches = {pattern: fnmatch.filter([row.name for row in rows], pattern) for pattern in patterns}
+    if missed := [pattern for pattern in patterns if not matches[pattern]]:
+        raise DivideMixError(f"--rows {missed[0]}: no row has such a name; --list shows them")
+    names = set().union(*matches.values())
     return [row for row in rows if row.name in names or row.table in tables or "all" in tables]
-
-
-_REFUSED = {"seed": "use --seeds", "run_dir": "use --out_dir", "out_dir": "use --out_dir"}
-_REFUSED |= {"data_path": "use --data_root", "fresh": "use another --out_dir", "id": "use another --out_dir"}
-_REFUSED |= {
-    "gpuid": "set CUDA_VISIBLE_DEVICES",
-    "noise_seed": "all runs have the first seed's noise; use --noise_file",
-}
-_REFUSED |= dict.fromkeys(("check_data", "help"), "that trains nothing; give it to the script itself")
 
 
 @dataclass(frozen=True)
@@ -167,20 +144,20 @@ def plan(rows: Sequence[Row], seeds: int, data_root: Path, out_dir: Path, extra:
     """The runs, in the order of the rows, no folder twice. extra: more flags of the scripts, which name the folders
     where they decide what is computed. Raises DivideMixError for flags that are reproduce.py's to give."""
     flags = grouped(extra)
-    for name in flags.keys() & _REFUSED:
-        raise DivideMixError(f"--{name} after --: {_REFUSED[name]}")
+    for name in flags.keys() & {"seed", "run_dir", "out_dir", "data_path", "fresh"}:
+        raise DivideMixError(f"--{name} after --: --seeds, --out_dir and --data_root of reproduce.py itself say this")
     end, runs = folder_name(flags), {}
     for row in rows:
         data = DATA[row.data]
-        missing, place = data.missing(data_root, "download" in flags), data.place(data_root) or data_root / data.folder
+        place, missing = data.find(data_root)
+        missing = "" if data.can_download and "download" in flags else missing
         epochs = int(flags.get("num_epochs", row.setting["num_epochs"]))
         for seed in range(FIRST_SEED, FIRST_SEED + seeds):
             folder = out_dir / f"{row.run_name}_seed{seed}{end and '_' + end}"
-            words = ["--data_path", str(place)] if data.folder else []
-            words += [word for name, value in row.flags.items() for word in (f"--{name}", f"{value}")]
-            words += ["--seed", str(seed)] if seed != FIRST_SEED else []
-            if seed != FIRST_SEED and row.script == "Train_cifar.py":  # all seeds have the same noise
-                words += ["--noise_seed", str(FIRST_SEED)]
+            asked = ({"data_path": place} if data.folder else {}) | row.flags
+            if seed != FIRST_SEED:  # all seeds have the same noise
+                asked |= {"seed": seed} | ({"noise_seed": FIRST_SEED} if row.script == "Train_cifar.py" else {})
+            words = [word for name, value in asked.items() for word in (f"--{name}", f"{value}")]
             command = (sys.executable, str(ROOT / row.script), *words, *extra, "--run_dir", str(folder))
             runs.setdefault(folder, PlannedRun(row, folder, command, epochs, missing, end))
     return list(runs.values())
@@ -189,30 +166,21 @@ def plan(rows: Sequence[Row], seeds: int, data_root: Path, out_dir: Path, extra:
 def grouped(extra: Sequence[str]) -> dict[str, str]:
     """['--lr', '0.1', '--no_graph'] -> {'lr': '0.1', 'no_graph': ''}. Raises DivideMixError for words that belong to no
     flag, and for a --num_epochs that is no number."""
-    flags: dict[str, str] = {}
-    for word in extra:
-        if word.startswith("--"):
-            name, _, value = word[2:].partition("=")
-            flags[name] = value
-        elif flags:
-            flags[name] = f"{flags[name]} {word}".strip()
-        else:
-            raise DivideMixError(f"{word}: expected flags of the training scripts after --, like -- --num_epochs 20")
-    if not re.fullmatch("[1-9][0-9]{0,8}", flags.get("num_epochs", "1")):
-        raise DivideMixError(f"--num_epochs {flags['num_epochs']}: expected a whole number of 1 or more")
+    first, *rest = " ".join(["", *extra]).split(" --")
+    if first:
+        raise DivideMixError(f"{extra[0]}: expected flags of the training scripts after --, like -- --num_epochs 20")
+    flags = dict(re.fullmatch(r"(\w*)[ =]?(.*)", flag, re.DOTALL).groups() for flag in rest)
+    if not flags.get("num_epochs", "1").isdecimal():
+        raise DivideMixError(f"--num_epochs {flags['num_epochs']}: expected a whole number")
     return flags
 
 
 def folder_name(flags: dict[str, str]) -> str:
     """'' or 'num_epochs-20_width-16'. Left out are flags that a run may change, but for the three that make it another
     one: its length and its data (whose labels it keeps)."""
-    named = {"num_epochs", "noise_file", "skip_bad_images"}
-    kept = sorted((name, flags[name]) for name in flags if name in named or name not in FREE_FLAGS)
-    name = "_".join(re.sub(r"[^\w.+-]", "-", f"{flag}-{value}".removesuffix("-")) for flag, value in kept)
-    if len(name) <= 120:
-        return name
-    digest = hashlib.sha256(repr(kept).encode("utf-8", "surrogateescape")).hexdigest()
-    return f"{name[:120]}-{digest[:8]}"
+    free = FREE_FLAGS - {"num_epochs", "noise_file", "skip_bad_images"}
+    kept = sorted(f"{name}-{value}".removesuffix("-") for name, value in flags.items() if name not in free)
+    return re.sub(r"[^\w.+-]", "-", "_".join(kept))
 
 
 class RunFiles(NamedTuple):

@@ -201,8 +201,7 @@ def test_the_documented_code_gives_the_answers_of_predict(preparation, start, tm
 
 def as_if_exported(done, monkeypatch) -> None:
     """Tracing, saving and loading take seconds: from now on they give what is there."""
-    monkeypatch.setattr(export, "export", lambda *_: None)
-    monkeypatch.setattr(export, "to_file", lambda *_: done.content)
+    monkeypatch.setattr(export, "export", lambda *_: done.content)
     monkeypatch.setattr(torch.export, "load", lambda *_: done.exported)
 
 
@@ -225,16 +224,14 @@ def test_a_program_that_differs_is_not_written(done, start, monkeypatch, tmp_pat
 def test_what_cannot_be_is_refused_at_the_start(done, start, tmp_path, monkeypatch):
     """Else the mistake is noticed after a minute of tracing, or as a traceback."""
     monkeypatch.setattr(export, "export", lambda *_: pytest.fail("traced"))
-    (tmp_path / "folder.pt2").mkdir()
     refused(start(done.run, "model.pt"), "model.pt: expected a name that ends in .pt2")
     refused(start(done.run, "nowhere/model.pt2"), "nowhere/model.pt2", "folder that exists")
-    refused(start(done.run, "folder.pt2"), "folder.pt2")
     refused(start("nowhere", "model.pt2"), "nowhere is not a run folder")
     run = make_trained(tmp_path / "run", last=False)
     refused(start(run, "model.pt2", "--weights", "last"), "not one epoch is finished")
     (run / "best.pt").unlink()
     refused(start(run, "model.pt2"), "best.pt is missing")
-    assert sorted(os.listdir()) == ["folder.pt2", "run"]
+    assert os.listdir() == ["run"]
 
 
 def test_a_network_that_cannot_be_traced_is_said(done, start, monkeypatch):

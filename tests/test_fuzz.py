@@ -180,11 +180,11 @@ def prediction_list(root: Path) -> Target:
 
     def read(content: bytes, _: int) -> None:
         (root / "list.csv").write_bytes(content)
-        files = predict.find_images(root / "list.csv")
-        assert files.names and len(files.names) == len(files.paths)
-        for path in files.paths:
+        names, paths, boundary = predict.find_images(root / "list.csv")
+        assert names and len(names) == len(paths)
+        for path in paths:
             with contextlib.suppress(BadImage):
-                assert COLOUR.pixels(path, files.boundary).shape == (16, 16, 3)
+                assert COLOUR.pixels(path, boundary).shape == (16, 16, 3)
 
     names = [photo.name, str(photo), "a,b", 'c"d', "é\n"]
     wholes = [f"path,label\n{photo.name},1\n".encode(), b"\xef\xbb\xbfid;x,path\r\n1,none.png\r\n"]

@@ -104,11 +104,11 @@ def test_a_queue_gets_the_flags_of_slurm(tmp_path, monkeypatch):
     asked, launched = {}, []
     monkeypatch.setattr(jobs, "slurm_executor", lambda folder, **parameters: asked.update(parameters) or "executor")
     monkeypatch.setattr(jobs, "launch", lambda *args: launched.append(args[2:]) or [])
-    command = ["--rows", "digits-sym-50", "--launcher", "slurm", "--jobs_per_gpu", "2", "--slurm_jobs", "3"]
+    command = ["--rows", "digits-sym-50", "--launcher", "slurm", "--jobs_per_gpu", "2", "--seeds", "3"]
     command += ["--slurm_partition", "p", "--slurm_extra", "qos=high", "--out_dir", str(tmp_path)]
     reproduce.main(command)
     assert asked == {
-        **{"timeout_min": 1440, "cpus_per_task": 8, "name": "dividemix", "gpus_per_node": 1, "slurm_partition": "p"},
+        **{"slurm_time": 1440, "slurm_cpus_per_task": 8, "slurm_gpus_per_node": 1, "slurm_partition": "p"},
         "slurm_additional_parameters": {"qos": "high"},
     }
     assert launched == [([{"OMP_NUM_THREADS": "4"}] * 3, 2, "executor")]
