@@ -93,7 +93,7 @@ def small_images(row: recipes.Recipe, table: str, variant: str = "", flags: dict
     if variant == "ce":
         paper = {"best": row.ce_best, "last": None}
     elif variant:
-        paper = {"best": recipes.ABLATIONS[variant].paper_best(row)}
+        paper = {"best": row.ablations.get(variant)}
     # The paper's cross-entropy is one network; where there is nothing to compare with, it is both, as for DivideMix.
     column = "test_acc_net1" if variant == "ce" and row.ce_best is not None else "test_acc"
     name = "-".join(filter(None, (row.dataset, row.mode, f"{round(100 * row.r)}", variant)))
@@ -113,8 +113,8 @@ def all_rows() -> list[Row]:
         base = small_images(row, "5")
         rows.append(replace(base, name=f"{base.name}-one_net", paper={"best": None}, column="test_acc_net1"))
         rows += [small_images(row, "5", ablation) for ablation in recipes.ABLATIONS if ablation != "none"]
-    for dataset, flags in recipes.SMALL_SETS.items():
-        for mode, r in recipes.SMALL_NOISE[dataset]:
+    for dataset, (flags, noises) in recipes.SMALL_SETS.items():
+        for mode, r in noises:
             noise = {"dataset": dataset, "mode": mode, "r": r}
             row = replace(recipes.nearest(**noise)[0], **noise, best=None, last=None, ce_best=None)
             rows += [small_images(row, "here", variant, flags) for variant in ("ce", "")]
