@@ -375,7 +375,8 @@ def resolve_images(args: argparse.Namespace, paper: recipes.ImageRecipe) -> list
     networks.check(args.arch, args.width, args.image_size, args.weights)
     notes = differs(args, paper.setting)
     if args.lambda_u > 0:
-        notes.insert(0, f"--lambda_u {args.lambda_u:g}: accepted, has no effect: unlabeled images are only mixed in")
+        why = "accepted, has no effect; unlabeled images are mix partners only"
+        notes.insert(0, f"--lambda_u {args.lambda_u:g}: {why}")
     return notes
 
 
