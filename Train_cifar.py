@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.refuse_ranks("Train_cifar.py")
     runtime = options.machine(args)
     images = dataloader_cifar.load(args.dataset, args.data_path, args.download)
-    setting = options.resolve_small(args, images)
+    setting = options.resolve_small(args, images.train_labels, images.num_class, images.folder)
     ablation = setting.ablation
 
     with Run(setting.folder, args, runtime, logs.CIFAR) as run:

@@ -10,7 +10,6 @@
 
 The same command again continues the run. What is not given is chosen from the data (`dividemix/defaults.py`) and
 printed. No true labels are needed: without a test part, accuracies are against labels that may be wrong themselves.
-`main` reads from top to bottom: data, two networks, Algorithm 1.
 """
 
 import argparse
@@ -36,10 +35,8 @@ from dividemix.stream import Pipeline
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = options.Parser(prog="Train_folder.py", description="DivideMix on your own images.")
-    from_data = dict.fromkeys(("batch_size", "lr", "alpha", "num_epochs", "lr_drop"))
-    options.add_method(parser, **from_data, source="from the data")
-    from_data = dict.fromkeys(("arch", "weights", "image_size", "num_class", "data_path"))
-    options.add_images(parser, **from_data, keep_images=True, cache_dir=True)
+    options.add_method(parser, source="from the data")
+    options.add_images(parser, keep_images=True, cache_dir=True)
     options.add_own_images(parser)
     options.add_run(parser, val_fraction=False, eval_batch_size=None)
     return parser.parse_args(argv)
@@ -73,10 +70,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             nets = networks.pair(*shape, args.weights, machine=runtime, **weights)
             optimizers = [runtime.optimizer(net, args.lr, recipe.weight_decay) for net in nets]
             mixtures = [Mixture(args.p_threshold) for _ in nets]
-            part = {"unlabeled_loss": recipe.unlabeled_loss or args.lambda_u > 0}
-            part |= {"conf_penalty": args.conf_penalty == "on"}
-            part |= {"warm_up": math.inf} if args.method == "ce" else {}
-            mixmatch = options.mixmatch(args, **part)
+            warm_up = math.inf if args.method == "ce" else args.warm_up
+            part = {"conf_penalty": args.conf_penalty == "on", "warm_up": warm_up}
+            mixmatch = options.mixmatch(args, unlabeled_loss=recipe.unlabeled_loss or args.lambda_u > 0, **part)
             whole = {"list_given": data.train.labels, "list_path": data.train.names()}
             run.save_labels(index=split.index, given=data.train.labels[split.index], **whole)
             about = {"classes": data.class_names, "train": len(train)}
@@ -84,8 +80,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             about |= {"mean": mean, "std": std, "resize": views.resize, "crop": views.crop}
             preparation = Preparation(tuple(mean), tuple(std), views.crop, views.resize)
             model = deploy.describe(*shape, data.class_names, preparation)
-            lines = describe(args, data, split, tests, mean, std)
-            lines = [*data.lines, str(look), *lines, *chosen]
+            lines = [*data.lines, str(look), *describe(args, data, split, tests, mean, std), *chosen]
             lines += pipeline.said() if args.data_mode == "device" else []  # else not all images have been read yet
             run.start(argv, nets, optimizers, mixtures, mixmatch, data=about, model=model, lines=lines)
 
@@ -120,10 +115,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             return final
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parts of main
-
-
 def read(args: argparse.Namespace, split: Split, run: Run, pipeline: Pipeline):
     """The images as the engine takes them: on the device, or read when they are needed. -> training set, 'val' and
     'test' as far as there are such, mean, std"""
@@ -142,7 +133,7 @@ def read(args: argparse.Namespace, split: Split, run: Run, pipeline: Pipeline):
         sets = {part: pipeline.images(*rows, keep=not args.cache_dir) for part, rows in parts.items()}
         return sets.pop("train"), sets, mean, std
     try:
-        for part, (name, rows) in sorted(parts.items(), key=lambda item: item[0] != "train"):
+        for part, (name, rows) in parts.items():  # the training set is the first
             with run.phase(f"read {part}") as phase:
                 pixels = pipeline.pixels(name, rows, phase.bar)
             if part == "train" and args.weights == "none":  # a run goes on with the values that it began with
@@ -152,8 +143,8 @@ def read(args: argparse.Namespace, split: Split, run: Run, pipeline: Pipeline):
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        short = f"{run.runtime.device}: no memory for {len(rows)} images"
-        raise DivideMixError(f"{short}; try --data_mode stream") from error
+        short = f"{run.runtime.device}: no memory for {len(rows)} images; try --data_mode stream"
+        raise DivideMixError(short) from error
     pipeline.close()
     return sets.pop("train"), sets, mean, std
 
@@ -164,8 +155,8 @@ def describe(args: argparse.Namespace, data: Folder, split: Split, tests: dict[s
     line, warning = balance(labels, data.class_names, defaults.IMBALANCE)
     if warning:
         warn(warning)
-    classes = f"{data.num_class} classes: {some(data.class_names)}"
-    lines = [f"{len(labels)} images to train on, {classes}", line, *split.lines]
+    train = f"{len(labels)} images to train on, {data.num_class} classes: {some(data.class_names)}"
+    lines = [train, line, *split.lines]
     if "test" not in tests:
         lines.append("no test part: accuracies are against the validation images' own labels, which may be wrong too")
     lines.append(f"flip {'off (given)' if args.no_flip else 'on (--no_flip leaves it out)'}")

@@ -1,20 +1,12 @@
-"""The recipe that knows nothing of the noise (`--recipe blind`): what the paper's table gives by the noise's kind and
-rate is chosen from the divisions that training makes anyway.
+"""The recipe that knows nothing of the noise (`--recipe blind`): no function here sees r, noise_mode or a true label.
 
-No function here sees r, noise_mode or a true label. In each divided epoch `estimate` says how many labels are wrong,
-and whether the wrong ones go to one class each or to all alike; `choose` takes the row of the paper's table that fits
-the last epochs' estimates:
-
-    wrong labels go to one class each       the asymmetric row: no unlabeled loss
-    they go to all classes alike            the symmetric row with the nearest share of wrong labels
-
-The lambda_u of that row holds for the epoch itself, whose divisions the estimate is made from; its threshold and loss
-window, which a division needs beforehand, hold from the next one on. All of it follows from the records of the epochs
-so far, which the checkpoint holds: a continued run chooses as the uninterrupted one.
-"""
+`estimate` says of an epoch's divisions how many labels are wrong, and whether to one class each; `choose` takes the row
+of the paper's table that fits the last estimates: its lambda_u for this epoch, its threshold and loss window from the
+next division on. All follows from the records: a continued run chooses as the uninterrupted one."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,14 +26,11 @@ CONF_PENALTY = False  # in warm-up, before anything is known of the noise: RESUL
 
 
 class Estimate(NamedTuple):
-    """What one epoch's divisions say of the given labels.
+    """What one epoch's divisions say of the given labels."""
 
-    noise_rate: share of wrong labels, 0 to 1. concentration: among the wrong labels of the images that a network takes
-    for one class, the share of the most frequent; the mean over these images. 1 / (C - 1) where wrong labels are spread
-    over all classes, 1 where each class has one that it is mistaken for.
-    """
-
-    noise_rate: float
+    noise_rate: float  # share of wrong labels
+    # Of the wrong labels of a class's images the share of the most frequent, mean over the images: 1 / (C - 1) where
+    # they go to all classes alike, 1 where they go to one class each.
     concentration: float
 
 
@@ -77,8 +66,8 @@ def recent(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(*np.median(estimates[-LAST:], axis=0).tolist())
 
 
-def nearest(found: Estimate, num_class: int, in_use: Recipe | None = None) -> Recipe:
-    """The row for an estimate: the asymmetric one where concentration is past half way between spread and 1, else the
+def nearest(estimate: Estimate, num_class: int, in_use: Recipe | None = None) -> Recipe:
+    """The asymmetric row (no unlabeled loss) where concentration is past half way between spread and 1, else the
     symmetric one with the nearest share of wrong labels; the row `in_use` has MARGIN more.
 
     Two classes cannot tell the two kinds apart, and CIFAR-100 has no asymmetric row: there the rate alone decides.
@@ -87,10 +76,10 @@ def nearest(found: Estimate, num_class: int, in_use: Recipe | None = None) -> Re
     rows = [row for row in ROWS if row.dataset == dataset]
     half_way = (1 + spread(num_class)) / 2
     for row in rows:
-        if row.mode == "asym" and found.concentration > half_way - MARGIN * (row is in_use):
+        if row.mode == "asym" and estimate.concentration > half_way - MARGIN * (row is in_use):
             return row
     symmetric = [row for row in rows if row.mode == "sym"]
-    return min(symmetric, key=lambda row: abs(row.wrong - found.noise_rate) - MARGIN * (row is in_use))
+    return min(symmetric, key=lambda row: abs(row.wrong - estimate.noise_rate) - MARGIN * (row is in_use))
 
 
 def spread(num_class: int) -> float:
@@ -110,55 +99,51 @@ def setting(row: Recipe | None, flags: Mapping[str, float | None]) -> dict[str, 
     return chosen | {name: value for name, value in flags.items() if value is not None}
 
 
+@dataclass
 class Choice:
-    """A run's choices: lambda_u of each divided epoch, and threshold and window of its `mixtures`.
+    """A run's choices: lambda_u of each divided epoch, and threshold and window of its `mixtures`. `record` is what the
+    present epoch's record says of them, FIELDS."""
 
-    records: the run's, also those still to come; labels: the given ones (N,); flags: see `setting`; say: prints a line.
-    record: what the present epoch's record says of the choice, FIELDS.
-    """
+    records: Sequence[Mapping[str, Any]]  # the run's, also those still to come
+    mixtures: Sequence[Mixture]
+    labels: NDArray[np.int64]  # the given ones (N,)
+    num_class: int
+    flags: Mapping[str, float | None]  # see `setting`
+    say: Callable[[str], None] = print
 
-    def __init__(
-        self,
-        records: Sequence[Mapping[str, Any]],
-        mixtures: Sequence[Mixture],
-        labels: NDArray[np.int64],
-        num_class: int,
-        flags: Mapping[str, float | None],
-        say: Callable[[str], None] = print,
-    ):
-        self.records, self.mixtures, self.labels, self.num_class = records, mixtures, labels, num_class
-        self.flags, self.say = flags, say
+    def __post_init__(self) -> None:
         self.record: dict[str, float | None] = dict.fromkeys(FIELDS)
-        self._divide_by(setting(choose(self._estimates(), num_class), flags))
+        self._divide_by(setting(choose(self._estimates(), self.num_class), self.flags))
 
     def by(self, divisions: Sequence[Division | None], mixmatch: MixMatch) -> MixMatch:
         """This epoch's divisions and the method's settings -> these settings with lambda_u as chosen. Prints a line
         where the row is another than before."""
-        fresh = estimate(divisions, self.labels, self.num_class)
+        latest = estimate(divisions, self.labels, self.num_class)
         before = self._estimates()
-        now = [*before, fresh] if fresh else before
-        row_before, row = choose(before, self.num_class), choose(now, self.num_class)
-        used, chosen = setting(row_before, self.flags), setting(row, self.flags)
+        now = [*before, latest] if latest else before
+        row = choose(now, self.num_class)
+        chosen = setting(row, self.flags)
+        used = self.mixtures[0].threshold, self.mixtures[0].window
         self._divide_by(chosen)
-        values = [*(fresh or (None, None)), chosen["lambda_u"], used["p_threshold"], used["loss_window"]]
+        values = [*(latest or (None, None)), chosen["lambda_u"], *used]
         self.record = dict(zip(FIELDS, values, strict=True))
-        if row is not row_before:
+        if row is not choose(before, self.num_class):
             self.say(line(recent(now), row, self.flags))
         return dataclasses.replace(mixmatch, lambda_u=chosen["lambda_u"])
 
     def _estimates(self) -> list[Estimate]:
         """Those of the epochs so far that made one."""
-        found = [Estimate(*map(record.get, FIELDS[:2])) for record in self.records]
-        return [each for each in found if None not in each]
+        estimates = [Estimate(*map(record.get, FIELDS[:2])) for record in self.records]
+        return [estimate for estimate in estimates if None not in estimate]
 
     def _divide_by(self, chosen: Mapping[str, float]) -> None:
         for mixture in self.mixtures:
             mixture.threshold, mixture.window = chosen["p_threshold"], int(chosen["loss_window"])
 
 
-def line(found: Estimate, row: Recipe, flags: Mapping[str, float | None]) -> str:
+def line(estimate: Estimate, row: Recipe, flags: Mapping[str, float | None]) -> str:
     """What is printed of a new choice."""
-    seen = f"{found.noise_rate:.1%} of the labels seem wrong, concentration {found.concentration:.2f}"
+    seen = f"{estimate.noise_rate:.1%} of the labels seem wrong, concentration {estimate.concentration:.2f}"
     values = setting(row, flags).items()
     chosen = [f"{name} {value:g}{'' if flags[name] is None else ' (given)'}" for name, value in values]
     return f"blind: {seen}: as for {row.name} from now on: {', '.join(chosen)}"

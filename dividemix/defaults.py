@@ -1,11 +1,8 @@
 """What Train_folder.py chooses for own images where a flag is not given: from their number, their size, the parts.
 
-    recipe, lines = choose(args, n=2700, side=28, parts=("train",))      # fills args; `lines` say with what, and why
-
 No paper has a row for one's own data: these are the values of the nearest of its sets (`recipes`), with as many epochs
 as the number of images allows. lambda_u is 0, the paper's for 20 % and for asymmetric noise: real labels are seldom
-wrong by the half.
-"""
+wrong by the half."""
 
 import argparse
 from collections.abc import Collection
@@ -13,6 +10,7 @@ from typing import Any
 
 from dividemix import DivideMixError, networks, ranks, recipes
 from dividemix.augment import PAD
+from dividemix.options import set_default
 from dividemix.recipes import OwnRecipe
 
 SMALL = 64  # px: up to this side images are small
@@ -28,62 +26,58 @@ def choose(args: argparse.Namespace, n: int, side: int, parts: Collection[str]) 
     'train', 'val', 'test' those that there are. Raises DivideMixError for flags that do not go together."""
     lines: list[str] = []
 
-    def settle(name: str, value: Any, why: str) -> Any:
-        given = getattr(args, name)
-        why = why if given is None else "given"
-        value = value if given is None else given
-        setattr(args, name, value)
-        shown = f"{value:g}" if isinstance(value, float) else value
-        lines.append(f"{name} {shown} ({why})")
-        return value
+    def fill(name: str, value: Any, source: str) -> None:
+        lines.append(set_default(args, name, value, source))
 
     if "val" in parts and args.val_fraction:
         raise DivideMixError(f"--val_fraction {args.val_fraction:g}: the data have a validation part; leave it out")
     alone = "val" not in parts and "test" not in parts
-    settle("val_fraction", 0.1 if alone else 0.0, "no validation or test part" if alone else "there is another part")
+    fill("val_fraction", 0.1 if alone else 0.0, "no validation or test part" if alone else "there is another part")
     n = max(n - round(args.val_fraction * n), 1)
 
-    is_small = (args.image_size or side) <= SMALL
-    settle(
-        "arch", "preresnet18" if is_small else "resnet50", f"images of {'at most' if is_small else 'over'} {SMALL} px"
-    )
-    has_weights = networks.architecture(args.arch).imagenet is not None
-    settle(
-        "weights", "imagenet" if has_weights else "none", "torchvision's" if has_weights else "there are none for it"
-    )
-    settle("image_size", image_size(args.arch, side), f"the median short side is {side}")
+    if (args.image_size or side) <= SMALL:
+        fill("arch", "preresnet18", f"images of at most {SMALL} px")
+    else:
+        fill("arch", "resnet50", f"images of over {SMALL} px")
+    if networks.architecture(args.arch).imagenet:
+        fill("weights", "imagenet", "torchvision's")
+    else:
+        fill("weights", "none", "there are none for it")
+    fill("image_size", image_size(args.arch, side), f"the median short side is {side}")
     networks.check(args.arch, args.width, args.image_size, args.weights)
-    settle_mode(args, n, lines)
+    lines.append(set_data_mode(args, n))
 
     recipe = recipes.OWN_SMALL if args.image_size <= SMALL else recipes.OWN_SCRATCH
     recipe = recipe if args.weights == "none" else recipes.OWN_PRETRAINED
-    settle("batch_size", batch_size(recipe, n), recipe.name if n >= 20 * recipe.batch_size else f"for {n} images")
-    settle("lr", recipe.lr, recipe.name)
-    settle("alpha", recipe.alpha, recipe.name)
-    settle("warm_up", warm_up(recipe, n), f"{n} images to train on")
+    fill("batch_size", batch_size(recipe, n), recipe.name if n >= 20 * recipe.batch_size else f"for {n} images")
+    fill("lr", recipe.lr, recipe.name)
+    fill("alpha", recipe.alpha, recipe.name)
+    fill("warm_up", min(max(-(-recipe.warm_up_images // n), 1), MOST_WARM_UP), f"{n} images to train on")
     # The drop stays where it is when another number of epochs is given: a run is continued by a higher one.
-    epochs = num_epochs(recipe, n, args.warm_up)
-    drop = args.warm_up + (epochs - args.warm_up) * 3 // 4
-    settle("num_epochs", epochs, f"{n} images to train on")
-    settle("lr_drop", drop, f"after three quarters of {epochs - args.warm_up} epochs after warm-up")
-    settle("lambda_u", 0.0, "as for 20 % and asymmetric noise; about 25 where half of the labels are wrong")
-    settle("p_threshold", 0.5, "the paper's below 90 % noise")
+    divided = divided_epochs(recipe, n, args.warm_up)
+    fill("num_epochs", args.warm_up + divided, f"{n} images to train on")
+    fill("lr_drop", args.warm_up + divided * 3 // 4, f"after three quarters of {divided} epochs after warm-up")
+    fill("lambda_u", 0.0, "as for 20 % and asymmetric noise; about 25 where half of the labels are wrong")
+    fill("p_threshold", 0.5, "the paper's below 90 % noise")
     args.eval_batch_size = args.eval_batch_size or (1000 if args.image_size <= SMALL else 200)
     return recipe, lines
 
 
-def settle_mode(args: argparse.Namespace, n: int, lines: list[str]) -> None:
-    """Where the images are while training."""
+def set_data_mode(args: argparse.Namespace, n: int) -> str:
+    """Where the images are while training. -> the line that says so"""
     size = n * (args.image_size + 2 * PAD) ** 2 * 3
     fits = args.image_size <= SMALL and size <= DEVICE_LIMIT
-    why = f"at most {SMALL} px and {DEVICE_LIMIT >> 30} GB" if fits else f"over {SMALL} px or {DEVICE_LIMIT >> 30} GB"
-    why = "given" if args.data_mode != "auto" else f"{size / 1e6:.0f} MB, {why}"
+    limits = (
+        f"at most {SMALL} px and {DEVICE_LIMIT >> 30} GB" if fits else f"over {SMALL} px or {DEVICE_LIMIT >> 30} GB"
+    )
+    source = "given" if args.data_mode != "auto" else f"{size / 1e6:.0f} MB, {limits}"
     if ranks.from_environment()[1] > 1:
         if args.data_mode == "device":
             raise DivideMixError("--data_mode device trains on one card: leave it out, or start without torchrun")
-        fits, why = False, "several ranks"
-    args.data_mode = args.data_mode if args.data_mode != "auto" else "device" if fits else "stream"
-    lines.append(f"data_mode {args.data_mode} ({why})")
+        fits, source = False, "several ranks"
+    if args.data_mode == "auto":
+        args.data_mode = "device" if fits else "stream"
+    return f"data_mode {args.data_mode} ({source})"
 
 
 def image_size(arch: str, side: int) -> int:
@@ -111,13 +105,8 @@ def batch_size(recipe: OwnRecipe, n: int) -> int:
     return size
 
 
-def warm_up(recipe: OwnRecipe, n: int) -> int:
-    return min(max(-(-recipe.warm_up_images // n), 1), MOST_WARM_UP)
-
-
-def num_epochs(recipe: OwnRecipe, n: int, warm_up: int) -> int:
+def divided_epochs(recipe: OwnRecipe, n: int, warm_up: int) -> int:
     """Short for small sets: minutes of a CPU at --width 16. For others about as many images as the nearest set's runs
     go through."""
-    if n < SHORT:
-        return warm_up + SHORT_EPOCHS
-    return max(min(recipe.train_images // n, recipe.max_epochs), warm_up + SHORT_EPOCHS)
+    epochs = 0 if n < SHORT else min(recipe.train_images // n, recipe.max_epochs)
+    return max(epochs - warm_up, SHORT_EPOCHS)

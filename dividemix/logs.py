@@ -1,8 +1,7 @@
 """What the logs say of an epoch: lines made from its record, for each training script.
 
 acc.txt and stats.txt keep the formats of the authors' scripts, so that what people have to plot them goes on working;
-one line an epoch is for people. metrics.jsonl holds the records themselves.
-"""
+one line an epoch is for people. metrics.jsonl holds the records themselves."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -15,34 +14,18 @@ from numpy.typing import NDArray
 Record = dict[str, Any]  # one epoch, flat
 
 
-@dataclass(frozen=True)
-class Logs:
-    """One script's name and formats. acc: an epoch's line in acc.txt. stats: its lines in stats.txt. epoch: (record,
-    num_epochs) -> its line for people, without the newline. final: what acc.txt ends with, from the run's final
-    metrics. running: (records, best_epochs) -> what the last record says of the run so far. best_by: (record, k) ->
-    what the best epoch of net k (0 or 1) has most of; the first of equals is kept."""
-
-    script: str
-    acc: Callable[[Record], str]
-    stats: Callable[[Record], str]
-    epoch: Callable[[Record, int], str]
-    final: Callable[[Record], str] = lambda final: ""
-    running: Callable[[list[Record], list[int]], Record] = lambda records, best_epochs: running(records, best_epochs)
-    best_by: Callable[[Record, int], Any] = lambda record, k: by_ensemble(record, k)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers over the epochs
 
 
 def by_ensemble(record: Record, k: int) -> float:
-    """What net k's (0 or 1) best epoch is chosen by, for both alike: both networks' accuracy together on the validation
+    """What net k's (0 or 1) best epoch has most of, for both alike: both networks' accuracy together on the validation
     part where there is one, else, as the authors do, on the test set."""
     return float(record["val_acc"] if "val_acc" in record else record["test_acc"])
 
 
 def by_network(record: Record, k: int) -> float:
-    """The same for Clothing1M: each network's (k is 0 or 1) own accuracy on the clean validation set."""
+    """The same for Clothing1M: each network's accuracy on the clean validation set."""
     return float(record[f"val_acc_net{k + 1}"])
 
 
@@ -52,21 +35,6 @@ def by_own_images(record: Record, k: int) -> tuple:
     if record["phase"] == "warmup":
         return False, record["epoch"]
     return True, by_ensemble(record, k), record["epoch"]
-
-
-def running(records: list[Record], best_epochs: list[int]) -> Record:
-    """What the last record says of the run so far: best and last-10 test accuracy, or, where epochs are not tested,
-    each network's best validation accuracy."""
-    if "test_acc" in records[-1]:
-        return {"best_acc": records[best_epochs[0]]["test_acc"], "last10_acc": last10(records)}
-    return {f"best_val_acc_net{k}": records[best][f"val_acc_net{k}"] for k, best in enumerate(best_epochs, start=1)}
-
-
-def running_folder(records: list[Record], best_epochs: list[int]) -> Record:
-    """The same for own images: without a test part, the best epoch's validation accuracy of both networks together."""
-    if "test_acc" in records[-1]:
-        return running(records, best_epochs)
-    return {"best_val_acc": records[best_epochs[0]]["val_acc"]}
 
 
 def training(
@@ -105,12 +73,8 @@ def metric_line(record: Record) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
 
 
-def cifar_acc(record: Record) -> str:
-    return f"Epoch:{record['epoch']}   Accuracy:{record['test_acc']:.2f}\n"
-
-
-def folder_acc(record: Record) -> str:
-    """CIFAR's line; without a test part of the validation images."""
+def acc_line(record: Record) -> str:
+    """Of the test set, or where there is none of the validation images."""
     accuracy = record["test_acc"] if "test_acc" in record else record["val_acc"]
     return f"Epoch:{record['epoch']}   Accuracy:{accuracy:.2f}\n"
 
@@ -137,14 +101,13 @@ def divided(record: Record) -> list[int]:
     return [k for k in (2, 1) if record.get(f"labeled_net{k}") is not None]
 
 
-def cifar_stats(record: Record) -> str:
+def stats_lines(record: Record) -> str:
     """Two lines a divided epoch (one of a run with one network), the authors' spelling included."""
-    auc = {k: record.get(f"auc_net{k}") for k in (1, 2)}
-    auc = {k: "null" if value is None else f"{value:.3f}" for k, value in auc.items()}
+    auc = {k: "null" if (value := record.get(f"auc_net{k}")) is None else f"{value:.3f}" for k in (1, 2)}
     return "".join(f"Numer of labeled samples:{record[f'labeled_net{k}']}   AUC:{auc[k]}\n" for k in divided(record))
 
 
-def labeled_stats(record: Record) -> str:
+def labeled_lines(record: Record) -> str:
     """The same where the truth is not known: WebVision's lines, used for Clothing1M too, where the authors log none."""
     return "".join(f"Numer of labeled samples:{record[f'labeled_net{k}']} \n" for k in divided(record))
 
@@ -153,43 +116,34 @@ def labeled_stats(record: Record) -> str:
 # One epoch for people, on one line
 
 
-def cifar_epoch(record: Record, num_epochs: int) -> str:
-    validation = f"val {record['val_acc']:.2f} " if "val_acc" in record else ""
-    nets = f" (nets {pair(record, 'test_acc', '.2f')})" if "test_acc_net2" in record else ""
-    return epoch_line(record, num_epochs, f"{validation}test {record['test_acc']:.2f}{nets}", so_far(record))
-
-
-def webvision_epoch(record: Record, num_epochs: int) -> str:
-    validation = f"val {record['val_acc']:.2f} " if "val_acc" in record else ""
-    webvision = f"webvision {record['test_acc']:.2f} ({record['test_acc_top5']:.2f})"
-    imagenet = f"imagenet {record['imagenet_acc']:.2f} ({record['imagenet_acc_top5']:.2f})"
-    nets = f"nets {pair(record, 'test_acc', '.2f')}"
-    return epoch_line(record, num_epochs, f"{validation}{webvision} {imagenet} {nets}", so_far(record))
-
-
-def folder_epoch(record: Record, num_epochs: int) -> str:
-    if "test_acc" in record:
-        return cifar_epoch(record, num_epochs)
-    accuracy = f"validation {record['val_acc']:.2f} (nets {pair(record, 'val_acc', '.2f')})"
-    return epoch_line(record, num_epochs, accuracy, f"best {record['best_val_acc']:.2f}")
-
-
-def clothing1m_epoch(record: Record, num_epochs: int) -> str:
-    accuracy = f"validation {record['val_acc']:.2f} (nets {pair(record, 'val_acc', '.2f')})"
-    return epoch_line(record, num_epochs, accuracy, f"best nets {pair(record, 'best_val_acc', '.2f')}")
-
-
-def epoch_line(record: Record, num_epochs: int, *accuracy: str) -> str:
+def epoch_line(record: Record, num_epochs: int) -> str:
+    """Without the newline."""
     parts = [f"epoch {record['epoch']}/{num_epochs - 1} {record['phase']}"]
     if divided(record):
         parts.append(f"labeled {pair(record, 'labeled', 'd')} unlabeled {pair(record, 'unlabeled', 'd')}")
         parts += [f"AUC {pair(record, 'auc', '.3f')}"] if "auc_net1" in record else []
     terms = {"Lx": record.get("loss_x"), "Lu": record.get("loss_u"), "penalty": record.get("penalty")}
     parts.append(" ".join(f"{name} {value:.4f}" for name, value in terms.items() if value is not None))
-    parts += accuracy
+    parts += accuracies(record)
     seconds = {k.removeprefix("seconds_"): v for k, v in record.items() if k.startswith("seconds_")}
     parts.append(" ".join(f"{name} {value:.1f}s" for name, value in seconds.items()))
-    return " | ".join(part for part in parts if part)
+    return " | ".join(filter(None, parts))
+
+
+def accuracies(record: Record) -> list[str]:
+    """The epoch's, and the best so far."""
+    if "test_acc" not in record:
+        is_of_both = "best_val_acc" in record
+        best = f"{record['best_val_acc']:.2f}" if is_of_both else f"nets {pair(record, 'best_val_acc', '.2f')}"
+        return [f"validation {record['val_acc']:.2f} (nets {pair(record, 'val_acc', '.2f')})", f"best {best}"]
+    accuracy = f"val {record['val_acc']:.2f} " if "val_acc" in record else ""
+    nets = f"nets {pair(record, 'test_acc', '.2f')}"
+    if "imagenet_acc" in record:
+        accuracy += f"webvision {record['test_acc']:.2f} ({record['test_acc_top5']:.2f}) "
+        accuracy += f"imagenet {record['imagenet_acc']:.2f} ({record['imagenet_acc_top5']:.2f}) {nets}"
+    else:
+        accuracy += f"test {record['test_acc']:.2f}" + (f" ({nets})" if "test_acc_net2" in record else "")
+    return [accuracy, f"best {record['best_acc']:.2f} last-10 {record['last10_acc']:.2f}"]
 
 
 def pair(record: Record, name: str, form: str) -> str:
@@ -198,13 +152,29 @@ def pair(record: Record, name: str, form: str) -> str:
     return "/".join("-" if value is None else format(value, form) for value in values)
 
 
-def so_far(record: Record) -> str:
-    return f"best {record['best_acc']:.2f} last-10 {record['last10_acc']:.2f}"
+@dataclass(frozen=True)
+class Logs:
+    """One script's formats. acc, stats: an epoch's lines in acc.txt and stats.txt. best_by: (record, k) -> what net k's
+    (0 or 1) best epoch has most of, the first of equals. final: what acc.txt ends with, from the final metrics."""
+
+    script: str
+    acc: Callable[[Record], str] = acc_line
+    stats: Callable[[Record], str] = stats_lines
+    best_by: Callable[[Record, int], Any] = by_ensemble
+    final: Callable[[Record], str] = lambda final: ""
+
+    def running(self, records: list[Record], best_epochs: list[int]) -> Record:
+        """What the last record says of the run so far: best and last-10 test accuracy, or, where epochs are not tested,
+        the best validation accuracy, of both networks or of each."""
+        best = [records[epoch] for epoch in best_epochs]
+        if "test_acc" in records[-1]:
+            return {"best_acc": best[0]["test_acc"], "last10_acc": last10(records)}
+        if self.best_by is by_network:
+            return {f"best_val_acc_net{k}": record[f"val_acc_net{k}"] for k, record in enumerate(best, start=1)}
+        return {"best_val_acc": best[0]["val_acc"]}
 
 
-CIFAR = Logs("Train_cifar.py", cifar_acc, cifar_stats, cifar_epoch)
-WEBVISION = Logs("Train_webvision.py", webvision_acc, labeled_stats, webvision_epoch)
-FOLDER = Logs("Train_folder.py", folder_acc, cifar_stats, folder_epoch, running=running_folder, best_by=by_own_images)
-CLOTHING1M = Logs(
-    "Train_clothing1M.py", clothing1m_acc, labeled_stats, clothing1m_epoch, clothing1m_final, best_by=by_network
-)
+CIFAR = Logs("Train_cifar.py")
+WEBVISION = Logs("Train_webvision.py", webvision_acc, labeled_lines)
+FOLDER = Logs("Train_folder.py", best_by=by_own_images)
+CLOTHING1M = Logs("Train_clothing1M.py", clothing1m_acc, labeled_lines, by_network, clothing1m_final)

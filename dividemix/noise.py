@@ -1,8 +1,7 @@
 """Making noisy labels that depend on the true label alone: symmetric and asymmetric noise.
 
 As the authors inject it, to the label: with seed 123 this is their noise. Noise that depends on the image is in
-`noise_instance`, the labels that people gave in `noise_human`, the file that holds noisy labels in `noise_file`.
-"""
+`noise_instance`, the labels that people gave in `noise_human`, the file that holds noisy labels in `noise_file`."""
 
 import random
 from collections.abc import Sequence
@@ -83,15 +82,14 @@ def inject(
     rng = random.Random(seed)
     order = list(range(len(labels)))
     rng.shuffle(order)
-    noisy = set(order[: int(r * len(labels))])
-    if mode == "asym":
-        transition = asym_transition(num_class)[0] if transition is None else transition
-        return [transition[int(label)] if i in noisy else int(label) for i, label in enumerate(labels)]
-    # randint once for each noisy sample in the order of the samples: the authors' stream.
-    if definition == "with_self":
-        return [rng.randint(0, num_class - 1) if i in noisy else int(label) for i, label in enumerate(labels)]
-    # 1 to num_class - 1 classes further on, past the last from the first: each other class is as likely.
-    return [
-        (int(label) + rng.randint(1, num_class - 1)) % num_class if i in noisy else int(label)
-        for i, label in enumerate(labels)
-    ]
+    drawn = set(order[: int(r * len(labels))])
+    transition = asym_transition(num_class)[0] if transition is None else transition
+
+    def noisy(label: int) -> int:  # of sym one randint a drawn sample, in the order of the samples: the authors' stream
+        if mode == "asym":
+            return transition[label]
+        if definition == "with_self":
+            return rng.randint(0, num_class - 1)
+        return (label + rng.randint(1, num_class - 1)) % num_class
+
+    return [noisy(int(label)) if i in drawn else int(label) for i, label in enumerate(labels)]

@@ -1,10 +1,8 @@
-"""The paper's hyper-parameters and results, one row per setting, as data. Nothing else in the project states them.
-Below them what Train_folder.py starts from for own images, which no paper has a row for.
+"""The paper's hyper-parameters and results as data, and what Train_folder.py starts from for own images.
 
-Source: Li, Socher, Hoi, ICLR 2020: Table 7 and Sec. 4.2 (settings), Tables 1 to 5 (results); for Clothing1M and
-WebVision the flags' defaults are those of the authors' scripts.
-Accuracies are test accuracies in per cent: best = the peak over all epochs, last = the mean of the last 10 epochs.
-"""
+Source: Li, Socher, Hoi, ICLR 2020: Table 7 and Sec. 4.1 (settings), Tables 1 to 5 (results); for Clothing1M and
+WebVision the flags' defaults are those of the authors' scripts. Test accuracies are in per cent: best = the peak over
+all epochs, last = the mean of the last 10."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +22,7 @@ class Recipe:
     best: float | None = None
     last: float | None = None
     ce_best: float | None = None  # plain cross-entropy, one network
+    ablations: Mapping[str, float] = field(default_factory=dict)  # Table 5: `--ablation` -> best, if it has a source
 
     @property
     def name(self) -> str:
@@ -36,11 +35,11 @@ class Recipe:
 
 
 ROWS = (
-    Recipe("cifar10", "sym", 0.2, lambda_u=0, best=96.1, last=95.7, ce_best=86.8),
+    Recipe("cifar10", "sym", 0.2, lambda_u=0, best=96.1, last=95.7, ce_best=86.8, ablations={"divide_mixmatch": 94.1}),
     Recipe("cifar10", "sym", 0.5, lambda_u=25, best=94.6, last=94.4, ce_best=79.4),
     Recipe("cifar10", "sym", 0.8, lambda_u=25, best=93.2, last=92.9, ce_best=62.9),
     Recipe("cifar10", "sym", 0.9, lambda_u=50, p_threshold=0.6, loss_window=5, best=76.0, last=75.4, ce_best=42.7),
-    Recipe("cifar10", "asym", 0.4, lambda_u=0, best=93.4, last=92.1, ce_best=85.0),
+    Recipe("cifar10", "asym", 0.4, lambda_u=0, best=93.4, last=92.1, ce_best=85.0, ablations={"divide_mixmatch": 86.5}),
     Recipe("cifar100", "sym", 0.2, lambda_u=25, best=77.3, last=76.9, ce_best=62.0),
     Recipe("cifar100", "sym", 0.5, lambda_u=150, best=74.6, last=74.2, ce_best=46.7),
     Recipe("cifar100", "sym", 0.8, lambda_u=150, best=60.2, last=59.6, ce_best=19.9),
@@ -67,31 +66,26 @@ def setting(row: Recipe, method: str = "dividemix") -> dict[str, Any]:
 def setting_differences(args: Mapping[str, Any], setting: Mapping[str, Any], whose: str = "paper") -> list[str]:
     """The flags of a run that differ from `setting`, as '--lambda_u 25 (paper: 0)'. A flag that the script lacks does
     not differ; nor does one that `--recipe blind`, which is said, leaves open."""
-
-    def shown(value: Any) -> Any:
-        return "none" if value is None else f"{value:g}" if isinstance(value, float) else value
-
     return [
-        f"--{name} {shown(args[name])} ({whose}: {shown(value)})"
+        f"--{name} {flag_text(args[name])} ({whose}: {flag_text(value)})"
         for name, value in setting.items()
         if name in args and args[name] != value and (args[name] is not None or args.get("recipe") != "blind")
     ]
 
 
-WARM_UP = {"cifar100": 30}  # epochs; 10 for every other small set
+def flag_text(value: Any) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def warm_up(dataset: str) -> int:
-    return WARM_UP.get(dataset, 10)
+    """Epochs, of a set of small images."""
+    return 30 if dataset == "cifar100" else 10
 
 
 def nearest(dataset: str, mode: str, r: float | None, wrong: float | None = None) -> tuple[Recipe, bool]:
-    """The row for this setting and True, or else the nearest row and False.
-
-    Nearest: CIFAR-100's rows for CIFAR-100, CIFAR-10's for every other set; of these the same mode where there is
-    one; of these the closest rate, the lower of two as close. For noise of which r does not say what it says in the
-    paper, `wrong` is the share of wrong labels: then the symmetric row with the closest such share.
-    """
+    """The row for this setting and True, or else the nearest and False: of CIFAR-100's rows for CIFAR-100, CIFAR-10's
+    for every other set, the same mode where there is one, and the closest rate, the lower of two as close. For noise
+    whose r is not the paper's, `wrong` is the share of wrong labels: the symmetric row with the closest such share."""
     rows = [row for row in ROWS if row.dataset == (dataset if dataset == "cifar100" else "cifar10")]
     if wrong is not None:
         symmetric = [row for row in rows if row.mode == "sym"]
@@ -103,57 +97,41 @@ def nearest(dataset: str, mode: str, r: float | None, wrong: float | None = None
 
 @dataclass(frozen=True)
 class Ablation:
-    """A row of the paper's Table 5: what is left out (`--ablation`). best: (mode, r) -> best accuracy on CIFAR-10; only
-    numbers that have a source are here."""
+    """What a row of the paper's Table 5 leaves out (`--ablation`)."""
 
     paper_name: str
     reading: str  # what it is here
-    best: Mapping[tuple[str, float], float] = field(default_factory=dict)
     nets: int = 2  # 1: no peer, the network divides and guesses for itself
     refine: bool = True  # whether labels of the labeled set are co-refined, or stay as given
     M: int = 2  # views of an image in guesses, refinement and the mixed batch
 
-    def paper_best(self, row: Recipe) -> float | None:
-        """Table 5's value for a row of `ROWS`, None where none is known."""
-        return self.best.get((row.mode, row.r)) if row.dataset == "cifar10" else None
 
-
+_ALONE = "one network, which divides and guesses for itself"
+_AS_GIVEN = "labels of the labeled set stay as given"
+_ONE_VIEW = "one view of an image instead of two in guesses, refinement and the mixed batch"
 ABLATIONS = {
     "none": Ablation("DivideMix", "nothing is left out"),
-    "no_cotraining": Ablation("DivideMix w/o co-training", "one network, which divides and guesses for itself", nets=1),
-    "no_refinement": Ablation(
-        "DivideMix w/o label refinement", "labels of the labeled set stay as given", refine=False
-    ),
-    "one_view": Ablation(
-        "DivideMix w/o augmentation",
-        "one view of an image instead of two in guesses, refinement and the mixed batch",
-        M=1,
-    ),
-    "divide_mixmatch": Ablation(
-        "Divide and MixMatch",
-        "one network, which divides and guesses for itself; labels of the labeled set stay as given",
-        best={("sym", 0.2): 94.1, ("asym", 0.4): 86.5},
-        nets=1,
-        refine=False,
-    ),
+    "no_cotraining": Ablation("DivideMix w/o co-training", _ALONE, nets=1),
+    "no_refinement": Ablation("DivideMix w/o label refinement", _AS_GIVEN, refine=False),
+    "one_view": Ablation("DivideMix w/o augmentation", _ONE_VIEW, M=1),
+    "divide_mixmatch": Ablation("Divide and MixMatch", f"{_ALONE}; {_AS_GIVEN}", nets=1, refine=False),
 }
 
 
 def paper_results(row: Recipe, method: str = "dividemix", ablation: str = "none") -> dict[str, float]:
-    """What the paper reports of a row: 'best' and 'last' of the method itself; of cross-entropy (one network) and of an
-    ablation 'best' alone, if it has that."""
+    """What the paper reports of a row: best and last of the method itself; of cross-entropy (one network) and of an
+    ablation best alone, if it has that."""
     if method == "ce":
         return {"best": row.ce_best}
     if ablation == "none":
         return {"best": row.best, "last": row.last}
-    best = ABLATIONS[ablation].paper_best(row) if ablation in ABLATIONS else None
-    return {} if best is None else {"best": best}
+    return {"best": row.ablations[ablation]} if ablation in row.ablations else {}
 
 
 @dataclass(frozen=True)
 class ImageRecipe:
-    """A set of large images with real noise. method, images: defaults of `options.add_method` and `add_images`, the
-    flags' names."""
+    """A set of large images with real noise. method, images: defaults of the flags of `options.add_method` and
+    `add_images`. results: the paper's, by the names of an epoch's record."""
 
     name: str
     method: dict[str, Any]
@@ -161,13 +139,12 @@ class ImageRecipe:
     weight_decay: float
     resize: int  # short side of the image that the crop of images["image_size"] is taken from
     conf_penalty: bool  # in warm-up
-    results: dict[str, float]  # the paper's, by the names of an epoch's record
-    results_with: dict[str, Any]  # the paper's flags for these, where they are not the defaults
+    results: dict[str, float]
+    results_with: dict[str, Any] = field(default_factory=dict)  # the paper's flags for these, where no defaults
 
     @property
     def setting(self) -> dict[str, Any]:
-        """All flags that the paper's results were made with; lambda_u, which has no effect here, is none of them.
-        (Clothing1M's script has no --val_fraction: its validation set is another one.)"""
+        """All flags that the paper's results were made with, but for lambda_u, which has no effect here."""
         flags = METHOD_SETTING | {"unlabeled_loss": False, "conf_penalty": self.conf_penalty, "val_fraction": 0.0}
         flags |= self.method | self.images | self.results_with
         return {name: value for name, value in flags.items() if name != "lambda_u"}
@@ -177,26 +154,21 @@ class ImageRecipe:
         return round(image_size * self.resize / self.images["image_size"])
 
 
+_METHOD = {"batch_size": 32, "lr_drop": 40, "num_epochs": 80, "warm_up": 1}
+_METHOD |= {"alpha": 0.5, "lambda_u": 0, "p_threshold": 0.5}
 CLOTHING1M = ImageRecipe(
     "Clothing1M",
-    method={
-        **{"batch_size": 32, "lr": 0.002, "lr_drop": 40, "num_epochs": 80, "warm_up": 1},
-        **{"alpha": 0.5, "lambda_u": 0, "p_threshold": 0.5},
-    },
-    images={"arch": "resnet50", "weights": "imagenet", "image_size": 224, "num_class": 14, "num_batches": 1000},
+    _METHOD | {"lr": 0.002},
+    {"arch": "resnet50", "weights": "imagenet", "image_size": 224, "num_class": 14, "num_batches": 1000},
     weight_decay=1e-3,
     resize=256,
     conf_penalty=True,
     results={"test_acc": 74.76},
-    results_with={},
 )
 WEBVISION = ImageRecipe(
     "WebVision",
-    method={
-        **{"batch_size": 32, "lr": 0.01, "lr_drop": 40, "num_epochs": 80, "warm_up": 1},
-        **{"alpha": 0.5, "lambda_u": 0, "p_threshold": 0.5},
-    },
-    images={"arch": "inceptionresnetv2", "weights": "none", "image_size": 299, "num_class": 50},
+    _METHOD | {"lr": 0.01},
+    {"arch": "inceptionresnetv2", "weights": "none", "image_size": 299, "num_class": 50},
     weight_decay=5e-4,
     resize=320,
     conf_penalty=False,
@@ -207,7 +179,7 @@ WEBVISION = ImageRecipe(
 
 def in_paper(script: str, args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
     """What the paper has for the data and noise of a run of `script`: the flags that its results were made with, and
-    the results, as `paper_results` or `ImageRecipe.results` name them. Both empty where it has none."""
+    the results by their names. Both empty where it has none."""
     images = {"Train_clothing1M.py": CLOTHING1M, "Train_webvision.py": WEBVISION}.get(script)
     if images:
         return images.setting, images.results
@@ -220,21 +192,19 @@ def in_paper(script: str, args: Mapping[str, Any]) -> tuple[dict[str, Any], dict
 
 
 # Runs of minutes to hours on a CPU, for `reproduce.py --table here`: no paper has results for them. Flags of
-# Train_cifar.py beside the noise
+# Train_cifar.py, and the noise
 SMALL_SETS = {
-    "digits": {"width": 16, "warm_up": 8, "num_epochs": 40},
-    "fashionmnist": {"limit_train": 5000, "width": 16, "warm_up": 6, "num_epochs": 40},
-}
-SMALL_NOISE = {
-    "digits": (("sym", 0.2), ("sym", 0.5), ("sym", 0.8), ("asym", 0.4)),
-    "fashionmnist": (("sym", 0.5),),
+    "digits": (
+        {"width": 16, "warm_up": 8, "num_epochs": 40},
+        (("sym", 0.2), ("sym", 0.5), ("sym", 0.8), ("asym", 0.4)),
+    ),
+    "fashionmnist": ({"limit_train": 5000, "width": 16, "warm_up": 6, "num_epochs": 40}, (("sym", 0.5),)),
 }
 
 
 @dataclass(frozen=True)
 class OwnRecipe:
-    """Own images of one kind: the values of the nearest of the paper's sets. batch_size, lr, alpha: flags. warm_up and
-    num_epochs follow from the number of training images (`defaults.choose`)."""
+    """Own images of one kind: the values of the nearest of the paper's sets, of which `defaults.choose` makes flags."""
 
     name: str
     batch_size: int

@@ -99,8 +99,8 @@ def all_rows() -> list[Row]:
         base = small_images(row, "5")
         rows.append(replace(base, name=f"{base.name}-one_net", paper={"best": None}, column="test_acc_net1"))
         rows += [small_images(row, "5", ablation) for ablation in recipes.ABLATIONS if ablation != "none"]
-    for dataset, flags in recipes.SMALL_SETS.items():
-        for mode, r in recipes.SMALL_NOISE[dataset]:
+    for dataset, (flags, noises) in recipes.SMALL_SETS.items():
+        for mode, r in noises:
             noise = {"dataset": dataset, "mode": mode, "r": r}
             row = replace(recipes.nearest(**noise)[0], **noise, best=None, last=None, ce_best=None)
             rows += [small_images(row, "here", variant, flags) for variant in ("ce", "")]

@@ -293,7 +293,7 @@ class Run:
             about |= {"records": list(self.records), "histograms": list(self.histograms)}
             about |= {"best_epochs": self.best_epochs, "versions": versions()}
             self._saving.start(self._save, record, histogram, self._copy | about, scores)
-        self.say(self.logs.epoch(record, self.num_epochs))
+        self.say(logs.epoch_line(record, self.num_epochs))
 
     def _state(self) -> dict[str, Any]:
         """What the next epoch depends on, beside the flags."""

@@ -50,21 +50,21 @@ def test_undefined_auc_is_null_in_the_logs():
 
 def test_the_line_for_people_says_what_the_script_measures():
     """Else a user who watches the run sees a number under another's name, or the run ends at its first line."""
-    assert logs.WEBVISION.epoch(WEBVISION, 80) == (
+    assert logs.epoch_line(WEBVISION, 80) == (
         "epoch 7/79 train | labeled 11/22 unlabeled 3/4 | Lx 1.2500 penalty 0.5000 | "
         "webvision 77.32 (91.64) imagenet 75.20 (90.84) nets 76.00/75.50 | best 77.32 last-10 76.10 | test 2.0s"
     )
-    assert logs.CLOTHING1M.epoch(CLOTHING1M | UNDIVIDED, 80) == (
+    assert logs.epoch_line(CLOTHING1M | UNDIVIDED, 80) == (
         "epoch 7/79 warmup | Lx 1.2500 penalty 0.5000 | "
         "validation 74.50 (nets 73.46/72.00) | best nets 73.50/72.90 | test 2.0s"
     )
     cifar = COMMON | DIVIDED | {"auc_net1": 0.9, "auc_net2": None, "loss_u": 0.1, "val_acc": 50.0}
     cifar |= {"test_acc": 90.0, "test_acc_net1": 89.0, "test_acc_net2": 88.0, "best_acc": 91.0, "last10_acc": 87.0}
-    assert logs.CIFAR.epoch(cifar, 10) == (
+    assert logs.epoch_line(cifar, 10) == (
         "epoch 7/9 train | labeled 11/22 unlabeled 3/4 | AUC 0.900/- | Lx 1.2500 Lu 0.1000 penalty 0.5000 | "
         "val 50.00 test 90.00 (nets 89.00/88.00) | best 91.00 last-10 87.00 | test 2.0s"
     )
-    assert "val 50.00 webvision" in logs.WEBVISION.epoch(WEBVISION | {"val_acc": 50.0}, 80)
+    assert "val 50.00 webvision" in logs.epoch_line(WEBVISION | {"val_acc": 50.0}, 80)
 
 
 def test_how_good_the_labeled_sets_are_where_the_truth_is_known():
@@ -126,18 +126,18 @@ def test_own_images_without_a_test_part():
     running = logs.FOLDER.running([{"val_acc": 90.0}, record], [0, 0])
     assert running == {"best_val_acc": 90.0}
     said = "epoch 3/9 train | labeled 5/7 unlabeled 2/0 | validation 81.50 (nets 80.00/79.00) | best 90.00"
-    assert logs.FOLDER.epoch(record | running, 10).replace(" |  | ", " | ") == said
+    assert logs.epoch_line(record | running, 10).replace(" |  | ", " | ") == said
     tested = record | {"test_acc": 70.0, "test_acc_net1": 69.0, "test_acc_net2": 68.0}
     assert logs.FOLDER.acc(tested) == "Epoch:3   Accuracy:70.00\n"
     running = logs.FOLDER.running([tested], [0])
     assert running == {"best_acc": 70.0, "last10_acc": 70.0}
-    line = logs.FOLDER.epoch(tested | running, 10)
+    line = logs.epoch_line(tested | running, 10)
     assert "val 81.50 test 70.00 (nets 69.00/68.00) | best 70.00 last-10 70.00" in line
 
 
 def test_running_numbers_are_of_what_is_measured():
     """Else Clothing1M's epochs carry a best test accuracy although none is tested."""
     tested = [{"test_acc": 4.0}, {"test_acc": 2.0}]
-    assert logs.running(tested, [0, 0]) == {"best_acc": 4.0, "last10_acc": 3.0}
+    assert logs.CIFAR.running(tested, [0, 0]) == {"best_acc": 4.0, "last10_acc": 3.0}
     validated = [{"val_acc_net1": 1.0, "val_acc_net2": 5.0}, {"val_acc_net1": 2.0, "val_acc_net2": 3.0}]
-    assert logs.running(validated, [1, 0]) == {"best_val_acc_net1": 2.0, "best_val_acc_net2": 5.0}
+    assert logs.CLOTHING1M.running(validated, [1, 0]) == {"best_val_acc_net1": 2.0, "best_val_acc_net2": 5.0}

@@ -153,7 +153,7 @@ def test_a_setting_of_the_paper_gets_its_own_values_and_says_so(setting):
     source = f"(paper, Table 7: {dataset} {mode} {round(100 * r)}%)"
     expected = [f"lambda_u {lambda_u} {source}", f"p_threshold {p_threshold} {source}", f"loss_window {loss_window}"]
     assert all(any(line.startswith(start) for line in lines) for start in expected), lines
-    assert f"warm_up {args.warm_up} (paper, Sec. 4.2)" in lines
+    assert f"warm_up {args.warm_up} (paper, Sec. 4.1)" in lines
 
 
 DIFFERS = "differs from the paper's setting"
@@ -162,11 +162,10 @@ DIFFERS = "differs from the paper's setting"
 def test_what_is_not_the_papers_setting_is_said_before_300_epochs_are_over():
     """A user who left out a zero, the penalty or the batch size finds out from the last line of the run."""
     _, _, lines = resolved("--r", "0.2")
-    assert lines[-1] == "conf_penalty off (the authors', by the kind of noise, in warm-up)"
-    *_, penalty, other = resolved("--noise_mode", "asym", "--r", "0.4", "--conf_penalty", "off", "--batch_size", "128")[
-        2
-    ]
-    assert penalty == "conf_penalty off (given; the authors have on, in warm-up)"
+    assert lines[-1] == "confidence penalty in warm-up: off (paper: only for asymmetric noise)"
+    flags = ("--conf_penalty", "off", "--batch_size", "128")
+    *_, penalty, other = resolved("--noise_mode", "asym", "--r", "0.4", *flags)[2]
+    assert penalty == "confidence penalty in warm-up: off (given; paper: only for asymmetric noise)"
     assert other == f"{DIFFERS}: --batch_size 128 (paper: 64), --conf_penalty off (paper: auto)"
     *_, other = resolved("--r", "0.2", "--lambda_u", "25", "--T", "1", "--lr", "0.1")[2]
     assert other == f"{DIFFERS}: --lr 0.1 (paper: 0.02), --T 1 (paper: 0.5), --lambda_u 25 (paper: 0)"
@@ -282,7 +281,7 @@ def test_help_shows_each_default_once_and_no_none(capsys):
     assert "default: None" not in text
     assert "default: False" not in text
     assert "(default: the paper's)" in text
-    assert "(default: 64)" in text
+    assert "(default: 64)" in text and "which CUDA card (default: 0)" in text
     assert ") (default" not in text
 
 
