@@ -56,7 +56,7 @@ class RunFolder:
     @property
     def ablation(self) -> recipes.Ablation:
         """What was left out; nothing where the run does not say so."""
-        return recipes.ABLATIONS[self.args.get("ablation", "none")]
+        return recipes.ABLATIONS.get(self.args.get("ablation"), recipes.ABLATIONS["none"])
 
     @property
     def nets(self) -> range:
@@ -79,7 +79,7 @@ class RunFolder:
 
     def numbers(self, name: str) -> list[float]:
         """The same, epochs without a value left out."""
-        return [value for value in self.column(name) if value is not None]
+        return [value for value in self.column(name) if isinstance(value, int | float)]
 
 
 def read_run(path: Path) -> RunFolder:
