@@ -26,12 +26,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dividemix import runtime
-from dividemix.checkpoint import write_state
+from dividemix.checkpoint import to_host, write_state
 from dividemix.codivide import Mixture
 from dividemix.engine import MixMatch, PhaseTerms
 from dividemix.run import Run
 from dividemix.runtime import Runtime
-from dividemix.saving import to_host
 from PreResNet import ResNet18
 
 

@@ -3,7 +3,7 @@
 Reading order: `algorithm` (the equations), `codivide` (loss -> clean probability), `engine` (a step and a phase), then
 `Train_cifar.py` (Algorithm 1). Around them: `noise` (`noise_instance`, `noise_human`, `noise_file`),
 `augment`, `data`, `filelist`, `check_data`, `networks`, `recipes`, `blind`, `defaults`, `options`,
-`signals`, `run`, `logs`, `checkpoint`, `saving`; after training `scoring`, `label_issues`,
+`signals`, `run`, `logs`, `checkpoint`; after training `scoring`, `label_issues`,
 `clean_labels`, `report` (with `runfolder`, `histograms`, `figures`, `page`, `compare`); for
 large images `stream` (the data sets), `workers`, `images`, `imagestore`; for speed `runtime`, `graph`, `layers`; and
 for a trained run `deploy`, `predict`, `export`. For the paper's tables (reproduce.py): `rows`, `jobs`, `results`.

@@ -1,10 +1,6 @@
 """Loss histograms: what an epoch's division looks like, small enough to keep of every epoch, and drawn as SVG.
 
-    count(scores, truly_clean)      # {"net1": {"clean": [60 counts], "wrong": [60 counts], "means": [...], ...}, ...}
-
-The run folder's histograms.jsonl holds one such object a divided epoch. 60 bins over the normalised loss from 0 to 1;
-where the truth is not known there is "all" instead of "clean" and "wrong". means, variances, weights are those of the
-fitted mixture, the clean component first.
+The run folder's histograms.jsonl holds an object {"epoch": ..., "net1": ..., "net2": ...} for each divided epoch.
 """
 
 from collections.abc import Iterable
@@ -13,60 +9,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dividemix.codivide import Division
+
 BINS = 60
 Histogram = dict[str, Any]  # of one network
-_MIXTURE = ("means", "variances", "weights")
+_MIXTURE = ("means", "variances", "weights")  # the clean component first
 _LEFT, _RIGHT, _TOP, _BASE = 40, 628, 12, 248  # the axes' ends in the drawing, whose frame the template has
 
 
-def count(scores: dict[str, NDArray], truly_clean: NDArray[np.bool_] | None = None) -> dict[str, Histogram]:
-    """Of each network that has a division among the scores of an epoch (see `run.score_arrays`): 'net1', 'net2'."""
-    found = {}
-    for k in (1, 2):
-        if f"means_net{k}" not in scores:
-            continue
-        loss = scores[f"loss_net{k}"]
-        known = truly_clean is not None and len(truly_clean) == len(loss)
-        parts = {"clean": loss[truly_clean], "wrong": loss[~truly_clean]} if known else {"all": loss}
-        histogram: Histogram = {name: np.histogram(part, BINS, (0, 1))[0].tolist() for name, part in parts.items()}
-        histogram |= {name: scores[f"{name}_net{k}"].tolist() for name in _MIXTURE}
-        found[f"net{k}"] = histogram | {"threshold": float(scores[f"threshold_net{k}"])}
-    return found
-
-
-def is_sound(entry: Any) -> bool:
-    """Whether a line of histograms.jsonl is what `count` made, with its epoch."""
-
-    def is_number(value: Any) -> bool:
-        return isinstance(value, int | float) and -1e15 < value < 1e15  # neither NaN nor past what can be drawn
-
-    def numbers(values: Any, n: int) -> bool:
-        return isinstance(values, list) and len(values) == n and all(map(is_number, values))
-
-    def whole(histogram: Any) -> bool:
-        if not isinstance(histogram, dict) or not is_number(histogram.get("threshold")):
-            return False
-        names = [name for name in ("all", "clean", "wrong") if name in histogram]
-        bins = all(numbers(histogram[name], BINS) and min(histogram[name]) >= 0 for name in names)
-        mixture = all(numbers(histogram.get(name), 2) for name in _MIXTURE) and min(histogram["variances"]) > 0
-        return names in (["all"], ["clean", "wrong"]) and bins and mixture and total(histogram) > 0
-
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("epoch"), int)
-        and all(whole(entry[name]) for name in ("net1", "net2") if name in entry)
-    )
-
-
-def total(histogram: Histogram) -> int:
-    """How many samples it is of."""
-    return sum(sum(histogram.get(name, [])) for name in ("all", "clean", "wrong"))
+def count(division: Division, truly_clean: NDArray[np.bool_] | None = None) -> Histogram:
+    """How many samples are in each of 60 bins of the normalised loss from 0 to 1, and the fitted mixture."""
+    loss = division.loss
+    losses = {"all": loss} if truly_clean is None else {"clean": loss[truly_clean], "wrong": loss[~truly_clean]}
+    histogram: Histogram = {kind: np.histogram(values, BINS, (0, 1))[0].tolist() for kind, values in losses.items()}
+    histogram |= {name: getattr(division, name).tolist() for name in _MIXTURE}
+    return histogram | {"threshold": float(division.threshold)}
 
 
 def densities(histogram: Histogram) -> dict[str, NDArray[np.float64]]:
     """The bars, in the unit of `gaussians`: (60,) each; those of all parts together integrate to 1."""
-    unit = BINS / total(histogram)
-    return {name: np.array(histogram[name]) * unit for name in ("all", "clean", "wrong") if name in histogram}
+    counts = {kind: np.array(histogram[kind]) for kind in ("all", "clean", "wrong") if kind in histogram}
+    unit = BINS / sum(numbers.sum() for numbers in counts.values())
+    return {kind: numbers * unit for kind, numbers in counts.items()}
 
 
 def gaussians(x: NDArray, histogram: Histogram) -> NDArray[np.float64]:
@@ -86,8 +50,8 @@ def boundaries(histogram: Histogram) -> list[float]:
 def peak(histograms: Iterable[Histogram]) -> float:
     """The largest density among bars and curves: the top of the common axis."""
     x = np.linspace(0, 1, 500)
-    tops = [max(float(sum(densities(each).values()).max()), float(gaussians(x, each).max())) for each in histograms]
-    return max(tops, default=1.0)
+    tops = [max(sum(densities(one).values()).max(), gaussians(x, one).max()) for one in histograms]
+    return float(max(tops, default=1.0))
 
 
 def paths(histogram: Histogram, top: float) -> list[tuple[str, str]]:

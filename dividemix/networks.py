@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import InceptionResNetV2
 import PreResNet
 from dividemix import DivideMixError
-from dividemix.checkpoint import from_bytes, load_file, load_weights, read_file
+from dividemix.checkpoint import load_file, load_weights
 from dividemix.ranks import Ranks
 from dividemix.runtime import Runtime, is_out_of_memory
 from dividemix.seeds import seeded
@@ -247,12 +247,10 @@ def read_weights(weights: str, arch: str, ranks: Ranks) -> dict[str, Any] | None
     from_hub = functools.partial(imagenet_file, architecture(arch).imagenet)
     path = ranks.local_first(from_hub) if weights == "imagenet" else Path(weights).expanduser()
     try:
-        state = from_bytes(read_file(path))
-    except OSError as error:
-        raise DivideMixError(f"weights {path} cannot be read: {error.strerror}") from error
+        state = load_file(path)
     except DivideMixError as error:
-        again = "; delete it, and it is downloaded again" if weights == "imagenet" else ""
-        raise DivideMixError(f"weights {path}: {error}{again}") from error
+        again = ": delete it, and it is downloaded again" if weights == "imagenet" else ""
+        raise DivideMixError(f"{error}{again}") from error
     if isinstance(state.get("nets"), list):
         raise DivideMixError(f"weights {path} hold two networks of a run: give them as --init_from")
     return state

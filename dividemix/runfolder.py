@@ -1,7 +1,8 @@
-"""Reading a run folder: what a run left, as the report needs it. A run under way lacks some of it; damaged files count
-as missing, with a warning."""
+"""Reading a run folder: what a run left, as the report needs it. A run under way lacks some of it."""
 
+import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dividemix import DivideMixError, histograms, recipes, warn
+from dividemix import DivideMixError, recipes
 
 
 @dataclass(frozen=True)
@@ -35,20 +36,17 @@ class RunFolder:
 
     @property
     def script(self) -> str:
-        """The training script's file name, '' where it is not known."""
-        command = self.about.get("command")
-        return Path(str(command[0])).name if isinstance(command, list) and command else ""
+        """The training script's file name."""
+        return Path(self.about["command"][0]).name
 
     @property
     def data(self) -> dict[str, Any]:
         """What args.json says of the data."""
-        data = self.about.get("data")
-        return data if isinstance(data, dict) else {}
+        return self.about["data"]
 
     @property
     def class_names(self) -> list[str]:
-        names = self.data.get("classes")
-        return [str(name) for name in names] if isinstance(names, list) else []
+        return self.data.get("classes") or []
 
     @property
     def measured(self) -> str:
@@ -58,7 +56,7 @@ class RunFolder:
     @property
     def ablation(self) -> recipes.Ablation:
         """What was left out; nothing where the run does not say so."""
-        return recipes.ABLATIONS.get(str(self.args.get("ablation")), recipes.ABLATIONS["none"])
+        return recipes.ABLATIONS.get(self.args.get("ablation"), recipes.ABLATIONS["none"])
 
     @property
     def nets(self) -> range:
@@ -85,72 +83,34 @@ class RunFolder:
 
 
 def read_run(path: Path) -> RunFolder:
-    """Raises DivideMixError where there is no run, or none with a finished epoch."""
-    try:
-        about = json.loads((path / "args.json").read_text())
-        lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
-        # Half a line at the end is being written, or was when the run was killed.
-        records = [json.loads(line) for line in lines if line.endswith("\n")]
-        if not isinstance(about["args"], dict):
-            raise ValueError("args.json has no flags")
-        records = [usable(record) if isinstance(record, dict) else {} for record in records]
-        if not all(isinstance(record.get("epoch"), int) for record in records):
-            raise ValueError("metrics.jsonl has lines that are no epoch")
-        about["args"] = usable(about["args"])
-        if records and "test_acc" not in records[-1] and "val_acc" not in records[-1]:
-            raise ValueError("metrics.jsonl has no accuracy")
-        accuracy = "test_acc" if records and "test_acc" in records[-1] else "val_acc"
-        numbers = [about["args"]["warm_up"], *(record[accuracy] for record in records)]
-        if not all(isinstance(number, int | float) for number in numbers):
-            raise ValueError("text where a number is expected")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DivideMixError(f"{path} is not a run folder ({error})") from error
+    """Raises DivideMixError where there is no run, or none with a finished epoch, and for a damaged file."""
+    about = load(path / "args.json", json.loads, {})
+    if not about:
+        raise DivideMixError(f"{path} is not a run folder: it has no args.json")
+    records = load(path / "metrics.jsonl", json_lines, [])
     if not records:
         raise DivideMixError(f"{path} has no finished epoch yet")
-    parts = {name: arrays(path / f"{name}.npz") for name in ("labels", "label_scores", "thumbnails")}
-    return RunFolder(path, about, records, read_result(path), **parts, histograms=read_histograms(path))
+    files = {name: load(path / f"{name}.npz", arrays, {}) for name in ("labels", "label_scores", "thumbnails")}
+    files["histograms"] = load(path / "histograms.jsonl", json_lines, [])
+    return RunFolder(path, about, records, load(path / "result.json", json.loads, {}), **files)
 
 
-def usable(values: dict[str, Any]) -> dict[str, Any]:
-    """None for numbers that nothing can be computed with or drawn: NaN, infinite, beyond 10^15."""
-    return {k: None if isinstance(v, int | float) and not -1e15 < v < 1e15 else v for k, v in values.items()}
-
-
-def read_result(path: Path) -> dict[str, Any]:
+def load(file: Path, parse: Callable[[bytes], Any], otherwise: Any) -> Any:
+    """What `parse` makes of a file, `otherwise` where there is none. Raises DivideMixError for a damaged one."""
     try:
-        result = json.loads((path / "result.json").read_text())
-        return usable(result) if isinstance(result, dict) else {}
-    except (OSError, ValueError, RecursionError):  # not finished yet
-        return {}
+        return parse(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return otherwise
+    except Exception as error:  # damage can end in anything: JSONDecodeError, BadZipFile, zlib.error ...
+        problem = f"{file} cannot be read ({type(error).__name__})"
+        raise DivideMixError(f"{problem}: delete it, and the run's training command writes it anew") from error
 
 
-def read_histograms(path: Path) -> list[dict[str, Any]]:
-    """histograms.jsonl: an object for each divided epoch."""
-    try:
-        lines = (path / "histograms.jsonl").read_text().splitlines()
-    except (OSError, ValueError):
-        return []
-    entries = []
-    for line in lines:
-        try:
-            entries.append(json.loads(line))
-        except (ValueError, RecursionError):
-            continue
-    sound = [entry for entry in entries if histograms.is_sound(entry)]
-    if len(sound) < len(lines):
-        warn(f"{path / 'histograms.jsonl'}: {len(lines) - len(sound)} of {len(lines)} lines are damaged, left out")
-    return sound
+def json_lines(content: bytes) -> list[dict[str, Any]]:
+    """Half a line at the end is being written, or was when the run was killed."""
+    return [json.loads(line) for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
 
 
-def arrays(path: Path) -> dict[str, NDArray]:
-    """An .npz without pickles as a dict; {} where there is none, and with a warning where it cannot be read."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except FileNotFoundError:
-        return {}
-    except Exception as error:  # damage can end in anything: BadZipFile, ValueError, EOFError, zlib.error, KeyError ...
-        what = " ".join(str(error).split())[:200] or type(error).__name__
-        what = "not an archive of plain arrays" if "pickle" in what else what  # numpy's advice is to trust the file
-        warn(f"{path} cannot be read and is left out ({what})")
-        return {}
+def arrays(content: bytes) -> dict[str, NDArray]:
+    """Of an .npz without pickles."""
+    return dict(np.load(io.BytesIO(content), allow_pickle=False))

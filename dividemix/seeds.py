@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dividemix import DivideMixError
 
@@ -25,9 +26,7 @@ def seeded(seed: int, net: int, build: Callable[[], torch.nn.Module]) -> torch.n
         return build()
 
 
-def hold_out(
-    index: np.ndarray, part: float, seed: int, labels: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(index: NDArray, part: float, seed: int, labels: NDArray | None = None) -> tuple[NDArray, NDArray]:
     """Split the training samples `index` for --val_fraction: (to train on, held out), each ascending; none are held out
     at 0. With `labels`, of the samples `index`, each class gives its share, and keeps one sample at least. Raises
     DivideMixError where fewer than 2 are left."""

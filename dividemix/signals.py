@@ -23,18 +23,15 @@ def stoppable() -> Iterator[None]:
     Among several ranks signals are as they were: a rank that waits for the others in a collective does not come to
     Python, so torchrun would wait for it in vain, and then kill.
     """
-    if ranks.from_environment()[1] > 1:
-        yield
-        return
 
     def stop(number: int, _: FrameType | None) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        # A queue's signal reaches the workers too: torch would report their deaths in the middle of ours.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # A queue's signal reaches the workers too: torch would report their deaths, by SIGCHLD, in the middle of ours.
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(name, signal.SIG_DFL)
         raise Stopped(number)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = () if ranks.from_environment()[1] > 1 else (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
     before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}  # as nohup does
     for number in before:
         signal.signal(number, stop)

@@ -48,7 +48,7 @@ def make_trained(
     about = {"command": ["Train_cifar.py", "--r", "0.5", "--id", "a b"], "args": {"warm_up": 1}, "model": model}
     (folder / "args.json").write_text(json.dumps(about))
 
-    (folder / "best.pt").write_bytes(checkpoint.to_bytes({**pair(arch, num_class, width, 0), "epochs": [1, 1]}))
+    torch.save({**pair(arch, num_class, width, 0), "epochs": [1, 1]}, folder / "best.pt")
     if last:
         about = {"records": [{"epoch": 2}], "format": checkpoint.FORMAT}
         checkpoint.save_last(folder, 2, pair(arch, num_class, width, 10) | about)
@@ -126,8 +126,7 @@ def train(kind: str, root: Path) -> Trained:
     num_class = {"cifar100": 100, "clothing1M": 14}.get(kind, 4 if kind in FOLDERS else 10)
     arch = FOLDERS.get(kind, ([], "preresnet18"))[1]
     nets = [lively(arch, num_class, 4, k, x) for k in range(2)]
-    start = checkpoint.to_bytes({"nets": [net.state_dict() for net in nets]})
-    (root / "start.pt").write_bytes(start)
+    torch.save({"nets": [net.state_dict() for net in nets]}, root / "start.pt")
     final = run("--init_from", str(root / "start.pt"), "--lr", "0.001", "--out_dir", str(root / "out"))
     best = final["test_acc"] if kind == "clothing1M" else final["best_acc"]
     return Trained(Path(final["run_dir"]), images, labels, best, None if kind == "clothing1M" else final["test_acc"])

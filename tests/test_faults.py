@@ -40,7 +40,7 @@ sys.modules["dividemix.report"] = types.SimpleNamespace(of_finished=lambda _: No
 sys.modules["torch.utils.tensorboard"] = types.SimpleNamespace(SummaryWriter=lambda *_, **__: nothing)
 import torch
 import Train_cifar
-from dividemix import checkpoint, engine, options, run, saving
+from dividemix import checkpoint, engine, options, run
 torch.set_num_threads(1)
 {added}
 options.command_line(Train_cifar.main)
@@ -129,12 +129,12 @@ def assert_logs_are_not_ahead(folder: Path) -> None:
 
 # When the checkpoint of epoch 1 comes to be written, {instead} is done first.
 AT_EPOCH_1 = """
-saved = run.save_last
+saved = checkpoint.save_last
 def save(folder, epoch, state):
     if epoch == 1:
         {instead}
     saved(folder, epoch, state)
-run.save_last = save
+checkpoint.save_last = save
 """
 
 KILL = """
@@ -193,10 +193,8 @@ def test_killed_at_random_moments(tmp_path):
 
 
 def assert_full(status: int, err: str, folder: Path, epoch: int) -> None:
-    line = (
-        f"error: the checkpoint of epoch {epoch} could not be written to {folder} (File too large); the one before is"
-    )
-    assert status == 1 and err == f"{line} intact: make room, then the same command continues\n"
+    line = f"error: epoch {epoch} could not be written to {folder} as a whole (File too large): make room, then"
+    assert status == 1 and err == f"{line} the same command continues {folder} with epoch {epoch}\n"
     assert last_epoch(folder) == epoch - 1 and not temporary(folder)
     assert len(checkpoint.load_last(folder)["records"]) == epoch  # whole: its sum is right
     assert_logs_are_not_ahead(folder)
@@ -216,7 +214,7 @@ def test_a_disk_that_is_full(whole, tmp_path):
 def test_a_disk_that_is_full_in_the_last_epoch(begun, whole, monkeypatch):
     """No epoch follows whose end would say so: the run ends with its best words and without its last epoch."""
     with monkeypatch.context() as patch:
-        saved = run.save_last
+        saved = checkpoint.save_last
 
         def full(_):
             raise OSError(28, "No space left on device")
@@ -225,9 +223,9 @@ def test_a_disk_that_is_full_in_the_last_epoch(begun, whole, monkeypatch):
             patch.setattr(checkpoint.os, "fsync", full)
             saved(*args)
 
-        patch.setattr(run, "save_last", save)
+        patch.setattr(checkpoint, "save_last", save)
         with pytest.raises(
-            DivideMixError, match=r"epoch 2 could not be written .*No space left.*the one before is intact"
+            DivideMixError, match=r"epoch 2 could not be written .*No space left.*continues .* with epoch 2"
         ):
             go_on(begun)
     assert not temporary(begun) and not (begun / "epoch-002.pt").exists()
@@ -243,11 +241,11 @@ def test_an_error_is_not_hidden_by_a_full_disk(tmp_path, monkeypatch):
 
     with (
         pytest.raises(DivideMixError, match="the first fault"),
-        pytest.warns(UserWarning, match="the checkpoint of epoch 0 could not be written"),
+        pytest.warns(UserWarning, match="epoch 0 could not be written"),
         opened(tmp_path / "run") as this,
     ):
         begin(this)
-        monkeypatch.setattr(run, "save_last", full)
+        monkeypatch.setattr(checkpoint, "save_last", full)
         for _ in this.epochs(3):
             end_epoch(this, validated(60.0, 60.0))
             raise DivideMixError("the first fault")

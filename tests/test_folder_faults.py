@@ -13,7 +13,7 @@ from conftest import end_of, tiny
 from test_run import begin, end_epoch, go_on, opened, validated
 
 import Train_cifar
-from dividemix import DivideMixError, checkpoint, noise_file, report, run
+from dividemix import DivideMixError, checkpoint, noise_file, report
 from dividemix.imagestore import locked
 from dividemix.run import lock_folder, set_aside
 
@@ -94,14 +94,13 @@ def test_a_path_that_is_not_utf_8(tmp_path):
 
 
 def test_a_user_s_own_copies_are_left_alone(tmp_path):
-    """`cp epoch-100.pt epoch-100-before-drop.pt`, and the next epoch deletes it; or ends the run at a folder."""
+    """`cp epoch-100.pt epoch-100-before-drop.pt`, and the next epoch deletes it."""
     checkpoint.save_last(tmp_path, 0, {"epoch": 0})
     shutil.copy(tmp_path / "epoch-000.pt", tmp_path / "epoch-000-mine.pt")
-    (tmp_path / "epoch-007.pt").mkdir()
     for epoch in (1, 2):
         checkpoint.save_last(tmp_path, epoch, {"epoch": epoch})
     left = {file.name for file in tmp_path.iterdir()}
-    assert left == {"epoch-000-mine.pt", "epoch-007.pt", "epoch-001.pt", "epoch-002.pt", "last.json"}
+    assert left == {"epoch-000-mine.pt", "epoch-001.pt", "epoch-002.pt", "last.json"}
 
 
 # ---- Locks ----
@@ -118,26 +117,6 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
         lock_folder(tmp_path).release()
     with pytest.warns(UserWarning, match=r"cache\.lock cannot be locked"), locked(str(tmp_path / "cache")):
         pass
-
-
-@pytest.mark.parametrize("new", [True, False])
-def test_a_folder_that_is_moved_aside_before_it_is_locked(tmp_path, monkeypatch, new):
-    """Two jobs start at once, one of them with --fresh: the other would hold the lock of the folder that was moved
-    aside, and both would train in the new one."""
-    (folder := tmp_path / "run").mkdir()
-    flock = fcntl.flock
-
-    def late(*args):
-        if (folder / ".lock").exists() and not (tmp_path / "aside").exists():  # opened, not locked yet
-            folder.rename(tmp_path / "aside")
-            if new:
-                folder.mkdir()
-                (folder / ".lock").write_text("")
-        flock(*args)
-
-    monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(DivideMixError, match=r"another process has just moved .* aside"):
-        lock_folder(folder)
 
 
 # ---- Paths ----
@@ -165,25 +144,29 @@ def full(*_):
 
 
 @pytest.mark.parametrize(
-    ("function", "done", "what", "left"),
+    ("file", "done", "left"),
     [
-        ("save_last", 0, "the checkpoint of epoch 0", ": make room, then the same command starts again"),
-        ("save_last", 1, "the checkpoint of epoch 1", "; the one before is intact: make room, then the same command"),
-        ("write_state", 0, "best.pt and the logs of epoch 0", "; the checkpoint is whole: make room, then the"),
+        ("epoch-000.pt", 0, "starts again"),
+        ("epoch-001.pt", 1, "continues {} with epoch 1"),
+        ("best.pt", 0, "continues {} with epoch 1"),
     ],
     ids=["first checkpoint", "checkpoint", "after it"],
 )
-def test_a_full_disk_is_told_as_it_is(tmp_path, monkeypatch, function, done, what, left):
-    """A user who is told of an intact checkpoint that does not exist deletes the wrong files to make room."""
-    folder = tmp_path / "run"
+def test_a_full_disk_is_told_as_it_is(tmp_path, monkeypatch, file, done, left):
+    """A user who is told of a checkpoint that does not exist deletes the wrong files to make room."""
+    folder, write_state = tmp_path / "run", checkpoint.write_state
+
+    def fill_up(path, state):
+        return full() if path.name == file else write_state(path, state)
+
     go_on(folder, [(60.0, 60.0)] * done)
     with pytest.raises(DivideMixError) as error, opened(folder) as this:
         begin(this)
-        monkeypatch.setattr(run, function, full)
-        for _ in this.epochs(done + 1):
+        monkeypatch.setattr(checkpoint, "write_state", fill_up)
+        for _ in this.epochs(done + 2):
             end_epoch(this, validated(60.0, 60.0))
-    assert str(error.value).startswith(f"{what} could not be written to {folder} (No space left on device){left}")
-    assert (folder / "last.json").exists() == ("again" not in left)
+    problem = f"epoch {done} could not be written to {folder} as a whole (No space left on device)"
+    assert str(error.value) == f"{problem}: make room, then the same command {left.format(folder)}"
     assert len(checkpoint.load_last(folder).get("records", [])) == ("again" not in left)
 
 
@@ -199,16 +182,14 @@ def test_ctrl_c_while_the_figures_are_drawn(begun, start, monkeypatch):
     assert json.loads((begun / "result.json").read_text())["epoch"] == 1
 
 
-def test_a_folder_and_a_pipe_where_files_are_expected(begun, start):
-    """A pipe is waited for until a queue kills the job; a folder's name that ends like a temporary file's is an error
-    that holds the lock on."""
-    (begun / ".x.tmp").mkdir()
+def test_a_pipe_where_a_file_is_expected(begun, start):
+    """It is waited for until a queue kills the job."""
     (begun / "last.json").rename(begun / "kept")
     os.mkfifo(begun / "last.json")
     status, error = start()
     assert status == 1 and error.startswith(f"error: {begun / 'last.json'} ") and error.count("\n") == 1
     (begun / "kept").rename(begun / "last.json")
-    assert start()[0] == 0 and (begun / ".x.tmp").is_dir()
+    assert start()[0] == 0
 
 
 def test_a_run_whose_path_is_not_utf_8(tmp_path, monkeypatch):

@@ -25,11 +25,11 @@ import Train_clothing1M
 import Train_folder
 import Train_webvision
 from dividemix import DivideMixError, DivideMixWarning, engine, graph, runtime
+from dividemix.checkpoint import to_host
 from dividemix.data import DeviceImages
 from dividemix.engine import MixMatch, Phase
 from dividemix.images import Views
 from dividemix.runtime import PLAIN, Runtime, start
-from dividemix.saving import to_host
 from dividemix.stream import Pipeline
 from PreResNet import ResNet18
 

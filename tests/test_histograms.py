@@ -8,52 +8,33 @@ import pytest
 from make_run import histogram
 
 from dividemix import histograms
-from dividemix.codivide import Mixture
-from dividemix.run import score_arrays
+from dividemix.codivide import Division, Mixture
 
 
-def divided(n: int = 200, seed: int = 0) -> tuple[dict, np.ndarray]:
-    """Scores of an epoch in which both nets were divided, and which labels are right."""
+def divided(n: int = 200, seed: int = 0) -> tuple[Division, np.ndarray]:
+    """A division, and which labels are right."""
     rng = np.random.default_rng(seed)
     clean = rng.random(n) < 0.6
-    scores = {}
-    for k in range(2):
-        loss = np.where(clean, rng.gamma(2, 0.1, n), rng.normal(3, 0.5, n)).astype(np.float32)
-        scores |= score_arrays(k, Mixture(0.5).fit(loss, np.zeros(n, np.int64)))
-    return scores, clean
+    loss = np.where(clean, rng.gamma(2, 0.1, n), rng.normal(3, 0.5, n)).astype(np.float32)
+    return Mixture(0.5).fit(loss, np.zeros(n, np.int64)), clean
 
 
 def test_counts_are_of_every_sample_and_of_its_own_kind():
     """Else the slider shows bars that are not the losses, or clean and wrong exchanged."""
-    scores, clean = divided()
-    found = histograms.count(scores, clean)
-    assert found.keys() == {"net1", "net2"}
-    for k in (1, 2):
-        each, loss = found[f"net{k}"], scores[f"loss_net{k}"]
-        assert sum(each["clean"]) == clean.sum() and sum(each["wrong"]) == (~clean).sum()
-        assert each["wrong"][59] >= 1 and each["clean"][0] >= 1  # the largest loss, 1, and the smallest, 0
-        in_bin_30 = (loss >= 30 / 60) & (loss < 31 / 60)
-        assert each["clean"][30] + each["wrong"][30] == in_bin_30.sum()
-        assert each["means"] == scores[f"means_net{k}"].tolist() and each["threshold"] == 0.5
-    assert histograms.is_sound(json.loads(json.dumps({"epoch": 3, **found})))
+    division, clean = divided()
+    counted, loss = histograms.count(division, clean), division.loss
+    assert sum(counted["clean"]) == clean.sum() and sum(counted["wrong"]) == (~clean).sum()
+    assert counted["wrong"][59] >= 1 and counted["clean"][0] >= 1  # the largest loss, 1, and the smallest, 0
+    in_bin_30 = (loss >= 30 / 60) & (loss < 31 / 60)
+    assert counted["clean"][30] + counted["wrong"][30] == in_bin_30.sum()
+    assert counted["means"] == division.means.tolist() and counted["threshold"] == 0.5
+    assert json.loads(json.dumps(counted)) == counted
 
 
 def test_without_truth_nothing_is_coloured_by_it():
-    """Else a run on doubtful labels claims to know which are wrong. So do samples of another number: a network's own
-    sample of a large set."""
-    scores, clean = divided()
-    for truth in (None, clean[:50]):
-        for each in histograms.count(scores, truth).values():
-            assert "clean" not in each and sum(each["all"]) == 200
-
-
-def test_an_epoch_without_a_division_has_none():
-    """Else the warm-up's epochs are drawn with a mixture that was not fitted."""
-    scores, clean = divided()
-    assert histograms.count({}, clean) == {}
-    assert histograms.count({"raw_loss_net1": scores["raw_loss_net1"]}, clean) == {}
-    net2 = {name: value for name, value in scores.items() if name.endswith("net2")}
-    assert histograms.count(net2, clean).keys() == {"net2"}
+    """Else a run on doubtful labels claims to know which are wrong."""
+    counted = histograms.count(divided()[0])
+    assert "clean" not in counted and sum(counted["all"]) == 200
 
 
 @pytest.mark.parametrize("weights", [(0.6, 0.4), (0.999, 0.001)])
@@ -110,26 +91,3 @@ def test_all_epochs_have_one_scale():
     top = histograms.peak([small, large])
     assert top == max(histograms.peak([small]), histograms.peak([large])) > histograms.peak([small])
     assert histograms.peak([]) == 1
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        {"variances": [0.0, 1.0]},
-        {"means": [0.1]},
-        {"clean": [1] * 59},
-        {"wrong": ["1"] * 60},
-        {"clean": [-1] * 60},
-        {"clean": [0] * 60, "wrong": [0] * 60},
-        {"threshold": None},
-        {"weights": [float("nan"), 0.5]},
-        {"means": [0.1, 10**400]},
-        {"all": [1] * 60},
-    ],
-)
-def test_damaged_lines_are_told_from_sound_ones(damage):
-    """Else a line that was cut or edited ends the report in a stack trace."""
-    assert histograms.is_sound({"epoch": 1, "net2": histogram(truth=True)})
-    assert not histograms.is_sound({"epoch": 1, "net1": histogram(truth=True) | damage})
-    assert not histograms.is_sound({"epoch": "1", "net1": histogram(truth=True)})
-    assert not histograms.is_sound([1]) and not histograms.is_sound({"epoch": 1, "net1": 3})

@@ -144,20 +144,20 @@ def test_weights_that_do_not_fit_or_cannot_be_read_are_refused_in_one_line(tmp_p
         with pytest.raises(DivideMixError, match=f"--weights does not fit --arch preresnet18.*{expected}") as caught:
             networks.build("preresnet18", 10, width, bad)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
-    with pytest.raises(DivideMixError, match=r"gone\.pt cannot be read: No such file"):
+    with pytest.raises(DivideMixError, match=r"gone\.pt cannot be read .No such file"):
         networks.read_weights(f"{tmp_path}/gone.pt", "preresnet18", ALONE)
     os.mkfifo(tmp_path / "pipe.pt")  # would be waited for
-    with pytest.raises(DivideMixError, match=r"pipe\.pt cannot be read: not a file"):
+    with pytest.raises(DivideMixError, match=r"pipe\.pt cannot be read .not a file"):
         networks.read_weights(f"{tmp_path}/pipe.pt", "preresnet18", ALONE)
     torch.save([print], tmp_path / "code.pt")
-    with pytest.raises(DivideMixError, match=r"code\.pt: not a loadable checkpoint"):
+    with pytest.raises(DivideMixError, match=r"code\.pt cannot be read"):
         networks.read_weights(f"{tmp_path}/code.pt", "preresnet18", ALONE)
     torch.save({"nets": [state, state]}, tmp_path / "run.pt")
     with pytest.raises(DivideMixError, match="--init_from"):
         networks.read_weights(f"{tmp_path}/run.pt", "preresnet18", ALONE)
     hub.mkdir(parents=True)
     (hub / FILE).write_bytes(b"half a file")
-    with pytest.raises(DivideMixError, match=f"{FILE}: not a loadable checkpoint.*delete it"):
+    with pytest.raises(DivideMixError, match=f"{FILE} cannot be read.*delete it"):
         networks.read_weights("imagenet", "resnet50", ALONE)
 
 

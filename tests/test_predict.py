@@ -14,7 +14,7 @@ from make_data import grey_digits
 from make_trained import COLOUR, GREY, KINDS, NAMES, QUICK, draw_photos, make_trained, nets_of, train
 from PIL import ExifTags, Image, ImageOps
 
-from dividemix import checkpoint, deploy, predict, report
+from dividemix import deploy, predict, report
 from dividemix.filelist import read_table
 
 RANKED = [f"{name}_{k}" for k in (2, 3, 4, 5) for name in ("label", "class", "probability")]
@@ -122,7 +122,7 @@ def test_a_tie_goes_as_in_the_test(start, tmp_path):
     state = torch.load(run / "best.pt", weights_only=True)
     for net in state["nets"]:
         net["linear.weight"].zero_(), net["linear.bias"].zero_()
-    (run / "best.pt").write_bytes(checkpoint.to_bytes(state))
+    torch.save(state, run / "best.pt")
     draw_photos(tmp_path / "photos", 2)
     assert start(run, "photos")[0] == 0
     row = rows_of(tmp_path / "predictions.csv")[0]
@@ -161,7 +161,7 @@ def test_damaged_weights_say_nothing(run, start, tmp_path):
     """Else a run that diverged classifies everything as class 0, with confidence nan."""
     state = torch.load(run / "best.pt", weights_only=True)
     state["nets"][1]["linear.bias"][3] = float("nan")
-    (run / "best.pt").write_bytes(checkpoint.to_bytes(state))
+    torch.save(state, run / "best.pt")
     draw_photos(tmp_path / "photos", 2)
     refused(start(run, "photos"), "not finite")
     assert not (tmp_path / "predictions.csv").exists()

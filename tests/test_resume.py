@@ -96,11 +96,11 @@ def test_killed_with_its_workers_alive(tmp_path, monkeypatch, flags, script):
     """The main process is killed, its workers notice some seconds later: the same command at once is refused, as if
     another process was training, or reads what they left."""
     code = (
-        f"import os, signal, {script.main.__name__} as script; from dividemix import options, run\n"
-        "saved = run.save_last\n"
+        f"import os, signal, {script.main.__name__} as script; from dividemix import checkpoint, options\n"
+        "saved = checkpoint.save_last\n"
         "def save(folder, epoch, state):\n"
         "    saved(folder, epoch, state) if epoch < 2 else os.kill(os.getpid(), signal.SIGKILL)\n"
-        "run.save_last = save\n"
+        "checkpoint.save_last = save\n"
         "options.command_line(script.main)"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -277,7 +277,7 @@ DEATHS = {
     "bad_image": "rank 1: error: images/7.jpg: not an image",
     "bug": "rank 1: Traceback",
     "mixture": "rank 0: error: all per-sample losses are equal",
-    "disk": "No space left on device); the one before is intact",
+    "disk": "No space left on device): make room, then the same command continues",
 }
 
 

@@ -302,8 +302,8 @@ def fail(kind: str, stamp: str, *argv: str) -> None:
     if kind == "mixture":
         Mixture.divide = lambda *_, **__: happen(what)
     elif kind == "disk":
-        saved = run.save_last
-        run.save_last = lambda folder, epoch, state: happen(what) if epoch else saved(folder, epoch, state)
+        saved = run.checkpoint.save_last
+        run.checkpoint.save_last = lambda folder, epoch, state: happen(what) if epoch else saved(folder, epoch, state)
     else:
         step = engine.train_step
 
