@@ -65,7 +65,7 @@ def make_photos(folder: Path, n: int, sides: tuple[int, int], seed: int = 0) -> 
         names.append(f"{i:07}.jpg")
         photo.resize((width, height), Image.Resampling.BICUBIC, box).save(folder / names[-1], quality=85)
     labels = np.arange(n) % NUM_CLASS
-    return ImageList.build("photos", folder, "", [name.encode() for name in names], labels, NUM_CLASS)
+    return ImageList("photos", folder, "", [name.encode() for name in names], labels, NUM_CLASS)
 
 
 def divide(n: int, labeled: float) -> Division:

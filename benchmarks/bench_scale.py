@@ -112,10 +112,10 @@ def lists(parts: Parts, n: int) -> dict[str, Any]:
             lines = read_lines(root / "noisy_label_kv.txt", NUM_CLASS, drop=b"images/")
         blocks = sys.getallocatedblocks()
         with parts.part("pack it (ImageList)"):
-            images = ImageList.build(folder, folder, "", lines.paths, lines.labels, NUM_CLASS, lines.numbers)
+            images = ImageList(folder, folder, "", lines.paths, lines.labels, NUM_CLASS, lines.numbers)
         objects = sys.getallocatedblocks() - blocks
         del lines
-        held = len(images.text) + images.ends.nbytes + images.labels.nbytes + images.numbers.nbytes
+        held = images.paths.nbytes + images.labels.nbytes + images.numbers.nbytes
         del images
         with parts.part("Clothing1M: keys and labels joined"):
             train = dataloader_clothing1M.find(root)[0]["train"]
@@ -125,7 +125,7 @@ def lists(parts: Parts, n: int) -> dict[str, Any]:
             index = dataloader_clothing1M.balanced_sample(train.labels, size, NUM_CLASS, rng)
     with parts.part("that quarter as a list"):
         train.select(index)
-    return {"list_bytes_per_sample": held / n, "list_objects": objects, "path_bytes": len(train.text) / n}
+    return {"list_bytes_per_sample": held / n, "list_objects": objects, "path_bytes": train.paths.nbytes / n}
 
 
 def dividing(parts: Parts, n: int, batch_size: int) -> dict[str, Any]:

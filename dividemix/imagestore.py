@@ -148,7 +148,7 @@ def cache_path(folder: Path, name: str, images: ImageList, resize: int) -> str:
     times of the files, how they are read, the short side, and Pillow, whose decoder may change. Labels are no part
     of it."""
     key = hashlib.sha256(f"{_FORMAT} {images.as_shown} {resize} {PIL.__version__} {images.folder}\n".encode())
-    for part in (images.text, images.ends, _file_states(images)):
+    for part in (images.paths.tobytes(), _file_states(images)):
         key.update(part)
     return str(folder / f"{name}-{resize}-{key.hexdigest()[:16]}")
 

@@ -1,8 +1,7 @@
 """The file that holds noisy labels: a JSON list of N labels. Where the labels of a run come from, and what is checked.
 
-A file that exists wins over the seed, so that several runs and several codes share their noise; one that cannot be the
-noise that was asked for is refused. Labels that people gave come from another kind of file (`noise_human`); of these,
-too, the run folder keeps a JSON list.
+A file that exists wins over the seed, so that several runs and several codes share their noise. Labels that people gave
+come from another kind of file (`noise_human`); of these, too, the run folder keeps a JSON list.
 """
 
 import json
@@ -47,23 +46,18 @@ class NoiseSpec:
 
     @property
     def file_name(self) -> str:
-        return file_name(self.dataset, self.r, self.mode, self.definition, self.key)
+        """`<r>_<mode>.json` as the authors write it (r with one decimal, more where it needs more), with another
+        definition than theirs `<r>_<mode>_<definition>.json`, for human labels `<key>.json`; for other sets than
+        CIFAR's with a prefix."""
+        if self.mode == "human":
+            name = self.key
+        else:
+            name = f"{self.r:.1f}_{self.mode}" if round(self.r, 1) == self.r else f"{self.r!r}_{self.mode}"
+            name += "" if self.definition == "with_self" else f"_{self.definition}"
+        return f"{name}.json" if self.dataset.startswith("cifar") else f"{self.dataset}_{name}.json"
 
 
-def file_name(dataset: str, r: float | None, mode: str, definition: str = "with_self", key: str | None = None) -> str:
-    """`<r>_<mode>.json` as the authors write it (r with one decimal, more where it needs more), with another definition
-    than theirs `<r>_<mode>_<definition>.json`, for human labels `<key>.json`; for other sets than CIFAR's with a
-    prefix."""
-    if mode == "human":
-        name = f"{key}.json"
-    else:
-        rate = f"{r:.1f}" if round(r, 1) == r else repr(r)
-        name = f"{rate}_{mode}.json" if definition == "with_self" else f"{rate}_{mode}_{definition}.json"
-    return name if dataset.startswith("cifar") else f"{dataset}_{name}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where the labels come from
+# ---- Where the labels come from ----
 
 
 def noisy_labels(
@@ -84,60 +78,49 @@ def noisy_labels(
     DivideMixError for a file that cannot be this noise, and for a `file` that is missing or holds other labels than the
     run began with.
     """
-    own = run_folder / spec.file_name
+    copy = run_folder / spec.file_name
     if file is not None and not file.exists():
         raise DivideMixError(f"noise file {file} does not exist: mend --noise_file, or leave it out to make the noise")
-    kept = read(own, truth, spec) if begun and own.exists() else None
+    kept = read(copy, truth, spec) if begun and copy.exists() else None
     if spec.mode == "human":
         labels, origin = human_labels(truth, spec, data_folder, run_folder, file)
     elif file is not None:
         labels, origin = read(file, truth, spec), f"read from {file}"
     elif kept is not None:
-        labels, origin = kept, f"read from {own}, this run's own copy"
+        labels, origin = kept, f"read from {copy}, this run's own copy"
     else:
-        labels, origin = shared_labels(truth, spec, data_folder, own, images)
-    if kept is not None and not np.array_equal(kept, labels):
+        labels, origin = shared_labels(truth, spec, data_folder, copy, images)
+    if kept is None:
+        write_labels(copy, labels)
+    elif not np.array_equal(kept, labels):
         raise DivideMixError(
             f"the noisy labels ({origin}) are not those that {run_folder} began with: leave --noise_file out, give "
             "this run an --id, or --fresh to start anew"
         )
-    if kept is None:
-        try:
-            write_labels(own, labels)
-        except OSError as error:
-            raise DivideMixError(f"noise file {own} cannot be written: {error.strerror}") from error
     return labels, origin
 
 
 def shared_labels(
-    truth: NDArray[np.int64],
-    spec: NoiseSpec,
-    data_folder: Path | None,
-    own: Path,
-    images: NDArray[np.uint8] | None,
+    truth: NDArray[np.int64], spec: NoiseSpec, data_folder: Path | None, copy: Path, images: NDArray[np.uint8] | None
 ) -> tuple[NDArray[np.int64], str]:
-    """The labels in the file beside the data; where there is none, newly made ones, which become that file. `own`: the
-    run folder's copy, which is the file where there is no such folder or it cannot be written."""
-    path = data_folder / spec.file_name if data_folder else own
+    """The labels in the file beside the data; where there is none, newly made ones, which become that file. `copy`: the
+    run folder's, which is the file where there is no such folder or it cannot be written."""
+    path = data_folder / spec.file_name if data_folder else copy
     if data_folder and path.exists():
         return read(path, truth, spec), f"read from {path} (an existing file wins over --noise_seed)"
-    labels = make(truth, spec, images)
+    if spec.mode == "idn":
+        labels = noise_instance.inject(images, truth, spec.r, spec.num_class, spec.seed)
+    else:
+        asked = spec.mode, spec.r, spec.num_class, spec.seed, spec.transition, spec.definition
+        labels = np.array(noise.inject(truth.tolist(), *asked), dtype=np.int64)
     if data_folder:
         try:
             write_labels(path, labels, exclusive=True)
         except FileExistsError:  # another run, started at the same time, was quicker: share its noise
             return read(path, truth, spec), f"read from {path} (another run has just made it)"
         except OSError:
-            path = own  # a read-only data folder is fine: the run folder has its copy
+            path = copy  # a read-only data folder is fine: the run folder has its copy
     return labels, f"made with seed {spec.seed}, saved as {path}"
-
-
-def make(truth: NDArray[np.int64], spec: NoiseSpec, images: NDArray[np.uint8] | None) -> NDArray[np.int64]:
-    """Noise as the spec says, sym, asym or idn. (N,) -> (N,)"""
-    if spec.mode == "idn":
-        return noise_instance.inject(images, truth, spec.r, spec.num_class, spec.seed)
-    given = truth.tolist(), spec.mode, spec.r, spec.num_class, spec.seed, spec.transition, spec.definition
-    return np.array(noise.inject(*given), dtype=np.int64)
 
 
 def human_labels(
@@ -167,8 +150,7 @@ def wrong_share(
     return spec.r if spec.definition == "exclude_self" else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
+# ---- Files ----
 
 
 def write_labels(path: Path, labels: NDArray[np.int64], exclusive: bool = False) -> None:
@@ -177,56 +159,46 @@ def write_labels(path: Path, labels: NDArray[np.int64], exclusive: bool = False)
 
 def read(path: Path, truth: NDArray[np.int64], spec: NoiseSpec) -> NDArray[np.int64]:
     """A JSON list of N labels -> (N,) int64, checked against the truth (N,): type, length, range, share of changed
-    labels, and whether each class is drawn.
-
-    Raises DivideMixError naming the file and what is wrong with it.
-    """
+    labels, and whether each class is drawn. Raises DivideMixError naming the file and what is wrong with it."""
     advice = "delete it to have it made anew, or name another with --noise_file"
     if spec.mode == "human":
         advice = "delete it, and name the published file with --noise_file"
-    n = len(truth)
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise DivideMixError(f"noise file {path} is not a file: move it away, or name another with --noise_file")
+
+    def bad(problem: str) -> DivideMixError:
+        return DivideMixError(f"noise file {path} {problem}: {advice}")
+
     try:
-        if path.stat().st_size > 64 + 32 * n:
-            raise DivideMixError(f"noise file {path} is far too large for {n} labels: {advice}")
         labels = json.loads(read_file(path))
     except OSError as error:
-        raise DivideMixError(f"noise file {path} cannot be read: {error.strerror}") from error
+        how = "move it away, or name another with --noise_file"
+        raise DivideMixError(f"noise file {path} cannot be read ({error.strerror}): {how}") from error
     except (ValueError, RecursionError) as error:
-        raise DivideMixError(f"noise file {path} is not a complete JSON file ({error}): {advice}") from error
+        raise bad(f"is not a complete JSON file ({error})") from error
     if not isinstance(labels, list) or not all(type(label) is int for label in labels):
-        raise DivideMixError(f"noise file {path} must hold one flat JSON list of whole numbers: {advice}")
-    if len(labels) != n:
-        raise DivideMixError(f"noise file {path} has {len(labels)} labels, the data set {n} training samples: {advice}")
-    if n and not 0 <= min(labels) <= max(labels) < spec.num_class:
-        raise DivideMixError(f"noise file {path} has labels outside 0..{spec.num_class - 1}: {advice}")
+        raise bad("must hold one flat JSON list of whole numbers")
+    if len(labels) != len(truth):
+        raise bad(f"has {len(labels)} labels, the data set {len(truth)} training samples")
+    if labels and not 0 <= min(labels) <= max(labels) < spec.num_class:
+        raise bad(f"has labels outside 0..{spec.num_class - 1}")
     noisy = np.array(labels, dtype=np.int64)
     changed = float((noisy != truth).mean())
     low, high = expected_changed(truth, spec)
     if not low <= changed <= high:
-        definition = "" if spec.definition == "with_self" else f" --noise_definition {spec.definition}"
-        raise DivideMixError(
-            f"noise file {path} changes {changed:.1%} of the labels, --noise_mode {spec.mode} --r {spec.r:g}"
-            f"{definition} should change {low:.1%} to {high:.1%}: it is another rate's or data set's; {advice}"
-        )
+        flags = f"--noise_mode {spec.mode} --r {spec.r:g}"
+        flags += "" if spec.definition == "with_self" else f" --noise_definition {spec.definition}"
+        expected = f"{flags} should change {low:.1%} to {high:.1%}: it is another rate's or data set's"
+        raise bad(f"changes {changed:.1%} of the labels, {expected}")
     # Near rate 1 the share says nothing any more: CIFAR-10's file changes 99 % of CIFAR-100's labels, as it should.
     absent = np.flatnonzero(np.bincount(noisy, minlength=spec.num_class) == 0)
-    if len(absent) and spec.mode == "sym" and spec.r * n / spec.num_class >= _SURELY_DRAWN:
-        raise DivideMixError(
-            f"noise file {path} gives no sample the label {absent[0]}, --noise_mode sym draws all {spec.num_class} "
-            f"classes: it is another data set's; {advice}"
-        )
+    if len(absent) and spec.mode == "sym" and spec.r * len(truth) / spec.num_class >= _SURELY_DRAWN:
+        raise bad(f"gives no sample the label {absent[0]}, and --noise_mode sym draws all: it is another data set's")
     return noisy
 
 
 def expected_changed(truth: NDArray[np.int64], spec: NoiseSpec) -> tuple[float, float]:
-    """Bounds on the share of changed labels that this noise can have.
-
-    sym: r (C-1)/C, up to r for files that never draw the true class; r alone where this is the definition. asym: r
-    times the share of samples whose class the map moves. idn: the mean of the flip rates. Each with 1 point to spare,
-    or 4 standard deviations of the draw where the set is so small that these are more. human: any.
-    """
+    """Bounds on the share of changed labels: sym r (C-1)/C, up to r for files that never draw the true class; r alone
+    where this is the definition; asym r times the share of samples whose class the map moves; idn the mean of the flip
+    rates; human any. Each with 1 point to spare, or 4 standard deviations of the draw where these are more."""
     if spec.mode == "human":
         return 0.0, 1.0
     n, r = max(len(truth), 1), spec.r

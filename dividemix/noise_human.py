@@ -1,16 +1,13 @@
 """Human label noise: CIFAR-10N and CIFAR-100N, the labels that people on the Internet gave to CIFAR's training images.
 
 Source: Wei, Zhu, Cheng, Liu, Niu, Liu, "Learning with Noisy Labels Revisited: A Study Using Real-World Human
-Annotations", ICLR 2022. Each data set's labels are one file of torch.save: a dict of int64 arrays (N,), `clean_label`
-and the noisy ones. CIFAR-10N has three labels an image (random_label1 to 3), their majority (aggre_label) and one that
-is wrong where any of them is (worse_label); CIFAR-100N has one (noisy_label), and lists of coarse labels, not used.
+Annotations", ICLR 2022. A file of torch.save with a dict of int64 arrays (N,): `clean_label` and the noisy ones.
 """
 
 import io
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ from dividemix import DivideMixError
 from dividemix.checkpoint import read_file
 
 TRUTH = "clean_label"
-_KEYS = {
+_KEYS = {  # three labels an image (random), their majority, and one that is wrong where any of them is (worse)
     "cifar10": ("worse_label", "aggre_label", "random_label1", "random_label2", "random_label3"),
     "cifar100": ("noisy_label",),
 }
@@ -59,11 +56,12 @@ def read(path: Path, key: str, truth: NDArray[np.int64], num_class: int) -> NDAr
     arrays = _load(path, len(truth))
     for name in (TRUTH, key):
         if name not in arrays:
+            plain = [name for name in arrays if isinstance(name, str) and re.fullmatch(r"\w{1,40}", name)]
+            there = ", ".join(plain[:12]) or "others"
             how = "choose one of these with --noise_key, or another --noise_file"
-            raise DivideMixError(f"noise file {path}: it has no {name!r}, only {_listed(arrays)}: {how}")
+            raise DivideMixError(f"noise file {path}: it has no {name!r}, only {there}: {how}")
     clean, given = (_labels(path, name, arrays[name], len(truth), num_class) for name in (TRUTH, key))
-    differ = int((clean != truth).sum())
-    if differ:
+    if differ := int((clean != truth).sum()):
         raise _bad(path, f"its {TRUTH} is not the data set's label for {differ} of {len(truth)} samples")
     return given
 
@@ -72,14 +70,7 @@ def _bad(path: Path, what: str) -> DivideMixError:
     return DivideMixError(f"noise file {path}: {what}: name a good copy with --noise_file ({_PUBLISHED})")
 
 
-def _listed(names: Iterable[Any]) -> str:
-    """Names from a file for a message: the plain ones, not more than people read."""
-    plain = [name for name in names if isinstance(name, str) and re.fullmatch(r"\w{1,40}", name)]
-    return ", ".join(plain[:12]) or "others"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The file: torch.load with weights_only, and the names admitted that arrays need
+# ---- The file: torch.load with weights_only, and the names admitted that arrays need ----
 
 
 class _Recorded:
@@ -102,25 +93,21 @@ _ADMITTED = [(_Recorded, f"numpy.{name}") for name in _NAMES]
 
 def _load(path: Path, n: int) -> dict[Any, Any]:
     """The dict in the file, of any entries. `n`: how many labels an array should have, for a limit on what is read."""
-    limit = 2**20 + 256 * n  # bytes; the published files have 48 a sample
     try:
-        if path.stat().st_size > limit:
-            raise _bad(path, f"far too large for {n} labels")
         content = read_file(path)
-    except OSError as error:
-        raise DivideMixError(f"noise file {path} cannot be read: {error.strerror}") from error
-    try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:  # what torch.save writes
-            if sum(entry.file_size for entry in archive.infolist()) > limit:
+            # The published files have 48 bytes a sample.
+            if sum(entry.file_size for entry in archive.infolist()) > 2**20 + 256 * n:
                 raise _bad(path, f"far too large for {n} labels once unpacked")
         with torch.serialization.safe_globals(_ADMITTED), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an unusual pickle protocol: it is read, or the error says what failed
             arrays = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except DivideMixError:
         raise
+    except OSError as error:
+        raise DivideMixError(f"noise file {path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # damage can end in anything: BadZipFile, UnpicklingError, KeyError, MemoryError ...
-        asked = re.search(r"GLOBAL ([\w.]{1,60})", str(error))
-        if asked:
+        if asked := re.search(r"GLOBAL ([\w.]{1,60})", str(error)):
             raise _bad(path, f"it asks for {asked[1]!r}, refused and nothing run") from error
         raise _bad(path, "damaged, or not a file of int64 arrays that torch.save wrote") from error
     if not isinstance(arrays, dict):

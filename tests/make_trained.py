@@ -173,7 +173,7 @@ def _large(kind: str, root: Path):
 def _own(kind: str, root: Path):
     make_folder(root / "data", parts=("train", "test"), sides=(16, 40))
     flags, _ = FOLDERS[kind]
-    images, side = dataloader_folder.load(root / "data").test, int(flags[1])
+    images, side = dataloader_folder.load(root / "data").lists["test"], int(flags[1])
     mean_std = dataloader_folder.IMAGENET_MEAN, dataloader_folder.IMAGENET_STD
     paths, labels, x = _test_images(images, Views(side, side), *mean_std)
     return _starter(Train_folder, root, ["--warm_up", "1", "--weights", "none", *flags]), paths, labels, x

@@ -168,7 +168,7 @@ DIGITS = 1450  # training samples
         (lambda truth: [(t + 1) % 10 for t in truth], "changes 100.0% of the labels"),
         (lambda truth: [float(t) for t in truth], "whole numbers"),
         (lambda truth: {"labels": truth}, "one flat JSON list"),
-        (lambda truth: "x" * 10**5, "far too large"),
+        (lambda truth: "x" * 10**5, "one flat JSON list"),
     ],
     ids=["length", "label 10", "label -1", "rate 0", "rate 1", "floats", "dict", "large"],
 )

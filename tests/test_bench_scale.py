@@ -45,7 +45,7 @@ def test_a_list_holds_no_object_per_image():
     parts = bench_scale.Parts()
     figures = bench_scale.lists(parts, 20_000)
     assert figures["list_objects"] < 200
-    assert figures["list_bytes_per_sample"] == pytest.approx(figures["path_bytes"] + 24, abs=0.01)
+    assert figures["list_bytes_per_sample"] == pytest.approx(figures["path_bytes"] + 16, abs=0.01)
 
 
 def test_losses_are_like_real_ones():

@@ -13,7 +13,7 @@ from PIL import Image
 
 import dataloader_clothing1M
 from dividemix import DivideMixError
-from dividemix.check_data import BadImage, check, left_out, opened, problem, run_check, sound, usable
+from dividemix.check_data import BadImage, check, describe, left_out, opened, problem, run_check, sound, usable
 from dividemix.filelist import Boundary, ImageList, list_folders
 from dividemix.ranks import Ranks
 
@@ -140,21 +140,16 @@ def test_what_is_not_a_file(folder, tmp_path):
 
 def test_a_complete_folder(tmp_path):
     """A good data set would be called bad, or the user could not see how its classes are filled."""
-    report = check(*dataloader_clothing1M.find(make_clothing1M(tmp_path, 30, 14, 15)))
-    assert report.ok and [(r.name, r.total, r.exist) for r in report.lists] == [
-        ("train", 30, 30),
-        ("val", 14, 14),
-        ("test", 15, 15),
+    lists, problems = dataloader_clothing1M.find(make_clothing1M(tmp_path, 30, 14, 15))
+    assert not problems and check(lists) == {"train": {}, "val": {}, "test": {}}
+    assert describe("test", lists["test"], {}) == [
+        "test: 15 of 15 images exist, 0 of them unreadable",
+        "  images of each class: 0: 2, " + ", ".join(f"{c}: 1" for c in range(1, 14)),
     ]
-    assert sum(report.lists[0].class_counts) == 30
-    assert report.lists[2].class_counts.tolist() == [2] + [1] * 13
-    text = str(report)
-    assert "train: 30 of 30 images exist, 0 of them unreadable" in text and "images of each class: 0: 2, 1: 1" in text
-    assert text.endswith("the data are complete (header and end of every image read)")
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_everything_wrong_is_in_one_report(tmp_path, full):
+def test_everything_wrong_is_in_one_report(tmp_path, capsys, full):
     """The user would mend one thing, start again, and be told of the next; or be told that training can run."""
     root = make_clothing1M(tmp_path, 600, 14, 14, sides=(8, 8))
     (root / "clean_test_key_list.txt").unlink()
@@ -163,32 +158,34 @@ def test_everything_wrong_is_in_one_report(tmp_path, full):
         os.remove(lists["train"].path(i))
     for i in range(590, 594):
         Path(lists["train"].path(i)).write_bytes(b"<html>")
-    report = check(lists, problems, full)
-    train, val = report.lists
-    assert not report.ok and (train.total, train.missing, train.unreadable) == (600, 9, 4)
-    assert val.missing == val.unreadable == 0
-    assert train.first_bad[0] == f"{lists['train'].path(250)}: missing ({root}/noisy_train_key_list.txt, line 251)"
-    assert train.bad.tolist() == [*range(250, 259), *range(590, 594)] and train.reasons[9] == "not an image"
-    assert len(train.first_bad) == 10 and "line 591" in train.first_bad[9]
-    text = str(report)
-    assert "clean_test_key_list.txt is missing" in text and "train: 591 of 600 images exist, 4 of them" in text
-    assert "  and 3 more\n" in text and "training cannot run" in text
-    assert check({"val": lists["val"]}).ok and not check({"val": lists["val"]}, problems).ok
+    with pytest.raises(DivideMixError, match="training cannot run"):
+        run_check((lists, problems), full, about=["classes: 0 to 13"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "classes: 0 to 13" and "clean_test_key_list.txt is missing" in lines[1]
+    assert lines[2] == "train: 591 of 600 images exist, 4 of them unreadable"
+    assert lines[3] == f"  {lists['train'].path(250)}: missing ({root}/noisy_train_key_list.txt, line 251)"
+    assert "not an image" in lines[12] and "line 591" in lines[12] and lines[13] == "  and 3 more"
+    assert "val: 14 of 14 images exist, 0 of them unreadable" in lines and "training cannot run" in lines[-1]
+    bad = check(lists, full)
+    assert [*bad["train"]] == [*range(250, 259), *range(590, 594)] and bad["val"] == {}
+    with pytest.raises(DivideMixError):  # a list that is missing is enough
+        run_check(({"val": lists["val"]}, problems), full)
 
 
-def test_nothing_to_check_is_not_ok(tmp_path):
+def test_nothing_to_check_is_not_enough(tmp_path, capsys):
     """A wrong --data_path would pass the check."""
-    report = check(*dataloader_clothing1M.find(tmp_path))
-    assert not report.ok and len(report.problems) == 5 and report.lists == []
+    with pytest.raises(DivideMixError, match="training cannot run"):
+        run_check(dataloader_clothing1M.find(tmp_path), skip=True)
+    assert capsys.readouterr().out.count("is missing") == 5
 
 
 def test_class_folders_need_no_line_numbers(folder):
     """The report on ImageNet's class folders would crash on the first bad image."""
     (folder / "0").mkdir()
     (folder / "0" / "x.jpg").write_bytes(b"")
-    report = check({"imagenet": list_folders(folder, "", ["0"])})
-    assert report.lists[0].first_bad == [f"{folder}/0/x.jpg: empty ({folder})"]
-    assert np.array_equal(report.lists[0].class_counts, [1])
+    images = list_folders(folder, "", ["0"])
+    assert check({"imagenet": images}) == {"imagenet": {0: "empty"}}
+    assert describe("imagenet", images, {0: "empty"})[1] == f"  {folder}/0/x.jpg: empty ({folder})"
 
 
 def test_pillow_still_warns_after_a_check(folder):
@@ -265,9 +262,9 @@ def test_one_of_several_ranks_checks(damaged, capsys, monkeypatch):
 
 
 def without_bad(lists, full=False):
-    """The indices of the lists' sound images, and the record of the others."""
-    record = check(lists, full=full).record()
-    return sound(lists, record), record
+    """The rows of the lists' sound images, and the others."""
+    bad = check(lists, full)
+    return sound(lists, bad), bad
 
 
 def test_usable_looks_once_and_stays_with_it(damaged, tmp_path):
@@ -291,7 +288,7 @@ def test_a_damaged_record_is_refused(damaged, tmp_path, content):
     """Taken for empty, it would put images into the run that it was to leave out."""
     file = tmp_path / "skipped.json"
     file.write_text(content)
-    with pytest.raises(DivideMixError, match=r"skipped\.json cannot be read .* delete it, and give --skip_bad_images"):
+    with pytest.raises(DivideMixError, match=r"skipped\.json does not say .* delete it, and give --skip_bad_images"):
         usable(lists_of(damaged), "quick", file, Ranks())
     file.unlink()
     os.mkfifo(file)  # would be waited for
@@ -302,42 +299,26 @@ def test_a_damaged_record_is_refused(damaged, tmp_path, content):
 def test_bad_images_are_left_out_of_each_list(damaged):
     """A million photos would be refused for one; or the labels of those left would move to their neighbours."""
     lists = lists_of(damaged)
-    left, record = without_bad(lists)
+    left, bad = without_bad(lists)
     assert [len(left[name]) for name in ("train", "val", "test")] == [26, 14, 13]
-    keep = [i for i in range(28) if i not in (3, 20)]
-    assert left["train"].tolist() == keep
-    assert check({name: lists[name].select(rows) for name, rows in left.items()}).ok
-    assert record["train"] == {
-        "total": 28,
-        "bad": {lists["train"].name(3): "missing", lists["train"].name(20): "empty"},
-    }
-    assert left_out(record) == [
+    assert left["train"].tolist() == [i for i in range(28) if i not in (3, 20)]
+    assert not any(check({name: lists[name].select(rows) for name, rows in left.items()}).values())
+    assert bad["train"] == {3: "missing", 20: "empty"}
+    assert left_out(lists, bad) == [
         "train: 2 of 28 images left out (1 missing, 1 unreadable)",
         "val: 0 of 14 images left out",
         "test: 1 of 14 images left out (0 missing, 1 unreadable)",
     ]
 
 
-def test_a_later_start_trains_on_the_same_images(damaged):
-    """Images that came back, or vanished, between two starts would shift every index: another run under one name."""
-    lists = lists_of(damaged)
-    left, record = without_bad(lists, full=True)
-    os.remove(lists["train"].path(0))
-    Path(lists["train"].path(3)).write_bytes(Path(lists["train"].path(4)).read_bytes())
-    again = sound(lists_of(damaged), json.loads(json.dumps(record)))
-    for name in lists:
-        assert again[name].tolist() == left[name].tolist()
-
-
-def test_names_of_any_bytes_survive_the_record(folder):
-    """A file name in an old encoding would crash the run that leaves it out, or the report that names it."""
-    (folder / "0").mkdir()
-    save(folder / "0" / "a.jpg")
-    (folder / "0" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
-    lists = {"imagenet": list_folders(folder, "", ["0"])}
-    left, record = without_bad(lists)
-    assert len(left["imagenet"]) == len(sound(lists, json.loads(json.dumps(record)))["imagenet"]) == 1
-    assert "caf\\udce9.jpg: empty" in str(check(lists)).encode().decode()
+def test_the_record_names_the_images(damaged, tmp_path):
+    """People, and a later start, would not learn which images a run was trained without."""
+    lists, file = lists_of(damaged), tmp_path / "skipped.json"
+    usable(lists, "full", file, Ranks())
+    names = [lists["train"].name(i) for i in (3, 20)]
+    record = json.loads(file.read_text())["lists"]
+    assert record["train"] == {"total": 28, "bad": dict(zip(names, ["missing", "empty"], strict=True))}
+    assert record["val"] == {"total": 14, "bad": {}}
 
 
 def entry(total: int = 28, bad: object = ()) -> dict[str, object]:
@@ -345,23 +326,22 @@ def entry(total: int = 28, bad: object = ()) -> dict[str, object]:
 
 
 STRANGE_RECORDS = {
-    "other total": ({"train": entry(27), "val": entry(14), "test": entry(14)}, "27 images of train, but .* has 28"),
-    "other name": (
-        {"train": entry(bad={"0/no.jpg": "missing"}), "val": entry(14), "test": entry(14)},
-        "no image '0/no.jpg', which is in .*skipped",
-    ),
-    "other lists": ({"train": entry(), "imagenet": entry(14)}, "of the lists train, imagenet, not of train, val, test"),
-    "no record": ({"train": 3}, "does not say which images"),
-    "no object": ([1, 2], "does not say which images"),
+    "other total": ({"train": entry(27), "val": entry(14), "test": entry(14)}, "27 images, .* has 28"),
+    "other name": ({"train": entry(bad={"0/no.jpg": "missing"}), "val": entry(14), "test": entry(14)}, "0/no.jpg"),
+    "other lists": ({"train": entry(), "imagenet": entry(14)}, "val"),
+    "no record": ({"train": 3}, "does not say which"),
+    "no object": ([1, 2], "does not say which"),
 }
 
 
 @pytest.mark.parametrize(("record", "words"), STRANGE_RECORDS.values(), ids=STRANGE_RECORDS)
-def test_a_record_of_other_data_is_refused(damaged, record, words):
+def test_a_record_of_other_data_is_refused(damaged, tmp_path, record, words):
     """A run that goes on with other data would leave out the wrong images, and mix up which sample is which."""
+    file = tmp_path / "skipped.json"
+    file.write_text(json.dumps({"how": "quick", "lists": record}))
     with pytest.raises(DivideMixError, match=words) as caught:
-        sound(lists_of(damaged), record, "/run/skipped.json")
-    assert "/run/skipped.json" in str(caught.value) and "\n" not in str(caught.value)
+        usable(lists_of(damaged), None, file, Ranks())
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_class_that_vanishes_is_warned_of_and_an_empty_list_refused(damaged):

@@ -105,7 +105,6 @@ def test_a_key_without_label_is_refused_with_its_line(tmp_path):
     [
         ("images/0/00/x.jpg 14", "label '14', expected a whole number from 0 to 13"),
         ("images/0/00/x.jpg", "has no label"),
-        ("images/0/00/0000000000,1000000000.jpg 0", "is already in line 1"),
         ("/images/0/00/x.jpg 0", "absolute path"),
         ("images/../../x.jpg 0", "'..'"),
     ],
@@ -115,6 +114,27 @@ def test_bad_label_lines_are_refused_with_their_line(tmp_path, line, expected):
     root = make_clothing1M(tmp_path, 14, 14, 14)
     rewrite(root / "noisy_label_kv.txt", 9, line)
     refused(root, f"{root}/noisy_label_kv.txt, line 9: ", expected)
+
+
+def test_an_image_that_is_listed_again_is_taken_once_with_its_last_label(tmp_path, recwarn):
+    """The published lists would be refused for their repetitions, or an image get another label than the published
+    script gives it."""
+    root = make_clothing1M(tmp_path, 14, 14, 14)
+    train, val = ((root / f"{name}_key_list.txt").read_text().split()[0] for name in ("noisy_train", "clean_val"))
+    for name, line in (
+        ("noisy_label_kv.txt", f"{train} 9"),
+        ("noisy_train_key_list.txt", train),
+        ("clean_label_kv.txt", f"{val} 8"),
+    ):
+        with (root / name).open("a") as file:
+            file.write(line + "\n")
+    data = load(root)
+    assert len(data.train) == 14 and data.train.labels[0] == 9 and data.val.labels[0] == 8
+    said = [str(warning.message) for warning in recwarn]
+    assert sorted(line.split(":")[0] for line in said) == [
+        str(root / name) for name in ("clean_label_kv.txt", "noisy_label_kv.txt", "noisy_train_key_list.txt")
+    ]
+    assert all(": 1; " in line for line in said)
 
 
 # ---- Class-balanced samples ----

@@ -49,7 +49,7 @@ def test_class_folders(tmp_path):
     data = load(put(tmp_path, *names, "a/notes.txt", "loose.jpg"))
     expected = {"a/x.webp": 0, "b/1.png": 1, "b/2.JPG": 1, "b/deep/er/0.jpg": 1}
     assert read(data.train) == expected and [*read(data.train)] == [*expected]  # the order too: the rows of a run
-    assert data.class_names == ["a", "b"] and data.num_class == 2 and data.val is data.test is None
+    assert data.class_names == ["a", "b"] and data.num_class == 2 and [*data.lists] == ["train"]
     said = "2 files passed over: in no class folder, or without an image's ending"
     assert data.lines == [f"train: 4 images, {tmp_path}", said]
     assert data.train.path(3) == str(tmp_path / "b/deep/er/0.jpg") and data.train.where(3) == str(tmp_path)
@@ -61,24 +61,24 @@ def test_parts_in_folders(tmp_path):
         put(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "train/emu/1.jpg", "val/emu/2.jpg", "test/dog/d/3.jpg")
     )
     assert read(data.train) == {"train/cat/1.jpg": 0, "train/dog/1.jpg": 1, "train/emu/1.jpg": 2}
-    assert read(data.val) == {"val/emu/2.jpg": 2} and read(data.test) == {"test/dog/d/3.jpg": 1}
-    assert data.test.path(0) == str(tmp_path / "test/dog/d/3.jpg")
+    assert read(data.lists["val"]) == {"val/emu/2.jpg": 2} and read(data.lists["test"]) == {"test/dog/d/3.jpg": 1}
+    assert data.lists["test"].path(0) == str(tmp_path / "test/dog/d/3.jpg")
     assert [*data.lists] == ["train", "val", "test"] and all(images.num_class == 3 for images in data.lists.values())
     alone = load(tmp_path / "train")
-    assert read(alone.train) == {"cat/1.jpg": 0, "dog/1.jpg": 1, "emu/1.jpg": 2} and alone.val is None
+    assert read(alone.train) == {"cat/1.jpg": 0, "dog/1.jpg": 1, "emu/1.jpg": 2} and [*alone.lists] == ["train"]
 
 
 def test_empty_folders_of_val_and_test_are_classes_without_an_image(tmp_path):
     """A class that happens to have no test image would stop the run."""
     put(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "test/a/1.jpg")
     (tmp_path / "test/b").mkdir()
-    assert read(load(tmp_path).test) == {"test/a/1.jpg": 0}
+    assert read(load(tmp_path).lists["test"]) == {"test/a/1.jpg": 0}
 
 
 def test_a_class_named_like_a_part(tmp_path):
     """Vehicles or exams: their images would be taken for a training set of no classes."""
     data = load(put(tmp_path, "car/1.jpg", "train/1.jpg", "test/1.jpg"))
-    assert data.class_names == ["car", "test", "train"] and data.test is None
+    assert data.class_names == ["car", "test", "train"] and [*data.lists] == ["train"]
     refused(
         put(tmp_path / "x", "car/1.jpg", "train/a/1.jpg"), f"{tmp_path / 'x'} holds train/ and other folders", "(car)"
     )
@@ -109,8 +109,8 @@ def test_parts_in_tables(tmp_path):
     put(tmp_path, "test/9/5.jpg", "9/6.jpg")
     data = load(tmp_path)
     assert data.class_names == ["9", "10"]  # by value
-    assert (read(data.train), read(data.val)) == ({"1.jpg": 1, "2.jpg": 0, "3.jpg": 1}, {"4.jpg": 1})
-    assert read(data.test) == {"test/9/5.jpg": 0}
+    assert (read(data.train), read(data.lists["val"])) == ({"1.jpg": 1, "2.jpg": 0, "3.jpg": 1}, {"4.jpg": 1})
+    assert read(data.lists["test"]) == {"test/9/5.jpg": 0}
     assert [part.digest() for part in load(tmp_path / "train.csv").lists.values()] == [
         part.digest() for part in data.lists.values()
     ]
@@ -190,7 +190,11 @@ def test_names_that_are_not_utf8(tmp_path, name, said):
 
 def test_class_folders_whose_names_a_table_cannot_hold(tmp_path):
     """Corrected labels, given back as a table, would be of a class 'a' that no folder has."""
-    refused(put(tmp_path, "a /1.jpg", "b/1.jpg"), f"{tmp_path}: the folder 'a ' has a name that begins or ends with")
+    refused(
+        put(tmp_path, "a /1.jpg", "b/1.jpg"),
+        f"{tmp_path}: the folder b'a '",
+        "begins or ends with a space",
+    )
 
 
 def test_links_that_lead_out_are_listed_so_that_they_are_refused(tmp_path):

@@ -26,7 +26,7 @@ from test_run import assert_equal, begin, end_epoch, last_state, opened, validat
 
 import PreResNet
 import Train_cifar
-from dividemix import DivideMixError, DivideMixWarning, checkpoint, noise_file, report, run, signals
+from dividemix import DivideMixError, DivideMixWarning, checkpoint, report, run, signals
 
 EPOCHS = 3  # one of warm-up
 NEW_RUN = ["--num_epochs", str(EPOCHS)]
@@ -482,8 +482,5 @@ def test_a_default_that_is_given_is_the_default(whole, tmp_path):
     """In the authors' script `--seed 123` made other noise than no --seed, since one was a text."""
     go_on(tmp_path / "run", "--seed", "123")
     assert_same_run(tmp_path / "run", whole)
-    labels = [
-        json.loads((folder / noise_file.file_name("digits", 0.5, "sym")).read_text())
-        for folder in (tmp_path / "run", whole)
-    ]
+    labels = [json.loads((folder / "digits_0.5_sym.json").read_text()) for folder in (tmp_path / "run", whole)]
     assert labels[0] == labels[1]

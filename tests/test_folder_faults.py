@@ -13,7 +13,7 @@ from conftest import end_of, tiny
 from test_run import begin, end_epoch, go_on, opened, validated
 
 import Train_cifar
-from dividemix import DivideMixError, checkpoint, noise_file, report
+from dividemix import DivideMixError, checkpoint, report
 from dividemix.imagestore import locked
 from dividemix.run import lock_folder, set_aside
 
@@ -75,9 +75,9 @@ def test_links_in_a_run_folder_lead_to_no_other_file(begun, start):
 def test_a_noise_file_that_is_no_file(begun, start, make):
     """A pipe is waited for without a word; or a folder is said not to be there, or to be deleted."""
     make(file := begun.parent / "noise.json")
-    said = "is not a file: move it away, or name another with --noise_file\n"
+    said = "cannot be read (not a file): move it away, or name another with --noise_file\n"
     assert start("--noise_file", str(file)) == (1, f"error: noise file {file} {said}")
-    own = begun / noise_file.file_name("digits", 0.5, "sym")
+    own = begun / "digits_0.5_sym.json"
     own.unlink()
     make(own)
     assert start() == (1, f"error: noise file {own} {said}")

@@ -18,10 +18,13 @@ import Train_cifar
 from dividemix import engine, noise
 from dividemix.codivide import normalise
 from dividemix.data import DeviceImages
-from dividemix.noise_file import file_name
 
 EPOCHS = 3  # one of warm-up
 SMALL = ["--width", "4", "--num_epochs", str(EPOCHS), "--warm_up", "1", "--batch_size", "16", "--precision", "fp32"]
+
+
+def noise_name(dataset: str) -> str:
+    return "0.5_sym.json" if dataset.startswith("cifar") else f"{dataset}_0.5_sym.json"
 
 
 @pytest.fixture(scope="module", params=["cifar10", "cifar100", "fashionmnist", "digits"])
@@ -32,7 +35,7 @@ def done(request, tmp_path_factory):
     if make:
         flags = ["--data_path", str(root / "data")]
         batches = make(root / "data", 64, 20)
-        noise_file = (root / "data" if dataset == "fashionmnist" else batches) / file_name(dataset, 0.5, "sym")
+        noise_file = (root / "data" if dataset == "fashionmnist" else batches) / noise_name(dataset)
     else:
         flags = ["--limit_train", "64"]
         noise_file = None
@@ -139,7 +142,7 @@ def load_nets(states, num_class: int) -> list[torch.nn.Module]:
 def test_labels_and_noise_files(done):
     """Else runs that should share their noise do not, the labels that were used are lost, or a data folder that holds
     several data sets mixes up their noise."""
-    copy = done.folder / file_name(done.dataset, 0.5, "sym")
+    copy = done.folder / noise_name(done.dataset)
     given = np.array(json.loads(copy.read_text()))
     assert len(given) == len(done.data.train_labels)
     if done.noise_file:
@@ -160,7 +163,7 @@ def test_figure_events_and_nothing_else(done):
     assert [event.step for event in events] == [0, 1, 2]
     assert [event.value for event in events] == pytest.approx([r["test_acc"] for r in done.records])
     assert [event.step for event in board.Scalars("auc_net2")] == [1, 2]
-    files = {path.name for path in done.folder.iterdir()} - {".lock", file_name(done.dataset, 0.5, "sym")}
+    files = {path.name for path in done.folder.iterdir()} - {".lock", noise_name(done.dataset)}
     logs = {"acc.txt", "stats.txt", "metrics.jsonl", "histograms.jsonl", "args.json", "tensorboard", "scores"}
     logs |= {"labels.npz", "label_scores.npz", "thumbnails.npz"}
     logs |= {"report.html", "figures", "label_issues.csv", "cleaned_labels.csv", "transition.csv"}

@@ -214,7 +214,7 @@ def test_scores_and_accuracies_are_what_torchvision_and_pillow_give(tmp_path, mo
     last = last_state(folder)["nets"]
     before = torch.load(folder / "epoch-000.pt", weights_only=True)["nets"]  # which epoch 1 was divided by
     for name in ("val", "test"):
-        labels = torch.from_numpy(getattr(data, name).labels)
+        labels = torch.from_numpy(data.lists[name].labels)
         both = [*logits_of(name, last)]
         expected = [100 * (x.argmax(1) == labels).float().mean().item() for x in (sum(both), *both)]
         found = [final[f"{name}_acc{suffix}"] for suffix in ("", "_net1", "_net2")]

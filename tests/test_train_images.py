@@ -367,16 +367,15 @@ def sizes(script) -> tuple[int, int]:
     return (28, 28) if script is CLOTHING1M else (20, 20)
 
 
-@pytest.mark.parametrize("fault", ["label", "twice", "outside", "absolute"])
+@pytest.mark.parametrize("fault", ["label", "outside", "absolute"])
 def test_faults_of_a_list_are_refused_with_file_and_line(script, start, tree, tmp_path, fault):
-    """A label out of range crashes a GPU without a word; an image listed twice counts twice; a path that leads out of
-    the folder reads what a downloaded list should not."""
+    """A label out of range crashes a GPU without a word; a path that leads out of the folder reads what a downloaded
+    list should not."""
     file = tree / (script.labels if fault == "label" else script.paths)
     lines = file.read_text().splitlines()
     key, _, label = lines[2].partition(" ")
     new, said = {
         "label": (f"{key} 1000", "label '1000', expected a whole number from 0 to"),
-        "twice": (lines[0], "is already in line 1"),
         "outside": (f"images/../../{key} {label}".strip(), "has a part '..'"),
         "absolute": (f"/{key} {label}".strip(), "is an absolute path"),
     }[fault]
