@@ -243,8 +243,8 @@ def add_images(
     group.add_argument(
         "--weights",
         metavar="imagenet|none|PATH",
-        help="what both networks start from: torchvision's ImageNet weights, nothing, or a state dict's "
-        f"(default: {theirs})",
+        help="what both networks, but for the classifiers, start from: torchvision's ImageNet weights, nothing, or a "
+        f"state dict's (default: {theirs})",
     )
     from_data = " (default: from the data)" if image_size is None else ""
     group.add_argument(

@@ -19,7 +19,7 @@ def divided(n: int = 200, seed: int = 0) -> tuple[dict, np.ndarray]:
     scores = {}
     for k in range(2):
         loss = np.where(clean, rng.gamma(2, 0.1, n), rng.normal(3, 0.5, n)).astype(np.float32)
-        scores |= score_arrays(k, Mixture(0.5).fit(loss, np.zeros(n, np.int64)))
+        scores |= score_arrays(k, Mixture(0.5).divide(loss, np.zeros(n, np.int64)))
     return scores, clean
 
 
