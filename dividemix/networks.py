@@ -116,8 +116,10 @@ def architecture(name: str) -> Architecture:
 
     known = models.list_models(module=models)
     if name not in known:
-        close = difflib.get_close_matches(name, [*ARCHITECTURES, *known]) or [*ARCHITECTURES, "one of torchvision's"]
-        raise DivideMixError(f"--arch {name!r:.50}: no such network; did you mean {' or '.join(close)}?")
+        close = difflib.get_close_matches(name, [*ARCHITECTURES, *known])
+        names = f"one of {', '.join(ARCHITECTURES)}, or of torchvision's"
+        guess = f"did you mean {' or '.join(close)}?" if close else f"expected {names}"
+        raise DivideMixError(f"--arch {name!r:.50}: no such network; {guess}")
     weights = models.get_model_weights(name).__members__.get("IMAGENET1K_V1")
     url = weights.url if weights else None
     return Architecture(lambda num_class, width: from_torchvision(name, num_class), min_side=None, imagenet=url)
@@ -133,8 +135,7 @@ def _skeleton(name: str) -> nn.Module:
 def refusal(arch: str, image_size: int) -> str:
     """Why a network cannot take images of this size, '' where it can: for torchvision's by a dry forward in train mode
     of one image, the smallest batch there can be."""
-    min_side = architecture(arch).min_side
-    if min_side is not None:
+    if min_side := architecture(arch).min_side:
         return f"needs {min_side} pixels or more" if image_size < min_side else ""
     try:
         with torch.no_grad():
@@ -153,9 +154,8 @@ def check(arch: str, width: int, image_size: int, weights: str) -> None:
         size = next((f"; it takes {side}" for side in (64, 96, 128, 224, 299) if not refusal(arch, side)), "")
         raise DivideMixError(f"--image_size {image_size}: {arch} {why}{size}")
     if weights == "imagenet" and not found.imagenet:
-        raise DivideMixError(
-            f"--weights imagenet: there are none for {arch}; take --weights none, --weights PATH or --arch resnet50"
-        )
+        instead = "take --weights none, --weights PATH or --arch resnet50"
+        raise DivideMixError(f"--weights imagenet: there are none for {arch}; {instead}")
 
 
 def build(arch: str, num_class: int, width: int = WIDTH, weights: dict[str, Any] | None = None) -> nn.Module:
