@@ -1,8 +1,7 @@
 """The equations of DivideMix as pure functions: tensors in, tensors out.
 
 No state, no device, no random draw, no host synchronisation. Notation is the paper's (Sec. 3): p predictions, q
-guesses, w clean probabilities, T sharpening temperature. Shapes: B rows, C classes. "Probabilities" sum to one over
-the last axis.
+guesses, w clean probabilities, T sharpening temperature. Shapes: B rows, C classes.
 """
 
 import math
@@ -68,12 +67,7 @@ def linear_rampup(t: Tensor | float, warm_up: int, lambda_u: float, rampup_lengt
     return lambda_u * ramp
 
 
-def alone(tensor: Tensor) -> Tensor:
-    """The only share there is, (C,) -> (1, C)."""
-    return tensor.unsqueeze(0)
-
-
-def prior_penalty(logits: Tensor, gather: Callable[[Tensor], Tensor] = alone) -> Tensor:
+def prior_penalty(logits: Tensor, gather: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Divergence of the mean prediction from a uniform prior, (B, C) -> scalar.  (Eq. 11)
 
     sum_c 1/C * log((1/C) / pbar_c), with log pbar taken by logsumexp, so a class that no row predicts stays finite.
@@ -81,14 +75,12 @@ def prior_penalty(logits: Tensor, gather: Callable[[Tensor], Tensor] = alone) ->
     gradient is K times this share's part of the whole, so that a mean over the K is the gradient.
     """
     rows, classes = logits.shape
-    own = F.log_softmax(logits, dim=1).logsumexp(dim=0) - math.log(rows)  # (C,), log pbar of these rows
-    shares = gather(own.detach())
-    if len(shares) == 1:
-        log_pbar = own
-    else:
+    log_pbar = F.log_softmax(logits, dim=1).logsumexp(dim=0) - math.log(rows)  # (C,)
+    if gather:
+        shares = gather(log_pbar.detach())
         whole = shares.logsumexp(dim=0) - math.log(len(shares))
-        part = (own - whole).exp()  # pbar of these rows / pbar of all; its gradient is that of log pbar
-        log_pbar = whole + part - part.detach()
+        ratio = (log_pbar - whole).exp()  # pbar of these rows / pbar of all; its gradient is that of log pbar
+        log_pbar = whole + ratio - ratio.detach()
     return -math.log(classes) - log_pbar.mean()
 
 

@@ -1,6 +1,5 @@
 """Co-divide: per-sample losses -> a two-component Gaussian mixture -> labeled and unlabeled set (paper, Sec. 3.1)."""
 
-import dataclasses
 import warnings
 from dataclasses import dataclass
 
@@ -13,7 +12,6 @@ from sklearn.mixture import GaussianMixture
 from dividemix import Diverged, DivideMixError, warn
 
 FIT_LIMIT = 1_000_000  # losses that a mixture is fitted to at most: more cost time and change next to nothing
-_CHUNK = 65_536  # losses whose posteriors are computed in one go: in cache, and no (N, 2) temporaries
 
 # Stopping early is part of the method. Not in `fit_gmm`: it may run in a thread, where catching them is not safe.
 warnings.filterwarnings("ignore", category=ConvergenceWarning, module=r"sklearn\.mixture")
@@ -54,10 +52,8 @@ def normalise(losses: NDArray) -> NDArray[np.float64]:
     Raises Diverged for non-finite losses and for a row whose losses are all equal: nothing could be divided.
     """
     losses = np.asarray(losses, dtype=np.float64)
-    if not np.isfinite(losses).all():
-        raise Diverged(
-            f"{int((~np.isfinite(losses)).sum())} of {losses.size} per-sample losses are not finite: lower --lr"
-        )
+    if bad := int((~np.isfinite(losses)).sum()):
+        raise Diverged(f"{bad} of {losses.size} per-sample losses are not finite: lower --lr")
     low, high = losses.min(axis=-1, keepdims=True), losses.max(axis=-1, keepdims=True)
     if (high <= low).any():
         raise Diverged(
@@ -68,40 +64,27 @@ def normalise(losses: NDArray) -> NDArray[np.float64]:
 
 
 def smoothed(losses: NDArray, window: int = 1) -> NDArray[np.float64]:
-    """What the mixture is fitted to: (N,) raw losses or an (E, N) history -> (N,).
-
-    Each row is normalised by itself, the last `window` rows (fewer while fewer exist) are averaged, and the average is
-    not normalised again. The paper uses 5 at 90 % noise, where a single epoch's losses vary much.
-    """
+    """What the mixture is fitted to: (N,) raw losses or an (E, N) history -> (N,). Each row is normalised by itself.
+    The last `window` rows (fewer while fewer exist) are averaged, which is not normalised again. The paper uses 5 at
+    90 % noise, where a single epoch's losses vary much."""
     history = np.atleast_2d(np.asarray(losses))[-window:]
     return normalise(history).mean(axis=0)
 
 
 def fit_gmm(loss: NDArray, random_state: int = 0) -> GaussianMixture:
     """The authors' mixture of a normalised loss (N,). Its few EM steps make the k-means initialisation part of the
-    method.
-
-    Unlike the authors': of more than FIT_LIMIT losses, it is fitted to that many, drawn without replacement by
-    `random_state`. `benchmarks/RESULTS.md` shows what that changes.
-    """
+    method. Unlike theirs, it is fitted to FIT_LIMIT losses at most, drawn without replacement; `benchmarks/RESULTS.md`
+    shows what that changes."""
     if len(loss) > FIT_LIMIT:
         loss = np.random.default_rng(random_state).choice(loss, FIT_LIMIT, replace=False)
     gmm = GaussianMixture(n_components=2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=random_state)
     return gmm.fit(loss.reshape(-1, 1))
 
 
-def posterior(gmm: GaussianMixture, loss: NDArray, component: int) -> NDArray[np.float64]:
-    """`gmm.predict_proba` of one component, to the bit: normalised loss (N,) -> (N,)."""
-    p = np.empty(len(loss))
-    for start in range(0, len(loss), _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        p[rows] = gmm.predict_proba(loss[rows].reshape(-1, 1))[:, component]
-    return p
-
-
 def clean_probability(losses: ArrayLike, window: int = 1, random_state: int = 0) -> NDArray[np.float64]:
-    """Posterior of the mixture's component with the smaller mean: raw losses (N,) or history (E, N) -> (N,) float64."""
-    return codivide(losses, threshold=0.5, window=window, random_state=random_state).clean_probability
+    """Posterior of the mixture's component with the smaller mean: raw losses (N,) or history (E, N) -> (N,) float64.
+    Raises as `codivide`."""
+    return codivide(losses, 0.5, window, random_state=random_state).clean_probability
 
 
 def codivide(
@@ -110,18 +93,20 @@ def codivide(
     window: int = 1,
     truly_clean: NDArray[np.bool_] | None = None,
     random_state: int = 0,
+    prediction: NDArray[np.int64] | None = None,
 ) -> Division:
     """Divide the N samples of one network's raw losses, (N,) or history (E, N), at clean probability `threshold`.
 
-    truly_clean (N,) bool, where it is known, is used for nothing but the AUC. Raises DivideMixError as `normalise`
-    does, and for fewer than two samples.
+    truly_clean (N,), where it is known, is used for nothing but the AUC. Raises DivideMixError as `normalise` does, and
+    for fewer than two samples.
     """
-    loss = smoothed(np.asarray(losses), window)
+    history = np.atleast_2d(np.asarray(losses))
+    loss = smoothed(history, window)
     if loss.size < 2:
         raise DivideMixError(f"co-divide needs at least 2 training samples, got {loss.size}")
     gmm = fit_gmm(loss, random_state)
     order = np.argsort(gmm.means_.ravel())  # the clean component first
-    probability = posterior(gmm, loss, order[0])
+    probability = gmm.predict_proba(loss.reshape(-1, 1))[:, order[0]]
     return Division(
         clean_probability=probability,
         labeled=probability > threshold,
@@ -131,6 +116,8 @@ def codivide(
         weights=gmm.weights_[order],
         threshold=threshold,
         auc=auc(probability, truly_clean),
+        raw_loss=history[-1],
+        prediction=prediction,
     )
 
 
@@ -150,19 +137,6 @@ class Mixture:
         self.rows = max(window, largest_window) - 1
         self.history: list[NDArray[np.float32]] = []  # raw losses of the last `rows` divided epochs, (N,) each
 
-    def fit(
-        self,
-        loss: NDArray[np.float32],
-        prediction: NDArray[np.int64] | None = None,
-        truly_clean: NDArray[np.bool_] | None = None,
-        random_state: int = 0,
-    ) -> Division:
-        """The division by the window's losses with this epoch's (N,) as the last; nothing is kept. Raises as
-        `codivide`."""
-        losses = np.stack([*self.history, loss])
-        division = codivide(losses, self.threshold, self.window, truly_clean, random_state)
-        return dataclasses.replace(division, raw_loss=loss, prediction=prediction)
-
     def divide(
         self,
         loss: NDArray[np.float32],
@@ -171,11 +145,12 @@ class Mixture:
         random_state: int = 0,
         name: str = "net",
     ) -> Division | None:
-        """`fit`, and the losses are kept for the next epochs. None, with a warning, where no sample is clean: the
-        network that would learn from it warms up once more. No unlabeled sample is warned of: only labeled images will
-        be mixed."""
-        division = self.fit(loss, prediction, truly_clean, random_state)
-        self.history = [*self.history, loss][-self.rows :] if self.rows else []
+        """The division by the window's losses with this epoch's (N,) as the last, which are kept for the next epochs.
+        None, with a warning, where no sample is clean: the network that would learn from it warms up once more. Raises
+        as `codivide`."""
+        losses = [*self.history, loss]
+        division = codivide(np.stack(losses), self.threshold, self.window, truly_clean, random_state, prediction)
+        self.history = losses[-self.rows :] if self.rows else []
         if not division.labeled.any():
             warn(f"{name} finds no sample clean with p > {self.threshold:g}: its peer gets one more warm-up epoch")
             return None

@@ -13,7 +13,7 @@ from torch import Tensor
 from dividemix import augment
 from dividemix.codivide import Division
 from dividemix.ranks import Ranks
-from dividemix.runtime import PLAIN, Runtime
+from dividemix.runtime import Runtime
 
 ALONE = Ranks()
 Batch = tuple[Tensor, ...]
@@ -46,9 +46,10 @@ class DeviceImages:
         mean: tuple,
         std: tuple,
         flip: bool,
-        runtime: Runtime = PLAIN,
+        runtime: Runtime | None = None,
         truly_clean: NDArray[np.bool_] | None = None,
     ):
+        runtime = runtime or Runtime()
         self.runtime, self.truly_clean = runtime, truly_clean
         self.padded = augment.pad_images(torch.from_numpy(images).to(runtime.device))
         self.labels = torch.from_numpy(labels).to(runtime.device)

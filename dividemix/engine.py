@@ -1,20 +1,14 @@
 """What a phase and a step compute (Algorithm 1). How it is run (device, precision, graphs) is the runtime's affair.
 
-    divisions = co_divide(nets, [train, train], mixtures, phase)                      # W = GMM(X, Y, theta), both nets
-    train_epoch(net1, net2, optimizer1, train, divisions[1], mixmatch, phase("train", 0))
-    test(nets, {"test": images}, phase)
-
-A phase function takes a data set (`DataSet`), which knows its runtime, the method's settings (`MixMatch`) and, last,
-the `Phase`: all draws are made from its generator before the first step. A step is free of host synchronisation: no
-.item(), no branch on a tensor's value, no shape that depends on data. What changes from step to step is a tensor: a
-runtime may capture one step and replay it for all others of its shapes. A phase reads its results back once.
+A phase draws all that it needs before its first step, and reads its results back once. A step is free of host syncs: no
+.item(), no branch on a tensor's value, no shape that depends on data. What changes from step to step is a tensor.
 """
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,11 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dividemix import Diverged, DivideMixError, runtime, warn
+from dividemix import Diverged, DivideMixError, warn
 from dividemix.algorithm import co_guess, co_refine, linear_rampup, mixup, neg_entropy, prior_penalty, semi_loss
 from dividemix.codivide import Division, Mixture
 from dividemix.ranks import Ranks
-from dividemix.runtime import Runtime
+from dividemix.runtime import Runtime, is_out_of_memory
+from dividemix.runtime import set_learning_rate as set_learning_rate
 
 # forward(net, *batches) -> the logits of each batch, as one call of net after the other would give them
 Forward = Callable[..., list[Tensor]]
@@ -54,8 +49,8 @@ class MixMatch:
 
 @dataclass
 class Phase:
-    """What a phase function is given of its run: the epoch, the generator of all draws, and a function that shows a
-    progress bar around batches. It is entered for the time that the phase takes. By itself it is silent."""
+    """What a phase function is given of its run: the epoch, the generator of all draws, and the progress bar around the
+    batches. It is entered for the time that the phase takes. By itself it is silent."""
 
     epoch: int = 0
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
@@ -74,8 +69,7 @@ def silent(name: str, k: int = 0) -> Phase:
 
 
 class Batches(Protocol):
-    """The batches of one phase, gone through once, in order. sizes: of each, how many rows it has, labeled and
-    (mixmatch) unlabeled."""
+    """The batches of one phase, gone through once. sizes: the rows of each, labeled and (mixmatch) unlabeled."""
 
     sizes: list[tuple[int, ...]]
 
@@ -86,10 +80,10 @@ class Batches(Protocol):
 class DataSet(Protocol):
     """What the engine asks of N images with their given labels.
 
-    A batch is a tuple of device tensors. `*_views` makes the images of a batch: pure device work without a host
-    synchronisation, the same function for all data that may share a captured step. Everything random comes from the
-    host's generator `rng`, so the draws do not depend on the device. batch_size and the draws are those of all ranks
-    together; the batches are this rank's rows of them (see `ranks`), and for evaluation its share of whole batches.
+    A batch is a tuple of device tensors. `*_views` makes its images: device work without a host sync, the same function
+    for all data that may share a captured step. Everything random comes from the host's generator `rng`. batch_size and
+    the draws are those of all ranks together; the batches are this rank's rows of them (see `ranks`), and for
+    evaluation its share of whole batches.
     """
 
     runtime: Runtime
@@ -137,46 +131,22 @@ class Scores(NamedTuple):
     prediction: Tensor  # (N,) int64, on the host
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One step
+# ---- One step ----
 
 
 def mixmatch_step(
-    net: nn.Module,
-    peer: nn.Module | None,
-    optimizer: Optimizer,
-    x1: Tensor,
-    x2: Tensor,
-    labels: Tensor,
-    w: Tensor,
-    u1: Tensor,
-    u2: Tensor,
-    *,
-    lam: Tensor | float,
-    index: Tensor,
-    T: float,
-    lambda_u: Tensor | float,
-    num_class: int,
-    forward: Forward = plain_forward,
-    ranks: Ranks = ALONE,
-    **settings: Any,
+    net, peer, optimizer, x1, x2, labels, w, u1, u2, *, T: float, num_class: int, unlabeled_loss: bool = True, **draws
 ) -> StepTerms:
-    """`train_step` with its settings one by one; settings: more fields of `MixMatch`."""
-    mixmatch = MixMatch(num_class, len(x1), T, **settings)
-    images = x1, x2, labels, w, u1, u2
-    return train_step(net, peer, optimizer, *images, mixmatch, lam, index, lambda_u, forward=forward, ranks=ranks)
+    """`train_step` with its settings one by one. draws: lam, index and lambda_u; forward and ranks."""
+    mixmatch = MixMatch(num_class, len(x1), T, unlabeled_loss=unlabeled_loss)
+    return train_step(net, peer, optimizer, (x1, x2, labels, w, u1, u2), mixmatch, **draws)
 
 
 def train_step(
     net: nn.Module,
     peer: nn.Module | None,
     optimizer: Optimizer,
-    x1: Tensor,
-    x2: Tensor,
-    labels: Tensor,
-    w: Tensor,
-    u1: Tensor,
-    u2: Tensor,
+    batch: tuple[Tensor, ...],
     mixmatch: MixMatch,
     lam: Tensor | float,
     index: Tensor,
@@ -187,9 +157,9 @@ def train_step(
 ) -> StepTerms:
     """Co-refine, co-guess, MixMatch and one update of `net`, with `peer` frozen (Algorithm 1, inner loop).
 
-    x1, x2 (B, ...) two views of the labeled images, labels int64 (B,), w (B,) their clean probability; u1, u2 (B',
-    ...) two views of the unlabeled ones, B' may be 0. lam: already max(lam, 1 - lam); index: a permutation of all 2B
-    + 2B' rows; lambda_u: already ramped. unlabeled_loss=False is the Clothing1M / WebVision form: unlabeled images
+    batch: x1, x2 (B, ...) two views of the labeled images, labels int64 (B,), w (B,) their clean probability; u1, u2
+    (B', ...) two views of the unlabeled ones, B' may be 0. lam: already max(lam, 1 - lam); index: a permutation of all
+    2B + 2B' rows; lambda_u: already ramped. unlabeled_loss=False is the Clothing1M / WebVision form: unlabeled images
     are mix partners only, and just the first 2B rows are forwarded. Sets the nets' modes. `ranks`: all come to the same
     step, each with its own rows; the terms are those of these rows, but for the penalty, which is of all.
 
@@ -199,29 +169,26 @@ def train_step(
     net.train()  # also while guessing: each forward's own batch statistics, and four updates of the running ones
     if peer is not None:
         peer.eval()
+    x1, x2, labels, w, u1, u2 = batch
     M, T = mixmatch.views, mixmatch.T
-    xs, us = [x1, x2][:M], [u1, u2][:M]
+    xs, us = [x1, x2][:M], [u1, u2][:M] if len(u1) else []
     with torch.no_grad():
-        if len(u1):
-            own = forward(net, *us, *xs)
-            own_u, own_x = own[:M], own[M:]
-            theirs = [] if peer is None else forward(peer, *us)
-            targets_u = co_guess([*own_u, *theirs], T)
-        else:
-            own_x = forward(net, *xs)
-            targets_u = w.new_zeros(0, mixmatch.num_class)
+        views = forward(net, *us, *xs)
+        logits_u, logits_x = views[:-M], views[-M:]
+        if us and peer is not None:
+            logits_u = logits_u + forward(peer, *us)
+        targets_u = [co_guess(logits_u, T)] * M if us else []
         # one_hot of torch.nn.functional checks the range on the host: a sync
         one_hot = (labels.unsqueeze(1) == torch.arange(mixmatch.num_class, device=labels.device)).to(w.dtype)
-        targets_x = co_refine(one_hot, w, own_x, T) if mixmatch.refine else one_hot
+        targets_x = [co_refine(one_hot, w, logits_x, T) if mixmatch.refine else one_hot] * M
 
-    inputs = torch.cat([*xs, *us])
-    targets = torch.cat([targets_x] * M + [targets_u] * M)
+    inputs, targets = torch.cat([*xs, *us]), torch.cat([*targets_x, *targets_u])
     rows_x = M * len(x1)
     mixed, mixed_targets = mixup(inputs, targets, lam, index if mixmatch.unlabeled_loss else index[:rows_x])
 
     [logits] = forward(net, mixed)  # all rows in one forward, also where lambda_u is 0: BN and the penalty see them all
     Lx, Lu = semi_loss(logits[:rows_x], mixed_targets[:rows_x], logits[rows_x:], mixed_targets[rows_x:])
-    penalty = prior_penalty(logits, ranks.gather)
+    penalty = prior_penalty(logits, ranks.gather if ranks.world > 1 else None)
     loss = Lx + lambda_u * Lu + penalty
     update(optimizer, loss, ranks)
     return StepTerms(loss.detach(), Lx.detach(), Lu.detach(), penalty.detach())
@@ -248,9 +215,8 @@ def warmup_step(
 
 
 def update(optimizer: Optimizer, loss: Tensor, ranks: Ranks = ALONE) -> None:
-    """Backward and SGD step. Where the optimizer carries a `found_inf` flag (see `runtime.Runtime.optimizer`), the
-    first non-finite loss or gradient of any rank raises it, on the device, and neither this update nor any later one is
-    applied."""
+    """Backward and SGD step. Where the optimizer has a `found_inf` flag (see `Runtime.optimizer`), the first non-finite
+    loss or gradient of any rank raises it, on the device, and neither this update nor any later one is applied."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     found_inf = getattr(optimizer, "found_inf", None)
@@ -261,8 +227,7 @@ def update(optimizer: Optimizer, loss: Tensor, ranks: Ranks = ALONE) -> None:
     optimizer.step()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One phase
+# ---- One phase ----
 
 
 def warmup_epoch(net: nn.Module, optimizer: Optimizer, data: DataSet, mixmatch: MixMatch, phase: Phase) -> PhaseTerms:
@@ -271,15 +236,13 @@ def warmup_epoch(net: nn.Module, optimizer: Optimizer, data: DataSet, mixmatch: 
     Raises Diverged when a loss or gradient was not finite.
     """
     with phase:
-        batch_size, views = 2 * mixmatch.batch_size, data.warmup_views
+        batch_size, views, ranks = 2 * mixmatch.batch_size, data.warmup_views, data.runtime.ranks
         batches = data.warmup_batches(batch_size, phase.rng)
 
         def step(forward: Forward, *batch: Tensor) -> StepTerms:  # holds `views`, not `data`: a captured step is kept
-            x, labels = views(*batch)
             penalty = mixmatch.conf_penalty
-            return warmup_step(net, optimizer, x, labels, conf_penalty=penalty, forward=forward, ranks=ranks)
+            return warmup_step(net, optimizer, *views(*batch), conf_penalty=penalty, forward=forward, ranks=ranks)
 
-        ranks = data.runtime.ranks
         key = ("warmup", net, optimizer, views, mixmatch)
         return run_steps(key, step, batches, [()] * len(batches), batch_size, net, optimizer, data.runtime, phase)
 
@@ -315,7 +278,7 @@ def train_epoch(
 
         def step(forward: Forward, lam: Tensor, index: Tensor, lambda_u: Tensor, *batch: Tensor) -> StepTerms:
             images, draws = views(*batch), (lam, index, lambda_u)
-            return train_step(net, peer, optimizer, *images, mixmatch, *draws, forward=forward, ranks=ranks)
+            return train_step(net, peer, optimizer, images, mixmatch, *draws, forward=forward, ranks=ranks)
 
         key = ("mixmatch", net, peer, optimizer, views, mixmatch)
         draws = [(lam[i], index[i], ramp[i]) for i in range(len(batches))]
@@ -324,9 +287,8 @@ def train_epoch(
 
 @contextlib.contextmanager
 def layers_draw_from(rng: np.random.Generator, net: nn.Module, runtime: Runtime) -> Iterator[None]:
-    """Within the block, layers that draw (dropout, stochastic depth; p is their probability) do so by a seed from
-    `rng`, each rank by one of its own: they know torch's global stream alone. Nothing is drawn for networks without
-    such layers, as the paper's are."""
+    """Within the block, layers that draw (dropout, stochastic depth; p is their probability) do so from torch's global
+    stream, seeded by `rng`, on each rank otherwise. Networks without such layers, as the paper's are, draw nothing."""
     if not any(getattr(module, "p", 0) for module in net.modules()):
         yield
         return
@@ -349,10 +311,8 @@ def run_steps(
 ) -> PhaseTerms:
     """step(forward, *draws[i], *batch) for every batch, full ones on the runtime's fast path (see `Runtime.run`); read
     the summed terms and the count of sound steps back once, at the end."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    state = partial(changed_by_step, net, optimizer)
-    ranks = machine.ranks
-    full = batch_size // ranks.world
+    found_inf, ranks = getattr(optimizer, "found_inf", None), machine.ranks
+    state, full = partial(changed_by_step, net, optimizer), batch_size // ranks.world
 
     def packed(forward: Forward, *tensors: Tensor) -> Tensor:  # (5,): the step's terms, and 1 if it was sound
         terms = torch.stack(step(forward, *tensors))
@@ -371,10 +331,10 @@ def run_steps(
             ranks.average_buffers(net)
             *totals, sound = (ranks.sum(sums) / ranks.world).tolist()
     except RuntimeError as error:
-        if not runtime.is_out_of_memory(error):
-            raise
-        smaller = "--no_graph, a smaller --width or a smaller --batch_size"
-        raise DivideMixError(f"{machine.device}: not enough memory to train; try {smaller}") from error
+        if is_out_of_memory(error):
+            smaller = "--no_graph, a smaller --width or a smaller --batch_size"
+            raise DivideMixError(f"{machine.device}: not enough memory to train; try {smaller}") from error
+        raise
     steps = len(batches)
     if sound < steps:
         stopped = "" if found_inf is None else ", and no update was applied from there on"
@@ -492,40 +452,24 @@ def top_k_accuracy(
 def evaluate(
     score: Callable[..., Tensor], data: DataSet, bar: Callable[[Iterable], Iterable] = iter
 ) -> list[tuple[slice, Tensor]]:
-    """score(forward, x, labels) of this rank's evaluation batches, each with the samples it is of.
-
-    Where the memory is too small for a batch, its size is halved until it fits, for the rest of the run. Raises
-    DivideMixError where not even one image fits, and with several ranks, which must make the same batches.
-    """
+    """score(forward, x, labels) of this rank's evaluation batches, each with the samples it is of. Where the memory is
+    too small for a batch, its size is halved until it fits, for the rest of the run. Raises DivideMixError where not
+    even one image fits, and with several ranks, which must make the same batches."""
     machine = data.runtime
     while True:
         size = min(machine.eval_batch_size, len(data))
         try:
-            numbers = machine.ranks.deal(-(-len(data) // size))
-            batches = zip(numbers, bar(data.eval_batches(size)), strict=True)
-            return [
-                (
-                    slice(k * size, k * size + len(x)),
-                    score(machine.evaluation_forward if len(x) == size else machine.forward, x, labels),
-                )
-                for k, (x, labels) in batches
-            ]
+            numbers, results = machine.ranks.deal(-(-len(data) // size)), []
+            for k, (x, labels) in zip(numbers, bar(data.eval_batches(size)), strict=True):
+                forward = machine.evaluation_forward if len(x) == size else machine.forward
+                results.append((slice(k * size, k * size + len(x)), score(forward, x, labels)))
+            return results
         except RuntimeError as error:
-            if not runtime.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-            short = f"{machine.device}: no memory for "
-            if machine.ranks.world > 1:
-                raise DivideMixError(f"{short}{size} images at once; use a smaller --eval_batch_size") from error
-            if size == 1:
-                raise DivideMixError(f"{short}even one image; use a smaller --width") from error
+            if machine.ranks.world > 1 or size == 1:
+                smaller = "a smaller --eval_batch_size or --width"
+                raise DivideMixError(f"{machine.device}: no memory to evaluate {size} images; use {smaller}") from error
         machine.eval_batch_size = size // 2
         torch.cuda.empty_cache()
         warn(f"not enough memory to evaluate {size} images at once: {size // 2} from now on (--eval_batch_size)")
-
-
-def set_learning_rate(optimizers: Iterable[Optimizer], lr: float) -> float:
-    """-> lr"""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            runtime.set_learning_rate(group, lr)
-    return lr

@@ -1,11 +1,5 @@
 """The networks by their `--arch` name, the project's own or any of torchvision's for classification, and what they
-start from (`--weights`).
-
-    state = read_weights(args.weights, args.arch, ranks)                    # once, for both networks
-    nets = [seeded(seed, k, lambda: build(args.arch, num_class, args.width, state)) for k in range(2)]
-
-Weights replace all but the classifier, unless theirs has the right number of classes and is not ImageNet's; what they
-leave is as PyTorch initialises it, different in each network.
+start from (`--weights`): that replaces all but the classifier, which is new, and so different in each network.
 """
 
 import difflib
@@ -49,8 +43,8 @@ class Conv2dInFloat32(InFloat32, nn.Conv2d):
 
 
 def resnet50(num_class: int) -> nn.Module:
-    """torchvision's, with its state-dict keys. Images (B, 3, S, S) -> logits (B, num_class), float32 under autocast
-    too: as in the other networks, the head is computed in float32."""
+    """torchvision's, with its state-dict keys. Images (B, 3, S, S) -> logits (B, num_class). As in the other networks
+    the head is computed in float32, under autocast too."""
     from torchvision.models import resnet50  # slow to import, and the other scripts do without
 
     net = resnet50(num_classes=num_class)
@@ -59,8 +53,7 @@ def resnet50(num_class: int) -> nn.Module:
 
 
 def from_torchvision(name: str, num_class: int) -> nn.Module:
-    """One of torchvision's classification networks, with its state-dict keys and initialisation. The classifier is
-    computed in float32 under autocast too."""
+    """One of torchvision's, with its state-dict keys and initialisation; the classifier is computed in float32."""
     net = torchvisions_own(name, num_class)
     layer = net.get_submodule(classifier_of(net))
     layer.__class__ = LinearInFloat32 if isinstance(layer, nn.Linear) else Conv2dInFloat32
@@ -76,8 +69,7 @@ def torchvisions_own(name: str, num_class: int) -> nn.Module:
     more = inception if name in ("googlenet", "inception_v3") else {}
     net = models.get_model(name, weights=None, num_classes=num_class, **more)
     if type(net)._load_from_state_dict is not nn.Module._load_from_state_dict:
-        # MNASNet's wants a version number beside the weights, which a checkpoint's plain dict lacks, and only converts
-        # files of before 2019.
+        # MNASNet's converts files of before 2019, and wants a version number, which a checkpoint's plain dict lacks.
         plain = {"_load_from_state_dict": nn.Module._load_from_state_dict}
         net.__class__ = type(type(net).__name__, (type(net),), plain)
     return net
@@ -115,45 +107,35 @@ SMALL_IMAGES = [name for name, architecture in ARCHITECTURES.items() if architec
 WIDTH = 64  # of the paper's network, and where --width is not given
 
 
+@functools.cache
 def architecture(name: str) -> Architecture:
     """The project's own, or else torchvision's of that name. Raises DivideMixError for a name that neither has."""
-    return ARCHITECTURES[name] if name in ARCHITECTURES else _torchvisions(name)
-
-
-@functools.cache
-def _torchvisions(name: str) -> Architecture:
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
     from torchvision import models
 
     known = models.list_models(module=models)
     if name not in known:
-        close = difflib.get_close_matches(name, [*ARCHITECTURES, *known], n=3)
-        own = ", ".join(ARCHITECTURES)
-        guess = f"did you mean {' or '.join(close)}?" if close else f"expected one of {own}, or of torchvision's"
+        close = difflib.get_close_matches(name, [*ARCHITECTURES, *known])
+        names = f"one of {', '.join(ARCHITECTURES)}, or of torchvision's"
+        guess = f"did you mean {' or '.join(close)}?" if close else f"expected {names}"
         raise DivideMixError(f"--arch {name!r:.50}: no such network; {guess}")
     weights = models.get_model_weights(name).__members__.get("IMAGENET1K_V1")
-    return Architecture(
-        lambda num_class, width: from_torchvision(name, num_class),
-        min_side=None,
-        imagenet=weights.url if weights else None,
-    )
+    url = weights.url if weights else None
+    return Architecture(lambda num_class, width: from_torchvision(name, num_class), min_side=None, imagenet=url)
 
 
 @functools.cache
 def _skeleton(name: str) -> nn.Module:
     """torchvision's network without memory for its weights, for a dry forward."""
     with torch.random.fork_rng(devices=[]):
-        try:
-            with torch.device("meta"):
-                return torchvisions_own(name, 2)
-        except NotImplementedError:  # the regnets compute their shapes by tensors
-            return torchvisions_own(name, 2).to("meta")
+        return torchvisions_own(name, 2).to("meta")
 
 
 def refusal(arch: str, image_size: int) -> str:
     """Why a network cannot take images of this size, '' where it can: for torchvision's by a dry forward in train mode
     of one image, the smallest batch there can be."""
-    min_side = architecture(arch).min_side
-    if min_side is not None:
+    if min_side := architecture(arch).min_side:
         return f"needs {min_side} pixels or more" if image_size < min_side else ""
     try:
         with torch.no_grad():
@@ -169,29 +151,24 @@ def check(arch: str, width: int, image_size: int, weights: str) -> None:
     if width != WIDTH and not found.has_width:
         raise DivideMixError(f"--width {width}: {arch} has one width; leave it out, or take --arch preresnet18")
     if why := refusal(arch, image_size):
-        sizes = [] if found.min_side else [side for side in (64, 96, 128, 224, 299) if not refusal(arch, side)]
-        can = f"; it takes {sizes[0]}" if sizes else ""
-        raise DivideMixError(f"--image_size {image_size}: {arch} {why}{can}")
+        size = next((f"; it takes {side}" for side in (64, 96, 128, 224, 299) if not refusal(arch, side)), "")
+        raise DivideMixError(f"--image_size {image_size}: {arch} {why}{size}")
     if weights == "imagenet" and not found.imagenet:
-        raise DivideMixError(
-            f"--weights imagenet: there are none for {arch}; take --weights none, --weights PATH or --arch resnet50"
-        )
+        instead = "take --weights none, --weights PATH or --arch resnet50"
+        raise DivideMixError(f"--weights imagenet: there are none for {arch}; {instead}")
 
 
-def build(
-    arch: str, num_class: int, width: int = WIDTH, weights: dict[str, Any] | None = None, new_head: bool = False
-) -> nn.Module:
-    """The network, from `weights` (of `read_weights`) where there are any; new_head: all of them but the classifier's,
-    also where these would fit. Raises DivideMixError for weights of another network."""
+def build(arch: str, num_class: int, width: int = WIDTH, weights: dict[str, Any] | None = None) -> nn.Module:
+    """The network, and all but its classifier from `weights` (of `read_weights`) where there are any. Raises
+    DivideMixError for weights of another network."""
     net = architecture(arch).make(num_class, width)
     if weights is None:
         return net
-    own, weights = net.state_dict(), published(weights)
-    head = [key for key in own if key.startswith(f"{classifier_of(net)}.")]
-    if new_head or any(getattr(weights.get(key), "shape", None) != own[key].shape for key in head):
-        weights |= {key: own[key] for key in head}
+    head = f"{classifier_of(net)}."
+    state = {key: value for key, value in published(weights).items() if not key.startswith(head)}
+    state |= {key: value for key, value in net.state_dict().items() if key.startswith(head)}
     try:
-        net.load_state_dict(weights)
+        net.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split(":", 1)[-1].split())
         raise DivideMixError(f"--weights does not fit --arch {arch}, --width {width}: {reason:.150}") from error
@@ -201,8 +178,8 @@ def build(
 def published(state: dict[str, Any]) -> dict[str, Any]:
     """The keys of torchvision's files as its networks have them now: densenet's `norm.1` is `norm1`; auxiliary
     classifiers are left out."""
-    names = {key: re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)\.", r"\1\2.", str(key)) for key in state}
-    return {names[key]: value for key, value in state.items() if not re.match(r"(aux\d|AuxLogits)\.", str(key))}
+    renamed = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)\.", r"\1\2.", str(key)): state[key] for key in state}
+    return {key: value for key, value in renamed.items() if not re.match(r"(aux\d|AuxLogits)\.", key)}
 
 
 def pair(
@@ -219,11 +196,9 @@ def pair(
 ) -> list[nn.Module]:
     """The two networks on the device, or the first alone where `count` is 1. A run that has `begun` goes on from its
     checkpoint, and reads no weights."""
-    weights = "none" if begun or init_from else weights
-    state = read_weights(weights, arch, machine.ranks)
-    new_head = weights == "imagenet"  # even for 1,000 classes: with ImageNet's both networks would be the same
+    state = read_weights("none" if begun or init_from else weights, arch, machine.ranks)
     try:
-        nets = [seeded(seed, k, lambda: build(arch, num_class, width, state, new_head)) for k in range(count)]
+        nets = [seeded(seed, k, lambda: build(arch, num_class, width, state)) for k in range(count)]
         if init_from and not begun:
             states = load_file(Path(init_from).expanduser()).get("nets")
             if not isinstance(states, list) or len(states) < count:
@@ -231,12 +206,10 @@ def pair(
             load_weights(nets, states[:count], init_from)
         return [machine.prepare(net) for net in nets]
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise DivideMixError(
-            f"{machine.device}: not enough memory for two networks of --arch {arch}; is another job using it, or is "
-            f"--width {width} too large?"
-        ) from error
+        if is_out_of_memory(error):
+            short = f"{machine.device}: not enough memory for two networks of --arch {arch}"
+            raise DivideMixError(f"{short}; is another job using it, or is --width {width} too large?") from error
+        raise
 
 
 def read_weights(weights: str, arch: str, ranks: Ranks) -> dict[str, Any] | None:
@@ -246,11 +219,7 @@ def read_weights(weights: str, arch: str, ranks: Ranks) -> dict[str, Any] | None
         return None
     from_hub = functools.partial(imagenet_file, architecture(arch).imagenet)
     path = ranks.local_first(from_hub) if weights == "imagenet" else Path(weights).expanduser()
-    try:
-        state = load_file(path)
-    except DivideMixError as error:
-        again = ": delete it, and it is downloaded again" if weights == "imagenet" else ""
-        raise DivideMixError(f"{error}{again}") from error
+    state = load_file(path)
     if isinstance(state.get("nets"), list):
         raise DivideMixError(f"weights {path} hold two networks of a run: give them as --init_from")
     return state
@@ -265,8 +234,6 @@ def imagenet_file(url: str = IMAGENET) -> Path:
             digest = re.search(r"-([0-9a-f]{8,})\.", path.name)[1]
             torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:  # no network, no such page, a full disk; a file that was cut
-            raise DivideMixError(
-                f"the ImageNet weights could not be downloaded ({error}): fetch {url} elsewhere and put it at "
-                f"{path}, or give its place as --weights PATH; --weights none starts from random weights"
-            ) from error
+            instead = f"fetch {url} elsewhere and put it at {path}, or give its place as --weights PATH"
+            raise DivideMixError(f"the ImageNet weights could not be downloaded ({error}): {instead}") from error
     return path

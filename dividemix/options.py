@@ -164,7 +164,7 @@ def add_images(
         add("--arch", type=architecture, help=f"both networks: {names}{from_data}")
         weights = "imagenet for networks that have them, none for others"
     add("--width", type=positive_int, default=networks.WIDTH, help="channels of a preresnet's first stage")
-    text = f"ImageNet weights, none, or those of a file, that both networks start from (default: {weights})"
+    text = f"ImageNet weights, none, or a file's, for both networks but their classifiers (default: {weights})"
     add("--weights", metavar="imagenet|none|PATH", help=text)
     text = f"side of the crop; images are resized in proportion{from_data}"
     add("--image_size", type=positive_int, default=paper.get("image_size"), help=text)

@@ -1,10 +1,7 @@
 """Several processes that train one pair of networks together (torchrun): who has which rows, and what is shared.
 
-All ranks make all draws, from the same generators; then each takes its rows. A global batch is dealt out: rank r of K
-has the rows r, r + K, r + 2K ... A batch that K does not divide (the last of a pass, or a short unlabeled one) is
-first filled up with its own rows from the start, so every rank always has equally many, and at least one. Evaluation
-deals out whole batches instead, the same ones that a single process makes, so each sample's loss is the same to the
-bit, and nothing is repeated.
+All ranks make all draws; then rank r of K takes the rows r, r + K ... of a global batch, which is first filled up with
+its own rows until K divides it. Evaluation deals out whole batches, those of a single process, so losses are the same.
 """
 
 import datetime
@@ -21,8 +18,8 @@ from torch import Tensor, nn
 
 from dividemix import DivideMixError
 
-# How long a rank waits for the others. Long, since the first may be downloading, or looking at a million images; a rank
-# that dies is noticed at once, by the closed connection or by torchrun, so this is for a machine that vanishes.
+# How long a rank waits for the others: the first may be looking at a million images. A rank that dies is noticed at
+# once, by the closed connection or by torchrun, so this is for a machine that vanishes.
 TIMEOUT = datetime.timedelta(hours=2)
 
 
@@ -52,7 +49,7 @@ class Ranks:
         """Which of n evaluation batches are this rank's."""
         return range(self.rank, n, self.world)
 
-    # -- Collectives: every rank must come to each of these, in the same order. Alone they give back what they got.
+    # Collectives: every rank must come to each of these, in the same order. Alone they give back what they got.
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Over the ranks, in place."""
@@ -67,12 +64,10 @@ class Ranks:
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The ranks' tensors (...), of one shape -> (world, ...). Without gradients."""
-        if self.world == 1:
-            return tensor.unsqueeze(0)
-        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.world)]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.stack(parts)
+        """Of several ranks: their tensors (...), of one shape -> (world, ...). Without gradients."""
+        tensors = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(tensors, tensor)
+        return torch.stack(tensors)
 
     def from_first(self, function: Callable[..., Any], *args: Any) -> Any:
         """function(*args) on the first rank alone; its result, which must be picklable, on all. What it raises ends the
@@ -85,13 +80,11 @@ class Ranks:
 
     def local_first(self, function: Callable[[], Any]) -> Any:
         """function() on every rank, but on each machine first by one process alone: for downloads."""
-        if self.world == 1:
-            return function()
-        if self.local_rank == 0:
-            result = function()
-        dist.barrier()
-        if self.local_rank != 0:
-            result = function()
+        if self.world > 1 and self.local_rank > 0:
+            dist.barrier()
+        result = function()
+        if self.world > 1 and self.local_rank == 0:
+            dist.barrier()
         return result
 
     def average_buffers(self, net: nn.Module) -> None:
@@ -103,19 +96,15 @@ class Ranks:
 
 
 def join(device: torch.device) -> Ranks:
-    """The ranks that torchrun started this process among; `Ranks()` for a process that was started alone.
-
-    NCCL on CUDA cards, gloo elsewhere. Raises DivideMixError where the other ranks cannot be reached.
-    """
+    """The ranks that torchrun started this process among; `Ranks()` for a process that was started alone. NCCL on CUDA
+    cards, gloo elsewhere. Raises DivideMixError where the other ranks cannot be reached."""
     rank, world, local_rank = from_environment()
     if world == 1:
         return Ranks()
     if not dist.is_initialized():
-        on_card = device.type == "cuda"
+        backend, card = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         try:
-            dist.init_process_group(
-                "nccl" if on_card else "gloo", timeout=TIMEOUT, device_id=device if on_card else None
-            )
+            dist.init_process_group(backend, timeout=TIMEOUT, device_id=card)
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise DivideMixError(f"rank {rank} of {world} cannot reach the others: {reason}") from error
@@ -135,6 +124,5 @@ def on_this_machine() -> int:
 
 def from_environment() -> tuple[int, int, int]:
     """(rank, world, local rank) as torchrun sets them; (0, 1, 0) without it."""
-    return tuple(
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    return tuple(int(os.environ.get(name, alone)) for name, alone in names.items())

@@ -33,7 +33,7 @@ from dividemix.engine import DataSet, MixMatch, Phase, PhaseTerms
 from dividemix.logs import Logs
 from dividemix.provenance import commit, versions
 from dividemix.runfolder import load
-from dividemix.runtime import PLAIN, Runtime, load_optimizer
+from dividemix.runtime import Runtime, load_optimizer
 from dividemix.seeds import PHASES, draws
 
 # Flags that may change between two starts of one run: they do not change what is computed.
@@ -52,9 +52,9 @@ class Run:
     by another process, or belongs to another script or to a run with other flags.
     """
 
-    def __init__(self, folder: Path, args: Namespace, runtime: Runtime = PLAIN, logs: Logs = logs.CIFAR):
-        self.folder, self.args, self.runtime, self.logs = folder, args, runtime, logs
-        self.ranks = runtime.ranks
+    def __init__(self, folder: Path, args: Namespace, runtime: Runtime | None = None, logs: Logs = logs.CIFAR):
+        self.folder, self.args, self.runtime, self.logs = folder, args, runtime or Runtime(), logs
+        self.ranks = self.runtime.ranks
         self.config = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
         self.pins: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}

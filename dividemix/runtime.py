@@ -1,11 +1,10 @@
 """How the algorithm is run: device, precision, memory format, compiled, captured. What is computed: see `engine`."""
 
 import contextlib
-import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -13,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from joblib import cpu_count as available_cores  # in a container its share of the machine's
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dividemix import DivideMixError, warn
-from dividemix.graph import CapturedStep, Place, preserved
-from dividemix.layers import GroupedBatchNorm2d, can_merge, grouped
 from dividemix.ranks import Ranks, from_environment, join
 
 
@@ -28,12 +26,11 @@ class Runtime:
 
     precision: 'fp32' (no TF32) or 'bf16' (autocast; head and losses in float32). merge: several batches of one size
     go through a network together. compile: torch.compile fuses what stands between the convolutions. graph: training
-    steps are captured in CUDA graphs. Compile and graph are for steady shapes, the full batches: see `run_partial` for
-    others. Where either fails, that is said once and the run goes on without it. ranks: the processes that train
-    together; each forward with gradients averages them over these.
+    steps are captured in CUDA graphs. Where either fails, that is said once and the run goes on without it. ranks: the
+    processes that train together; each forward with gradients averages them over these.
     """
 
-    device: torch.device
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "fp32"
     memory_format: torch.memory_format = torch.contiguous_format
     merge: bool = False
@@ -53,18 +50,13 @@ class Runtime:
         net = net.to(self.device, memory_format=self.memory_format)
         if self.ranks.world > 1:
             # Running statistics are each rank's own during a phase; `Ranks.average_buffers` ends it.
-            with warnings.catch_warnings():  # the flag has a new name from torch 2.14 on, 2.11 knows this one
-                warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
-                warnings.filterwarnings("ignore", "`broadcast_buffers`", DeprecationWarning)
+            with warnings.catch_warnings(action="ignore"):  # the flag has a new name from torch 2.14 on
                 self.parallel[net] = DistributedDataParallel(net, broadcast_buffers=False)
         return net
 
     def forward(self, net: nn.Module, *batches: Tensor) -> list[Tensor]:
-        """The logits of each batch, float32, as from one call of `net` after the other.
-
-        In train mode each batch has its own statistics, also where they go through the network together. Autocast keeps
-        no cast weights: such a cache, filled before an update or without gradients, would serve the later forward.
-        """
+        """The logits of each batch, float32, as from one call of `net` after the other: in train mode each has its own
+        statistics, also where they go through the network together."""
         return self._forward(call, net, batches)
 
     def compiled_forward(self, net: nn.Module, *batches: Tensor) -> list[Tensor]:
@@ -75,12 +67,8 @@ class Runtime:
         """Compiled where this runtime compiles, for full evaluation batches: they change nothing, so a compilation that
         fails can be left out on the spot."""
         if self.compile:
-            try:
+            with self._optional("compile"):
                 return self.compiled_forward(net, *batches)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                self._give_up("compile", error)
         return self.forward(net, *batches)
 
     def _forward(self, function: Callable[..., Tensor], net: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
@@ -90,6 +78,7 @@ class Runtime:
         def logits(x: Tensor) -> Tensor:
             x = x.contiguous(memory_format=self.memory_format)
             bf16 = self.precision == "bf16"
+            # No cache of cast weights: filled before an update or without gradients, it would serve a later forward.
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
                 return function(net, x).float()
 
@@ -110,11 +99,9 @@ class Runtime:
     def run(
         self, key: tuple, step: Callable[..., Tensor], inputs: Sequence[Tensor], state: Callable[[], list[Tensor]]
     ) -> Tensor:
-        """step(forward, *inputs) -> one tensor, valid until the next run; for inputs of steady shapes.
-
-        `key` says what the step is, by all that it was made from but the inputs. Its first run compiles and captures,
-        later ones replay. `state` lists the tensors that the step changes in place.
-        """
+        """step(forward, *inputs) -> one tensor, valid until the next run; for inputs of steady shapes. `key`: all that
+        the step was made from but the inputs. Its first run compiles and captures, later ones replay. `state` lists the
+        tensors that the step changes in place."""
         if not (self.compile or self.graph):
             return step(self.forward, *inputs)
         if key not in self.steps:
@@ -124,41 +111,42 @@ class Runtime:
     def run_partial(self, step: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
         """step(forward, *inputs) for a batch whose size may never come again: eager and without cuDNN's autotuning,
         which tries many kernels for every convolution of a new size (2.4 s for one batch on an H200)."""
-        with without_autotuning():
+        tuned = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = False  # the process's, so autograd's thread too; `flags` would set all others
+        try:
             return step(self.forward, *inputs)
+        finally:
+            torch.backends.cudnn.benchmark = tuned
 
     def _steady(self, step, inputs: Sequence[Tensor], state: list[Tensor]) -> Callable[..., Tensor]:
         """Compile and capture, as far as this runtime does; the step is not applied."""
         if self.compile:
-            try:
-                with preserved(state):
-                    step(self.compiled_forward, *inputs)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                self._give_up("compile", error)
+            with self._optional("compile"), preserved(state):
+                step(self.compiled_forward, *inputs)
         run = partial(step, self.compiled_forward if self.compile else self.forward)
         if self.graph:
-            try:
+            with self._optional("graph"):
                 return CapturedStep(run, inputs, state, self._place)
-            except RuntimeError as error:  # out of memory among them
-                self._give_up("graph", error)
-                self.steps.clear()  # the graphs' memory: the run needs it now
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+            self.steps.clear()  # the graphs' memory: the run needs it now
+            torch.cuda.empty_cache()
         return run
 
-    @cached_property
-    def _place(self) -> Place:
-        return Place()
+    _place = cached_property(lambda self: Place())
 
-    def _give_up(self, what: str, error: BaseException) -> None:
-        setattr(self, what, False)
-        if what == "graph" and error.__context__ is not None:
-            error = error.__context__  # a capture that fails ends with a second error, which says less
-        name = {"compile": "torch.compile", "graph": "the CUDA graph"}[what]
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        warn(f"{name} failed, the run goes on without it, slower ({reason}); --no_{what} leaves it out from the start")
+    @contextlib.contextmanager
+    def _optional(self, what: str) -> Iterator[None]:
+        """'compile' or 'graph' is tried in the block: where it fails, that is said, and it is left out from then on."""
+        try:
+            yield
+        except Exception as error:
+            if what == "compile" and is_out_of_memory(error):
+                raise
+            setattr(self, what, False)
+            if what == "graph" and error.__context__ is not None:
+                error = error.__context__  # a capture that fails ends with a second error, which says less
+            name = {"compile": "torch.compile", "graph": "the CUDA graph"}[what]
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            warn(f"{name} failed, the run goes on without it, slower ({reason}); --no_{what} leaves it out")
 
     def background(self, function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
         """Start host work that a card need not wait for. -> a function that waits and gives its result. On a CPU, whose
@@ -169,17 +157,12 @@ class Runtime:
             return self._worker.submit(function, *args).result
         return at_once(function, *args)
 
-    @cached_property
-    def _worker(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(1)
+    _worker = cached_property(lambda self: ThreadPoolExecutor(1))
 
     def optimizer(self, net: nn.Module, lr: float, weight_decay: float, momentum: float = 0.9) -> torch.optim.SGD:
-        """SGD without Nesterov, weight decay on every parameter, BN and biases included.
-
-        Its `found_inf` is the device-side flag that `engine.update` sets at the first non-finite loss or gradient:
-        from then on fused SGD leaves weights and momentum as they are. On a card the learning rate is a tensor, for
-        graphs; the momentum is there, 0, before the first step, since `run` preserves what is there.
-        """
+        """SGD without Nesterov, weight decay on every parameter, BN and biases included. Once its flag `found_inf`, on
+        the device, is raised by `engine.update`, fused SGD leaves weights and momentum as they are. For graphs, the
+        learning rate is a tensor on a card, and the momentum is there, 0, before the first step."""
         fused = self.device.type in ("cuda", "cpu")
         rate = torch.tensor(lr, device=self.device) if self.graph or self.device.type == "cuda" else lr
         optimizer = torch.optim.SGD(net.parameters(), rate, momentum, weight_decay=weight_decay, fused=fused)
@@ -190,34 +173,17 @@ class Runtime:
         return optimizer
 
     def describe(self) -> str:
-        if self.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.device)
-        else:
-            name = f"{self.device.type}, {torch.get_num_threads()} threads"
-        if self.ranks.world > 1:
-            name = f"{self.ranks.world} ranks, each: {name}"
+        on_card = self.device.type == "cuda"
+        threads = f"{self.device.type}, {torch.get_num_threads()} threads"
+        name = torch.cuda.get_device_name(self.device) if on_card else threads
+        ranks = f"{self.ranks.world} ranks, each: " if self.ranks.world > 1 else ""
         arithmetic = "fp32, TF32 off" if self.precision == "fp32" else "bf16 autocast, losses in fp32"
         faster = "".join(f", {text}" for text, on in (("compiled", self.compile), ("CUDA graphs", self.graph)) if on)
-        return f"{name}; {arithmetic}{faster}; torch {torch.__version__}"
-
-
-PLAIN = Runtime(torch.device("cpu"))  # the reference
+        return f"{ranks}{name}; {arithmetic}{faster}; torch {torch.__version__}"
 
 
 def call(net: nn.Module, x: Tensor) -> Tensor:
     return net(x)
-
-
-@contextlib.contextmanager
-def without_autotuning() -> Iterator[None]:
-    """cuDNN takes the kernel that its heuristic names. The flag is the process's: it holds for autograd's thread too.
-    torch.backends.cudnn.flags would set all others to its own defaults."""
-    tuned = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = tuned
 
 
 def at_once(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
@@ -228,31 +194,126 @@ def at_once(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
 
 def load_optimizer(optimizer: torch.optim.SGD, state: dict[str, Any]) -> None:
     """Restore an optimizer from its state dict, also one that another device wrote: momentum takes its parameter's
-    memory layout; which SGD kernel runs, and whether the learning rate is a tensor, stay this machine's choice. Raises
-    DivideMixError for a state that is not one of this optimizer."""
-    own = [(group["fused"], group["lr"]) for group in optimizer.param_groups]
+    memory layout; which SGD kernel runs, and whether the learning rate is a tensor, stay this machine's choice."""
+    fused, lr = (optimizer.param_groups[0][name] for name in ("fused", "lr"))
+    optimizer.load_state_dict(state)
+    [group] = optimizer.param_groups
+    saved, group["fused"], group["lr"] = float(group["lr"]), fused, lr
+    set_learning_rate([optimizer], saved)
+    for parameter in group["params"]:
+        momentum = optimizer.state[parameter]["momentum_buffer"]
+        optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+
+
+def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> float:
+    """In place where it is a tensor: a captured step reads it there. -> lr"""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+    return lr
+
+
+# ---- Steps captured in a CUDA graph ----
+
+
+class Place:
+    """One stream and one pool of memory for several graphs: a pool's blocks are used again on the same stream only.
+    Keep every graph that was captured here until none is used any more: the pool ends with its last graph."""
+
+    def __init__(self):
+        self.stream = torch.cuda.Stream()  # the default stream cannot be captured
+        self.pool = torch.cuda.graph_pool_handle()
+
+
+class CapturedStep:
+    """`step(*inputs)` -> a tensor, captured with copies of the given inputs; called with others of the same shapes, it
+    replays, in one launch by the host instead of two thousand.
+
+    A replay has the addresses and the host's numbers of the capture: all that changes must come in as `inputs` or be a
+    tensor that is changed in place. The result is overwritten by the next call. `state` names the tensors that the step
+    changes; after the capture, before which it runs a few times, they are as before. Steps that share a `place` never
+    run at the same time. Raises what the capture raises; a call with other shapes is a ValueError.
+    """
+
+    def __init__(self, step: Callable[..., Tensor], inputs: Sequence[Tensor], state: Sequence[Tensor], place: Place):
+        self.inputs = [tensor.clone() for tensor in inputs]
+        with preserved(state):
+            self.replay, self.output = capture(lambda: step(*self.inputs), place)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if [x.shape for x in inputs] != [x.shape for x in self.inputs]:  # a copy would broadcast
+            raise ValueError("a captured step was called with inputs of other shapes")
+        torch._foreach_copy_(self.inputs, list(inputs))
+        self.replay()
+        return self.output
+
+
+def capture(step: Callable[[], Tensor], place: Place) -> tuple[Callable[[], None], Tensor]:
+    """Run `step` to warm up and capture it on the current card. -> (replay, the output that each replay overwrites)."""
+    graph = torch.cuda.CUDAGraph()
+    place.stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(place.stream):  # left again even where a capture fails
+        for _ in range(3):  # compilation, choice of algorithms, work spaces
+            step()
+        # Other threads (a data loader's, the mixture's) may call CUDA meanwhile.
+        with torch.cuda.graph(graph, place.pool, place.stream, capture_error_mode="thread_local"):
+            output = step()
+    torch.cuda.current_stream().wait_stream(place.stream)
+    return graph.replay, output
+
+
+@contextlib.contextmanager
+def preserved(state: Sequence[Tensor]) -> Iterator[None]:
+    """Whatever happens in the block, the tensors hold afterwards what they held before, at the same addresses."""
+    before = [tensor.detach().clone() for tensor in state]
     try:
-        optimizer.load_state_dict(state)
-        for group, (fused, lr) in zip(optimizer.param_groups, own, strict=True):
-            saved, group["fused"], group["lr"] = float(group["lr"]), fused, lr
-            set_learning_rate(group, saved)
-            for parameter in group["params"]:
-                momentum = optimizer.state[parameter]["momentum_buffer"]
-                if momentum.shape != parameter.shape:
-                    raise ValueError("momentum of another shape")
-                optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise DivideMixError("the last checkpoint's optimizer is not that of this network") from error
+        yield
+    finally:
+        for tensor, value in zip(state, before, strict=True):
+            tensor.detach().copy_(value)
 
 
-def set_learning_rate(group: dict[str, Any], lr: float) -> None:
-    """Of one parameter group, in place where it is a tensor: a captured step reads it there."""
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(lr)
-    else:
-        group["lr"] = lr
+# ---- Several batches through a network together ----
+
+
+class GroupedBatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d that can take several batches in one call: `Runtime.prepare` exchanges it by class alone.
+
+    While `groups` (see `grouped`) is above 1, the rows are that many batches of one size, one after the other. In train
+    mode each is normalised by its own statistics, and the running statistics are updated batch after batch, in order:
+    what that many calls would have computed, up to rounding.
+    """
+
+    groups = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.groups == 1:
+            return super().forward(x)
+        return torch.cat([nn.BatchNorm2d.forward(self, batch) for batch in x.chunk(self.groups)])
+
+
+@contextlib.contextmanager
+def grouped(net: nn.Module, groups: int) -> Iterator[None]:
+    """Within the block, `net` takes `groups` batches of one size in each call."""
+    layers = [module for module in net.modules() if isinstance(module, GroupedBatchNorm2d)]
+    for layer in layers:
+        layer.groups = groups
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.groups = 1
+
+
+def can_merge(net: nn.Module) -> bool:
+    """Whether every layer that looks across a batch's rows in train mode is a `GroupedBatchNorm2d`."""
+    across = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+    return all(isinstance(module, GroupedBatchNorm2d) for module in net.modules() if isinstance(module, across))
+
+
+# ---- Which runtime: the flags, and what this machine has ----
 
 
 def start(
@@ -269,42 +330,36 @@ def start(
 ) -> Runtime:
     """The runtime for these flags; `width`: channels of the network's first stage. compile and graph act on a CUDA card
     only (on a CPU compiled steps measured no faster); deterministic leaves compile out. Under torchrun each rank takes
-    the card of its local rank, steps run eagerly, and `batch_size`, that of all ranks together, must divide.
+    the card of its local rank, and steps run eagerly.
 
-    Raises DivideMixError for a device that is not there and for a batch that does not divide; warns of a card that
-    torch cannot use.
-    """
+    Raises DivideMixError for a device that is not there, and for a batch_size, that of all ranks together, which they
+    do not divide; warns of a card that torch cannot use."""
     _, world, local_rank = from_environment()
     if batch_size % world:
-        raise DivideMixError(
-            f"--batch_size {batch_size} is that of all ranks together: {world} ranks do not divide it; "
-            f"the next that they do is {-(-batch_size // world) * world}"
-        )
-    chosen = pick_device(device, local_rank if world > 1 else gpuid, "local rank" if world > 1 else "--gpuid")
-    if chosen.type == "cuda":
+        shares = f"is that of all ranks together: {world} ranks do not divide it"
+        raise DivideMixError(f"--batch_size {batch_size} {shares}; take {-(-batch_size // world) * world}")
+    chosen = pick_device(device, local_rank if world > 1 else gpuid)
+    on_card, on_cpu, native = chosen.type == "cuda", chosen.type == "cpu", computes_bf16(chosen)
+    if chosen.type == "mps" and (world > 1 or precision == "bf16"):
+        raise DivideMixError("--device mps: neither --precision bf16 nor several ranks are supported: use --device cpu")
+    if precision == "bf16" and not native:
+        warn(f"--precision bf16: {chosen.type} here has no bf16 units, fp32 would be faster")
+    if on_card:
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = not deterministic
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    if world > 1 and chosen.type == "mps":
-        raise DivideMixError("--device mps has no way to train with several ranks: use --device cpu")
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
-    native = computes_bf16(chosen)
-    if precision == "bf16" and chosen.type == "mps":
-        raise DivideMixError("--precision bf16 is not supported on mps: use fp32")
-    if precision == "bf16" and not native:
-        warn(f"--precision bf16: {chosen.type} here has no bf16 units, fp32 would be faster")
-    precision = ("bf16" if native else "fp32") if precision == "auto" else precision
+    cores = available_cores()
+    if on_cpu and "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores:
+        torch.set_num_threads(cores)  # torch counts the machine's
     ranks = join(chosen)
-    on_card, on_cpu = chosen.type == "cuda", chosen.type == "cpu"
-    if on_cpu:
-        use_cores()
     alone = on_card and ranks.world == 1  # graphs and compiled steps have not been tried with several ranks
     compile, graph = compile and alone and not deterministic, graph and alone
     return Runtime(
         chosen,
-        precision,
+        ("bf16" if native else "fp32") if precision == "auto" else precision,
         # On a CPU, channels_last is vectorised over channels: fewer than 16 leave its vector units half empty. With
         # fewer than 8, the backward pass of strided 1x1 convolutions writes out of bounds on AVX2 (torch 2.14.1).
         torch.contiguous_format if on_cpu and width < 16 else torch.channels_last,
@@ -316,38 +371,18 @@ def start(
     )
 
 
-def available_cores(group: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Cores that this process may use, also inside a container that has a share of the machine's."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = group.read_text().split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):  # no such file, or 'max': no limit
-        pass
-    return max(cores, 1)
-
-
-def use_cores(group: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
-    """No more threads than this process has cores: torch counts the machine's. OMP_NUM_THREADS wins."""
-    cores = available_cores(group)
-    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores:
-        torch.set_num_threads(cores)
-
-
-def pick_device(device: str, gpuid: int, source: str = "--gpuid") -> torch.device:
-    """auto: CUDA card `gpuid`, else mps, else the CPU. source: what gave the number, for messages."""
+def pick_device(device: str, gpuid: int) -> torch.device:
+    """auto: CUDA card `gpuid`, else mps, else the CPU."""
     if device in ("auto", "cuda"):
         if torch.cuda.is_available():
-            if gpuid >= torch.cuda.device_count():
-                raise DivideMixError(
-                    f"{source} {gpuid}: this machine has {torch.cuda.device_count()} CUDA cards, 0 is the first"
-                )
+            count = torch.cuda.device_count()
+            if gpuid >= count:
+                cards = f"this machine has {count} CUDA cards, 0 is the first"
+                raise DivideMixError(f"--gpuid {gpuid}: {cards}; torchrun gives each of its ranks here one")
             return torch.device("cuda", gpuid)
         problem = unusable_card()
         if device == "cuda":
-            raise DivideMixError(
-                f"--device cuda: {problem or 'no CUDA card here'}; use --device cpu to run without one"
-            )
+            raise DivideMixError(f"--device cuda: {problem or 'no CUDA card here'}; use --device cpu to run without")
         if problem:
             warn(f"A GPU IS HERE BUT NOT USED, TRAINING WILL BE SLOW: {problem}")
     mps = torch.backends.mps.is_available()
@@ -362,11 +397,9 @@ def unusable_card(proc: Path = Path("/proc/driver/nvidia/version")) -> str | Non
         return None
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a CPU-only build: install the CUDA build of torch"
-    words = proc.read_text().split() if proc.exists() else []
-    driver = next((word for word in words if word[:1].isdigit() and "." in word), "version unknown")
     return (
-        f"an NVIDIA driver ({driver}) is installed, but torch {torch.__version__} (CUDA {torch.version.cuda}) finds no "
-        "usable card: update the driver, install a torch built for an older CUDA, or look at CUDA_VISIBLE_DEVICES"
+        f"an NVIDIA driver is installed, but torch {torch.__version__} (CUDA {torch.version.cuda}) finds no usable "
+        "card: update the driver, install a torch built for an older CUDA, or look at CUDA_VISIBLE_DEVICES"
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dividemix import warn
 from dividemix.checkpoint import write_arrays
-from dividemix.codivide import Mixture
+from dividemix.codivide import Mixture, clean_probability
 from dividemix.engine import DataSet, Phase, evaluate
 from dividemix.label_issues import judge, worst_first
 from dividemix.runfolder import arrays, load
@@ -38,8 +38,8 @@ def clean_probabilities(
     probabilities = {}
     for k, mixture in enumerate(mixtures):
         random_state = int(draws(seed, "divide", epochs, k).integers(2**32))
-        division = mixture.fit(scores[f"loss_net{k + 1}"], random_state=random_state)
-        probabilities[f"p_clean_net{k + 1}"] = division.clean_probability
+        losses = np.stack([*mixture.history, scores[f"loss_net{k + 1}"]])
+        probabilities[f"p_clean_net{k + 1}"] = clean_probability(losses, mixture.window, random_state)
     return probabilities
 
 

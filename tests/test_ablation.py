@@ -9,8 +9,8 @@ import torch
 from conftest import half, placed, same, snapshot
 from test_engine import SETTINGS, Linear, NoSync, softmax
 
-from dividemix import engine, graph, recipes
-from dividemix.engine import Phase
+from dividemix import engine, recipes, runtime
+from dividemix.engine import MixMatch, Phase
 from dividemix.runtime import Runtime
 from PreResNet import ResNet18
 
@@ -57,7 +57,7 @@ def test_the_recipes_are_the_papers_table():
 
 
 def ablated(name: str, peer):
-    """The arguments of `mixmatch_step` for an ablation: (peer, fields of MixMatch)."""
+    """What an ablation trains with: (peer, fields of MixMatch)."""
     found = recipes.ABLATIONS[name]
     return (peer if found.nets == 2 else None), {"refine": found.refine, "views": found.M}
 
@@ -104,11 +104,9 @@ def test_a_step_leaves_out_what_is_named_and_no_more(monkeypatch, name, unlabele
     monkeypatch.setattr(engine, "mixup", lambda *args: seen.update(args=args) or mixup(*args))
     peer, how = ablated(name, other)
     index = torch.from_numpy(rng.permutation(len(inputs)))
-    batch = map(torch.from_numpy, (x[0], x[1], labels, w, u[0], u[1]))
-    terms = engine.mixmatch_step(
-        net, peer, torch.optim.SGD(net.parameters(), 0.1), *batch,
-        lam=0.7, index=index, T=T, lambda_u=lambda_u, num_class=C, **how,
-    )  # fmt: skip
+    batch = tuple(map(torch.from_numpy, (x[0], x[1], labels, w, u[0], u[1])))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    terms = engine.train_step(net, peer, optimizer, batch, MixMatch(C, B, T, **how), 0.7, index, lambda_u)
     np.testing.assert_allclose(seen["args"][0], inputs, rtol=1e-12)
     np.testing.assert_allclose(seen["args"][1], targets, rtol=1e-9)
 
@@ -137,10 +135,8 @@ def test_no_host_sync_in_a_step(tiny_images, name):
     optimizer, index = machine.optimizer(net, 0.1, 5e-4), torch.arange(8 * how["views"])
     batch, *_ = tiny_images.mixmatch_batches(half(24), 4, np.random.default_rng(0))
     with NoSync():
-        engine.mixmatch_step(
-            net, peer, optimizer, *tiny_images.mixmatch_views(*batch), lam=torch.tensor(0.7),
-            index=index, T=0.5, lambda_u=torch.tensor(2.0), num_class=3, forward=machine.forward, **how,
-        )  # fmt: skip
+        images, draws = tiny_images.mixmatch_views(*batch), (torch.tensor(0.7), index, torch.tensor(2.0))
+        engine.train_step(net, peer, optimizer, images, MixMatch(3, 4, **how), *draws, forward=machine.forward)
 
 
 # ---- One phase ----
@@ -151,8 +147,7 @@ def test_all_draw_alike(monkeypatch, tiny_images):
     mixup are of rows that are not there, or of some rows never."""
     seen: dict[str, list] = {name: [] for name in ASKED}
 
-    def spy(net, peer, optimizer, x1, x2, labels, w, u1, u2, mixmatch, lam, index, lambda_u, **_):
-        batch = [x1, x2, labels, w, u1, u2]
+    def spy(net, peer, optimizer, batch, mixmatch, lam, index, lambda_u, **_):
         seen[name].append([*batch, lam, lambda_u])
         assert (peer is None) == (name in ALONE)
         assert sorted(index.tolist()) == list(range(ASKED[name][2] * (len(batch[0]) + len(batch[4]))))
@@ -183,7 +178,7 @@ def test_phases_survive_the_smallest_sets(tiny_images, labeled, name):
 def test_replayed_steps_equal_eager_ones(monkeypatch, tiny_images, precision, merge):
     """On a card every full batch is a replay. A graph of two views that is replayed for one, or of one ablation for
     another on the same networks, trains another method without an error."""
-    monkeypatch.setattr(graph, "capture", graph_emulator.capture)
+    graph_emulator.install(monkeypatch)
     states = []
     for on in (False, True):
         machine = Runtime(CPU, precision, merge=merge, graph=on)
@@ -192,7 +187,7 @@ def test_replayed_steps_equal_eager_ones(monkeypatch, tiny_images, precision, me
         optimizer, data = machine.optimizer(net, 0.02, 5e-4), placed(machine, tiny_images)
         terms = [train(name, net, other, optimizer, data) for name in ASKED]
         assert len(machine.steps) == (len(ASKED) if on else 0)
-        assert all(isinstance(step, graph.CapturedStep) for step in machine.steps.values())
+        assert all(isinstance(step, runtime.CapturedStep) for step in machine.steps.values())
         states.append((snapshot(net), terms))
     assert same(states[0][0], states[1][0]) and states[0][1] == states[1][1]
     assert len(set(states[0][1])) == len(ASKED)  # and they do differ

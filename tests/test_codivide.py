@@ -134,18 +134,16 @@ def test_where_nothing_is_clean_there_is_no_division_and_the_next_epoch_is_as_if
         assert len(mixture.history) == min(epoch + 1, 2)
 
 
-def test_a_division_carries_what_it_was_made_of_and_a_fit_keeps_nothing():
-    """Else the score files hold other losses or predictions than those that the epoch was divided by; or looking at the
-    final networks' labels adds an epoch to the window."""
+def test_a_division_carries_what_it_was_made_of():
+    """Else the score files hold other losses or predictions than those that the epoch was divided by."""
     rows, prediction, clean = [two_groups(seed=k) for k in range(3)], np.arange(250) % 3, np.arange(250) < 150
     mixture = Mixture(0.5, 2)
     mixture.divide(rows[0])
-    for make in (mixture.fit, mixture.fit, mixture.divide):
-        division = make(rows[1], prediction, clean, 4)
-        assert np.array_equal(division.raw_loss, rows[1]) and np.array_equal(division.prediction, prediction)
-        expected = codivide(np.stack(rows[:2]), 0.5, 2, clean, 4)
-        np.testing.assert_array_equal(division.clean_probability, expected.clean_probability)
-        assert division.auc == expected.auc > 0.99
+    division = mixture.divide(rows[1], prediction, clean, 4)
+    assert np.array_equal(division.raw_loss, rows[1]) and np.array_equal(division.prediction, prediction)
+    expected = codivide(np.stack(rows[:2]), 0.5, 2, clean, 4)
+    np.testing.assert_array_equal(division.clean_probability, expected.clean_probability)
+    assert division.auc == expected.auc > 0.99
     assert len(mixture.history) == 1 and np.array_equal(mixture.history[0], rows[1])
     mixture.threshold = -1
     with pytest.warns(DivideMixWarning, match="net 1 finds every sample clean"):
@@ -179,19 +177,11 @@ def whole(losses: np.ndarray, random_state: int) -> np.ndarray:
     return gmm.predict_proba(loss)[:, gmm.means_.argmin()]
 
 
-@pytest.mark.parametrize("chunk", [1000, 777, 1, 5000])
-def test_up_to_the_limit_nothing_is_left_out(monkeypatch, chunk):
+def test_up_to_the_limit_nothing_is_left_out(monkeypatch):
     """The paper's data sets would be divided otherwise than by the authors' mixture, for a speed they do not need."""
     losses = real_losses(1000)[0]
     monkeypatch.setattr("dividemix.codivide.FIT_LIMIT", 1000)
-    monkeypatch.setattr("dividemix.codivide._CHUNK", chunk)
     np.testing.assert_array_equal(clean_probability(losses, random_state=3), whole(losses, 3))
-
-
-def test_posteriors_of_many_samples_are_those_of_one_call():
-    """A sample at the seam of two chunks, or in the short last one, would get another weight."""
-    losses = real_losses(200_001)[0]
-    np.testing.assert_array_equal(clean_probability(losses), whole(losses, 0))
 
 
 def test_past_the_limit_a_subsample_gives_nearly_the_same_split(monkeypatch):

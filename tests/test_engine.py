@@ -14,15 +14,15 @@ from dividemix import Diverged, DivideMixError, DivideMixWarning, engine, recipe
 from dividemix.codivide import Mixture
 from dividemix.engine import MixMatch, Phase
 from dividemix.run import RunPhase
-from dividemix.runtime import PLAIN, Runtime
+from dividemix.runtime import Runtime
 from PreResNet import ResNet18
 
 CPU = torch.device("cpu")
 
 
-def golden_step(name: str, num_class: int, lr: float, weight_decay: float, machine: Runtime = PLAIN, **kwargs):
+def golden_step(name: str, num_class: int, lr: float, weight_decay: float, machine: Runtime | None = None, **kwargs):
     """Run the golden file's step. -> (file, net after it, its terms)."""
-    golden = np.load(GOLDEN / f"step_{name}.npz")
+    golden, machine = np.load(GOLDEN / f"step_{name}.npz"), machine or Runtime()
     rs = np.random.RandomState(5)
 
     def draw(*shape):
@@ -267,7 +267,8 @@ def test_an_epoch_is_one_pass_and_the_ramp_counts_as_the_authors(monkeypatch, ti
     """The authors count one batch too many when B divides the labeled set: the ramp must follow them."""
     seen = []
 
-    def spy(net, peer, optimizer, x1, x2, labels, w, u1, u2, mixmatch, lam, index, lambda_u, **_):
+    def spy(net, peer, optimizer, batch, mixmatch, lam, index, lambda_u, **_):
+        x1, _, _, _, u1, _ = batch
         seen.append((len(x1), len(u1), float(lam), float(lambda_u), sorted(index.tolist())))
         return engine.StepTerms(*torch.zeros(4))
 
@@ -357,7 +358,7 @@ def test_evaluation_adapts_to_the_memory(tiny_images):
     assert accuracy["test_acc_net1"] == accuracy["test_acc_net2"] == expected
     assert small.tried == [6, 6, 6, 6]
     small.room = 0
-    with pytest.warns(DivideMixWarning), pytest.raises(DivideMixError, match="no memory for even one image"):
+    with pytest.warns(DivideMixWarning), pytest.raises(DivideMixError, match="no memory to evaluate 1 images"):
         engine.per_sample_loss(small, data)
 
 

@@ -29,7 +29,7 @@ import dataloader_clothing1M
 import dataloader_webvision
 from dividemix import DivideMixError, checkpoint, networks, noise, noise_file, noise_human, predict
 from dividemix.images import BadImage
-from dividemix.runtime import PLAIN
+from dividemix.runtime import Runtime
 
 CASES = int(os.environ.get("FUZZ", "1000"))  # of each kind
 
@@ -133,7 +133,7 @@ def webvision(root: Path) -> Target:
 def tiny_state() -> dict:
     """What a checkpoint holds, of two networks of one layer."""
     nets = [torch.nn.Linear(2, 2) for _ in range(2)]
-    optimizers = [PLAIN.optimizer(net, 0.1, 0.0) for net in nets]
+    optimizers = [Runtime().optimizer(net, 0.1, 0.0) for net in nets]
     histories = [[torch.tensor([0.0, 0.1, 0.2, 0.9, 1.0])] for _ in nets]
     records = [{"epoch": 0, "phase": "train", "lr": 0.1, "test_acc": 50.0, "auc_net1": None}]
     more = {"records": records, "best_epochs": [0, 0], "config": {"r": 0.5, "id": ""}, "pins": {"labels_sha256": "0"}}
@@ -150,7 +150,7 @@ def checkpoint_file(root: Path) -> Target:
     def read(content: bytes, _: int) -> None:
         (root / "best.pt").write_bytes(content)
         with mock.patch.object(networks, "build", lambda *_: torch.nn.Linear(2, 2)):
-            start = {"init_from": str(root / "best.pt"), "begun": False, "seed": 0, "machine": PLAIN}
+            start = {"init_from": str(root / "best.pt"), "begun": False, "seed": 0, "machine": Runtime()}
             networks.pair("linear", 2, 2, "none", **start)
 
     return Target([now.getvalue(), old.getvalue()], read)

@@ -16,7 +16,7 @@ def divided(n: int = 200, seed: int = 0) -> tuple[Division, np.ndarray]:
     rng = np.random.default_rng(seed)
     clean = rng.random(n) < 0.6
     loss = np.where(clean, rng.gamma(2, 0.1, n), rng.normal(3, 0.5, n)).astype(np.float32)
-    return Mixture(0.5).fit(loss, np.zeros(n, np.int64)), clean
+    return Mixture(0.5).divide(loss, np.zeros(n, np.int64)), clean
 
 
 def test_counts_are_of_every_sample_and_of_its_own_kind():

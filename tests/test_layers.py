@@ -4,8 +4,7 @@ import pytest
 import torch
 from conftest import golden_weights
 
-from dividemix.layers import GroupedBatchNorm2d
-from dividemix.runtime import Runtime
+from dividemix.runtime import GroupedBatchNorm2d, Runtime
 from PreResNet import ResNet18, ResNet50
 
 CPU = torch.device("cpu")

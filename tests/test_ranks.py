@@ -96,7 +96,6 @@ def test_alone_everything_is_given_back():
     one, tensor = Ranks(), torch.arange(3.0)
     assert one.sum(tensor) is tensor
     assert one.maximum(tensor) is tensor
-    assert torch.equal(one.gather(tensor), tensor[None])
     assert one.from_first(lambda a: a + 1, 1) == one.local_first(lambda: 2) == 2
     net = torch.nn.BatchNorm2d(2)
     one.average_buffers(net)

@@ -22,7 +22,7 @@ from dividemix.codivide import Mixture
 from dividemix.engine import MixMatch, PhaseTerms
 from dividemix.ranks import Ranks
 from dividemix.run import Run, lock_folder, score_arrays
-from dividemix.runtime import PLAIN
+from dividemix.runtime import Runtime
 from dividemix.seeds import draws, seeded
 
 TINY = "--dataset digits --limit_train 96 --width 4 --batch_size 16 --warm_up 1 --lr_drop 3 --device cpu"
@@ -294,13 +294,13 @@ class Marked(torch.nn.Module):
         self.w = torch.nn.Parameter(torch.tensor([-1.0, k]))
 
 
-def opened(folder, logs=logs.CLOTHING1M, runtime=PLAIN, **flags) -> Run:
+def opened(folder, logs=logs.CLOTHING1M, runtime=None, **flags) -> Run:
     return Run(folder, Namespace(**{"seed": 123, "fresh": False, "no_label_scores": True} | flags), runtime, logs)
 
 
 def begin(run: Run) -> None:
     nets = [Marked(k) for k in (1, 2)]
-    optimizers = [PLAIN.optimizer(net, 0.1, 0.0) for net in nets]
+    optimizers = [Runtime().optimizer(net, 0.1, 0.0) for net in nets]
     mixtures = [Mixture(0.5) for _ in nets]
     run.start([], nets, optimizers, mixtures, MixMatch(2, warm_up=1), data={}, model={})
 
@@ -309,7 +309,7 @@ def end_epoch(run: Run, accuracy: dict, phase: str = "train") -> None:
     """The networks are marked with the epoch, and it ends with such a record."""
     for net in run.nets:
         net.w.data[0] = run.epoch
-    division = Mixture(0.5).fit(np.array([0.0, 0.1, 0.9, 1.0], np.float32), np.zeros(4, np.int64))
+    division = Mixture(0.5).divide(np.array([0.0, 0.1, 0.9, 1.0], np.float32), np.zeros(4, np.int64))
     divisions = [division if phase == "train" else None] * 2
     run.end_epoch(0.1, divisions, [PhaseTerms(1.0, float("nan"), 0.0, 0.0)] * 2, accuracy)
 
@@ -426,11 +426,11 @@ def test_the_result_is_left_once_and_the_same_again(tmp_path, monkeypatch):
 def test_scores_of_a_sample_say_whose_they_are():
     """Each of Clothing1M's networks scores images of its own: else no loss can be traced to an image."""
     loss, prediction, index = np.array([1.0, 2.0], np.float32), np.array([3, 4]), np.array([70, 8])
-    arrays = score_arrays(1, Mixture(0.5).fit(loss, prediction), index)
+    arrays = score_arrays(1, Mixture(0.5).divide(loss, prediction), index)
     assert all(name.endswith("_net2") for name in arrays) and arrays["index_net2"].tolist() == [70, 8]
     assert arrays["raw_loss_net2"].tolist() == [1.0, 2.0] and arrays["prediction_net2"].tolist() == [3, 4]
     assert arrays["loss_net2"].tolist() == [0.0, 1.0] and arrays["clean_probability_net2"].tolist()[0] > 0.5
-    assert "index_net1" not in score_arrays(0, Mixture(0.5).fit(loss, prediction))
+    assert "index_net1" not in score_arrays(0, Mixture(0.5).divide(loss, prediction))
 
 
 def test_a_run_folders_lock_is_not_held_on_by_workers(tmp_path):

@@ -81,17 +81,15 @@ def test_why_a_card_cannot_be_used(monkeypatch, tmp_path):
     proc = tmp_path / "version"
     monkeypatch.setattr(runtime.shutil, "which", lambda _: None)
     assert runtime.unusable_card(proc) is None
-    proc.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27 2021\nGCC version: 9\n")
+    proc.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27 2021\n")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     problem = runtime.unusable_card(proc)
-    assert "470.82.01" in problem and "CUDA 13.0" in problem and "update the driver" in problem and "\n" not in problem
+    assert "CUDA 13.0" in problem and "update the driver" in problem and "\n" not in problem
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "CPU-only build" in runtime.unusable_card(proc)
     proc.unlink()  # as under WSL, where the driver shows only as nvidia-smi
     monkeypatch.setattr(runtime.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert "CPU-only build" in runtime.unusable_card(proc)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "version unknown" in runtime.unusable_card(proc)
 
 
 def test_a_batch_that_the_ranks_do_not_divide_is_refused(monkeypatch):
@@ -118,7 +116,7 @@ def test_bf16_without_units_is_warned_of_and_on_mps_refused(monkeypatch):
     with pytest.warns(DivideMixWarning, match="no bf16 units"):
         assert runtime.start("cpu", precision="bf16").precision == "bf16"
     mps(monkeypatch, True)
-    with pytest.raises(DivideMixError, match="bf16 is not supported on mps"):
+    with pytest.raises(DivideMixError, match="mps: neither --precision bf16"):
         runtime.start("mps", precision="bf16")
 
 
@@ -256,23 +254,19 @@ def test_a_cpu_neither_compiles_nor_captures():
 
 
 @pytest.mark.parametrize(
-    ("limit", "environment", "expected"),
-    [("200000 100000", {}, 2), ("150000 100000", {}, 2), ("50000 100000", {}, 1), ("max 100000", {}, None)]
-    + [("100000 100000", {"OMP_NUM_THREADS": "7"}, None), (None, {}, None), ("rubbish", {}, None)],
+    ("cores", "environment", "expected"), [(2, {}, [2]), (64, {}, []), (2, {"OMP_NUM_THREADS": "7"}, [])]
 )
-def test_threads_are_the_containers_cores(monkeypatch, tmp_path, limit, environment, expected):
+def test_threads_are_the_containers_cores(monkeypatch, cores, environment, expected):
     """A container with two of a server's 64 cores: 64 threads on them are ten times slower than two."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    if limit:
-        (tmp_path / "cpu.max").write_text(limit + "\n")
     asked = []
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    monkeypatch.setattr(runtime, "available_cores", lambda: cores)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    runtime.use_cores(tmp_path / "cpu.max")
-    assert asked == ([] if expected is None else [expected])
+    runtime.start("cpu")
+    assert asked == expected
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
@@ -375,7 +369,7 @@ def test_narrow_networks_are_contiguous_on_a_cpu(monkeypatch):
     """Else its vector units are half empty, and below 8 channels torch writes out of bounds in the backward pass."""
     layouts = [runtime.start("cpu", width=width).memory_format for width in (4, 15, 16)]
     assert layouts == [torch.contiguous_format, torch.contiguous_format, torch.channels_last]
-    assert runtime.PLAIN.memory_format == torch.contiguous_format
+    assert Runtime().memory_format == torch.contiguous_format
     card_that_computes(monkeypatch)
     assert runtime.start("cuda", width=4).memory_format == torch.channels_last
 

@@ -1,6 +1,5 @@
 """After the last epoch: the scores of every training label, and what happens to them when runs stop and go on."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -20,6 +19,7 @@ from dividemix.codivide import Mixture
 from dividemix.engine import Phase, per_sample_loss
 from dividemix.run import Run
 from dividemix.runtime import Runtime
+from dividemix.seeds import draws
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def test_prediction_and_confidence_are_of_the_summed_logits(tiny_images):
     assert found["prediction"].dtype == np.int32 and len(set(found["prediction"].tolist())) > 1
 
 
-def test_a_fit_keeps_nothing():
+def test_clean_probabilities_are_those_of_the_next_epoch_and_nothing_is_kept():
     """The run may go on afterwards: a loss history with one epoch twice would divide otherwise."""
     rng = np.random.default_rng(0)
     losses = [rng.gamma(1 + 3 * (rng.random(60) < 0.4), 1).astype(np.float32) for _ in range(3)]
@@ -76,9 +76,10 @@ def test_a_fit_keeps_nothing():
     for each in losses[:2]:
         mixture.divide(each)
         other.divide(each)
-    seen = mixture.fit(losses[2], random_state=7)
+    seen = scoring.clean_probabilities({"loss_net1": losses[2]}, [mixture], seed=3, epochs=2)
     assert len(mixture.history) == 2
-    np.testing.assert_array_equal(seen.clean_probability, other.divide(losses[2], random_state=7).clean_probability)
+    expected = other.divide(losses[2], random_state=int(draws(3, "divide", 2).integers(2**32)))
+    np.testing.assert_array_equal(seen["p_clean_net1"], expected.clean_probability)
 
 
 # ---- In a run ----
@@ -179,19 +180,18 @@ def test_what_is_kept_of_an_epoch_is_what_it_was_divided_by(tmp_path, monkeypatc
 @pytest.mark.parametrize("none", [{1}, {0, 1}], ids=["one network", "both"])
 def test_a_network_that_finds_nothing_clean_leaves_no_division(tmp_path, monkeypatch, none):
     """Else the division of an epoch before stands in figures and scores as this one's."""
-    fit = Mixture.fit
+    divide = Mixture.divide
 
     def nothing(self, *args, **rest):
         mixtures.append(self) if self not in mixtures else None
-        division = fit(self, *args, **rest)
         epochs.append(self)
-        nobody = np.zeros_like(division.labeled)
         # Net 2 is divided first.
         late, k = epochs.count(self) == 2, 1 - mixtures.index(self)
-        return dataclasses.replace(division, labeled=nobody) if late and k in none else division
+        self.threshold = 1.0 if late and k in none else 0.5
+        return divide(self, *args, **rest)
 
     mixtures, epochs, folder = [], [], tmp_path / "run"
-    monkeypatch.setattr(Mixture, "fit", nothing)
+    monkeypatch.setattr(Mixture, "divide", nothing)
     with pytest.warns(UserWarning, match="finds no sample clean"):
         again(folder, "--num_epochs", "4", "--save_scores", "--no_label_scores")
     names = {name for path in (folder / "scores").glob("epoch_002.npz") for name in np.load(path)}

@@ -20,7 +20,7 @@ import dataloader_webvision
 from dividemix import DivideMixError, DivideMixWarning, engine, images, imagestore
 from dividemix.images import Views
 from dividemix.ranks import Ranks
-from dividemix.runtime import PLAIN, Runtime
+from dividemix.runtime import Runtime
 from dividemix.stream import Pipeline
 from PreResNet import ResNet18
 
@@ -200,7 +200,7 @@ def test_the_published_pixels_are_kept_and_own_images_are_read_as_shown(own_clot
         expected = VIEWS.eval(VIEWS.resized(Image.fromarray(np.ascontiguousarray(expected))))
         lists = {"train": replace(train, as_shown=as_shown)}
         for cache_dir in (None, tmp_path / "cache"):
-            with Pipeline(lists, VIEWS, (0.5,) * 3, (0.5,) * 3, PLAIN, workers=0, cache_dir=cache_dir) as made:
+            with Pipeline(lists, VIEWS, (0.5,) * 3, (0.5,) * 3, Runtime(), workers=0, cache_dir=cache_dir) as made:
                 made.build_cache()
                 np.testing.assert_array_equal(made.pixels("train", np.arange(1))[0], expected)
                 [original] = made.images("train").originals(np.array([0]))
