@@ -12,7 +12,7 @@ from collections.abc import Collection
 from typing import Any
 
 from dividemix import DivideMixError, networks, ranks, recipes
-from dividemix.augment import PAD
+from dividemix.data import PAD
 from dividemix.recipes import OwnRecipe
 
 SMALL = 64  # px: up to this side images are small

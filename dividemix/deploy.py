@@ -106,7 +106,7 @@ class Ensemble(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if self.border:
             images = F.pad(images, [self.border] * 4)
-        x = (images.expand(-1, 3, -1, -1) - self.mean) / self.std  # bit for bit as `augment.to_float`
+        x = (images.expand(-1, 3, -1, -1) - self.mean) / self.std  # bit for bit as `data.to_float`
         first, *others = [net(x) for net in self.nets]
         return sum(others, first)
 

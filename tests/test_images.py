@@ -4,6 +4,8 @@ import io
 import pickle
 import re
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_image_trees import Artist
@@ -503,6 +506,21 @@ def test_images_of_too_many_pixels_are_refused(tmp_path, reader, monkeypatch):
     with warnings.catch_warnings(), pytest.raises(BadImage, match="60 x 50 pixels"):
         warnings.simplefilter("ignore")
         reader(str(tmp_path / "photo.jpg"), Boundary(tmp_path))
+
+
+def test_pillow_is_silent_and_others_are_not(tmp_path):
+    """A run would end in a screen of remarks on metadata; or the warning of a mixture that is fitted in a thread, while
+    images are read, would be lost."""
+    image = palette(of([0, 1], "P"), [9, 8, 7, 1, 2, 3])
+    image.save(tmp_path / "x.png", transparency=b"\0\1")
+    code = f"""
+import warnings
+from dividemix.filelist import Boundary
+from dividemix.images import read
+read({str(tmp_path / "x.png")!r}, Boundary({str(tmp_path)!r}))
+warnings.warn("of a fit")"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert re.findall(r"\w*Warning: .*", ended.stderr) == ["UserWarning: of a fit"]
 
 
 # ---- Files for trained networks ----
