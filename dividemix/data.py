@@ -52,12 +52,11 @@ class DeviceImages:
         runtime: Runtime = PLAIN,
         truly_clean: NDArray[np.bool_] | None = None,
     ):
-        self.runtime, self.truly_clean = runtime, truly_clean
+        self.runtime, self.truly_clean, self.flip = runtime, truly_clean, flip
         self.padded = pad_images(torch.from_numpy(images).to(runtime.device))
         self.labels = torch.from_numpy(labels).to(runtime.device)
         self.mean = torch.tensor(mean, dtype=torch.float32, device=runtime.device)
         self.std = torch.tensor(std, dtype=torch.float32, device=runtime.device)
-        self.flip = flip
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -86,10 +85,9 @@ class DeviceImages:
 
     def eval_batches(self, batch_size: int) -> Batches:
         """(x, labels) of all images in order, without augmentation, made as they are asked for."""
-        images, starts = centre(self.padded), range(0, len(self), batch_size)
-        rows = [slice(start, min(start + batch_size, len(self))) for start in starts]
-        batches = ((to_float(images[part], self.mean, self.std), self.labels[part]) for part in rows)
-        return Batches([(part.stop - part.start,) for part in rows], batches)
+        images, labels = centre(self.padded).split(batch_size), self.labels.split(batch_size)
+        batches = ((to_float(x, self.mean, self.std), y) for x, y in zip(images, labels, strict=True))
+        return Batches([(len(y),) for y in labels], batches)
 
     def originals(self, rows: NDArray) -> Iterator[NDArray[np.uint8]]:
         """The images `rows` (M,) as they came, (H, W, 3) each."""

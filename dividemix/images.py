@@ -1,7 +1,7 @@
 """From an image file to uint8 views, pixel for pixel as torchvision does with PIL: read it, resize it, cut views.
 
 Clothing1M and WebVision keep the published pixels (`read`). Own images, and all that `predict` is given, are read as
-a viewer shows them (`shown`, `read_image`). JPEG's draft mode, faster, would give other pixels.
+a viewer shows them (`shown`). JPEG's draft mode, faster, would give other pixels.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from dividemix import DivideMixError
 from dividemix.filelist import Boundary
 
 MISSING = "missing"
+_MEANING = {FileNotFoundError: MISSING, NotADirectoryError: MISSING, UnidentifiedImageError: "not an image"}
 # Pillow knows far more, and for one of them, EPS, starts a program: a file of any name can be one.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 MAX_RATIO = 200  # of an image's sides: resized to a short side of 256 pixels, it takes 40 MB
@@ -63,12 +64,8 @@ def opened(path: str | os.PathLike, boundary: Boundary | None) -> Iterator[tuple
             yield image, file
     except (BadImage, MemoryError):
         raise
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise BadImage(MISSING) from error
-    except UnidentifiedImageError as error:
-        raise BadImage("not an image") from error
     except Exception as error:  # damage can end in anything: OSError, SyntaxError, ValueError, struct.error, bombs ...
-        text = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        text = _MEANING.get(type(error)) or getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise BadImage(text or type(error).__name__) from error
 
 
@@ -93,7 +90,7 @@ def _sixteen_bits(image: Image.Image) -> NDArray[np.int64]:
 # ---- As a viewer shows them ----
 
 TURNED, COMPOSITED, SCALED = 1, 2, 4  # what was done to an image
-READING = (  # what `read_image` does, for those who have an exported file alone
+READING = (  # what `shown` does, for those who have an exported file alone
     "the first frame, turned and mirrored as its EXIF orientation (or the TIFF tag Orientation) says",
     "16-bit grey (L): round(255 * L / (2**bits - 1)), at most 255, where bits are those that the file names, if no "
     "visible value is larger (sBIT of PNG, BitsPerSample below 16 of TIFF; a PGM is scaled by its maximum, if that is "
@@ -101,9 +98,8 @@ READING = (  # what `read_image` does, for those who have an exported file alone
     "Pillow reads them, in eight bits",
     "transparency composited on white, in 8 bits: round((value * alpha + 255 * (255 - alpha)) / 255)",
 )
-_BITS = (8, 10, 12, 14, 16)
 _ONE_COLOUR = ("1", "L", "RGB", "I", "I;16")  # modes in which what is transparent is a colour
-_PNG_DEPTHS = {"1": 1, "L;2": 2, "L;4": 4, "RGB;16B": 16}  # Pillow's raw modes -> bits of a sample, else 8
+_WHITE = {"1": 1, "L;2": 3, "L;4": 15}  # in the file, of the raw modes that Pillow stretches to 8 bits
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -113,8 +109,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
 _SAID = {
     TURNED: "turned as their EXIF orientation says",
     COMPOSITED: "with transparency put on white",
@@ -128,17 +122,9 @@ class Shown(NamedTuple):
     changes: int = 0  # of TURNED, COMPOSITED and SCALED those that apply, added up
 
 
-def read_image(path: str | os.PathLike, boundary: Boundary | None = None) -> NDArray[np.uint8]:
-    """The image as a viewer shows it (`READING`), (H, W, 3), of every mode and depth that Pillow opens in `FORMATS`.
-
-    Raises BadImage for a bad file, and for what cannot be shown faithfully: fractions, values of more than 16 bits or
-    below zero.
-    """
-    return np.asarray(shown(path, boundary).image)
-
-
 def shown(path: str | os.PathLike, boundary: Boundary | None = None) -> Shown:
-    """As `read_image`, for Pillow, and what was done to the image. Raises BadImage."""
+    """The image as a viewer shows it (`READING`), of every mode and depth that Pillow opens in `FORMATS`. Raises
+    BadImage, also for what cannot be shown faithfully: fractions, values of more than 16 bits or below zero."""
     with opened(path, boundary) as (image, file):
         is_tiff = isinstance(image, TiffImagePlugin.TiffImageFile)  # which Pillow turns itself, while it decodes
         codec, _, _, raw_mode = image.tile[0] if image.tile else ("", None, 0, "")
@@ -179,7 +165,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 def _to_rgb(image: Image.Image, file: BinaryIO, raw_mode: str, scaled: bool) -> Shown:
     """A decoded image on white, not turned. raw_mode: of a PNG; scaled: whether 16-bit grey is scaled already."""
-    key = image.info.pop("transparency", None) if image.mode in _ONE_COLOUR else None
+    key = image.info.get("transparency") if image.mode in _ONE_COLOUR else None
     if image.mode == "RGB" and key is None:
         return Shown(image)
     if image.mode == "LAB":
@@ -201,9 +187,11 @@ def _to_rgb(image: Image.Image, file: BinaryIO, raw_mode: str, scaled: bool) -> 
         grey = _eight_bits(values, values if alpha is None else values[alpha > 0], named)
         white_is_zero = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0  # at 16 bits Pillow passes it over
         image, changes = Image.fromarray(255 - grey if white_is_zero else grey), SCALED
-    elif key is not None:
-        alpha = np.where(_is_key(image, file, key, _PNG_DEPTHS.get(raw_mode, 8)), 0, 255).astype(np.uint8)
-        image = image.convert("RGB")
+    elif raw_mode == "RGB;16B" and key is not None:  # of which, too, Pillow gives the upper eight bits
+        pixels = np.asarray(image).astype(np.uint16) << 8 | _decoded_again(file, "RGB;16L")
+        alpha = np.where((pixels == key).all(axis=2), 0, 255).astype(np.uint8)
+    elif raw_mode in _WHITE and key is not None:  # Pillow does not stretch the key
+        image.info["transparency"] = (key & _WHITE[raw_mode]) * 255 // _WHITE[raw_mode]
     if alpha is not None:
         image.putalpha(Image.fromarray(alpha))
     if not image.has_transparency_data:
@@ -220,20 +208,9 @@ def _eight_bits(values: NDArray[np.int64], visible: NDArray[np.int64], named: in
     """16-bit grey values, scaled by the bits that are named, else by those of the largest `visible` one. A file may
     name them and have stretched the values to 16 bits, as PNG's specification asks for."""
     largest = int(visible.max(initial=0))
-    bits = named if named and largest < 1 << named else next(bits for bits in _BITS if largest < 1 << bits)
+    bits = named if named and largest < 1 << named else next(k for k in (8, 10, 12, 14, 16) if largest < 1 << k)
     white = (1 << bits) - 1
     return ((2 * 255 * np.minimum(values, white) + white) // (2 * white)).astype(np.uint8)
-
-
-def _is_key(image: Image.Image, file: BinaryIO, key: int | tuple[int, ...], depth: int) -> NDArray[np.bool_]:
-    """Which pixels (H, W) have the transparent colour. depth: bits of a sample in the file."""
-    if image.mode == "RGB":
-        pixels = np.asarray(image)
-        if depth == 16:  # of which Pillow gives the upper eight bits
-            pixels = pixels.astype(np.uint16) << 8 | _decoded_again(file, "RGB;16L")
-        return (pixels == np.array(key) % (1 << depth)).all(axis=2)
-    largest = (1 << depth) - 1  # Pillow stretches values of 1, 2 and 4 bits to 8, but not the key
-    return np.asarray(image.convert("L")) == (key & largest) * 255 // largest
 
 
 def _decoded_again(file: BinaryIO, raw_mode: str) -> NDArray[np.uint8]:
@@ -279,8 +256,6 @@ class Views:
     flip: bool = True
 
     def __post_init__(self) -> None:
-        if self.kind not in ("crop", "resized_crop"):
-            raise ValueError(f"no such kind of view: {self.kind}")
         if not 1 <= self.crop <= self.resize:
             raise DivideMixError(
                 f"images are resized to {self.resize} pixels: views of {self.crop} pixels (--image_size) do not fit in"
@@ -350,13 +325,9 @@ class Views:
 @dataclass(frozen=True)
 class Preparation:
     """How an image file becomes what the networks of a run were evaluated on. The file's part: as a viewer shows it
-    (`read_image`, whatever the networks were trained on), RGB or (channels 1) grey, the short side `resize`, the centre
-    of image_size x image_size. The networks' part, in `deploy.Ensemble`: a black `border` of so many pixels around it,
-    three channels, mean and std of values in [0, 1] (3,).
-
-    Sets that live on the device have resize = image_size: files of that size are taken pixel for pixel, others are
-    made to fit.
-    """
+    (`shown`, whatever the networks were trained on), RGB or (channels 1) grey, the short side `resize`, the centre of
+    image_size x image_size. The networks' part, in `deploy.Ensemble`: a black `border` of so many pixels around it,
+    three channels, mean and std of values in [0, 1] (3,). Sets that live on the device have resize = image_size."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -364,10 +335,6 @@ class Preparation:
     resize: int
     channels: int = 3
     border: int = 0
-
-    def pixels(self, path: str, boundary: Boundary | None = None) -> NDArray[np.uint8]:
-        """(image_size, image_size, channels). Raises BadImage."""
-        return self.view(shown(path, boundary).image)
 
     def view(self, image: Image.Image) -> NDArray[np.uint8]:
         """(image_size, image_size, channels) of an image in RGB."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from dividemix import DivideMixError, warn
 from dividemix.checkpoint import lock_file
 from dividemix.filelist import ImageList
+from dividemix.images import Views
 
 _FORMAT = 2  # of the cache: another number, another file
 
@@ -59,6 +60,10 @@ class Kept:
         for image, size in zip(pixels.split((part.sizes.prod(axis=1) * 3).tolist()), part.sizes.tolist(), strict=True):
             image = image.view(*size, 3)
             self.images.append(image.numpy() if self.device.type == "cpu" else image)
+
+    def batch(self, views: Views, rows: NDArray, seeds: NDArray | None) -> Tensor:
+        """As `images.Views.batch`, of the images `rows` (n,)."""
+        return views.batch([self.images[i] for i in rows.tolist()], seeds)
 
 
 def host_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
@@ -129,28 +134,23 @@ def cache_path(folder: Path, name: str, images: ImageList, resize: int) -> str:
 
 def is_whole(path: str, n: int) -> bool:
     """Whether there is a whole cache of n images at `path`; warns of a damaged one."""
-    if not os.path.exists(f"{path}.npy"):  # written last
-        return False
     try:
         Cache(path, n)
+        return True
     except DivideMixError as error:
-        warn(f"{error}: it is built anew")
+        if os.path.exists(f"{path}.npy"):  # written last
+            warn(f"{error}: it is built anew")
         return False
-    return True
 
 
 def check_space(folder: Path, need: int) -> None:
     """Make the cache's folder. Raises DivideMixError where `need` bytes more do not fit in."""
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise DivideMixError(f"cannot use {folder} for resized images: {error.strerror or error}") from error
     if need > free:
-        raise DivideMixError(
-            f"{folder}: the resized images need about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: make room, or "
-            "give another folder, or run without a cache"
-        )
+        sizes = f"need about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        raise DivideMixError(f"{folder}: the resized images {sizes}: make room, or name another folder, or give none")
 
 
 def write_cache(path: str, parts: Iterable[Part]) -> None:
@@ -172,11 +172,11 @@ def write_cache(path: str, parts: Iterable[Part]) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: str) -> Iterator[None]:
+def _writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DivideMixError(f"cannot write the resized images to {path}.*: {error.strerror or error}") from error
+        raise DivideMixError(f"cannot write the resized images to {path}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager

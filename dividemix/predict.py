@@ -6,7 +6,7 @@
 
 A row for each image: path, label, class, confidence (the class's probability), then label_2, class_2, probability_2 ...
 of the five likeliest classes. Both networks' logits are averaged: the class is that of their sum, which the paper
-tests. Images are read as a viewer shows them (`images.read_image`), whatever the run was trained on, and else prepared
+tests. Images are read as a viewer shows them (`images.shown`), whatever the run was trained on, and else prepared
 as the run's test images were. In float32, as in the exported program (`export`).
 """
 

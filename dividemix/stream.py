@@ -7,7 +7,6 @@ the phase's generator before the first batch, so pixels do not depend on the num
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from torch import Tensor
 
 from dividemix import DivideMixError, imagestore, warn
 from dividemix.codivide import Division
-from dividemix.data import Batch, Batches, plan_mixmatch, plan_warmup, to_device, to_float
+from dividemix.data import Batch, Batches, plan_mixmatch, plan_warmup, split, to_device, to_float
 from dividemix.filelist import ImageList
 from dividemix.images import Views, said
 from dividemix.imagestore import Kept, Part
 from dividemix.runtime import Runtime
-from dividemix.workers import Reader, Task, Workers, explained
+from dividemix.workers import PART, Reader, Task, Workers, explained
 
 _ALIVE = 2  # data sets kept at the same time: one of each network
 _SHARE = 0.6  # of the memory that is there, for them
@@ -55,7 +54,6 @@ class Pipeline:
         workers: int = 4,
         cache_dir: str | Path | None = None,
         keep: str = "auto",
-        context: str | None = None,
     ):
         self.lists, self.views, self.runtime, self.keep = dict(lists), views, runtime, keep
         self.device, self.ranks = runtime.device, runtime.ranks
@@ -64,7 +62,7 @@ class Pipeline:
         self.on_card = self.device.type == "cuda"
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.caches: dict[str, str] = {}  # list -> its cache, once it is there
-        self.workers = Workers(Reader(lists, views), workers, self.on_card, context)
+        self.workers = Workers(Reader(lists, views), workers, self.on_card)
         self.normalise = Normalise(mean, std, self.device)
         self._seen = {name: np.zeros(len(images), np.uint8) for name, images in self.lists.items()}
         self._is_said = False
@@ -91,31 +89,29 @@ class Pipeline:
     def pixels(self, name: str, index: NDArray, bar: Callable[[Iterable], Iterable] = iter) -> NDArray[np.uint8]:
         """(M, S, S, 3): the centres of the images `index` (M,) of a list, for sets that live on the device. Raises
         DivideMixError for a bad image."""
-        tasks, start = Task(name, self.caches.get(name), np.asarray(index, np.int64)).split(), 0
+        tasks = Task(name, self.caches.get(name), np.asarray(index, np.int64)).split()
         pixels = np.empty((len(index), self.views.crop, self.views.crop, 3), np.uint8)
-        for part in self.read(bar(tasks)):
-            pixels[start : start + len(part.index)] = part.pixels[0].numpy()
-            start += len(part.index)
+        for rows, part in zip(bar(split(pixels, PART)), self.read(tasks), strict=True):
+            rows[:] = part.pixels[0].numpy()
         return pixels
 
     def build_cache(self, bar: Callable[[Iterable], Iterable] = iter) -> None:
         """Write the resized images of all lists to `cache_dir`, but for those that are there, and read them from there
         from now on; `bar` goes around the tasks of each list. One process per machine writes, also where several runs
         share the folder. Raises DivideMixError for a bad image, and where the disk has not enough room."""
-        if self.cache_dir is not None:
-            self.ranks.local_first(lambda: self._build_cache(self.cache_dir, bar))
+        self.ranks.local_first(lambda: self._build_cache(bar))
 
-    def _build_cache(self, folder: Path, bar: Callable[[Iterable], Iterable]) -> None:
-        sizes, side = {name: len(images) for name, images in self.lists.items()}, self.views.resize
-        paths = {name: imagestore.cache_path(folder, name, images, side) for name, images in self.lists.items()}
-        absent = [name for name in paths if not imagestore.is_whole(paths[name], sizes[name])]
-        if absent:
-            imagestore.check_space(folder, sum(imagestore.estimate(sizes[name], side) for name in absent))
-        for name in absent:
+    def _build_cache(self, bar: Callable[[Iterable], Iterable]) -> None:
+        folder, lists, side = self.cache_dir, self.lists, self.views.resize
+        paths = {name: imagestore.cache_path(folder, name, images, side) for name, images in lists.items()}
+        absent = {name: len(lists[name]) for name in lists if not imagestore.is_whole(paths[name], len(lists[name]))}
+        imagestore.check_space(folder, imagestore.estimate(sum(absent.values()), side))
+        for name, n in absent.items():
             with imagestore.locked(paths[name]):
-                if not imagestore.is_whole(paths[name], sizes[name]):  # else another run has built it meanwhile
-                    tasks = Task(name, None, np.arange(sizes[name]), whole=True).split()
-                    imagestore.write_cache(paths[name], self.read(bar(tasks)))
+                if not imagestore.is_whole(paths[name], n):  # else another run has built it meanwhile
+                    tasks = Task(name, None, np.arange(n), whole=True).split()
+                    parts = (part for _, part in zip(bar(tasks), self.read(tasks), strict=True))
+                    imagestore.write_cache(paths[name], parts)
         self.caches = paths
 
     def read(self, tasks: Iterable[Task]) -> Iterator[Part]:
@@ -136,21 +132,18 @@ class Pipeline:
 
     def _place(self, n: int) -> torch.device | None:
         """Where n images are kept. Decided once: later the memory that is free depends on what is kept already."""
-        host = torch.device("cpu")
         if self.ranks.world > 1 or self.keep == "no":
             return None
         if self.keep != "auto":
-            return host if self.keep == "host" else self.device
+            return torch.device("cpu") if self.keep == "host" else self.device
         if n > self._kept_for[0]:
             need = _ALIVE * imagestore.estimate(n, self.views.resize)
             free = imagestore.host_memory()
             room = torch.cuda.mem_get_info(self.device)[0] if self.on_card and self.views.kind == "crop" else 0
-            place = host if need <= _SHARE * free else self.device if need <= _SHARE * room else None
+            place = torch.device("cpu") if need <= _SHARE * free else self.device if need <= _SHARE * room else None
             if place is None:
-                warn(
-                    f"images are decoded again in each pass: keeping twice {n} needs {need / 1e9:.1f} GB, "
-                    f"and {free / 1e9:.1f} GB of memory are free, of which {_SHARE:.0%} are used for it"
-                )
+                sizes = f"needs {need / 1e9:.1f} GB, {_SHARE:.0%} of the {free / 1e9:.1f} GB of free memory are used"
+                warn(f"images are decoded again in each pass: keeping twice {n} {sizes}")
             self._kept_for = n, place
         return self._kept_for[1]
 
@@ -197,7 +190,7 @@ class StreamedImages:
         """One pass over all samples in a new order: (x, labels) a batch, the partial last one kept."""
         mine = self.ranks.mine
         rows = plan_warmup(len(self), batch_size, rng, self.ranks)
-        jobs = [(mine(x), mine(_draw_seeds(rng, len(x), 1))) for x in rows]
+        jobs = [(mine(x), mine(rng.integers(0, 2**63 - 1, (len(x), 1)))) for x in rows]
         labels = to_device([self.labels[x] for x, _ in jobs], self.device)
         batches = ((views[0], y) for views, y in zip(self._train_views(jobs), labels, strict=True))
         return Batches([(len(x),) for x, _ in jobs], batches)
@@ -207,7 +200,7 @@ class StreamedImages:
         mine, jobs = self.ranks.mine, []
         labeled, unlabeled = plan_mixmatch(division, batch_size, rng, self.ranks)
         for x, u in zip(labeled, unlabeled, strict=True):
-            seeds = _draw_seeds(rng, len(x) + len(u), 2)
+            seeds = rng.integers(0, 2**63 - 1, (len(x) + len(u), 2))
             seeds = np.concatenate([mine(seeds[: len(x)]), mine(seeds[len(x) :])])
             jobs.append((np.concatenate([mine(x), mine(u)]), seeds))
         labeled = [mine(x) for x in labeled]
@@ -224,8 +217,8 @@ class StreamedImages:
 
     def eval_batches(self, batch_size: int) -> Batches:
         """This rank's batches (x, labels) of all images in order, without augmentation; x float32 (B, 3, S, S)."""
-        starts = [k * batch_size for k in self.ranks.deal(-(-len(self) // batch_size))]
-        rows = [np.arange(start, min(start + batch_size, len(self))) for start in starts]
+        rows = split(np.arange(len(self)), batch_size)
+        rows = [rows[k] for k in self.ranks.deal(len(rows))]
         labels = to_device([self.labels[x] for x in rows], self.device)
         views = (self.pipeline.normalise(views[0]) for views in self._eval_views([(x, None) for x in rows]))
         return Batches([(len(x),) for x in rows], zip(views, labels, strict=True))
@@ -241,44 +234,16 @@ class StreamedImages:
 
     def _train_views(self, jobs: list[Job]) -> Iterator[Tensor]:
         if self.place is not None and self._kept is None:
-            for _ in self._filling():
-                pass
+            deque(self._first_pass([]), maxlen=0)
         return self._from_workers(jobs) if self._kept is None else self._from_memory(self._kept, jobs)
 
     def _eval_views(self, jobs: list[Job]) -> Iterator[Tensor]:
-        if self.place is None or self._kept is not None:
-            yield from self._train_views(jobs)
-        else:  # scored while the rest is read
-            kept, filling = None, self._filling()
-            for rows, _ in jobs:
-                while kept is None or len(kept.images) <= rows[-1]:
-                    kept = next(filling)
-                yield self._to_device(self._cut(kept, (rows, None)))
+        is_first = self.place is not None and self._kept is None
+        yield from self._first_pass(jobs) if is_first else self._train_views(jobs)
 
-    def _from_workers(self, jobs: list[Job]) -> Iterator[Tensor]:
-        batches = [self._tasks(*job) for job in jobs]
-        parts = self.pipeline.read(chain.from_iterable(batches))
-        for tasks in batches:
-            yield torch.cat([self._to_device(next(parts).pixels) for _ in tasks], dim=1)
-
-    def _from_memory(self, kept: Kept, jobs: list[Job]) -> Iterator[Tensor]:
-        """From host memory by threads, some jobs ahead of the training."""
-        if self.place.type != "cpu":
-            return (self._cut(kept, job) for job in jobs)
-
-        def work(job: Job) -> Tensor:
-            pixels = self._cut(kept, job)
-            return pixels.pin_memory() if self.pipeline.on_card else pixels
-
-        return map(self._to_device, _ahead(work, jobs))
-
-    def _cut(self, kept: Kept, job: Job) -> Tensor:
-        rows, seeds = job
-        return self.pipeline.views.batch([kept.images[i] for i in rows.tolist()], seeds)
-
-    def _filling(self) -> Iterator[Kept]:
-        """Reads all images; after each part what there is so far, which is kept only when it is all."""
-        kept = Kept(self.place)
+    def _first_pass(self, jobs: list[Job]) -> Iterator[Tensor]:
+        """Reads all images, which are kept once all are there; meanwhile the jobs, of rows in order."""
+        kept, waiting = Kept(self.place), deque(jobs)
         for part in self.pipeline.read(self._tasks(np.arange(len(self)), whole=True)):
             try:
                 kept.add(part)
@@ -287,7 +252,25 @@ class StreamedImages:
                 raise DivideMixError(short) from error
             if len(kept.images) == len(self):
                 self._kept = kept
-            yield kept
+            while waiting and waiting[0][0][-1] < len(kept.images):
+                yield self._to_device(kept.batch(self.pipeline.views, *waiting.popleft()))
+
+    def _from_workers(self, jobs: list[Job]) -> Iterator[Tensor]:
+        batches = [self._tasks(*job) for job in jobs]
+        parts = self.pipeline.read(task for tasks in batches for task in tasks)
+        for tasks in batches:
+            yield torch.cat([self._to_device(next(parts).pixels) for _ in tasks], dim=1)
+
+    def _from_memory(self, kept: Kept, jobs: list[Job]) -> Iterator[Tensor]:
+        """From host memory by threads, some jobs ahead of the training."""
+        if self.place.type != "cpu":
+            return (kept.batch(self.pipeline.views, *job) for job in jobs)
+
+        def work(job: Job) -> Tensor:
+            pixels = kept.batch(self.pipeline.views, *job)
+            return pixels.pin_memory() if self.pipeline.on_card else pixels
+
+        return map(self._to_device, _ahead(work, jobs))
 
     def _tasks(self, rows: NDArray, seeds: NDArray | None = None, whole: bool = False) -> list[Task]:
         """The workers hold on to them until their next pass, so they do not refer to the set."""
@@ -295,10 +278,6 @@ class StreamedImages:
 
     def _to_device(self, pixels: Tensor) -> Tensor:
         return pixels.to(self.device, non_blocking=self.pipeline.on_card)  # pinned there, and there alone
-
-
-def _draw_seeds(rng: np.random.Generator, n: int, views: int) -> NDArray[np.int64]:
-    return rng.integers(0, 2**63 - 1, (n, views))
 
 
 def _ahead(function: Callable[[Any], Tensor], jobs: Iterable[Any]) -> Iterator[Tensor]:

@@ -87,33 +87,25 @@ class Reader:
         return Part(task.name, task.index, pixels, sizes, np.array(changes, np.uint8))
 
 
-class _Tasks:
-    """The tasks of the present iteration, in the place where a DataLoader expects a sampler."""
-
-    now: Iterable[Task] = ()
-
-    def __iter__(self) -> Iterator[Task]:
-        return iter(self.now)
-
-
 class Workers:
-    """`number` processes that a Reader is given to, started at the first task. pin: the results come in pinned memory.
-    context: how processes are started, Python's default if None."""
+    """`number` processes with a Reader each, started at the first task. pin: the results come in pinned memory."""
 
-    def __init__(self, reader: Reader, number: int, pin: bool, context: str | None = None):
-        self.reader, self.number, self.pin, self.context = reader, number, pin, context
-        self._tasks, self._loader = _Tasks(), None
+    def __init__(self, reader: Reader, number: int, pin: bool):
+        self.reader, self.number, self.pin = reader, number, pin
+        self._tasks: list[Task] = []  # of the present iteration; the DataLoader's sampler
+        self._loader, self._turn = None, 0
 
     def run(self, tasks: Iterable[Task]) -> Iterator[Part]:
         """The parts, in the order of the tasks, read some tasks ahead. One iteration at a time: a new one ends the one
         before, wherever that was. Raises DivideMixError for a bad image and for a worker that died."""
-        self._tasks.now = tasks
+        self._turn += 1
+        turn, self._tasks[:] = self._turn, tasks
         with explained():
             for result in self._start():
                 if isinstance(result, DivideMixError):
                     raise result
                 yield result
-                if self._tasks.now is not tasks:
+                if turn != self._turn:
                     raise RuntimeError("a pass over images was continued after another one had begun")
 
     def _start(self) -> DataLoader:
@@ -126,7 +118,6 @@ class Workers:
                 collate_fn=_as_it_is,
                 pin_memory=self.pin,
                 worker_init_fn=_begin,
-                multiprocessing_context=self.context if self.number else None,
                 generator=torch.Generator(),  # else it draws its workers' seed, unused here, from the global stream
                 persistent_workers=self.number > 0,
             )
@@ -134,7 +125,8 @@ class Workers:
 
     def close(self) -> None:
         """End the processes. A later `run` starts new ones."""
-        loader, self._loader, self._tasks.now = self._loader, None, ()
+        self._turn += 1
+        loader, self._loader = self._loader, None
         iterator = getattr(loader, "_iterator", None)
         if iterator is not None:  # now, not when the last abandoned pass that refers to it is collected
             try:

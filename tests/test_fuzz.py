@@ -41,7 +41,7 @@ from dividemix import (
     predict,
     runfolder,
 )
-from dividemix.images import BadImage
+from dividemix.images import BadImage, shown
 from dividemix.runtime import PLAIN
 
 CASES = int(os.environ.get("FUZZ", "1000"))  # of each kind
@@ -197,7 +197,7 @@ def prediction_list(root: Path) -> Target:
         assert files.names and len(files.names) == len(files.paths)
         for path in files.paths:
             with contextlib.suppress(BadImage):
-                assert COLOUR.pixels(path, files.boundary).shape == (16, 16, 3)
+                assert COLOUR.view(shown(path, files.boundary).image).shape == (16, 16, 3)
 
     names = [photo.name, str(photo), "a,b", 'c"d', "é\n"]
     wholes = [f"path,label\n{photo.name},1\n".encode(), b"\xef\xbb\xbfid;x,path\r\n1,none.png\r\n"]

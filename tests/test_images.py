@@ -33,12 +33,15 @@ from dividemix.images import (
     Preparation,
     Views,
     read,
-    read_image,
     said,
     shown,
 )
 
 CROP, RESIZED = Views(64, 56), Views(80, 60, "resized_crop")
+
+
+def read_image(path: str | Path, boundary: Boundary | None = None) -> np.ndarray:
+    return np.asarray(shown(path, boundary).image)
 
 
 def exif_of(orientation: int | str) -> Image.Exif:
@@ -534,7 +537,7 @@ def test_a_prepared_file_is_torchvisions_evaluation_view(tmp_path, size, channel
     photo(*size).save(path)
     image = photo(*size).convert("L") if channels == 1 else photo(*size)
     expected = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(56)])(image)
-    found = preparation.pixels(str(path), Boundary(tmp_path))
+    found = preparation.view(shown(str(path), Boundary(tmp_path)).image)
     np.testing.assert_array_equal(found, np.asarray(expected).reshape(56, 56, channels))
 
 
@@ -546,7 +549,7 @@ def test_any_kind_of_image_is_prepared_in_grey(tmp_path, kind, mode, options):
     image.save(path, kind, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = Preparation((0.5,) * 3, (0.5,) * 3, 20, 20, channels=1).pixels(str(path), Boundary(tmp_path))
+        found = Preparation((0.5,) * 3, (0.5,) * 3, 20, 20, channels=1).view(shown(str(path), Boundary(tmp_path)).image)
         grey = np.asarray(Image.fromarray(read_image(path)).convert("L"))
         expected = Views(20, 20).eval(Views(20, 20).resized(Image.fromarray(grey)))[..., None]
     np.testing.assert_array_equal(found, expected)

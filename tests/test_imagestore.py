@@ -189,7 +189,7 @@ def test_room_on_the_disk_is_looked_at_first(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_made(tmp_path):
     """A traceback for a mistyped folder."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(DivideMixError, match="cannot use"):
+    with pytest.raises(DivideMixError, match="cannot write"):
         check_space(tmp_path / "file" / "cache", 1)
 
 

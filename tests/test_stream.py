@@ -84,6 +84,22 @@ def test_pixels_for_the_device(clothing, workers):
         torch.testing.assert_close(streamed.normalise(torch.from_numpy(pixels)), seen, rtol=0, atol=0)
 
 
+def test_the_bar_goes_along_with_the_images(clothing, decoded, tmp_path):
+    """A bar that is full at once, before minutes of reading."""
+    ticks = []
+
+    def bar(steps):
+        for step in steps:
+            ticks.append(len(decoded))
+            yield step
+
+    with pipeline(clothing, cache_dir=tmp_path) as made:
+        made.pixels("train", np.arange(24), bar)
+        assert ticks == [0, 8, 16]
+        made.build_cache(bar)
+        assert ticks[3:] == list(range(24, 24 + 56 + 28, 8))
+
+
 def test_originals_are_the_files_and_with_a_cache_its_images(own_clothing, tmp_path):
     """Else the report shows another image beside a label; or none, where the files went away once they were cached."""
     index = np.array([7, 3, 50])
@@ -201,7 +217,8 @@ def test_the_published_pixels_are_kept_and_own_images_are_read_as_shown(own_clot
         lists = {"train": replace(train, as_shown=as_shown)}
         for cache_dir in (None, tmp_path / "cache"):
             with Pipeline(lists, VIEWS, (0.5,) * 3, (0.5,) * 3, PLAIN, workers=0, cache_dir=cache_dir) as made:
-                made.build_cache()
+                if cache_dir:
+                    made.build_cache()
                 np.testing.assert_array_equal(made.pixels("train", np.arange(1))[0], expected)
                 [original] = made.images("train").originals(np.array([0]))
                 original = VIEWS.resized(Image.fromarray(original))
@@ -433,19 +450,12 @@ def test_a_bad_image_ends_the_build_and_leaves_nothing(own_clothing, tmp_path):
     assert not [name for name in os.listdir(tmp_path / "cache") if not name.endswith(".lock")]
 
 
-def test_without_a_folder_nothing_is_cached(clothing):
-    """A script that always asks for the cache would need a flag for it."""
-    with pipeline(clothing) as made:
-        made.build_cache()
-        assert made.caches == {}
-
-
 # ---- What is wrong ----
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("how", ["missing", "empty", "text", "truncated", "link", "bomb"])
-def test_a_bad_image_is_named(own_clothing, tmp_path, workers, how, monkeypatch):
+def test_a_bad_image_is_named(own_clothing, tmp_path, workers, how, monkeypatch, start_method):
     """Which of a million images ended the run, and what to do about it, would be left to guess."""
     train = own_clothing.train
     path = train.path(41)
@@ -460,7 +470,8 @@ def test_a_bad_image_is_named(own_clothing, tmp_path, workers, how, monkeypatch)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
     elif how != "missing":
         Path(path).write_bytes({"empty": b"", "text": b"<html>", "truncated": content[:-300]}[how])
-    with pipeline(own_clothing, workers=workers, context="fork" if workers else None) as made:
+    start_method("fork")
+    with pipeline(own_clothing, workers=workers) as made:
         for data in (made.images("train"), made.images("train", np.arange(30, 56), keep=True)):
             with pytest.raises(DivideMixError) as error:
                 list(data.eval_batches(10))
