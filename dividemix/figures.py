@@ -29,7 +29,6 @@ PHASES = {  # phases that belong together -> colour
     ("gmm",): "#cc79a7",
     ("test", "imagenet"): "#0072b2",
     ("val",): "#f0e442",
-    ("read", "cache"): "#999999",
     ("save",): "#d55e00",
 }
 _NAMED = 12  # classes up to which a heat map names them and writes its numbers
