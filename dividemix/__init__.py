@@ -2,7 +2,7 @@
 
 Reading order: `algorithm` (the equations), `codivide` (loss -> clean probability), `engine` (a step and a phase), then
 `Train_cifar.py` (Algorithm 1). Around them: `noise` (`noise_instance`, `noise_human`, `noise_file`),
-`augment`, `data`, `filelist`, `check_data`, `networks`, `recipes`, `blind`, `defaults`, `options`,
+`data`, `filelist`, `check_data`, `networks`, `recipes`, `blind`, `defaults`, `options`,
 `signals`, `run`, `logs`, `checkpoint`; after training `scoring`, `label_issues`,
 `clean_labels`, `report` (with `runfolder`, `histograms`, `figures`, `page`, `compare`); for
 large images `stream` (the data sets), `workers`, `images`, `imagestore`; for speed `runtime`, `graph`, `layers`; and

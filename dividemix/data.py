@@ -1,29 +1,32 @@
 """Small image sets that live on the device (the CIFAR family): all of a phase's draws first, then batches of indices.
 
-train = DeviceImages(images, labels, mean, std, flip=True, runtime=runtime)         # an `engine.DataSet`
+Images rest as uint8, already zero-padded; a crop is one gather by computed indices, for a whole batch at once, without
+a Python loop or a host synchronisation. Channels last in memory, so views are channels_last tensors at no cost.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dividemix import augment
 from dividemix.codivide import Division
 from dividemix.ranks import Ranks
 from dividemix.runtime import Runtime
 
+PAD = 4  # black pixels on each side, before normalisation
 ALONE = Ranks()
 Batch = tuple[Tensor, ...]
 
 
+@dataclass
 class Batches:
     """The batches of one phase with their sizes: one tuple of row counts per batch."""
 
-    def __init__(self, sizes: list[tuple[int, ...]], batches: Iterable[Batch]):
-        self.sizes, self.batches = sizes, batches
+    sizes: list[tuple[int, ...]]
+    batches: Iterable[Batch]
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -50,12 +53,11 @@ class DeviceImages:
         truly_clean: NDArray[np.bool_] | None = None,
     ):
         runtime = runtime or Runtime()
-        self.runtime, self.truly_clean = runtime, truly_clean
-        self.padded = augment.pad_images(torch.from_numpy(images).to(runtime.device))
+        self.runtime, self.truly_clean, self.flip = runtime, truly_clean, flip
+        self.padded = pad_images(torch.from_numpy(images).to(runtime.device))
         self.labels = torch.from_numpy(labels).to(runtime.device)
         self.mean = torch.tensor(mean, dtype=torch.float32, device=runtime.device)
         self.std = torch.tensor(std, dtype=torch.float32, device=runtime.device)
-        self.flip = flip
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,7 +65,7 @@ class DeviceImages:
     def warmup_batches(self, batch_size: int, rng: np.random.Generator) -> Batches:
         """One pass over all samples in a new order: (index, crops) a batch, the partial last one kept."""
         index = plan_warmup(len(self), batch_size, rng)
-        return self._to_device(index, [self._crops(rng, len(rows)) for rows in index])
+        return self._batches([index], [draw_crops(rng, len(rows), self.flip) for rows in index])
 
     def warmup_views(self, index: Tensor, crops: Tensor) -> tuple[Tensor, Tensor]:
         """One augmented view (B, 3, H, W) and the given labels (B,)."""
@@ -72,13 +74,11 @@ class DeviceImages:
     def mixmatch_batches(self, division: Division, batch_size: int, rng: np.random.Generator) -> Batches:
         """One pass over the labeled set: (labeled index, unlabeled index, crops, w) a batch; see `plan_mixmatch`."""
         labeled, unlabeled = plan_mixmatch(division, batch_size, rng)
-        crops = [self._crops(rng, 2 * (len(x) + len(u))) for x, u in zip(labeled, unlabeled, strict=True)]
+        crops = [draw_crops(rng, 2 * (len(x) + len(u)), self.flip) for x, u in zip(labeled, unlabeled, strict=True)]
         w = [division.clean_probability[x].astype(np.float32) for x in labeled]
-        return self._to_device(labeled, unlabeled, crops, w)
+        return self._batches([labeled, unlabeled], crops, w)
 
-    def mixmatch_views(
-        self, labeled: Tensor, unlabeled: Tensor, crops: Tensor, w: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def mixmatch_views(self, labeled: Tensor, unlabeled: Tensor, crops: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         """x1, x2, labels, w, u1, u2: two independent views of each image, gathered in one go."""
         views = self._views(torch.cat([labeled, labeled, unlabeled, unlabeled]), crops)
         x1, x2, u1, u2 = views.split([len(labeled)] * 2 + [len(unlabeled)] * 2)
@@ -86,34 +86,68 @@ class DeviceImages:
 
     def eval_batches(self, batch_size: int) -> Batches:
         """(x, labels) of all images in order, without augmentation, made as they are asked for."""
-        images, starts = augment.centre(self.padded), range(0, len(self), batch_size)
-        rows = [slice(start, min(start + batch_size, len(self))) for start in starts]
-        batches = ((augment.to_float(images[part], self.mean, self.std), self.labels[part]) for part in rows)
-        return Batches([(part.stop - part.start,) for part in rows], batches)
+        images, labels = centre(self.padded).split(batch_size), self.labels.split(batch_size)
+        batches = ((to_float(x, self.mean, self.std), y) for x, y in zip(images, labels, strict=True))
+        return Batches([(len(y),) for y in labels], batches)
 
     def originals(self, rows: NDArray) -> Iterator[NDArray[np.uint8]]:
         """The images `rows` (M,) as they came, (H, W, 3) each."""
-        return iter(augment.centre(self.padded)[torch.from_numpy(rows).to(self.runtime.device)].cpu().numpy())
-
-    def _crops(self, rng: np.random.Generator, n: int) -> NDArray[np.uint8]:
-        return augment.draw_crops(rng, n, self.flip)
+        return iter(centre(self.padded)[torch.from_numpy(rows).to(self.runtime.device)].cpu().numpy())
 
     def _views(self, index: Tensor, crops: Tensor) -> Tensor:
-        return augment.to_float(augment.crop_flip(self.padded, index, crops), self.mean, self.std)
+        return to_float(crop_flip(self.padded, index, crops), self.mean, self.std)
 
-    def _to_device(self, *columns: list[NDArray]) -> Batches:
-        """Columns of per-batch arrays -> batches of tensors, one transfer a column. The first columns hold indices."""
-        moved = []
-        for column in columns:
-            whole = torch.from_numpy(np.concatenate(column)).to(self.runtime.device)
-            moved.append(whole.split([len(part) for part in column]))
-        indices = [column for column in columns if column[0].dtype == np.int64]
-        sizes = [tuple(map(len, parts)) for parts in zip(*indices, strict=True)]
+    def _batches(self, indices: list[list[NDArray]], *columns: list[NDArray]) -> Batches:
+        """Columns of an array a batch, first those of indices, whose rows are counted."""
+        sizes = [tuple(map(len, batch)) for batch in zip(*indices, strict=True)]
+        moved = [to_device(column, self.runtime.device) for column in (*indices, *columns)]
         return Batches(sizes, list(zip(*moved, strict=True)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which samples make up the batches, of all ranks together
+def to_device(arrays: list[NDArray], device: torch.device) -> tuple[Tensor, ...]:
+    """An array per batch -> a tensor per batch on the device, by one transfer."""
+    whole = torch.from_numpy(np.concatenate(arrays)) if arrays else torch.empty(0)
+    return whole.to(device).split([len(array) for array in arrays])
+
+
+# ---- Views of small images on their device ----
+
+
+def pad_images(images: Tensor) -> Tensor:
+    """uint8 (N, H, W, 3) -> (N, H + 2 * PAD, W + 2 * PAD, 3), black around."""
+    return torch.nn.functional.pad(images, (0, 0, PAD, PAD, PAD, PAD))
+
+
+def draw_crops(rng: np.random.Generator, n: int, flip: bool) -> NDArray[np.uint8]:
+    """(n, 3) independent draws: top and left offset, uniform in 0..2 * PAD, and flip, 0 or 1 (always 0 without
+    `flip`)."""
+    return rng.integers(0, [2 * PAD + 1, 2 * PAD + 1, 2 if flip else 1], size=(n, 3), dtype=np.uint8)
+
+
+def crop_flip(padded: Tensor, index: Tensor, crops: Tensor) -> Tensor:
+    """Cut view b from image index[b]: padded uint8 (N, H', W', 3), index (B,), crops (B, 3) -> uint8 (B, H, W, 3)."""
+    height, width = padded.shape[1] - 2 * PAD, padded.shape[2] - 2 * PAD
+    top, left, flip = crops.long().unsqueeze(2).unbind(1)  # (B, 1) each
+    rows = top + torch.arange(height, device=padded.device)  # (B, H)
+    columns = torch.arange(width, device=padded.device)
+    columns = left + torch.where(flip == 1, columns.flip(0), columns)  # (B, W)
+    return padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def centre(padded: Tensor) -> Tensor:
+    """The images without their padding, a view: (N, H', W', 3) -> (N, H, W, 3)."""
+    return padded[:, PAD:-PAD, PAD:-PAD]
+
+
+def to_float(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), (pixel / 255 - mean) / std with mean, std (3,)."""
+    # In place, and over rows of W * 3 numbers instead of 3: on a CPU a third of the time, and the same bits.
+    rows, width = images.flatten(2).to(torch.float32), images.shape[2]
+    rows.div_(255).sub_(mean.repeat(width)).div_(std.repeat(width))
+    return rows.unflatten(2, (width, 3)).permute(0, 3, 1, 2)
+
+
+# ---- Which samples make up the batches, of all ranks together ----
 
 
 def plan_warmup(n: int, batch_size: int, rng: np.random.Generator, ranks: Ranks = ALONE) -> list[NDArray]:

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from typing import Any
 
 from dividemix import DivideMixError, networks, ranks, recipes
-from dividemix.augment import PAD
+from dividemix.data import PAD
 from dividemix.options import set_default
 from dividemix.recipes import OwnRecipe
 

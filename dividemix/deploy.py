@@ -83,7 +83,7 @@ class Ensemble(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if self.border:
             images = F.pad(images, [self.border] * 4)
-        x = (images.expand(-1, 3, -1, -1) - self.mean) / self.std  # bit for bit as `augment.to_float`
+        x = (images.expand(-1, 3, -1, -1) - self.mean) / self.std  # bit for bit as `data.to_float`
         return sum(net(x) for net in self.nets)
 
 
@@ -94,7 +94,7 @@ def epochs_used(weights: str, epochs: Sequence[int]) -> str:
 
 
 def to_images(pixels: Tensor) -> Tensor:
-    """uint8 (B, S, S, channels), as `Preparation.pixels` stacked -> float32 (B, channels, S, S) in [0, 1]."""
+    """uint8 (B, S, S, channels), as `Preparation.view` stacked -> float32 (B, channels, S, S) in [0, 1]."""
     return pixels.permute(0, 3, 1, 2).float() / 255
 
 

@@ -8,7 +8,6 @@ A row has path, label, class, confidence (the class's probability), then the sam
 import argparse
 import io
 import os
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -129,8 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     answers: list[Answer] = []
     bar = tqdm(total=len(paths), desc="images", disable=None)
-    with warnings.catch_warnings(), bar, ThreadPoolExecutor(max(1, args.workers)) as pool:
-        warnings.filterwarnings("ignore", module=r"PIL\b")  # remarks on metadata; what cannot be read is an exception
+    with bar, ThreadPoolExecutor(max(1, args.workers)) as pool:
         for start in range(0, len(paths), args.batch_size):
             images = list(pool.map(read, paths[start : start + args.batch_size]))
             answers += classify(ensemble, machine, images)

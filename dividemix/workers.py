@@ -1,30 +1,23 @@
 """Processes that read images: tasks in, uint8 pixels out, in order. The same ones from the start of a run to its end.
 
-    workers = Workers(Reader(lists, views), number=4, pin=False)
-    for part in workers.run(tasks): ...                         # a Part of each task
-    workers.close()
-
 A worker decides and draws nothing: a task says which images and carries the seeds of their views. So what comes out
-does not depend on how many workers there are; with none, the main process does their work. What is wrong with an image
-comes back as a message, and what kills a worker as one line that says what to do.
+does not depend on how many workers there are; with none, the main process does their work.
 """
 
 import contextlib
 import signal
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, get_worker_info
+from PIL import Image
+from torch.utils.data import DataLoader, get_worker_info
 
 from dividemix import DivideMixError, images
 from dividemix.filelist import Boundary, ImageList
-from dividemix.images import BadImage, Views
-from dividemix.imagestore import Cache
+from dividemix.imagestore import Cache, Part
 
 # Images of a task. Small, so that the results on their way are few megabytes: containers often have 64 MB of shared
 # memory for them, and a step need not wait until one worker has read a whole batch.
@@ -41,122 +34,76 @@ class Task(NamedTuple):
     seeds: NDArray[np.int64] | None = None
     whole: bool = False
 
-
-class Part(NamedTuple):
-    """A task's result. pixels uint8: training views (V, n, S, S, 3), or evaluation views (n, S, S, 3), or whole images,
-    one after the other in one dimension. Of the images `index` (n,) of the list `name`: their resized `sizes` int32
-    (n, 2), height and width, and the `changes` uint8 (n,) of `images.Shown`."""
-
-    name: str
-    index: NDArray[np.int64]
-    pixels: Tensor
-    sizes: NDArray[np.int32]
-    changes: NDArray[np.uint8]
-
-
-class Failure(NamedTuple):
-    """Instead of a Part: image `i` of the list `name` could not be read; -1 for no image in particular."""
-
-    name: str
-    i: int
-    what: str
-
-
-class _CacheGone(Exception):
-    pass
+    def split(self) -> list["Task"]:
+        """Tasks of PART images each."""
+        rows = [slice(start, start + PART) for start in range(0, len(self.index), PART)]
+        seeds = [None if self.seeds is None else self.seeds[x] for x in rows]
+        return [self._replace(index=self.index[x], seeds=y) for x, y in zip(rows, seeds, strict=True)]
 
 
 class Reader:
     """The loader's data set, of which each worker has one; it is given tasks instead of indices."""
 
-    def __init__(self, lists: Mapping[str, ImageList], views: Views):
+    def __init__(self, lists: Mapping[str, ImageList], views: images.Views):
         self.lists, self.views = dict(lists), views
-        self._boundaries: dict[str, Boundary] = {}
+        self._boundaries = {listed.root: Boundary(listed.root) for listed in lists.values()}
         self._caches: dict[str, Cache] = {}
 
-    def image(self, name: str, cache: str | None, i: int) -> tuple[NDArray[np.uint8], int]:
-        """A resized image (H, W, 3) and what was done to it (`images.Shown`). Raises BadImage."""
+    def original(self, name: str, cache: str | None, i: int) -> tuple[Image.Image | NDArray[np.uint8], int]:
+        """An image as it is in its file, or resized (H, W, 3) in the cache, and what was done to it (`images.Shown`).
+        Raises DivideMixError for a bad image or cache."""
+        listed = self.lists[name]
         if cache is not None:
             if cache not in self._caches:
-                try:
-                    self._caches[cache] = Cache.open(cache, len(self.lists[name]))
-                except (OSError, ValueError, EOFError) as error:
-                    raise _CacheGone(f"the cache of resized images cannot be read: {error}") from error
+                self._caches[cache] = Cache(cache, len(listed))
             return self._caches[cache].image(i), self._caches[cache].changes[i]
-        path, root = self.lists[name].path(i), self.lists[name].root
-        boundary = self._boundaries.setdefault(root, Boundary(root))
-        image, changes = images.load(path, boundary, self.lists[name].as_shown)
-        return self.views.resized(image), changes
-
-    def __getitem__(self, task: Task) -> Part | Failure:
-        at, sizes, changes = -1, np.zeros((len(task.index), 2), np.int32), np.zeros(len(task.index), np.uint8)
-
-        def resized() -> Iterator[NDArray[np.uint8]]:
-            nonlocal at
-            for k, i in enumerate(task.index.tolist()):
-                at = i
-                image, changes[k] = self.image(task.name, task.cache, i)
-                sizes[k] = image.shape[:2]
-                yield image
-
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's remarks on metadata; what it cannot read is an exception
-                pixels = torch.from_numpy(self._pixels(task, resized()))
-        except BadImage as error:
-            return Failure(task.name, at, str(error))
-        except _CacheGone as error:
-            return Failure(task.name, -1, str(error))
+            return images.load(listed.path(i), self._boundaries[listed.root], listed.as_shown)
+        except images.BadImage as error:
+            raise DivideMixError(
+                f"{listed.path(i)}: {error} ({listed.where(i)}): `--check_data full` lists all such images, "
+                "`--skip_bad_images full` leaves them out"
+            ) from error
+
+    def image(self, name: str, cache: str | None, i: int) -> tuple[NDArray[np.uint8], int]:
+        """A resized image (H, W, 3) and what was done to it. Raises DivideMixError for a bad image or cache."""
+        image, changes = self.original(name, cache, i)
+        return self.views.resized(image) if cache is None else image, changes
+
+    def __getitem__(self, task: Task) -> Part | DivideMixError:
+        try:
+            resized, changes = zip(*(self.image(task.name, task.cache, i) for i in task.index.tolist()), strict=True)
+        except DivideMixError as error:
+            return error  # raised here, it would come out as a traceback
+        if task.whole:
+            pixels = torch.from_numpy(np.concatenate([image.reshape(-1) for image in resized]))
+        else:
+            pixels = self.views.batch(resized, task.seeds)
         if get_worker_info() is not None:
             # Not left to the queue that sends it: where shared memory is short, that would lose the result, and the
             # main process would wait for it forever.
             pixels.share_memory_()
-        return Part(task.name, task.index, pixels, sizes, changes)
-
-    def _pixels(self, task: Task, resized: Iterator[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-        if task.whole:
-            return np.concatenate([image.reshape(-1) for image in resized])
-        if task.seeds is None:
-            return self.views.eval_batch(resized, len(task.index))
-        return self.views.train_batch(resized, task.seeds)
-
-
-class _Tasks(Sampler):
-    """The tasks of the present iteration, in the place where a DataLoader expects indices."""
-
-    def __init__(self) -> None:
-        self.now: Iterable[Task] = ()
-
-    def __iter__(self) -> Iterator[Task]:
-        return iter(self.now)
+        sizes = np.array([image.shape[:2] for image in resized], np.int32)
+        return Part(task.name, task.index, pixels, sizes, np.array(changes, np.uint8))
 
 
 class Workers:
-    """`number` processes that a Reader is given to, started at the first task. pin: the results come in pinned memory.
+    """`number` processes with a Reader each, started at the first task. pin: the results come in pinned memory."""
 
-    `refuse` makes a Failure an exception. context: how processes are started, Python's default if None.
-    """
-
-    def __init__(
-        self,
-        reader: Reader,
-        number: int,
-        pin: bool,
-        refuse: Callable[[Failure], Exception],
-        context: str | None = None,
-    ):
-        self.reader, self.number, self.pin, self.refuse, self.context = reader, number, pin, refuse, context
-        self._tasks, self._loader, self._turn = _Tasks(), None, 0
+    def __init__(self, reader: Reader, number: int, pin: bool):
+        self.reader, self.number, self.pin = reader, number, pin
+        self._tasks: list[Task] = []  # of the present iteration; the DataLoader's sampler
+        self._loader, self._turn = None, 0
 
     def run(self, tasks: Iterable[Task]) -> Iterator[Part]:
         """The parts, in the order of the tasks, read some tasks ahead. One iteration at a time: a new one ends the one
         before, wherever that was. Raises DivideMixError for a bad image and for a worker that died."""
         self._turn += 1
-        turn, self._tasks.now = self._turn, tasks
+        turn, self._tasks[:] = self._turn, tasks
         with explained():
             for result in self._start():
-                if isinstance(result, Failure):
-                    raise self.refuse(result)
+                if isinstance(result, DivideMixError):
+                    raise result
                 yield result
                 if turn != self._turn:
                     raise RuntimeError("a pass over images was continued after another one had begun")
@@ -171,7 +118,6 @@ class Workers:
                 collate_fn=_as_it_is,
                 pin_memory=self.pin,
                 worker_init_fn=_begin,
-                multiprocessing_context=self.context if self.number else None,
                 generator=torch.Generator(),  # else it draws its workers' seed, unused here, from the global stream
                 persistent_workers=self.number > 0,
             )
@@ -214,22 +160,17 @@ def explained() -> Iterator[None]:
     again = "the same command then continues after the last finished epoch"
     try:
         yield
-    except (EOFError, ConnectionError) as error:
-        raise DivideMixError(
-            f"a worker that reads images died while it handed over a result (killed or exited: {error or 'no more'}), "
-            f"most likely for want of memory: give fewer --workers, or 0; {again}"
-        ) from error
-    except RuntimeError as error:
-        text = str(error)
-        if any(sign in text for sign in ("Bus error", "shared memory", "(shm)")):
+    except (EOFError, ConnectionError, RuntimeError) as error:
+        text, is_plain = " ".join(str(error).split()), isinstance(error, RuntimeError)
+        if is_plain and any(sign in text for sign in ("Bus error", "shared memory", "(shm)")):
             raise DivideMixError(
                 "the workers that read images have not enough shared memory (/dev/shm): give --workers 0, or make it "
                 f"larger (docker run --shm-size 2g); {again}"
             ) from error
-        if _is_death(error):
-            cause = " ".join(text.split())[:200].rstrip(". ")
-            raise DivideMixError(
-                f"a worker that reads images died ({cause}), most likely for want of memory: give fewer --workers, or "
-                f"0; {again}"
-            ) from error
-        raise
+        if is_plain and not _is_death(error):
+            raise
+        cause = text[:200].rstrip(". ") if is_plain else f"killed or exited: {text or 'its result breaks off'}"
+        raise DivideMixError(
+            f"a worker that reads images died ({cause}), most likely for want of memory: give fewer --workers, or 0; "
+            f"{again}"
+        ) from error

@@ -1,6 +1,7 @@
 """Shared by the tests: the weights of the golden files, and a tiny device data set."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -24,6 +25,14 @@ settings.register_profile("dividemix", deadline=None, derandomize=True)
 settings.load_profile("dividemix")
 
 GOLDEN = Path(__file__).parent / "data"
+
+
+@pytest.fixture
+def start_method():
+    """Sets how processes are started: a patched function is there in forked ones alone."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    yield lambda method: multiprocessing.set_start_method(method, force=True)
+    multiprocessing.set_start_method(before, force=True)
 
 
 def golden_weights(net: torch.nn.Module, seed: int) -> torch.nn.Module:

@@ -23,7 +23,8 @@ import Train_cifar
 import Train_clothing1M
 import Train_folder
 import Train_webvision
-from dividemix import augment, checkpoint, deploy, networks
+from dividemix import checkpoint, deploy, networks
+from dividemix.data import to_float
 from dividemix.filelist import ImageList
 from dividemix.images import Preparation, Views
 
@@ -153,7 +154,7 @@ def _small(kind: str, root: Path):
         more = ["--method", method] if method else []
         return Train_cifar.main(tiny(root, "--dataset", dataset, "--data_path", str(root / "data"), *flags, *more))
 
-    x = augment.to_float(torch.from_numpy(data.test_images[:60]), torch.tensor(data.mean), torch.tensor(data.std))
+    x = to_float(torch.from_numpy(data.test_images[:60]), torch.tensor(data.mean), torch.tensor(data.std))
     return run, paths, data.test_labels.tolist(), x
 
 
@@ -191,7 +192,7 @@ def _test_images(images: ImageList, views: Views, mean: tuple, std: tuple):
     """-> their files, their labels, and they as a network sees them."""
     paths = [Path(images.path(i)) for i in range(len(images))]
     pixels = [views.eval(views.resized(Image.open(path))) for path in paths]
-    x = augment.to_float(torch.from_numpy(np.stack(pixels)), torch.tensor(mean), torch.tensor(std))
+    x = to_float(torch.from_numpy(np.stack(pixels)), torch.tensor(mean), torch.tensor(std))
     return paths, images.labels.tolist(), x
 
 

@@ -26,6 +26,7 @@ from sklearn.datasets import load_digits
 from dataloader_cifar import load
 from dividemix import DivideMixError
 from dividemix.filelist import Boundary
+from dividemix.images import shown
 
 CIFAR10, CIFAR100, FashionMNIST = (getattr(torchvision.datasets, n) for n in ("CIFAR10", "CIFAR100", "FashionMNIST"))
 
@@ -446,9 +447,8 @@ def prepared(data, path: Path, pixels: np.ndarray) -> np.ndarray:
     """An image file as the set's preparation makes it, with its border and three channels: (H, W, 3)."""
     Image.fromarray(np.ascontiguousarray(pixels)).save(path)
     border = data.preparation.border
-    found = np.pad(
-        data.preparation.pixels(str(path), Boundary(path.parent)), ((border, border), (border, border), (0, 0))
-    )
+    pixels = data.preparation.view(shown(path, Boundary(path.parent)).image)
+    found = np.pad(pixels, ((border, border), (border, border), (0, 0)))
     return np.repeat(found, 3 // found.shape[2], axis=2)
 
 

@@ -19,7 +19,7 @@ from test_predict import refused, rows_of
 from torch.export.passes import move_to_device_pass
 
 from dividemix import deploy, networks, predict, report
-from dividemix.images import READING, Preparation
+from dividemix.images import READING, Preparation, shown
 
 export = importlib.import_module("dividemix.export")
 
@@ -86,7 +86,7 @@ def test_the_export_of_every_kind_of_run_has_its_accuracy(kind, start, tmp_path,
     description, (exported, about) = deploy.read_description(run.folder), load(tmp_path / "model.pt2")
     assert_same(exported, run.folder)
     assert about["classes"] == description.classes
-    pixels = [description.preparation.pixels(str(path)) for path in run.images]
+    pixels = [description.preparation.view(shown(path).image) for path in run.images]
     with torch.no_grad():
         labels = exported.module()(deploy.to_images(torch.from_numpy(np.stack(pixels)))).argmax(dim=1)
     assert len(labels.unique()) > 1

@@ -28,7 +28,7 @@ import dataloader_cifar
 import dataloader_clothing1M
 import dataloader_webvision
 from dividemix import DivideMixError, checkpoint, networks, noise, noise_file, noise_human, predict
-from dividemix.images import BadImage
+from dividemix.images import BadImage, shown
 from dividemix.runtime import Runtime
 
 CASES = int(os.environ.get("FUZZ", "1000"))  # of each kind
@@ -179,7 +179,7 @@ def prediction_list(root: Path) -> Target:
         assert names and len(names) == len(paths)
         for path in paths:
             with contextlib.suppress(BadImage):
-                assert COLOUR.pixels(path, boundary).shape == (16, 16, 3)
+                assert COLOUR.view(shown(path, boundary).image).shape == (16, 16, 3)
 
     names = [photo.name, str(photo), "a,b", 'c"d', "é\n"]
     wholes = [f"path,label\n{photo.name},1\n".encode(), b"\xef\xbb\xbfid;x,path\r\n1,none.png\r\n"]

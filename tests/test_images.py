@@ -4,6 +4,8 @@ import io
 import pickle
 import re
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_image_trees import Artist
@@ -505,6 +508,21 @@ def test_images_of_too_many_pixels_are_refused(tmp_path, reader, monkeypatch):
         reader(str(tmp_path / "photo.jpg"), Boundary(tmp_path))
 
 
+def test_pillow_is_silent_and_others_are_not(tmp_path):
+    """A run would end in a screen of remarks on metadata; or the warning of a mixture that is fitted in a thread, while
+    images are read, would be lost."""
+    image = palette(of([0, 1], "P"), [9, 8, 7, 1, 2, 3])
+    image.save(tmp_path / "x.png", transparency=b"\0\1")
+    code = f"""
+import warnings
+from dividemix.filelist import Boundary
+from dividemix.images import read
+read({str(tmp_path / "x.png")!r}, Boundary({str(tmp_path)!r}))
+warnings.warn("of a fit")"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert re.findall(r"\w*Warning: .*", ended.stderr) == ["UserWarning: of a fit"]
+
+
 # ---- Files for trained networks ----
 
 
@@ -516,7 +534,7 @@ def test_a_prepared_file_is_torchvisions_evaluation_view(tmp_path, size, channel
     photo(*size).save(path)
     image = photo(*size).convert("L") if channels == 1 else photo(*size)
     expected = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(56)])(image)
-    found = preparation.pixels(str(path), Boundary(tmp_path))
+    found = preparation.view(shown(str(path), Boundary(tmp_path)).image)
     np.testing.assert_array_equal(found, np.asarray(expected).reshape(56, 56, channels))
 
 
@@ -528,7 +546,7 @@ def test_any_kind_of_image_is_prepared_in_grey(tmp_path, kind, mode, options):
     image.save(path, kind, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = Preparation((0.5,) * 3, (0.5,) * 3, 20, 20, channels=1).pixels(str(path), Boundary(tmp_path))
+        found = Preparation((0.5,) * 3, (0.5,) * 3, 20, 20, channels=1).view(shown(str(path), Boundary(tmp_path)).image)
         grey = np.asarray(Image.fromarray(read_image(path)).convert("L"))
         expected = Views(20, 20).eval(Views(20, 20).resized(Image.fromarray(grey)))[..., None]
     np.testing.assert_array_equal(found, expected)

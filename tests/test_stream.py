@@ -84,6 +84,22 @@ def test_pixels_for_the_device(clothing, workers):
         torch.testing.assert_close(streamed.normalise(torch.from_numpy(pixels)), seen, rtol=0, atol=0)
 
 
+def test_the_bar_goes_along_with_the_images(clothing, decoded, tmp_path):
+    """A bar that is full at once, before minutes of reading."""
+    ticks = []
+
+    def bar(steps):
+        for step in steps:
+            ticks.append(len(decoded))
+            yield step
+
+    with pipeline(clothing, cache_dir=tmp_path) as made:
+        made.pixels("train", np.arange(24), bar)
+        assert ticks == [0, 8, 16]
+        made.build_cache(bar)
+        assert ticks[3:] == list(range(24, 24 + 56 + 28, 8))
+
+
 def test_originals_are_the_files_and_with_a_cache_its_images(own_clothing, tmp_path):
     """Else the report shows another image beside a label; or none, where the files went away once they were cached."""
     index = np.array([7, 3, 50])
@@ -294,21 +310,15 @@ def test_kept_images_are_decoded_once(clothing, decoded):
     assert decoded == [clothing.train.path(i) for i in index]
 
 
-@pytest.mark.parametrize("kind", ["mixmatch", "warmup", "fetch"])
+@pytest.mark.parametrize("kind", ["mixmatch", "warmup"])
 def test_kept_images_are_read_before_they_are_needed(clothing, decoded, kind):
     """After a resume the division is there, but its images are not in memory: the epoch would end in an error."""
     with pipeline(clothing) as made:
         data = made.images("train", keep=True)
-        steps = []
         if kind == "mixmatch":
             batches = data.mixmatch_batches(half(56), 16, rng())
-        elif kind == "warmup":
-            batches = data.warmup_batches(16, rng())
         else:
-            data.fetch(bar=lambda parts: [steps.append(len(parts)), *parts][1:])
-            data.fetch()
-            batches = data.eval_batches(16)
-            assert steps == [7]
+            batches = data.warmup_batches(16, rng())
         assert len(decoded) == 56
         list(batches)
     assert len(decoded) == 56
@@ -326,7 +336,6 @@ def test_views_are_cut_ahead_of_the_training_and_abandoned_with_it(clothing):
     """An epoch that ends early would leave a thread that cuts views until the end of the run."""
     with pipeline(clothing) as made:
         data = made.images("train", keep=True)
-        data.fetch()
         expected = [batch[0].clone() for batch in data.warmup_batches(4, rng())]
         abandoned = iter(data.warmup_batches(4, rng()))
         next(abandoned)
@@ -369,11 +378,6 @@ def test_where_images_are_kept(clothing, monkeypatch):
     for keep, place in (("no", None), ("host", CPU), ("device", CPU)):
         with pipeline(clothing, keep=keep) as made:
             assert made.images("train", keep=True).place == place
-    with pytest.raises(ValueError, match="elsewhere"):
-        pipeline(clothing, keep="elsewhere")
-    views, card = Views(36, 32, "resized_crop"), Runtime(torch.device("meta"))
-    with pytest.raises(DivideMixError, match="host memory"):
-        Pipeline({}, views, (0.5,) * 3, (0.5,) * 3, card, keep="device")
 
 
 # ---- Cached ----
@@ -445,19 +449,12 @@ def test_a_bad_image_ends_the_build_and_leaves_nothing(own_clothing, tmp_path):
     assert not [name for name in os.listdir(tmp_path / "cache") if not name.endswith(".lock")]
 
 
-def test_without_a_folder_nothing_is_cached(clothing):
-    """A script that always asks for the cache would need a flag for it."""
-    with pipeline(clothing) as made:
-        made.build_cache()
-        assert made.caches == {}
-
-
 # ---- What is wrong ----
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("how", ["missing", "empty", "text", "truncated", "link", "bomb"])
-def test_a_bad_image_is_named(own_clothing, tmp_path, workers, how, monkeypatch):
+def test_a_bad_image_is_named(own_clothing, tmp_path, workers, how, monkeypatch, start_method):
     """Which of a million images ended the run, and what to do about it, would be left to guess."""
     train = own_clothing.train
     path = train.path(41)
@@ -472,7 +469,8 @@ def test_a_bad_image_is_named(own_clothing, tmp_path, workers, how, monkeypatch)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
     elif how != "missing":
         Path(path).write_bytes({"empty": b"", "text": b"<html>", "truncated": content[:-300]}[how])
-    with pipeline(own_clothing, workers=workers, context="fork" if workers else None) as made:
+    start_method("fork")
+    with pipeline(own_clothing, workers=workers) as made:
         for data in (made.images("train"), made.images("train", np.arange(30, 56), keep=True)):
             with pytest.raises(DivideMixError) as error:
                 list(data.eval_batches(10))
@@ -533,8 +531,8 @@ def test_all_data_sets_of_a_run_share_their_views(clothing):
     """A step is captured for its views: each epoch's new sample would be captured anew, and the old one never freed."""
     with pipeline(clothing) as made:
         a, b = made.images("train", keep=True), made.images("val")
-        assert a.mixmatch_views is b.mixmatch_views
-        assert a.warmup_views is b.warmup_views
+        assert {a.mixmatch_views, b.mixmatch_views} == {made.normalise.mixmatch_views}
+        assert {a.warmup_views, b.warmup_views} == {made.normalise.warmup_views}
 
 
 def test_one_read_serves_both_views(clothing, decoded):

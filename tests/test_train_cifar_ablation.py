@@ -32,7 +32,7 @@ from dividemix import (
     report,
 )
 from dividemix.data import DeviceImages
-from dividemix.filelist import Boundary
+from dividemix.images import shown
 from dividemix.runfolder import read_run
 from PreResNet import ResNet18
 
@@ -310,7 +310,7 @@ def test_prediction_of_one_network(done, tmp_path, monkeypatch):
     assert end_of(predict, [str(run.folder), "digit.png", "--device", "cpu"], monkeypatch) == 0
     row = dict(zip(*(line.split(",") for line in Path("predictions.csv").read_text().splitlines()), strict=True))
     with torch.no_grad():
-        pixels = torch.tensor(description.preparation.pixels(f"{tmp_path}/digit.png", Boundary(tmp_path)))
+        pixels = torch.tensor(description.preparation.view(shown(f"{tmp_path}/digit.png").image))
         p = ensemble(deploy.to_images(pixels[None])).softmax(1)[0]
     assert int(row["label"]) == p.argmax() and float(row["confidence"]) == pytest.approx(float(p.max()), abs=1e-3)
     # A file with another number of networks than the run has is not this run's

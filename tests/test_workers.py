@@ -23,8 +23,8 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def workers(images):
-    """Two of them; a Failure becomes a KeyError."""
-    made = Workers(Reader({"train": images}, VIEWS), 2, pin=False, refuse=KeyError)
+    """Two of them."""
+    made = Workers(Reader({"train": images}, VIEWS), 2, pin=False)
     yield made
     made.close()
 
@@ -68,7 +68,7 @@ def test_an_abandoned_pass_leaves_nothing_behind(images, workers):
 
 def test_a_pass_after_a_bad_image(images, workers):
     """The message of a bad image would come again in a pass that has none."""
-    with pytest.raises(KeyError):
+    with pytest.raises(DivideMixError, match="/no/cache"):
         list(workers.run([*tasks(3), Task("train", "/no/cache", np.array([0])), *tasks(30)]))
     assert len(list(workers.run(tasks(20)))) == 20
 
@@ -143,14 +143,15 @@ def test_a_result_that_breaks_off_is_explained(workers, monkeypatch, error):
         list(workers.run(tasks(3)))
 
 
-def test_too_little_shared_memory_is_explained(images, monkeypatch):
+def test_too_little_shared_memory_is_explained(images, monkeypatch, start_method):
     """In a container with 64 MB of it: the run would wait forever for a result that was lost on its way."""
 
     def full(self):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)")
 
+    start_method("fork")
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-    workers = Workers(Reader({"train": images}, VIEWS), 1, False, KeyError, "fork")
+    workers = Workers(Reader({"train": images}, VIEWS), 1, False)
     with pytest.raises(DivideMixError, match=r"/dev/shm.*--workers 0.*--shm-size"):
         list(workers.run(tasks(3)))
     workers.close()
@@ -186,10 +187,11 @@ def test_nothing_is_drawn_from_the_global_stream(workers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("context", ["spawn", "forkserver"])
-def test_other_ways_to_start_processes(images, context):
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_other_ways_to_start_processes(images, method, start_method):
     """Python 3.14 starts workers without a copy of the main process: all they are given must be picklable."""
-    workers = Workers(Reader({"train": images}, VIEWS), 1, False, KeyError, context)
+    start_method(method)
+    workers = Workers(Reader({"train": images}, VIEWS), 1, False)
     [part] = workers.run([Task("train", None, np.arange(PART), np.ones((PART, 2), np.int64))])
     assert part.pixels.shape == (2, PART, 12, 12, 3)
     workers.close()
