@@ -28,7 +28,7 @@ import Train_webvision  # noqa: E402
 from dividemix import DivideMixError, engine, networks, options, recipes, report, run, runtime, warn  # noqa: E402
 from dividemix.checkpoint import load_last, load_weights  # noqa: E402
 from dividemix.codivide import Mixture  # noqa: E402
-from dividemix.data import Batches, DeviceImages, plan_mixmatch, plan_warmup  # noqa: E402
+from dividemix.data import Batches, DeviceImages, draw_crops, plan_mixmatch, plan_warmup  # noqa: E402
 from dividemix.engine import MixMatch, Phase  # noqa: E402
 from dividemix.images import Views  # noqa: E402
 from dividemix.seeds import draws, seeded  # noqa: E402
@@ -51,17 +51,17 @@ class DealtImages(DeviceImages):
     def warmup_batches(self, batch_size: int, rng: np.random.Generator) -> Batches:
         ranks = self.runtime.ranks
         index = plan_warmup(len(self), batch_size, rng, ranks)
-        crops = [self._crops(rng, len(rows)) for rows in index]
-        return self._to_device(list(map(ranks.mine, index)), list(map(ranks.mine, crops)))
+        crops = [draw_crops(rng, len(rows), self.flip) for rows in index]
+        return self._batches([list(map(ranks.mine, index))], list(map(ranks.mine, crops)))
 
     def mixmatch_batches(self, division, batch_size: int, rng: np.random.Generator) -> Batches:
         mine, crops = self.runtime.ranks.mine, []
         labeled, unlabeled = plan_mixmatch(division, batch_size, rng, self.runtime.ranks)
         for x, u in zip(labeled, unlabeled, strict=True):
-            views = np.split(self._crops(rng, 2 * (len(x) + len(u))), np.cumsum([len(x), len(x), len(u)]))
+            views = np.split(draw_crops(rng, 2 * (len(x) + len(u)), self.flip), np.cumsum([len(x), len(x), len(u)]))
             crops.append(np.concatenate([mine(view) for view in views]))
         w = [division.clean_probability[mine(x)].astype(np.float32) for x in labeled]
-        return self._to_device(list(map(mine, labeled)), list(map(mine, unlabeled)), crops, w)
+        return self._batches([list(map(mine, labeled)), list(map(mine, unlabeled))], crops, w)
 
     def eval_batches(self, batch_size: int) -> Batches:
         whole = super().eval_batches(batch_size)
