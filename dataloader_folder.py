@@ -7,7 +7,6 @@ from D/val.csv or D/val/<class>/, D/test.csv or D/test/<class>/. Images are not 
 import os
 import re
 import textwrap
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -209,15 +208,13 @@ class Survey(NamedTuple):
 def survey(images: ImageList) -> Survey:
     """Looks at a part of the images, spread over the list. Raises DivideMixError where none can be read."""
     boundary, sizes, modes, problem = Boundary(images.root), [], set(), ""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on metadata
-        for i in np.unique(np.linspace(0, len(images) - 1, _LOOKED_AT).astype(int)).tolist():
-            try:
-                with opened(images.path(i), boundary) as (image, _):
-                    sizes.append(image.size)
-                    modes.add(image.mode)
-            except BadImage as error:  # named when it is read; --skip_bad_images may leave it out
-                problem = problem or f"{images.path(i)}: {error} ({images.where(i)})"
+    for i in np.unique(np.linspace(0, len(images) - 1, _LOOKED_AT).astype(int)).tolist():
+        try:
+            with opened(images.path(i), boundary) as (image, _):
+                sizes.append(image.size)
+                modes.add(image.mode)
+        except BadImage as error:  # named when it is read; --skip_bad_images may leave it out
+            problem = problem or f"{images.path(i)}: {error} ({images.where(i)})"
     if not sizes:
         raise DivideMixError(f"{problem}: nor can any other image be read that was looked at; see --check_data")
     short, long = np.min(sizes, axis=1), np.max(sizes, axis=1)

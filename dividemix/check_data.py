@@ -8,7 +8,6 @@ end is taken for sound, any other is decoded and this decides. `full` decodes al
 import json
 import os
 import textwrap
-import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -40,8 +39,7 @@ def check(lists: Mapping[str, ImageList], full: bool = False) -> dict[str, Bad]:
     """The bad images of each list. Shows progress on a terminal."""
     bad: dict[str, Bad] = {name: {} for name in lists}
     threads = min(4 * available_cores(), 64)  # most of the time goes into waiting for the disk
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
-        warnings.simplefilter("ignore")  # Pillow's remarks on metadata; what it cannot read is an exception
+    with ThreadPoolExecutor(threads) as pool:
         for name, images in lists.items():
             look = partial(_look, images, Boundary(images.root), full)
             rows = range(len(images))
