@@ -45,7 +45,7 @@ def atomic_file(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w+b") as file:
+        with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -99,16 +99,36 @@ def read_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
+class HashingFile:
+    """Hashes what `torch.save` writes and passes it on to a file. The file's first error is kept: raised in `write`, it
+    becomes another one, or ends the process, in some versions of torch (pytorch issue 156955)."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256 = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.sha256.update(data)
+        try:
+            if self.error is None:
+                self.file.write(data)
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """torch calls it; `atomic_file` flushes."""
+
+
 def write_state(path: Path, state: dict[str, Any]) -> str:
     """Write `state` for `load_file`, as `atomic_file` does. -> the SHA-256 of the file. No copy is made in memory: that
     would be done under the GIL, and the thread that trains launches nothing meanwhile."""
     with atomic_file(path) as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # torch's own, raised while it handles the file's, such as a full disk
-            raise (error.__context__ or error) from None
-        file.seek(0)
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        hashing = HashingFile(file)
+        torch.save(state, hashing)
+        if hashing.error:
+            raise hashing.error
+    return hashing.sha256.hexdigest()
 
 
 def load_file(path: Path, sha256: str = "") -> dict[str, Any]:
