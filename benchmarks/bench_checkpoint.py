@@ -47,8 +47,9 @@ def made(machine: Runtime, width: int, samples: int) -> tuple[list, list, list[M
 
 def state_of(nets: list, optimizers: list, mixtures: list[Mixture]) -> dict[str, Any]:
     """As `Run` saves it."""
-    run = argparse.Namespace(nets=nets, optimizers=optimizers, mixtures=mixtures)
-    return Run._state(run)
+    state: dict[str, Any] = {"nets": [net.state_dict() for net in nets]}
+    state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+    return state | {"histories": [[torch.from_numpy(row) for row in mixture.history] for mixture in mixtures]}
 
 
 def seconds(function: Callable[[], Any], repeats: int) -> float:

@@ -136,19 +136,12 @@ def test_sets_that_are_empty_or_of_one_sample(start, tmp_path, monkeypatch, recw
     (warm-up, loss) or 17: a run would crash at whichever epoch comes to it, and come to it again when it continues."""
     epochs = iter(np.repeat(clean, 2))  # two networks
 
-    def posterior(gmm, loss, component):
-        return np.where(np.arange(len(loss)) < next(epochs), 0.9, 0.1)
+    def predict_proba(gmm, loss):
+        clean = np.where(np.arange(len(loss)) < next(epochs), 0.9, 0.1)
+        return np.stack([clean, 1 - clean] if gmm.means_[0] < gmm.means_[1] else [1 - clean, clean], axis=1)
 
-    monkeypatch.setattr(codivide, "posterior", posterior)
-    flags = [
-        "--no_label_scores",
-        "--limit_train",
-        "33",
-        "--eval_batch_size",
-        "32",
-        "--r",
-        "0.2",
-    ]  # the 32 of a warm-up batch, too
+    monkeypatch.setattr(codivide.GaussianMixture, "predict_proba", predict_proba)
+    flags = "--no_label_scores --limit_train 33 --eval_batch_size 32 --r 0.2".split()  # 32 of a warm-up batch, too
     assert start(*flags)[0] == 0
     assert start(*flags, "--num_epochs", "3")[0] == 0
     found = records_of(tmp_path)
