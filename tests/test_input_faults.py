@@ -141,7 +141,8 @@ def test_sets_that_are_empty_or_of_one_sample(start, tmp_path, monkeypatch, recw
         return np.stack([clean, 1 - clean] if gmm.means_[0] < gmm.means_[1] else [1 - clean, clean], axis=1)
 
     monkeypatch.setattr(codivide.GaussianMixture, "predict_proba", predict_proba)
-    flags = "--no_label_scores --limit_train 33 --eval_batch_size 32 --r 0.2".split()  # 32 of a warm-up batch, too
+    flags = ["--no_label_scores", "--limit_train", "33", "--r", "0.2"]
+    flags += ["--eval_batch_size", "32"]  # that of a warm-up batch, too
     assert start(*flags)[0] == 0
     assert start(*flags, "--num_epochs", "3")[0] == 0
     found = records_of(tmp_path)
