@@ -214,7 +214,7 @@ def survey(images: ImageList) -> Survey:
                 sizes.append(image.size)
                 modes.add(image.mode)
         except BadImage as error:  # named when it is read; --skip_bad_images may leave it out
-            problem = problem or f"{images.path(i)}: {error} ({images.where(i)})"
+            problem = problem or images.problem(i, str(error))
     if not sizes:
         raise DivideMixError(f"{problem}: nor can any other image be read that was looked at; see --check_data")
     short, long = np.min(sizes, axis=1), np.max(sizes, axis=1)

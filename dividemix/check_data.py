@@ -85,7 +85,7 @@ def describe(name: str, images: ImageList, bad: Bad) -> list[str]:
     missing = [*bad.values()].count(MISSING)
     exist = f"{len(images) - missing} of {len(images)} images exist"
     lines = [f"{name}: {exist}, {len(bad) - missing} of them unreadable"]  # or outside the data folder
-    lines += [f"  {images.path(i)}: {what} ({images.where(i)})" for i, what in [*bad.items()][:_SHOWN]]
+    lines += [f"  {images.problem(i, what)}" for i, what in [*bad.items()][:_SHOWN]]
     if len(bad) > _SHOWN:
         lines.append(f"  and {len(bad) - _SHOWN} more")
     counts = ", ".join(f"{c}: {count}" for c, count in enumerate(images.class_counts()))

@@ -1,7 +1,6 @@
 """A trained run as one network, for `predict` and `export`: args.json describes it, best.pt or the last checkpoint has
 its weights. `load_ensemble(run, read_description(run))(images)` are the logits."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from dividemix import DivideMixError, networks
 from dividemix.checkpoint import load_file, load_last, load_weights
 from dividemix.images import READING, Preparation
+from dividemix.runfolder import read_about
 
 WEIGHTS = ("best", "last")
 
@@ -49,10 +49,7 @@ def describe(
 
 def read_description(run: Path) -> Description:
     """Raises DivideMixError for what is no run folder."""
-    try:
-        model = json.loads((run / "args.json").read_text())["model"]
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DivideMixError(f"{run} is not a run folder: it has no args.json") from error
+    model = read_about(run)["model"]
     preprocessing = model.pop("preprocessing")
     values = {field.name: preprocessing[field.name] for field in fields(Preparation)}
     values |= {name: tuple(values[name]) for name in ("mean", "std")}

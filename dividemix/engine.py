@@ -471,5 +471,6 @@ def evaluate(
                 smaller = "a smaller --eval_batch_size or --width"
                 raise DivideMixError(f"{machine.device}: no memory to evaluate {size} images; use {smaller}") from error
         machine.eval_batch_size = size // 2
+        x = labels = results = None  # else they stay in memory beside the next try
         torch.cuda.empty_cache()
         warn(f"not enough memory to evaluate {size} images at once: {size // 2} from now on (--eval_batch_size)")

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from dividemix import DivideMixError, warn
 from dividemix.checkpoint import read_file
 
+_LONGEST = 4096  # bytes of a path, as in Linux; one that is longer would make the array of all paths huge
 # In class folders
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
@@ -61,6 +62,11 @@ class ImageList:
     def where(self, i: int) -> str:
         """Where image i is named, for messages."""
         return self.source if self.numbers is None else f"{self.source}, line {self.numbers[i]}"
+
+    def problem(self, i: int, what: str) -> str:
+        """On one line what is wrong with image i, with its file and where it is named."""
+        path = self.path(i)
+        return f"{path if path.isprintable() else repr(path)}: {what} ({self.where(i)})"
 
     def class_counts(self) -> NDArray[np.int64]:
         """How many images have each label, (num_class,)."""
@@ -190,6 +196,8 @@ def _inside(path: Path, number: int, name: bytes) -> bytes:
         problem = "has a part '..', expected a path that stays in the data folder"
     elif name.endswith((b"/", b"/.")) or shortest == b".":
         problem = "is a folder, expected an image"
+    elif len(name) > _LONGEST:
+        problem = f"... has {len(name)} bytes, expected at most {_LONGEST}"
     else:
         return shortest
     raise bad_line(path, number, f"{name.decode()!r:.100} {problem}")

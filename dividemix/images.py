@@ -276,23 +276,27 @@ class Views:
 
     def eval(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """(S, S, 3): the centre of a resized image (H, W, 3)."""
-        top, left = (round((side - self.crop) / 2) for side in image.shape[:2])
-        return self.cut(image, Box(top, left, self.crop, self.crop, False))
+        return self.cut(image, self.draw(*image.shape[:2], None))
 
     def batch(self, images: Sequence[NDArray[np.uint8] | Tensor], seeds: NDArray[np.int64] | None) -> Tensor:
         """uint8 (V, n, S, S, 3): V training views of each of n resized images, for seeds (n, V); without seeds V = 1,
         the centres. Of tensors on a card, there; only a 'crop' can be cut there."""
         columns = [[None] * len(images)] if seeds is None else seeds.T.tolist()
-        views = [
-            self.eval(image) if seed is None else self.train(image, seed)
-            for column in columns
-            for image, seed in zip(images, column, strict=True)
-        ]
-        stacked = torch.stack(views) if isinstance(views[0], Tensor) else torch.from_numpy(np.stack(views))
-        return stacked.unflatten(0, (len(columns), len(images)))
+        rows = [pair for column in columns for pair in zip(images, column, strict=True)]
+        rows = [(image, self.draw(*image.shape[:2], seed)) for image, seed in rows]
+        if isinstance(images[0], Tensor):  # one kernel for all views, and one for all mirror images
+            views = torch.stack([self.cut(image, box._replace(flip=False)) for image, box in rows])
+            is_mirrored = torch.tensor([box.flip for _, box in rows]).to(views.device, non_blocking=True)
+            views = torch.where(is_mirrored[:, None, None, None], views.flip(2), views)
+        else:
+            views = torch.from_numpy(np.stack([self.cut(image, box) for image, box in rows]))
+        return views.unflatten(0, (len(columns), len(images)))
 
-    def draw(self, height: int, width: int, seed: int) -> Box:
-        """Of the training view number `seed` of a resized image of this size."""
+    def draw(self, height: int, width: int, seed: int | None) -> Box:
+        """Of the training view number `seed` of a resized image of this size; without one the centre."""
+        if seed is None:
+            top, left = round((height - self.crop) / 2), round((width - self.crop) / 2)
+            return Box(top, left, self.crop, self.crop, False)
         rng = np.random.default_rng(seed)
         flip = rng.random() < 0.5 and self.flip
         for box_height, box_width in self._sides(height * width, rng):
@@ -319,8 +323,6 @@ class Views:
             view = np.asarray(TF.resize(Image.fromarray(np.ascontiguousarray(view)), [self.crop, self.crop]))
         if not box.flip:
             return view
-        if isinstance(view, Tensor):
-            return view.flip(1)
         return np.stack([view[:, ::-1, k] for k in range(3)], axis=2)  # at once numpy would copy three bytes at a time
 
 

@@ -150,7 +150,9 @@ def check_space(folder: Path, need: int) -> None:
         free = shutil.disk_usage(folder).free
     if need > free:
         sizes = f"need about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-        raise DivideMixError(f"{folder}: the resized images {sizes}: make room, or name another folder, or give none")
+        raise DivideMixError(
+            f"{folder}: the resized images {sizes}: make room, name another folder, or leave --cache_dir out"
+        )
 
 
 def write_cache(path: str, parts: Iterable[Part]) -> None:

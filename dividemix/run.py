@@ -80,13 +80,13 @@ class Run:
         folder = self.folder
         try:
             self._new = fresh or not folder.exists()
-            if fresh and folder.exists():
-                lock = lock_folder(folder)  # not away from under a process that trains in it
-                self._aside = set_aside(folder)
-                lock.release()
-                print(f"--fresh: {folder} moved to {self._aside}")
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_folder(folder)
+            with contextlib.ExitStack() as before:
+                if fresh and folder.exists():  # locked until the new one is: no process trains in the old one
+                    before.callback(lock_folder(folder).release)
+                    self._aside = set_aside(folder)
+                    print(f"--fresh: {folder} moved to {self._aside}")
+                folder.mkdir(parents=True, exist_ok=True)
+                self._lock = lock_folder(folder)
         except OSError as error:
             problem = f"run folder {folder} cannot be written: {error.strerror}"
             raise DivideMixError(f"{problem}; choose --out_dir or --run_dir") from error

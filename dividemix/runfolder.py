@@ -84,15 +84,21 @@ class RunFolder:
 
 def read_run(path: Path) -> RunFolder:
     """Raises DivideMixError where there is no run, or none with a finished epoch, and for a damaged file."""
-    about = load(path / "args.json", json.loads, {})
-    if not about:
-        raise DivideMixError(f"{path} is not a run folder: it has no args.json")
+    about = read_about(path)
     records = load(path / "metrics.jsonl", json_lines, [])
     if not records:
         raise DivideMixError(f"{path} has no finished epoch yet")
     files = {name: load(path / f"{name}.npz", arrays, {}) for name in ("labels", "label_scores", "thumbnails")}
     files["histograms"] = load(path / "histograms.jsonl", json_lines, [])
     return RunFolder(path, about, records, load(path / "result.json", json.loads, {}), **files)
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """args.json. Raises DivideMixError where the folder is none of a run, and for a damaged file."""
+    about = load(path / "args.json", json.loads, {})
+    if not (isinstance(about, dict) and {"args", "model"} <= about.keys()):
+        raise DivideMixError(f"{path} is not a run folder of this project: its args.json is missing, or another's")
+    return about
 
 
 def load(file: Path, parse: Callable[[bytes], Any], otherwise: Any) -> Any:

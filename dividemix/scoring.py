@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from dividemix import warn
+from dividemix import DivideMixError, warn
 from dividemix.checkpoint import write_arrays
 from dividemix.codivide import Mixture, clean_probability
 from dividemix.engine import DataSet, Phase, evaluate
@@ -27,7 +27,10 @@ THUMBNAILS, SIDE = 48, 96  # how many images are kept for the report, and the lo
 
 def is_scored(folder: Path, epochs: int, index: NDArray) -> bool:
     """Whether the folder has the scores of these samples after so many epochs."""
-    scores = load(folder / "label_scores.npz", arrays, {})
+    try:
+        scores = load(folder / "label_scores.npz", arrays, {})
+    except DivideMixError:  # damaged: it is written anew
+        return False
     return scores.get("epochs") == epochs and np.array_equal(scores["index"], index)
 
 

@@ -61,8 +61,8 @@ class Reader:
             return images.load(listed.path(i), self._boundaries[listed.root], listed.as_shown)
         except images.BadImage as error:
             raise DivideMixError(
-                f"{listed.path(i)}: {error} ({listed.where(i)}): `--check_data full` lists all such images, "
-                "`--skip_bad_images full` leaves them out"
+                f"{listed.problem(i, str(error))}: `--check_data full` lists all such images, `--skip_bad_images full` "
+                "leaves them out"
             ) from error
 
     def image(self, name: str, cache: str | None, i: int) -> tuple[NDArray[np.uint8], int]:

@@ -40,7 +40,7 @@ def make_run(
     divided = method == "dividemix"
     args = {"warm_up": warm_up, "method": method, "seed": 123, "p_threshold": 0.5, "r": 0.5, **flags}
     about = {"command": [command, "--r", "0.5"], "args": args, "data": {"classes": classes or CLASSES, "train": N}}
-    about |= {"machine": "cpu, 1 threads", "commit": "0" * 40, "versions": {"torch": "2"}}
+    about |= {"model": {}, "machine": "cpu, 1 threads", "commit": "0" * 40, "versions": {"torch": "2"}}
     (folder / "args.json").write_text(json.dumps(about))
     labels = {"index": np.arange(N), "given": GIVEN, "list_given": GIVEN}
     labels |= {"true": TRUE} if truth else {}

@@ -188,6 +188,12 @@ def test_class_folders_need_no_line_numbers(folder):
     assert describe("imagenet", images, {0: "empty"})[1] == f"  {folder}/0/x.jpg: empty ({folder})"
 
 
+def test_a_name_is_on_one_line(tmp_path):
+    """A line break in a name makes lines that look like the report's own, or hides others by a terminal's codes."""
+    images = ImageList(tmp_path, tmp_path, "", [b"a\n\x1b[2J.jpg"], [0], 1)
+    assert images.problem(0, "empty") == f"'{tmp_path}/a\\n\\x1b[2J.jpg': empty ({tmp_path})"
+
+
 def test_pillow_still_warns_after_a_check(folder):
     """The check would silence the warnings of the whole training run."""
     before = list(warnings.filters)

@@ -50,6 +50,8 @@ def test_what_is_no_run_folder_is_said(tmp_path):
     assert f"{tmp_path} is not a run folder" in refused(read_description, tmp_path)
     (tmp_path / "a file").touch()
     refused(read_description, tmp_path / "a file")
+    (tmp_path / "args.json").write_text('{"of": "another program"}')
+    assert f"{tmp_path} is not a run folder" in refused(read_description, tmp_path)
 
 
 @pytest.mark.parametrize(

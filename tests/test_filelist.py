@@ -108,6 +108,7 @@ BAD_LINES = {
     "this folder": (b". 1", "'.' is a folder"),
     "latin-1": (b"caf\xe9.jpg 1", "not UTF-8"),
     "zero byte": (b"b\0.jpg 1", "a zero byte"),
+    "no path is so long": (b"b" * 5000 + b".jpg 1", "has 5004 bytes"),
 }
 
 
@@ -168,6 +169,7 @@ BAD_ROWS = {
     "duplicate": (b"./a.jpg,dog", "'a.jpg' is already in line 2"),
     "latin-1": (b"caf\xe9.jpg,cat", "not UTF-8"),
     "zero byte": (b"b\0.jpg,cat", "a zero byte"),
+    "no path is so long": (b"b" * 5000 + b".jpg,cat", "has 5004 bytes"),
     "a quotation mark that does not close": (b'"b.jpg,cat', "not a row of a CSV file"),
     "text after one": (b'"b".jpg,cat', "not a row of a CSV file"),
     "label of two lines": (b'b.jpg,"a\nb"', "expected printable text"),

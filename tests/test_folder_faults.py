@@ -13,7 +13,7 @@ from conftest import end_of, tiny
 from test_run import begin, end_epoch, go_on, opened, validated
 
 import Train_cifar
-from dividemix import DivideMixError, checkpoint, report
+from dividemix import DivideMixError, checkpoint, report, run
 from dividemix.imagestore import locked
 from dividemix.run import lock_folder, set_aside
 
@@ -117,6 +117,25 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
         lock_folder(tmp_path).release()
     with pytest.warns(UserWarning, match=r"cache\.lock cannot be locked"), locked(str(tmp_path / "cache")):
         pass
+
+
+def test_a_folder_is_locked_until_the_new_one_is(tmp_path, monkeypatch):
+    """A process that came just before `--fresh` moved the folder would train in it, beside the one in the new."""
+    opened(tmp_path / "run").__exit__(None, None, None)
+    (tmp_path / "run").mkdir()
+    locked_folders = []
+
+    def lock(folder):
+        if locked_folders:
+            with pytest.raises(DivideMixError, match="another process"):
+                lock_folder(next(tmp_path.glob("run.*")))
+        locked_folders.append(folder)
+        return lock_folder(folder)
+
+    monkeypatch.setattr(run, "lock_folder", lock)
+    with opened(tmp_path / "run", fresh=True):
+        assert len(locked_folders) == 2
+        lock_folder(next(tmp_path.glob("run.*"))).release()
 
 
 # ---- Paths ----

@@ -26,7 +26,10 @@ def test_what_is_no_run_folder_is_named(tmp_path):
     """Else a mistyped path ends in a stack trace, or in a report of nothing."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
-    for name in ("missing", "empty", "file"):
+    for name, content in (("another", '{"args": {}}'), ("list", "[1]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.json").write_text(content)
+    for name in ("missing", "empty", "file", "another", "list"):
         with pytest.raises(DivideMixError, match=f"{name} is not a run folder"):
             read_run(tmp_path / name)
     folder = make_run(tmp_path / "run")

@@ -237,12 +237,14 @@ def test_a_finished_run_is_not_scored_again(copy, monkeypatch, capsys):
     assert "scoring" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["gone", "other samples"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "other samples"])
 def test_scores_that_are_lost_are_made_again(copy, damage):
     """The same command repeats what is missing, and ends with the same."""
     before, file = scores_of(copy), copy / "label_scores.npz"
     if damage == "gone":
         file.unlink()
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:100])
     else:
         np.savez(file, **before | {"index": before["index"] + 1})
     again(copy)
