@@ -40,7 +40,7 @@ def export(run: RunFolder, issues: LabelIssues, folder: Path) -> list[str]:
     return [
         f"corrected labels: {folder / name} ({changed} of {len(labels)} changed{unscored}), and "
         f"{folder / 'cleaned_labels.csv'}",
-        f"  train on it: {use(run, issues, folder / name)}",
+        f"  train on it, with the flags of this run: {use(run, issues, folder / name)}",
     ]
 
 

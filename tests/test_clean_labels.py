@@ -149,7 +149,7 @@ def test_the_command_that_is_named_is_one_that_a_shell_takes(tmp_path):
         make_run(tmp_path / "b", command="Train_folder.py", paths=[b"x"] * N, data_path="my data", truth=False),
         make_run(tmp_path / "c", dataset="cifar10", data_path="d", truth=False),
     ]
-    lines = [export(run, tmp_path / f"clean {run.name}")[1].removeprefix("  train on it: ") for run in runs]
+    lines = [export(run, tmp_path / f"clean {run.name}")[1].partition(": ")[2] for run in runs]
     words = ["python", "Train_cifar.py", "--dataset", "cifar10", "--data_path", "my data/cifar", "--noise_mode", "sym"]
     file = str(tmp_path / "clean a" / "cleaned_labels.json")
     assert shlex.split(lines[0]) == [*words, "--r", "0.25", "--noise_file", file]
