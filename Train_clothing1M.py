@@ -14,10 +14,10 @@ from typing import Any
 import dataloader_clothing1M
 from dataloader_clothing1M import balanced_sample
 from dividemix import DivideMixError, check_data, deploy, logs, networks, options, recipes, report
-from dividemix.checkpoint import load_weights
 from dividemix.codivide import Mixture
 from dividemix.engine import Phase, co_divide, set_learning_rate, test, train_epoch, warmup_epoch
 from dividemix.images import Preparation, Views
+from dividemix.networks import load_weights
 from dividemix.run import Run
 from dividemix.stream import Pipeline, StreamedImages
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dividemix import DivideMixError, warn
-from dividemix.checkpoint import read_file, write_atomically
 from dividemix.filelist import Boundary, ImageList
+from dividemix.files import read_file, write_atomically
 from dividemix.images import MISSING, BadImage, load, opened
 from dividemix.ranks import Ranks, from_environment
 from dividemix.runtime import available_cores

@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dividemix import DivideMixError
-from dividemix.checkpoint import csv_bytes, write_atomically
+from dividemix.files import csv_bytes, write_atomically
 from dividemix.label_issues import LabelIssues, cleaned_table, texts
 from dividemix.runfolder import RunFolder
 

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dividemix import DivideMixError, networks
-from dividemix.checkpoint import load_file, load_last, load_weights
+from dividemix.checkpoint import load_last
+from dividemix.files import load_file
 from dividemix.images import READING, Preparation
+from dividemix.networks import load_weights
 from dividemix.runfolder import read_about
 
 WEIGHTS = ("best", "last")

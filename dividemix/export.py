@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from dividemix import DivideMixError, deploy, options
-from dividemix.checkpoint import write_atomically
+from dividemix.files import write_atomically
 from dividemix.images import READING, Preparation
 from dividemix.provenance import commit, versions
 

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dividemix import histograms
-from dividemix.checkpoint import write_atomically
 from dividemix.compare import Group
+from dividemix.files import write_atomically
 from dividemix.histograms import Histogram
 from dividemix.label_issues import LabelIssues, transition
 from dividemix.runfolder import RunFolder

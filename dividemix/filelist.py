@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dividemix import DivideMixError, warn
-from dividemix.checkpoint import read_file
+from dividemix.files import read_file
 
 _LONGEST = 4096  # bytes of a path, as in Linux; one that is longer would make the array of all paths huge
 # In class folders

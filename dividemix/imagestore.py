@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dividemix import DivideMixError, warn
-from dividemix.checkpoint import lock_file
 from dividemix.filelist import ImageList
+from dividemix.files import lock_file
 from dividemix.images import Views
 
 _FORMAT = 2  # of the cache: another number, another file

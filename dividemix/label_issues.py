@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dividemix.checkpoint import csv_bytes, write_atomically
+from dividemix.files import csv_bytes, write_atomically
 from dividemix.runfolder import RunFolder
 
 IN_SAMPLE = "scores are in-sample: the networks were trained on these labels"

@@ -6,7 +6,7 @@ import difflib
 import functools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import InceptionResNetV2
 import PreResNet
 from dividemix import DivideMixError
-from dividemix.checkpoint import load_file, load_weights
+from dividemix.files import load_file
 from dividemix.ranks import Ranks
 from dividemix.runtime import Runtime, is_out_of_memory
 from dividemix.seeds import seeded
@@ -237,3 +237,12 @@ def imagenet_file(url: str = IMAGENET) -> Path:
             instead = f"fetch {url} elsewhere and put it at {path}, or give its place as --weights PATH"
             raise DivideMixError(f"the ImageNet weights could not be downloaded ({error}): {instead}") from error
     return path
+
+
+def load_weights(nets: Sequence[nn.Module], states: Sequence[dict[str, Any]], source: str) -> None:
+    """Raises DivideMixError, naming `source`, for states that are not those of such networks."""
+    try:
+        for net, state in zip(nets, states, strict=True):
+            net.load_state_dict(state)
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+        raise DivideMixError(f"{source} does not fit these networks: another --arch, --width or data set?") from error

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dividemix import DivideMixError, noise, noise_human, noise_instance
-from dividemix.checkpoint import read_file, write_atomically
+from dividemix.files import read_file, write_atomically
 
 _SURELY_DRAWN = 50  # labels that a class gets on average: the odds that it gets none are e^-50
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from dividemix import DivideMixError
-from dividemix.checkpoint import read_file
+from dividemix.files import read_file
 
 TRUTH = "clean_label"
 _KEYS = {  # three labels an image (random), their majority, and one that is wrong where any of them is (worse)

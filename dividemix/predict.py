@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dividemix import DivideMixError, deploy, options, runtime, warn
-from dividemix.checkpoint import csv_bytes, read_file, write_atomically
 from dividemix.filelist import IMAGE_SUFFIXES, Boundary, images_below
+from dividemix.files import csv_bytes, read_file, write_atomically
 from dividemix.images import BadImage, said, shown
 from dividemix.runtime import Runtime, available_cores
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dividemix import DivideMixError, clean_labels, compare, label_issues, warn
-from dividemix.checkpoint import csv_bytes, write_atomically
+from dividemix.files import csv_bytes, write_atomically
 from dividemix.options import Parser, command_line
 from dividemix.page import run_page
 from dividemix.run import Run

@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 
 from dividemix import figures, recipes
-from dividemix.checkpoint import write_atomically
 from dividemix.compare import mean_and_deviation
+from dividemix.files import write_atomically
 from dividemix.rows import DATA, TABLES, PlannedRun, Row, RunFiles, all_rows, read
 
 # Name of a number -> its name in tables

@@ -27,7 +27,7 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from dividemix import Diverged, DivideMixError, checkpoint, histograms, logs, scoring, warn
+from dividemix import Diverged, DivideMixError, checkpoint, files, histograms, logs, networks, scoring, warn
 from dividemix.codivide import Division, Mixture
 from dividemix.engine import DataSet, MixMatch, Phase, PhaseTerms
 from dividemix.logs import Logs
@@ -135,7 +135,7 @@ class Run:
         if self.ranks.first:
             self.labels = arrays
             self._truly_clean = arrays["given"] == arrays["true"] if "true" in arrays else None
-            checkpoint.write_arrays(self.folder / "labels.npz", arrays)
+            files.write_arrays(self.folder / "labels.npz", arrays)
 
     def start(
         self,
@@ -153,7 +153,7 @@ class Run:
         how the run begins. data, model: what args.json says of the data and, for `deploy`, of the networks."""
         self.nets, self.optimizers, self.mixtures, self.mixmatch = nets, optimizers, mixtures, mixmatch
         if self.state:
-            checkpoint.load_weights(nets, self.state["nets"], "the last checkpoint")
+            networks.load_weights(nets, self.state["nets"], "the last checkpoint")
             for optimizer, saved in zip(optimizers, self.state["optimizers"], strict=True):
                 load_optimizer(optimizer, saved)
             for mixture, history in zip(mixtures, self.state["histories"], strict=True):
@@ -179,7 +179,7 @@ class Run:
             warn(f"no TensorBoard events: {error}")
 
     def _write(self, name: str, text: str) -> None:
-        checkpoint.write_atomically(self.folder / name, text.encode())
+        files.write_atomically(self.folder / name, text.encode())
 
     def _log_lines(self, records: list[dict[str, Any]], histograms: list[dict[str, Any]]) -> dict[str, str]:
         """What the log files say of these."""
@@ -295,7 +295,7 @@ class Run:
         folder = self.folder / "scores"
         folder.mkdir(exist_ok=True)
         path = folder / f"epoch_{epoch:03d}.npz"
-        checkpoint.write_arrays(path, scores)
+        files.write_arrays(path, scores)
         for old in [] if getattr(self.args, "save_scores", True) else folder.glob("epoch_*.npz"):
             if old != path:
                 old.unlink()
@@ -319,17 +319,17 @@ class Run:
             return epochs
         if set(epochs) != {last}:
             try:
-                kept = checkpoint.load_file(path)["nets"]
+                kept = files.load_file(path)["nets"]
                 nets = [nets[k] if epoch == last else kept[k] for k, epoch in enumerate(epochs)]
             except DivideMixError as error:
                 warn(f"{error}: all weights in it are now those of epoch {last}")
                 epochs = [last] * len(epochs)
-        checkpoint.write_state(path, {"nets": nets, "epochs": epochs, "config": self.config})
+        files.write_state(path, {"nets": nets, "epochs": epochs, "config": self.config})
         return epochs
 
     def best_networks(self) -> list[dict[str, Any]]:
         """The state of each network at its best epoch, the same on all ranks. Raises DivideMixError."""
-        return self.ranks.from_first(checkpoint.load_file, self.folder / "best.pt")["nets"]
+        return self.ranks.from_first(files.load_file, self.folder / "best.pt")["nets"]
 
     def finish(self, line: str, train: DataSet | None = None, **more: Any) -> dict[str, Any]:
         """The end: print `line`, score the labels of `train`, write result.json and the last line of acc.txt where the
@@ -413,7 +413,7 @@ class RunPhase(Phase):
 def lock_folder(folder: Path) -> FileLock:
     """The folder's lock, held until it is released. Raises DivideMixError where another process holds it, OSError."""
     try:
-        return checkpoint.lock_file(folder / ".lock")
+        return files.lock_file(folder / ".lock")
     except Timeout as error:
         raise DivideMixError(f"another process is training in {folder}: wait, or give this run another --id") from error
 

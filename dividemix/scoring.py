@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dividemix import DivideMixError, warn
-from dividemix.checkpoint import write_arrays
 from dividemix.codivide import Mixture, clean_probability
 from dividemix.engine import DataSet, Phase, evaluate
+from dividemix.files import write_arrays
 from dividemix.label_issues import judge, worst_first
 from dividemix.runfolder import arrays, load
 from dividemix.seeds import draws

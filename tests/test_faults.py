@@ -26,7 +26,7 @@ from test_run import assert_equal, begin, end_epoch, last_state, opened, validat
 
 import PreResNet
 import Train_cifar
-from dividemix import DivideMixError, DivideMixWarning, checkpoint, report, run, signals
+from dividemix import DivideMixError, DivideMixWarning, checkpoint, files, report, run, signals
 
 EPOCHS = 3  # one of warm-up
 NEW_RUN = ["--num_epochs", str(EPOCHS)]
@@ -220,7 +220,7 @@ def test_a_disk_that_is_full_in_the_last_epoch(begun, whole, monkeypatch):
             raise OSError(28, "No space left on device")
 
         def save(*args):
-            patch.setattr(checkpoint.os, "fsync", full)
+            patch.setattr(files.os, "fsync", full)
             saved(*args)
 
         patch.setattr(checkpoint, "save_last", save)

@@ -13,7 +13,7 @@ from conftest import end_of, tiny
 from test_run import begin, end_epoch, go_on, opened, validated
 
 import Train_cifar
-from dividemix import DivideMixError, checkpoint, report, run
+from dividemix import DivideMixError, checkpoint, files, report, run
 from dividemix.imagestore import locked
 from dividemix.run import lock_folder, set_aside
 
@@ -173,7 +173,7 @@ def full(*_):
 )
 def test_a_full_disk_is_told_as_it_is(tmp_path, monkeypatch, file, done, left):
     """A user who is told of a checkpoint that does not exist deletes the wrong files to make room."""
-    folder, write_state = tmp_path / "run", checkpoint.write_state
+    folder, write_state = tmp_path / "run", files.write_state
 
     def fill_up(path, state):
         return full() if path.name == file else write_state(path, state)
@@ -181,7 +181,7 @@ def test_a_full_disk_is_told_as_it_is(tmp_path, monkeypatch, file, done, left):
     go_on(folder, [(60.0, 60.0)] * done)
     with pytest.raises(DivideMixError) as error, opened(folder) as this:
         begin(this)
-        monkeypatch.setattr(checkpoint, "write_state", fill_up)
+        monkeypatch.setattr(files, "write_state", fill_up)
         for _ in this.epochs(done + 2):
             end_epoch(this, validated(60.0, 60.0))
     problem = f"epoch {done} could not be written to {folder} as a whole (No space left on device)"

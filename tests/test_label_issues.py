@@ -11,7 +11,7 @@ import pytest
 from make_run import CLASSES, GIVEN, LOSS, P_CLEAN, SUGGESTED, TRUE, N, label_scores, make_run
 
 from dividemix import label_issues
-from dividemix.checkpoint import csv_bytes
+from dividemix.files import csv_bytes
 from dividemix.runfolder import read_run
 
 

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT
 
 import Train_cifar
-from dividemix import DivideMixError, checkpoint, logs
+from dividemix import DivideMixError, checkpoint, files, logs
 from dividemix.codivide import Mixture
 from dividemix.engine import MixMatch, PhaseTerms
 from dividemix.ranks import Ranks
@@ -200,7 +200,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(copy, tmp_path):
     evil = tmp_path / "evil.pt"
     torch.save({"nets": [Payload(), Payload()]}, evil)
     with pytest.raises(DivideMixError, match=str(evil)):
-        checkpoint.load_file(evil)
+        files.load_file(evil)
     sha256 = hashlib.sha256(evil.read_bytes()).hexdigest()
     (copy / "last.json").write_text(json.dumps({"file": "evil.pt", "sha256": sha256, "epoch": 1, "previous": None}))
     shutil.copy(evil, copy)
@@ -212,14 +212,14 @@ def test_a_checkpoint_that_would_run_code_is_refused(copy, tmp_path):
 def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch):
     """A full disk in the middle of a checkpoint must not take the one before with it."""
     file = tmp_path / "file"
-    checkpoint.write_atomically(file, b"old")
+    files.write_atomically(file, b"old")
 
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="space"):
-        checkpoint.write_atomically(file, b"new")
+        files.write_atomically(file, b"new")
     assert file.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [file]
 

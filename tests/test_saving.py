@@ -13,7 +13,7 @@ import torch
 from conftest import read_records
 from test_run import assert_equal, begin, end_epoch, opened, validated
 
-from dividemix import DivideMixError, checkpoint
+from dividemix import DivideMixError, checkpoint, files
 from dividemix.checkpoint import to_host
 
 
@@ -57,16 +57,16 @@ def test_a_state_is_written_without_a_copy_of_it_in_python_s_memory(tmp_path):
     """Such a copy is made under the GIL: the loss pass beside it launches nothing, and the card idles."""
     state = {"nets": [{str(i): torch.randn(50_000) for i in range(20)}]}  # 4 MB
     path = tmp_path / "epoch-000.pt"
-    checkpoint.write_state(path, state)  # imports
+    files.write_state(path, state)  # imports
     tracemalloc.start()
     try:
-        sha256 = checkpoint.write_state(path, state)
+        sha256 = files.write_state(path, state)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert peak < 400_000
     assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert_equal(checkpoint.load_file(path), state)
+    assert_equal(files.load_file(path), state)
     assert path.read_bytes() == written(state)
 
 
@@ -76,9 +76,9 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_state_is_an_error_of_the_system
     path = tmp_path / "best.pt"
     path.write_bytes(b"old")
     full = os.open("/dev/full", os.O_WRONLY)
-    monkeypatch.setattr(checkpoint.tempfile, "mkstemp", lambda **_: (full, str(tmp_path / "temporary")))
+    monkeypatch.setattr(files.tempfile, "mkstemp", lambda **_: (full, str(tmp_path / "temporary")))
     with pytest.raises(OSError) as error:
-        checkpoint.write_state(path, {"w": torch.zeros(100_000)})
+        files.write_state(path, {"w": torch.zeros(100_000)})
     assert error.value.errno == errno.ENOSPC
     assert path.read_bytes() == b"old"
 
@@ -96,7 +96,7 @@ def test_training_goes_on_while_an_epoch_is_written(tmp_path, monkeypatch):
             if epoch == 1:
                 go.set()
             end_epoch(this, validated(60.0, 60.0))
-    states = [checkpoint.load_file(folder / f"epoch-00{epoch}.pt") for epoch in range(2)]
+    states = [files.load_file(folder / f"epoch-00{epoch}.pt") for epoch in range(2)]
     assert [state["nets"][0]["w"].tolist() for state in states] == [[0, 1], [1, 1]]
     assert [len(state["records"]) for state in states] == [1, 2]
     assert [record["epoch"] for record in read_records(folder)] == [0, 1]

@@ -25,6 +25,7 @@ from dividemix import (
     deploy,
     engine,
     export,
+    files,
     label_issues,
     networks,
     options,
@@ -256,7 +257,7 @@ def test_a_checkpoint_of_one_network_and_one_of_two(done, tmp_path, monkeypatch)
     short = ["--num_epochs", "1", "--warm_up", "0"]
     for file in (both, one):
         Train_cifar.main(flags(tmp_path, "no_cotraining", *short, "--init_from", str(file), "--id", file.parent.name))
-        assert same(trained.pop().before, checkpoint.load_file(file)["nets"][0]) and not trained
+        assert same(trained.pop().before, files.load_file(file)["nets"][0]) and not trained
     with pytest.raises(DivideMixError, match=r"--init_from .*best\.pt: .* 2 networks"):
         Train_cifar.main(flags(tmp_path, "none", *short, "--init_from", str(one)))
 
