@@ -32,8 +32,7 @@ import dataloader_clothing1M
 from dividemix import codivide
 from dividemix.data import plan_mixmatch
 from dividemix.filelist import ImageList, read_lines
-from dividemix.ranks import Ranks
-from dividemix.runtime import available_cores
+from dividemix.runtime import Ranks, available_cores
 
 SAMPLE = 32_000  # images of a Clothing1M epoch
 NUM_CLASS = dataloader_clothing1M.NUM_CLASS

@@ -22,8 +22,7 @@ from dividemix import DivideMixError, warn
 from dividemix.filelist import Boundary, ImageList
 from dividemix.files import read_file, write_atomically
 from dividemix.images import MISSING, BadImage, load, opened
-from dividemix.ranks import Ranks, from_environment
-from dividemix.runtime import available_cores
+from dividemix.runtime import Ranks, available_cores, from_environment
 from dividemix.seeds import hold_out
 
 if TYPE_CHECKING:

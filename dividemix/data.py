@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dividemix.codivide import Division
-from dividemix.ranks import Ranks
-from dividemix.runtime import Runtime
+from dividemix.runtime import Ranks, Runtime
 
 PAD = 4  # black pixels on each side, before normalisation
 ALONE = Ranks()

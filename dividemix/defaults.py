@@ -8,10 +8,11 @@ import argparse
 from collections.abc import Collection
 from typing import Any
 
-from dividemix import DivideMixError, networks, ranks, recipes
+from dividemix import DivideMixError, networks, recipes
 from dividemix.data import PAD
 from dividemix.options import set_default
 from dividemix.recipes import OwnRecipe
+from dividemix.runtime import ranks
 
 SMALL = 64  # px: up to this side images are small
 DEVICE_LIMIT = 4 << 30  # bytes of small images that are put on the device

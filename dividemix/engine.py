@@ -20,8 +20,7 @@ from torch.optim import Optimizer
 from dividemix import Diverged, DivideMixError, warn
 from dividemix.algorithm import co_guess, co_refine, linear_rampup, mixup, neg_entropy, prior_penalty, semi_loss
 from dividemix.codivide import Division, Mixture
-from dividemix.ranks import Ranks
-from dividemix.runtime import Runtime, is_out_of_memory
+from dividemix.runtime import Ranks, Runtime, is_out_of_memory
 from dividemix.runtime import set_learning_rate as set_learning_rate
 
 # forward(net, *batches) -> the logits of each batch, as one call of net after the other would give them

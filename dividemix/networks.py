@@ -18,8 +18,7 @@ import InceptionResNetV2
 import PreResNet
 from dividemix import DivideMixError
 from dividemix.files import load_file
-from dividemix.ranks import Ranks
-from dividemix.runtime import Runtime, is_out_of_memory
+from dividemix.runtime import Ranks, Runtime, is_out_of_memory
 from dividemix.seeds import seeded
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from dividemix import DivideMixError, DivideMixWarning, blind, networks, noise, noise_human, ranks, recipes, runtime
+from dividemix import DivideMixError, DivideMixWarning, blind, networks, noise, noise_human, recipes, runtime
 from dividemix.engine import MixMatch
 from dividemix.noise_file import NoiseSpec, wrong_share
-from dividemix.runtime import Runtime, available_cores
+from dividemix.runtime import Runtime, available_cores, ranks
 from dividemix.signals import stoppable
 
 NOISE_RATE = 0.5

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-from dividemix import ranks
+from dividemix.runtime import ranks
 
 
 class Stopped(KeyboardInterrupt):

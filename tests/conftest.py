@@ -18,7 +18,7 @@ from dividemix import engine, options
 from dividemix.codivide import Division, normalise
 from dividemix.data import DeviceImages
 from dividemix.engine import PhaseTerms
-from dividemix.runtime import Runtime
+from dividemix.runtime.device import Runtime
 
 # No timing decides a test, and every machine tries the same examples.
 settings.register_profile("dividemix", deadline=None, derandomize=True)

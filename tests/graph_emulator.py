@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dividemix import runtime
+from dividemix.runtime import device, graph
 
 
 class Recorder(TorchDispatchMode):
@@ -32,7 +32,7 @@ class Recorder(TorchDispatchMode):
 
 
 def capture(step: Callable[[], Tensor], place: object) -> tuple[Callable[[], None], Tensor]:
-    """Stands in for `dividemix.runtime.capture`."""
+    """Stands in for `dividemix.runtime.graph.capture`."""
     for _ in range(3):
         step()
     with Recorder() as recorder:
@@ -41,5 +41,6 @@ def capture(step: Callable[[], Tensor], place: object) -> tuple[Callable[[], Non
 
 
 def install(monkeypatch) -> None:
-    monkeypatch.setattr(runtime, "capture", capture)
-    monkeypatch.setattr(runtime, "Place", object)
+    monkeypatch.setattr(graph, "capture", capture)
+    for module in (graph, device):
+        monkeypatch.setattr(module, "Place", object)

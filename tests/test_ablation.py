@@ -9,9 +9,10 @@ import torch
 from conftest import half, placed, same, snapshot
 from test_engine import SETTINGS, Linear, NoSync, softmax
 
-from dividemix import engine, recipes, runtime
+from dividemix import engine, recipes
 from dividemix.engine import MixMatch, Phase
-from dividemix.runtime import Runtime
+from dividemix.runtime import graph
+from dividemix.runtime.device import Runtime
 from PreResNet import ResNet18
 
 CPU = torch.device("cpu")
@@ -187,7 +188,7 @@ def test_replayed_steps_equal_eager_ones(monkeypatch, tiny_images, precision, me
         optimizer, data = machine.optimizer(net, 0.02, 5e-4), placed(machine, tiny_images)
         terms = [train(name, net, other, optimizer, data) for name in ASKED]
         assert len(machine.steps) == (len(ASKED) if on else 0)
-        assert all(isinstance(step, runtime.CapturedStep) for step in machine.steps.values())
+        assert all(isinstance(step, graph.CapturedStep) for step in machine.steps.values())
         states.append((snapshot(net), terms))
     assert same(states[0][0], states[1][0]) and states[0][1] == states[1][1]
     assert len(set(states[0][1])) == len(ASKED)  # and they do differ

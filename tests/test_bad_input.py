@@ -19,8 +19,9 @@ from test_run import args_of
 import dataloader_cifar
 import PreResNet
 import Train_cifar
-from dividemix import DivideMixError, noise, options, report, runtime
+from dividemix import DivideMixError, noise, options, report
 from dividemix.run import Run
+from dividemix.runtime import device as runtime
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from benchmarks import baseline_plain
 from dividemix import engine
 from dividemix.codivide import Division
 from dividemix.data import DeviceImages
-from dividemix.runtime import Runtime
+from dividemix.runtime.device import Runtime
 
 CPU = Runtime(torch.device("cpu"), memory_format=torch.contiguous_format)
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)

@@ -15,7 +15,7 @@ import dataloader_clothing1M
 from dividemix import DivideMixError
 from dividemix.check_data import BadImage, check, describe, left_out, opened, problem, run_check, sound, usable
 from dividemix.filelist import Boundary, ImageList, list_folders
-from dividemix.ranks import Ranks
+from dividemix.runtime.ranks import Ranks
 
 
 def save(path: Path, kind: str = "JPEG", mode: str = "RGB", side: int = 40, **options: object) -> bytes:

@@ -11,7 +11,7 @@ from test_engine import SETTINGS
 
 from dividemix import engine
 from dividemix.engine import Phase
-from dividemix.runtime import Runtime
+from dividemix.runtime.device import Runtime
 from PreResNet import ResNet18
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from dividemix import Diverged, DivideMixError, DivideMixWarning, engine, recipe
 from dividemix.codivide import Mixture
 from dividemix.engine import MixMatch, Phase
 from dividemix.run import RunPhase
-from dividemix.runtime import Runtime
+from dividemix.runtime.device import Runtime
 from PreResNet import ResNet18
 
 CPU = torch.device("cpu")

@@ -29,7 +29,7 @@ import dataloader_clothing1M
 import dataloader_webvision
 from dividemix import DivideMixError, checkpoint, networks, noise, noise_file, noise_human, predict
 from dividemix.images import BadImage, shown
-from dividemix.runtime import Runtime
+from dividemix.runtime.device import Runtime
 
 CASES = int(os.environ.get("FUZZ", "1000"))  # of each kind
 

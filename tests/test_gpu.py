@@ -24,12 +24,14 @@ import dataloader_webvision
 import Train_clothing1M
 import Train_folder
 import Train_webvision
-from dividemix import DivideMixError, DivideMixWarning, engine, runtime
+from dividemix import DivideMixError, DivideMixWarning, engine
 from dividemix.checkpoint import to_host
 from dividemix.data import DeviceImages
 from dividemix.engine import MixMatch, Phase
 from dividemix.images import Views
-from dividemix.runtime import Runtime, start
+from dividemix.runtime import device as runtime
+from dividemix.runtime import graph
+from dividemix.runtime.device import Runtime, start
 from dividemix.stream import Pipeline
 from PreResNet import ResNet18
 
@@ -155,7 +157,7 @@ def test_graph_equals_eager_step_by_step(exact, digits, merge):
         assert terms[0] == terms[1]
         assert_equal(state(*runs[0]), state(*runs[1]))
     assert len(replayed.steps) == 4
-    assert all(isinstance(step, runtime.CapturedStep) for step in replayed.steps.values())
+    assert all(isinstance(step, graph.CapturedStep) for step in replayed.steps.values())
 
 
 def test_graphs_of_ablations_equal_eager_steps(exact, digits):
@@ -169,7 +171,7 @@ def test_graphs_of_ablations_equal_eager_steps(exact, digits):
             mixmatch = replace(SETTINGS, batch_size=8, refine=refine, views=views)
             terms.append(engine.train_epoch(net, peer, optimizers[0], data, half(167), mixmatch, Phase(epoch=3)))
         runs.append((terms, state(nets, optimizers)))
-    assert len(machine.steps) == 4 and all(isinstance(step, runtime.CapturedStep) for step in machine.steps.values())
+    assert len(machine.steps) == 4 and all(isinstance(step, graph.CapturedStep) for step in machine.steps.values())
     assert runs[0][0] == runs[1][0]
     assert_equal(runs[0][1], runs[1][1])
 
@@ -195,9 +197,7 @@ def test_augmentation_differs_between_replays(digits):
     """A crop that froze in the graph shows each network the same few views for 300 epochs."""
     rng = np.random.default_rng(0)
     first, second = list(digits.mixmatch_batches(half(167), 4, rng))[:2]
-    captured = runtime.CapturedStep(
-        lambda *batch: torch.cat(digits.mixmatch_views(*batch)[:2]), first, [], runtime.Place()
-    )
+    captured = graph.CapturedStep(lambda *batch: torch.cat(digits.mixmatch_views(*batch)[:2]), first, [], graph.Place())
     one, same_images = captured(*first).clone(), (*first[:2], second[2], first[3])
     other = captured(*same_images).clone()
     assert not torch.equal(one, other)
@@ -218,7 +218,7 @@ def test_a_capture_leaves_no_trace(digits):
         )
         return torch.stack(terms)
 
-    captured = runtime.CapturedStep(step, batch, engine.changed_by_step(nets[0], optimizers[0]), runtime.Place())
+    captured = graph.CapturedStep(step, batch, engine.changed_by_step(nets[0], optimizers[0]), graph.Place())
     assert_equal(state(nets, optimizers), before)
     captured(*batch)
     assert not torch.equal(nets[0].conv1.weight, before[0]["conv1.weight"])

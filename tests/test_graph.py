@@ -14,11 +14,13 @@ from make_image_trees import make_webvision
 from test_run import assert_equal
 
 import dataloader_webvision
-from dividemix import DivideMixError, DivideMixWarning, engine, runtime
+from dividemix import DivideMixError, DivideMixWarning, engine
 from dividemix.data import DeviceImages
 from dividemix.engine import MixMatch, Phase
 from dividemix.images import Views
-from dividemix.runtime import Runtime
+from dividemix.runtime import device as runtime
+from dividemix.runtime import graph
+from dividemix.runtime.device import Runtime
 from dividemix.stream import Pipeline
 from PreResNet import ResNet18
 
@@ -73,7 +75,7 @@ def test_replayed_steps_equal_eager_ones(digits, merge, precision):
         train(placed(machine, digits), range(2), *run) for machine, run in zip((eager, replayed), runs, strict=True)
     ]
     assert len(replayed.steps) == 4  # each net's two steps, captured once
-    assert all(isinstance(step, runtime.CapturedStep) for step in replayed.steps.values())
+    assert all(isinstance(step, graph.CapturedStep) for step in replayed.steps.values())
     assert terms[0] == terms[1]
     for optimizer in runs[0][1]:  # eager has numbers where the graph has tensors
         optimizer.param_groups[0]["lr"] = torch.tensor(optimizer.param_groups[0]["lr"])
@@ -252,13 +254,13 @@ def test_a_failed_capture_is_said_and_the_run_goes_on_as_if_nothing_had_been(mon
         finally:
             raise RuntimeError("capture failed due to a previous error")
 
-    monkeypatch.setattr(runtime, "capture", fail)
+    monkeypatch.setattr(graph, "capture", fail)
     eager, failing = Runtime(CPU), Runtime(CPU, graph=True)
     runs = [start(eager), start(failing)]
     expected = train(placed(eager, digits), range(1), *runs[0])
     with pytest.warns(DivideMixWarning, match=r"CUDA graph failed.*not permitted.*--no_graph"):
         assert train(placed(failing, digits), range(1), *runs[1]) == expected
-    assert not failing.graph and not any(isinstance(step, runtime.CapturedStep) for step in failing.steps.values())
+    assert not failing.graph and not any(isinstance(step, graph.CapturedStep) for step in failing.steps.values())
     for a, b in zip(runs[0][0], runs[1][0], strict=True):
         assert_equal(a.state_dict(), b.state_dict())
 
@@ -293,7 +295,7 @@ def test_preserved_puts_everything_back_also_after_an_error():
     """A capture that fails half-way would leave the weights of three steps too many."""
     weight = torch.nn.Parameter(torch.arange(3.0))
     address = weight.data_ptr()
-    with pytest.raises(ValueError), runtime.preserved([weight]):
+    with pytest.raises(ValueError), graph.preserved([weight]):
         with torch.no_grad():
             weight.mul_(7)
         raise ValueError
@@ -303,7 +305,7 @@ def test_preserved_puts_everything_back_also_after_an_error():
 def test_the_emulator_freezes_numbers():
     """The tests above prove nothing if the emulator runs Python again instead of what was launched."""
     x, factor = torch.ones(2), 2.0
-    frozen = runtime.CapturedStep(lambda x: x * factor + 1, [x], [], runtime.Place())
+    frozen = graph.CapturedStep(lambda x: x * factor + 1, [x], [], graph.Place())
     factor = 5.0
     assert torch.equal(frozen(torch.full((2,), 3.0)), torch.full((2,), 7.0))
     with pytest.raises(ValueError, match="other shapes"):  # a copy would broadcast it
@@ -325,7 +327,7 @@ def test_training_out_of_memory_names_the_remedies(monkeypatch, digits):
 
     machine = Runtime(CPU, graph=True)
     nets, optimizers = start(machine)
-    monkeypatch.setattr(runtime, "capture", full)
+    monkeypatch.setattr(graph, "capture", full)
     monkeypatch.setattr(engine, "train_step", full)
     with pytest.warns(DivideMixWarning, match="CUDA graph failed"), pytest.raises(DivideMixError, match="--batch_size"):
         train(placed(machine, digits), range(1), nets, optimizers)

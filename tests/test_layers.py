@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import golden_weights
 
-from dividemix.runtime import GroupedBatchNorm2d, Runtime
+from dividemix.runtime.device import Runtime
+from dividemix.runtime.layers import GroupedBatchNorm2d
 from PreResNet import ResNet18, ResNet50
 
 CPU = torch.device("cpu")

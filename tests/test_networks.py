@@ -14,8 +14,8 @@ from torchvision import models
 
 from dividemix import DivideMixError, engine, networks
 from dividemix.data import DeviceImages
-from dividemix.ranks import Ranks
-from dividemix.runtime import Runtime
+from dividemix.runtime.device import Runtime
+from dividemix.runtime.ranks import Ranks
 from dividemix.seeds import draws, seeded
 
 ALONE = Ranks()

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchrun_driver import DealtImages
 
-from dividemix import ranks
 from dividemix.algorithm import prior_penalty
-from dividemix.ranks import Ranks
-from dividemix.runtime import Runtime
+from dividemix.runtime import ranks
+from dividemix.runtime.device import Runtime
+from dividemix.runtime.ranks import Ranks
 
 worlds = st.integers(1, 5)
 

@@ -20,9 +20,9 @@ import Train_cifar
 from dividemix import DivideMixError, checkpoint, files, logs
 from dividemix.codivide import Mixture
 from dividemix.engine import MixMatch, PhaseTerms
-from dividemix.ranks import Ranks
 from dividemix.run import Run, lock_folder, score_arrays
-from dividemix.runtime import Runtime
+from dividemix.runtime.device import Runtime
+from dividemix.runtime.ranks import Ranks
 from dividemix.seeds import draws, seeded
 
 TINY = "--dataset digits --limit_train 96 --width 4 --batch_size 16 --warm_up 1 --lr_drop 3 --device cpu"

@@ -11,8 +11,9 @@ from conftest import golden_weights
 from make_data import colour_digits
 
 import PreResNet
-from dividemix import DivideMixError, DivideMixWarning, engine, runtime
-from dividemix.runtime import Runtime
+from dividemix import DivideMixError, DivideMixWarning, engine
+from dividemix.runtime import device as runtime
+from dividemix.runtime.device import Runtime
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,7 @@ from dividemix import engine, figures, histograms, scoring
 from dividemix.codivide import Mixture
 from dividemix.engine import Phase, per_sample_loss
 from dividemix.run import Run
-from dividemix.runtime import Runtime
+from dividemix.runtime.device import Runtime
 from dividemix.seeds import draws
 
 

@@ -19,8 +19,8 @@ import dataloader_clothing1M
 import dataloader_webvision
 from dividemix import DivideMixError, DivideMixWarning, engine, images, imagestore
 from dividemix.images import Views
-from dividemix.ranks import Ranks
-from dividemix.runtime import Runtime
+from dividemix.runtime.device import Runtime
+from dividemix.runtime.ranks import Ranks
 from dividemix.stream import Pipeline
 from PreResNet import ResNet18
 

@@ -20,7 +20,7 @@ import Train_folder
 import Train_webvision
 from dividemix import DivideMixError, networks, report
 from dividemix.checkpoint import load_last
-from dividemix.runtime import Runtime
+from dividemix.runtime.device import Runtime
 
 ONE = Runtime(torch.device("cpu"), memory_format=torch.contiguous_format)
 LIMIT = 900  # seconds; none of these takes so long on a busy machine, so one that does is waiting for ever

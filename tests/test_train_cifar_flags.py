@@ -17,7 +17,7 @@ import Train_cifar
 from dividemix import DivideMixError, codivide, label_issues, noise, noise_instance, options
 from dividemix.checkpoint import load_last
 from dividemix.runfolder import read_run
-from dividemix.runtime import Runtime
+from dividemix.runtime.device import Runtime
 from dividemix.seeds import seeded
 
 pytestmark = pytest.mark.usefixtures("no_figures")

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dividemix import DivideMixError, warn
-from dividemix.ranks import Ranks, from_environment, join
+from dividemix.runtime.graph import CapturedStep, Place, preserved
+from dividemix.runtime.layers import GroupedBatchNorm2d, can_merge, grouped
+from dividemix.runtime.ranks import Ranks, from_environment, join
 
 
 @dataclass
@@ -213,104 +215,6 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], lr: float) ->
         else:
             group["lr"] = lr
     return lr
-
-
-# ---- Steps captured in a CUDA graph ----
-
-
-class Place:
-    """One stream and one pool of memory for several graphs: a pool's blocks are used again on the same stream only.
-    Keep every graph that was captured here until none is used any more: the pool ends with its last graph."""
-
-    def __init__(self):
-        self.stream = torch.cuda.Stream()  # the default stream cannot be captured
-        self.pool = torch.cuda.graph_pool_handle()
-
-
-class CapturedStep:
-    """`step(*inputs)` -> a tensor, captured with copies of the given inputs; called with others of the same shapes, it
-    replays, in one launch by the host instead of two thousand.
-
-    A replay has the addresses and the host's numbers of the capture: all that changes must come in as `inputs` or be a
-    tensor that is changed in place. The result is overwritten by the next call. `state` names the tensors that the step
-    changes; after the capture, before which it runs a few times, they are as before. Steps that share a `place` never
-    run at the same time. Raises what the capture raises; a call with other shapes is a ValueError.
-    """
-
-    def __init__(self, step: Callable[..., Tensor], inputs: Sequence[Tensor], state: Sequence[Tensor], place: Place):
-        self.inputs = [tensor.clone() for tensor in inputs]
-        with preserved(state):
-            self.replay, self.output = capture(lambda: step(*self.inputs), place)
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        if [x.shape for x in inputs] != [x.shape for x in self.inputs]:  # a copy would broadcast
-            raise ValueError("a captured step was called with inputs of other shapes")
-        torch._foreach_copy_(self.inputs, list(inputs))
-        self.replay()
-        return self.output
-
-
-def capture(step: Callable[[], Tensor], place: Place) -> tuple[Callable[[], None], Tensor]:
-    """Run `step` to warm up and capture it on the current card. -> (replay, the output that each replay overwrites)."""
-    graph = torch.cuda.CUDAGraph()
-    place.stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(place.stream):  # left again even where a capture fails
-        for _ in range(3):  # compilation, choice of algorithms, work spaces
-            step()
-        # Other threads (a data loader's, the mixture's) may call CUDA meanwhile.
-        with torch.cuda.graph(graph, place.pool, place.stream, capture_error_mode="thread_local"):
-            output = step()
-    torch.cuda.current_stream().wait_stream(place.stream)
-    return graph.replay, output
-
-
-@contextlib.contextmanager
-def preserved(state: Sequence[Tensor]) -> Iterator[None]:
-    """Whatever happens in the block, the tensors hold afterwards what they held before, at the same addresses."""
-    before = [tensor.detach().clone() for tensor in state]
-    try:
-        yield
-    finally:
-        for tensor, value in zip(state, before, strict=True):
-            tensor.detach().copy_(value)
-
-
-# ---- Several batches through a network together ----
-
-
-class GroupedBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d that can take several batches in one call: `Runtime.prepare` exchanges it by class alone.
-
-    While `groups` (see `grouped`) is above 1, the rows are that many batches of one size, one after the other. In train
-    mode each is normalised by its own statistics, and the running statistics are updated batch after batch, in order:
-    what that many calls would have computed, up to rounding.
-    """
-
-    groups = 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.groups == 1:
-            return super().forward(x)
-        return torch.cat([nn.BatchNorm2d.forward(self, batch) for batch in x.chunk(self.groups)])
-
-
-@contextlib.contextmanager
-def grouped(net: nn.Module, groups: int) -> Iterator[None]:
-    """Within the block, `net` takes `groups` batches of one size in each call."""
-    layers = [module for module in net.modules() if isinstance(module, GroupedBatchNorm2d)]
-    for layer in layers:
-        layer.groups = groups
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.groups = 1
-
-
-def can_merge(net: nn.Module) -> bool:
-    """Whether every layer that looks across a batch's rows in train mode is a `GroupedBatchNorm2d`."""
-    across = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-    return all(isinstance(module, GroupedBatchNorm2d) for module in net.modules() if isinstance(module, across))
 
 
 # ---- Which runtime: the flags, and what this machine has ----
