@@ -27,7 +27,7 @@ from dividemix import DivideMixError, noise
 from dividemix.data import DeviceImages
 from dividemix.filelist import absolute
 from dividemix.images import Preparation
-from dividemix.noise_file import NoiseSpec, noisy_labels
+from dividemix.noise import NoiseSpec, noisy_labels
 from dividemix.run import Run
 from dividemix.seeds import draws, hold_out
 
@@ -90,7 +90,7 @@ def load(dataset: str, data_path: str | Path, download: bool = False) -> ImageDa
 def noisy_sets(
     images: ImageData, spec: NoiseSpec, run: Run, limit: int | None, val_fraction: float, noise_file: Path | None
 ) -> tuple[DeviceImages, dict[str, DeviceImages], dict[str, Any], list[str]]:
-    """The images with noisy labels (`noise_file.noisy_labels`) on the run's device. limit: a seeded subset of so many
+    """The images with noisy labels (`noise.noisy_labels`) on the run's device. limit: a seeded subset of so many
     is trained on; val_fraction: of these held out, with their noisy labels, to select the best epoch.
 
     -> training set; 'test' and, where some are held out, 'val'; what args.json and the first lines say of the data.

@@ -14,9 +14,9 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from dividemix import DivideMixError, DivideMixWarning, blind, networks, noise, noise_human, recipes, runtime
+from dividemix import DivideMixError, DivideMixWarning, blind, networks, noise, recipes, runtime
 from dividemix.engine import MixMatch
-from dividemix.noise_file import NoiseSpec, wrong_share
+from dividemix.noise import NoiseSpec, wrong_share
 from dividemix.runtime import Runtime, available_cores, ranks
 from dividemix.signals import stoppable
 
@@ -132,7 +132,7 @@ def add_small_images(parser: Parser) -> None:
     text = "JSON list of noisy labels, with human the published .pt file (default, beside the data: "
     text += "<r>_<noise_mode>.json, CIFAR-10_human.pt or CIFAR-100_human.pt)"
     add("--noise_file", help=text)
-    add("--noise_key", choices=noise_human.KEYS, help="with human: which of the file's labels")
+    add("--noise_key", choices=noise.human.KEYS, help="with human: which of the file's labels")
     add("--noise_seed", type=seed, help="seed of the noise, where no file exists (default: --seed)")
 
     add = parser.add_argument_group("network and variants").add_argument
@@ -280,7 +280,7 @@ def resolve_noise(parser: Parser, args: argparse.Namespace) -> None:
     """Fill what was not given, and refuse flags that have no meaning together. r is None for human, noise_definition
     None but for sym; noise_file becomes a Path."""
     mode, human = args.noise_mode, args.noise_mode == "human"
-    choices = ", ".join(noise_human.keys(args.dataset))
+    choices = ", ".join(noise.human.keys(args.dataset))
     args.noise_file = Path(args.noise_file) if args.noise_file else None
     if human and args.noise_key is None:
         parser.error(f"--noise_mode human needs --noise_key: choose one of {choices}")

@@ -185,7 +185,7 @@ def test_training_knows_nothing_of_the_noise(tmp_path, monkeypatch):
     """The mode's promise. The same noisy labels under two claims that differ in all that --recipe paper reads, and with
     other true labels, must end in the same weights to the bit."""
     data = dataloader_cifar.load("digits", "")
-    noisy = np.array(noise.inject(data.train_labels.tolist(), "asym", 0.4, 10, 7, noise.next_class(10)))
+    noisy = np.array(noise.inject(data.train_labels.tolist(), "asym", 0.4, 10, 7, noise.synthetic.next_class(10)))
     (tmp_path / "noise.json").write_text(json.dumps(noisy.tolist()))
     rng = np.random.default_rng(3)
     other_truth = np.where(rng.random(len(noisy)) < 0.38, (noisy + rng.integers(1, 10, len(noisy))) % 10, noisy)

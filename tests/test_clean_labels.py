@@ -12,7 +12,8 @@ from make_run import GIVEN, SUGGESTED, TRUE, N, make_run
 
 import dataloader_clothing1M
 import dataloader_webvision
-from dividemix import DivideMixError, clean_labels, label_issues, noise, noise_file
+from dividemix import DivideMixError, clean_labels, label_issues, noise
+from dividemix.noise import file as noise_file
 from dividemix.runfolder import read_run
 
 CLEANED = np.where(np.isin(np.arange(N), [0, 3, 6]), SUGGESTED, GIVEN)
@@ -31,7 +32,7 @@ def test_a_json_list_that_noise_file_takes(tmp_path):
     assert "(3 of 12 changed)" in lines[0]
     rate = float(lines[1].split("--r ")[1].split()[0])
     assert rate == round(2 / 12 * 3 / 2, 2) and "--dataset digits " in lines[1]  # two of twelve are wrong still
-    spec = noise_file.NoiseSpec("digits", "sym", rate, 0, 3, noise.next_class(3))
+    spec = noise_file.NoiseSpec("digits", "sym", rate, 0, 3, noise.synthetic.next_class(3))
     assert noise_file.read(tmp_path / "clean" / "cleaned_labels.json", TRUE, spec).tolist() == CLEANED.tolist()
 
 
@@ -52,7 +53,9 @@ def test_the_rate_that_is_named_is_one_that_the_file_passes(tmp_path, num_class,
     rate = clean_labels.rate_left(run, issues)
     file = tmp_path / "labels.json"
     file.write_text(json.dumps(labels.tolist()))
-    noise_file.read(file, true, noise_file.NoiseSpec("digits", "sym", rate, 0, num_class, noise.next_class(num_class)))
+    noise_file.read(
+        file, true, noise_file.NoiseSpec("digits", "sym", rate, 0, num_class, noise.synthetic.next_class(num_class))
+    )
 
 
 def test_labels_that_were_not_scored_are_kept(tmp_path):

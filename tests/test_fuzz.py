@@ -27,8 +27,10 @@ from test_dataloader_cifar import batch
 import dataloader_cifar
 import dataloader_clothing1M
 import dataloader_webvision
-from dividemix import DivideMixError, checkpoint, networks, noise, noise_file, noise_human, predict
+from dividemix import DivideMixError, checkpoint, networks, noise, predict
 from dividemix.images import BadImage, shown
+from dividemix.noise import file as noise_file
+from dividemix.noise import human as noise_human
 from dividemix.runtime.device import Runtime
 
 CASES = int(os.environ.get("FUZZ", "1000"))  # of each kind
@@ -70,7 +72,7 @@ def cifar(root: Path) -> Target:
 def noise_json(root: Path) -> Target:
     """40 labels of 5 classes, 20 % of them redrawn: a changed one may pass, as other noise would."""
     truth = np.arange(40) % 5
-    spec = noise_file.NoiseSpec("digits", "sym", 0.2, 0, 5, noise.next_class(5))
+    spec = noise_file.NoiseSpec("digits", "sym", 0.2, 0, 5, noise.synthetic.next_class(5))
     labels = noise.inject(truth.tolist(), "sym", 0.2, 5, 0)
 
     def read(content: bytes, _: int) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dividemix import DivideMixError
-from dividemix.noise import CIFAR100_SUPERCLASSES, asym_transition, inject
+from dividemix.noise.synthetic import CIFAR100_SUPERCLASSES, asym_transition, inject
 
 GOLDEN_NOISE = json.loads((GOLDEN / "noise.json").read_text())
 

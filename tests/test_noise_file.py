@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from make_data import make_human
 
-from dividemix import DivideMixError, noise, noise_file, noise_instance
-from dividemix.noise import asym_transition, inject
-from dividemix.noise_file import NoiseSpec, expected_changed, noisy_labels, read
+from dividemix import DivideMixError, noise
+from dividemix.noise import file as noise_file
+from dividemix.noise import synthetic
+from dividemix.noise.file import NoiseSpec, expected_changed, noisy_labels, read
+from dividemix.noise.synthetic import asym_transition, inject
 
 
 def spec(mode="sym", r=0.5, num_class=10, dataset="cifar10", seed=123, **more):
@@ -142,7 +144,7 @@ def test_instance_dependent_noise_is_made_saved_and_read_again(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (500, 4, 4, 3), dtype=np.uint8)
     truth, asked = np.arange(500) % 10, spec("idn", 0.3, dataset="digits")
     made, origin = noisy_labels(truth, asked, data, first, begun=False, images=images)
-    np.testing.assert_array_equal(made, noise_instance.inject(images, truth, 0.3, 10, 123))
+    np.testing.assert_array_equal(made, synthetic.inject_instance_dependent(images, truth, 0.3, 10, 123))
     assert f"saved as {data / 'digits_0.3_idn.json'}" in origin
     for run, begun, said in ((second, False, "wins over --noise_seed"), (first, True, "own copy")):
         other = spec("idn", 0.3, dataset="digits", seed=9)
@@ -244,14 +246,14 @@ def test_two_runs_that_start_together_share_one_noise(tmp_path, monkeypatch):
     for folder in (data, first, second):
         folder.mkdir()
     truth = np.arange(500) % 10
-    inject_for_one = noise.inject
+    inject_for_one = synthetic.inject
 
     def inject_while_another_run_is_quicker(*args):
-        monkeypatch.setattr(noise, "inject", inject_for_one)
+        monkeypatch.setattr(synthetic, "inject", inject_for_one)
         noisy_labels(truth, spec(seed=1), data, first, begun=False)
         return inject_for_one(*args)
 
-    monkeypatch.setattr(noise, "inject", inject_while_another_run_is_quicker)
+    monkeypatch.setattr(synthetic, "inject", inject_while_another_run_is_quicker)
     labels, origin = noisy_labels(truth, spec(seed=2), data, second, begun=False)
     assert "another run" in origin
     assert json.loads((data / "0.5_sym.json").read_text()) == labels.tolist()

@@ -12,7 +12,7 @@ import torch
 from make_data import make_human, pickled, torch_archive
 
 from dividemix import DivideMixError
-from dividemix.noise_human import KEYS, find, keys, read
+from dividemix.noise.human import KEYS, find, keys, read
 
 ROOT = Path(__file__).parents[1]
 TRUTH = np.arange(40) % 10
@@ -142,10 +142,11 @@ READ = """
 import sys
 from pathlib import Path
 import numpy as np
-from dividemix import DivideMixError, noise_human
+from dividemix import DivideMixError
+from dividemix.noise import human
 for path in sys.argv[1:]:
     try:
-        noise_human.read(Path(path), "worse_label", np.arange(40) % 10, 10)
+        human.read(Path(path), "worse_label", np.arange(40) % 10, 10)
     except DivideMixError:
         print("refused")
 """

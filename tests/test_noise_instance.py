@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from dividemix import noise_instance
-from dividemix.noise_instance import expected_wrong, inject, label_distribution
+from dividemix.noise import synthetic
+from dividemix.noise.synthetic import expected_wrong, inject_instance_dependent, label_distribution
 from dividemix.seeds import draws
 
 
@@ -40,18 +40,18 @@ def test_it_is_the_algorithm_of_the_paper(monkeypatch, r):
     """Noise by another rule cannot be compared with anybody's numbers at this rate."""
     images, labels = pictures(300) // 64, np.random.default_rng(1).integers(0, 4, 300)  # dark: not nearly a choice
     expected = step_by_step(images, labels, r, 4, 7)
-    np.testing.assert_array_equal(inject(images, labels, r, 4, 7), expected)
-    monkeypatch.setattr(noise_instance, "_BLOCK", 13)
-    np.testing.assert_array_equal(inject(images, labels, r, 4, 7), expected)
+    np.testing.assert_array_equal(inject_instance_dependent(images, labels, r, 4, 7), expected)
+    monkeypatch.setattr(synthetic, "_BLOCK", 13)
+    np.testing.assert_array_equal(inject_instance_dependent(images, labels, r, 4, 7), expected)
 
 
 def test_a_seed_gives_one_list_and_leaves_its_input(tmp_path):
     """Noise that changes between runs makes two results incomparable; true labels that are changed, all of them."""
     images, labels = pictures(200), np.arange(200) % 5
     before = images.copy(), labels.copy()
-    first = inject(images, labels, 0.4, 5, 3)
-    np.testing.assert_array_equal(first, inject(images, labels, 0.4, 5, 3))
-    assert (first != inject(images, labels, 0.4, 5, 4)).mean() > 0.2
+    first = inject_instance_dependent(images, labels, 0.4, 5, 3)
+    np.testing.assert_array_equal(first, inject_instance_dependent(images, labels, 0.4, 5, 3))
+    assert (first != inject_instance_dependent(images, labels, 0.4, 5, 4)).mean() > 0.2
     np.testing.assert_array_equal(images, before[0])
     np.testing.assert_array_equal(labels, before[1])
     assert first.dtype == np.int64
@@ -65,7 +65,7 @@ def test_the_share_of_wrong_labels_is_as_expected(r):
     mean = stats.truncnorm(-r / 0.1, (1 - r) / 0.1, loc=r, scale=0.1).mean()
     assert expected_wrong(r) == pytest.approx(mean, abs=1e-9)
     labels = np.arange(40_000) % 10
-    wrong = (inject(pictures(40_000, side=1), labels, r, 10, 0) != labels).mean()
+    wrong = (inject_instance_dependent(pictures(40_000, side=1), labels, r, 10, 0) != labels).mean()
     assert wrong == pytest.approx(mean, abs=0.012)  # five standard deviations
 
 
@@ -73,7 +73,7 @@ def test_what_a_label_becomes_depends_on_the_image():
     """Else it is class-dependent noise under another name: of one class, images alike must go to one class and other
     images to others."""
     images = np.repeat(pictures(8), 50, axis=0)
-    given = inject(images, np.zeros(400, dtype=np.int64), 0.5, 10, 0).reshape(8, 50)
+    given = inject_instance_dependent(images, np.zeros(400, dtype=np.int64), 0.5, 10, 0).reshape(8, 50)
     became = [set(part[part != 0]) for part in given]
     assert [len(classes) for classes in became] == [1] * 8 and len(set.union(*became)) > 1
 

@@ -22,7 +22,7 @@ from dividemix import DivideMixError, recipes, report
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # its scripts import each other
 
-SOURCES = ("Train_*.py", "reproduce.py", "dataloader_*.py", "dividemix/*.py", "benchmarks/*.py")
+SOURCES = ("Train_*.py", "reproduce.py", "dataloader_*.py", "dividemix/**/*.py", "benchmarks/*.py")
 MODULES = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [page.name for page in PAGES]
@@ -293,7 +293,7 @@ for flags in {runs}:
     assert trained["loss_x"] != epochs("before")[1]["loss_x"] and trained["penalty"] > epochs("before")[1]["penalty"]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_command_of_a_docstring_parses(path):
     """Else the commands at the head of a script, which replace the manual for most users, cannot be copied."""
     found = check_all(ast.get_docstring(ast.parse(path.read_text())) or "", path.name)

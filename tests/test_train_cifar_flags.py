@@ -14,8 +14,9 @@ from test_run import assert_equal, last_state
 import dataloader_cifar
 import PreResNet
 import Train_cifar
-from dividemix import DivideMixError, codivide, label_issues, noise, noise_instance, options
+from dividemix import DivideMixError, codivide, label_issues, noise, options
 from dividemix.checkpoint import load_last
+from dividemix.noise import synthetic
 from dividemix.runfolder import read_run
 from dividemix.runtime.device import Runtime
 from dividemix.seeds import seeded
@@ -194,7 +195,7 @@ def test_instance_dependent_noise_depends_on_the_images(tmp_path, phases, capsys
     digits = dataloader_cifar.load("digits", "")
     final = Train_cifar.main(tiny(tmp_path, "--num_epochs", "1", "--noise_mode", "idn", "--r", "0.4"))
     given = json.loads(Path(final["run_dir"], "digits_0.4_idn.json").read_text())
-    expected = noise_instance.inject(digits.train_images, digits.train_labels, 0.4, 10, 123)
+    expected = synthetic.inject_instance_dependent(digits.train_images, digits.train_labels, 0.4, 10, 123)
     assert given == expected.tolist()
     labels = np.load(Path(final["run_dir"], "labels.npz"))
     assert labels["given"].tolist() == [given[i] for i in labels["index"]]

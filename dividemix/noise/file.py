@@ -1,7 +1,7 @@
 """The file that holds noisy labels: a JSON list of N labels. Where the labels of a run come from, and what is checked.
 
 A file that exists wins over the seed, so that several runs and several codes share their noise. Labels that people gave
-come from another kind of file (`noise_human`); of these, too, the run folder keeps a JSON list.
+come from another kind of file (`human`); of these, too, the run folder keeps a JSON list.
 """
 
 import json
@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dividemix import DivideMixError, noise, noise_human, noise_instance
+from dividemix import DivideMixError
 from dividemix.files import read_file, write_atomically
+from dividemix.noise import human, synthetic
 
 _SURELY_DRAWN = 50  # labels that a class gets on average: the odds that it gets none are e^-50
 
@@ -109,10 +110,10 @@ def shared_labels(
     if data_folder and path.exists():
         return read(path, truth, spec), f"read from {path} (an existing file wins over --noise_seed)"
     if spec.mode == "idn":
-        labels = noise_instance.inject(images, truth, spec.r, spec.num_class, spec.seed)
+        labels = synthetic.inject_instance_dependent(images, truth, spec.r, spec.num_class, spec.seed)
     else:
         asked = spec.mode, spec.r, spec.num_class, spec.seed, spec.transition, spec.definition
-        labels = np.array(noise.inject(truth.tolist(), *asked), dtype=np.int64)
+        labels = np.array(synthetic.inject(truth.tolist(), *asked), dtype=np.int64)
     if data_folder:
         try:
             write_labels(path, labels, exclusive=True)
@@ -128,12 +129,12 @@ def human_labels(
 ) -> tuple[NDArray[np.int64], str]:
     """Labels that people gave: `file`, else the published file beside the data, else the run's own copy (on a machine
     that has the run and not the file). Raises DivideMixError where there is none of these."""
-    path = file or noise_human.find(spec.dataset, data_folder)
+    path = file or human.find(spec.dataset, data_folder)
     if path:
-        return noise_human.read(path, spec.key, truth, spec.num_class), f"read from {path}"
+        return human.read(path, spec.key, truth, spec.num_class), f"read from {path}"
     own = run_folder / spec.file_name
     if not own.exists():
-        raise noise_human.missing(spec.dataset, data_folder)
+        raise human.missing(spec.dataset, data_folder)
     return read(own, truth, spec), f"read from {own}, this run's own copy"
 
 
@@ -146,7 +147,7 @@ def wrong_share(
         labels, _ = human_labels(truth, spec, data_folder, run_folder, file)
         return float((labels != truth).mean())
     if spec.mode == "idn":
-        return noise_instance.expected_wrong(spec.r)
+        return synthetic.expected_wrong(spec.r)
     return spec.r if spec.definition == "exclude_self" else None
 
 
@@ -210,7 +211,7 @@ def expected_changed(truth: NDArray[np.int64], spec: NoiseSpec) -> tuple[float, 
         low = high = r * moved
         variance = r * (1 - r) * moved * (1 - moved)
     else:
-        low = high = noise_instance.expected_wrong(r)
+        low = high = synthetic.expected_wrong(r)
         variance = high * (1 - high)
     slack = max(0.01, 4 * math.sqrt(variance / n) + 1 / n)
     return max(low - slack, 0.0), min(high + slack, 1.0)
