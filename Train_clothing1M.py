@@ -13,13 +13,12 @@ from typing import Any
 
 import dataloader_clothing1M
 from dataloader_clothing1M import balanced_sample
-from dividemix import DivideMixError, check_data, deploy, logs, networks, options, recipes, report
+from dividemix import DivideMixError, deploy, logs, networks, options, recipes, report
 from dividemix.codivide import Mixture
+from dividemix.data import Pipeline, Preparation, StreamedImages, Views, check
 from dividemix.engine import Phase, co_divide, set_learning_rate, test, train_epoch, warmup_epoch
-from dividemix.images import Preparation, Views
 from dividemix.networks import load_weights
 from dividemix.run import Run
-from dividemix.stream import Pipeline, StreamedImages
 
 PAPER = recipes.CLOTHING1M
 
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise DivideMixError("--num_batches 1 --batch_size 1: a sample of 1 image; a division needs 2 or more")
     if args.check_data:
         found = dataloader_clothing1M.find(args.data_path)
-        check_data.run_check(found, full=args.check_data == "full", skip=bool(args.skip_bad_images))
+        check.run_check(found, full=args.check_data == "full", skip=bool(args.skip_bad_images))
         return {}
     runtime = options.machine(args)
     data = dataloader_clothing1M.load(args.data_path)
@@ -52,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     with Run(options.folder_for(args), args, runtime, logs.CLOTHING1M) as run:
         lists = {"train": data.train, "val": data.val, "test": data.test}
-        split = check_data.split(lists, run, args.skip_bad_images)
+        split = check.split(lists, run, args.skip_bad_images)
         streams = {"workers": args.workers, "keep": args.keep_images}
         with Pipeline(split.lists, views, data.mean, data.std, runtime, **streams) as pipeline:
             val, tests = {"val": pipeline.images("val")}, {"test": pipeline.images("test")}

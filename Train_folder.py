@@ -21,16 +21,12 @@ from typing import Any
 
 import dataloader_folder
 from dataloader_folder import IMAGENET_MEAN, IMAGENET_STD, Folder, balance, mean_std
-from dividemix import DivideMixError, check_data, defaults, deploy, logs, networks, options, report, warn
-from dividemix.check_data import Split
+from dividemix import DivideMixError, defaults, deploy, logs, networks, options, report, warn
 from dividemix.codivide import Mixture
-from dividemix.data import DeviceImages
+from dividemix.data import DeviceImages, Pipeline, Preparation, Split, Views, check, some
 from dividemix.engine import DataSet, co_divide, set_learning_rate, test, train_epoch, warmup_epoch
-from dividemix.filelist import some
-from dividemix.images import Preparation, Views
 from dividemix.run import Run
 from dividemix.runtime import is_out_of_memory
-from dividemix.stream import Pipeline
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.check_data:
         lists, problems, lines = dataloader_folder.find(args.data_path, args.labels)
         depth = {"full": args.check_data == "full", "skip": bool(args.skip_bad_images)}
-        check_data.run_check((lists, problems), about=lines, **depth)
+        check.run_check((lists, problems), about=lines, **depth)
         return {}
     data = dataloader_folder.load(args.data_path, args.labels)
     look = dataloader_folder.survey(data.train)
@@ -61,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with Run(folder, args, runtime, logs.FOLDER) as run:
         classes = {"classes": hashlib.sha256(json.dumps(data.class_names).encode()).hexdigest()}
         held_out = {"val_fraction": args.val_fraction, "by_class": True, "digests": classes}
-        split = check_data.split(data.lists, run, args.skip_bad_images, **held_out)
+        split = check.split(data.lists, run, args.skip_bad_images, **held_out)
         streams = {"workers": args.workers, "keep": args.keep_images, "cache_dir": args.cache_dir}
         with Pipeline(split.lists, views, IMAGENET_MEAN, IMAGENET_STD, runtime, **streams) as pipeline:
             train, tests, mean, std = read(args, split, run, pipeline)

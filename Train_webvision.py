@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import dataloader_webvision
-from dividemix import check_data, deploy, logs, networks, options, recipes, report
+from dividemix import deploy, logs, networks, options, recipes, report
 from dividemix.codivide import Mixture
+from dividemix.data import Pipeline, Preparation, StreamedImages, Views, check
 from dividemix.engine import co_divide, set_learning_rate, test, train_epoch, warmup_epoch
-from dividemix.images import Preparation, Views
 from dividemix.run import Run
-from dividemix.stream import Pipeline, StreamedImages
 
 PAPER = recipes.WEBVISION
 
@@ -37,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     notes = options.resolve_images(args, PAPER)
     if args.check_data:
         found = dataloader_webvision.find(args.data_path, args.num_class)
-        check_data.run_check(found, full=args.check_data == "full", skip=bool(args.skip_bad_images))
+        check.run_check(found, full=args.check_data == "full", skip=bool(args.skip_bad_images))
         return {}
     runtime = options.machine(args)
     data = dataloader_webvision.load(args.data_path, args.num_class)
@@ -45,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     with Run(options.folder_for(args, "webvision"), args, runtime, logs.WEBVISION) as run:
         lists = {"train": data.train, "val": data.val, "imagenet": data.imagenet}
-        split = check_data.split(lists, run, args.skip_bad_images, val_fraction=args.val_fraction)
+        split = check.split(lists, run, args.skip_bad_images, val_fraction=args.val_fraction)
         streams = {"workers": args.workers, "cache_dir": args.cache_dir}
         with Pipeline(split.lists, views, data.mean, data.std, runtime, **streams) as pipeline:
             if args.cache_dir:

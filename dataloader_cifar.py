@@ -24,9 +24,7 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
 
 from dividemix import DivideMixError, noise
-from dividemix.data import DeviceImages
-from dividemix.filelist import absolute
-from dividemix.images import Preparation
+from dividemix.data import DeviceImages, Preparation, absolute
 from dividemix.noise import NoiseSpec, noisy_labels
 from dividemix.run import Run
 from dividemix.seeds import draws, hold_out

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dividemix import DivideMixError
-from dividemix.filelist import ImageList, Lines, absolute, read_lines
+from dividemix.data import ImageList, Lines, absolute, read_lines
 
 # fmt: off
 CLASS_NAMES = [
@@ -53,7 +53,7 @@ def load(data_path: str | Path) -> Clothing1M:
 
 
 def find(data_path: str | Path) -> tuple[dict[str, ImageList], list[str]]:
-    """The lists that can be read, train, val and test, and what is wrong with the others (for `check_data.check`)."""
+    """The lists that can be read, train, val and test, and what is wrong with the others (for `check.check`)."""
     root = absolute(data_path)
     folder = "images" if (root / "images").is_dir() else ""
     problems: list[str] = []

@@ -16,9 +16,20 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dividemix import DivideMixError, filelist
-from dividemix.filelist import Boundary, ImageList, Lines, absolute, some
-from dividemix.images import BadImage, opened
+from dividemix import DivideMixError
+from dividemix.data import (
+    BadImage,
+    Boundary,
+    ImageList,
+    Lines,
+    absolute,
+    images_below,
+    images_of_classes,
+    is_image,
+    opened,
+    read_table,
+    some,
+)
 
 PARTS = ("train", "val", "test")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixel values in [0, 1]
@@ -59,7 +70,7 @@ def load(data_path: str | Path, labels: str | Path | None = None) -> Folder:
 
 
 def find(data_path: str | Path, labels: str | Path | None = None) -> tuple[dict[str, ImageList], list[str], list[str]]:
-    """The lists of the parts, what keeps them from being read (for `check_data.run_check`), and lines on what they are:
+    """The lists of the parts, what keeps them from being read (for `check.run_check`), and lines on what they are:
     where they were found, and their classes by number."""
     try:
         data = load(data_path, labels)
@@ -115,7 +126,7 @@ def _training_source(root: Path) -> Path:
     classes = [name for name in folders if name not in nested]
     if "train" in nested:
         # Classes of the training images; but beside other class folders it may be a class, of trains.
-        if any(filelist.images_below(root / name)[0] for name in classes):
+        if any(images_below(root / name)[0] for name in classes):
             mixed = f"{root} holds train/ and other folders with images ({some(classes)})"
             how = "move the others away, or, if train/ is a class itself, its images directly into it"
             raise DivideMixError(f"{mixed}: {how}")
@@ -128,7 +139,7 @@ def _training_source(root: Path) -> Path:
 
 
 def _holds_images(folder: Path) -> bool:
-    return any(filelist.is_image(entry.name) for entry in _entries(folder))
+    return any(is_image(entry.name) for entry in _entries(folder))
 
 
 def _entries(base: Path) -> list[os.DirEntry]:
@@ -153,9 +164,9 @@ def _folders(base: Path) -> list[str]:
 def _read(source: Path, may_be_empty: bool) -> tuple[Lines, int]:
     """A part's images, with the names of their classes, and how many other files there are."""
     if not source.is_dir():
-        return filelist.read_table(source), 0
+        return read_table(source), 0
     classes = class_order(_folders(source))
-    paths, labels, others = filelist.images_of_classes(source, classes)
+    paths, labels, others = images_of_classes(source, classes)
     if not paths:
         expected = f"{source.name}/<class>/<image>, or a CSV file with a line path,label"
         raise DivideMixError(f"{source}: no class folder with an image in it: expected {expected}")

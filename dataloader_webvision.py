@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dividemix import DivideMixError
-from dividemix.filelist import ImageList, absolute, bad_line, list_folders, numbered_lines, read_lines
+from dividemix.data import ImageList, absolute, bad_line, list_folders, numbered_lines, read_lines
 
 ALL_CLASSES = 1000  # of WebVision 1.0 and ILSVRC12, in the same order
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixel values in [0, 1], ImageNet's

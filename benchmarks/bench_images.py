@@ -38,11 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataloader_clothing1M import MEAN, STD
 from dividemix import engine, runtime
 from dividemix.codivide import Division
-from dividemix.data import Batches
-from dividemix.filelist import ImageList
-from dividemix.images import Views
+from dividemix.data import Batches, ImageList, Pipeline, Views
 from dividemix.runtime import Runtime, available_cores
-from dividemix.stream import Pipeline
 from PreResNet import ResNet18
 
 NUM_CLASS = 14

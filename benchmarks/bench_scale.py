@@ -30,8 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataloader_clothing1M
 from dividemix import codivide
-from dividemix.data import plan_mixmatch
-from dividemix.filelist import ImageList, read_lines
+from dividemix.data import ImageList, plan_mixmatch, read_lines
 from dividemix.runtime import Ranks, available_cores
 
 SAMPLE = 32_000  # images of a Clothing1M epoch

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dividemix import DivideMixError, networks
 from dividemix.checkpoint import load_last
+from dividemix.data import READING, Preparation
 from dividemix.files import load_file
-from dividemix.images import READING, Preparation
 from dividemix.networks import load_weights
 from dividemix.runfolder import read_about
 
@@ -82,7 +82,7 @@ class Ensemble(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if self.border:
             images = F.pad(images, [self.border] * 4)
-        x = (images.expand(-1, 3, -1, -1) - self.mean) / self.std  # bit for bit as `data.to_float`
+        x = (images.expand(-1, 3, -1, -1) - self.mean) / self.std  # bit for bit as `to_float` of the data
         return sum(net(x) for net in self.nets)
 
 

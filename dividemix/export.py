@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.export import Dim
 
 from dividemix import DivideMixError, deploy, options
+from dividemix.data import READING, Preparation
 from dividemix.files import write_atomically
-from dividemix.images import READING, Preparation
 from dividemix.provenance import commit, versions
 
 METADATA = "metadata.json"  # among the file's extra files

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dividemix import DivideMixError, deploy, options, runtime, warn
-from dividemix.filelist import IMAGE_SUFFIXES, Boundary, images_below
+from dividemix.data import IMAGE_SUFFIXES, BadImage, Boundary, images_below, said, shown
 from dividemix.files import csv_bytes, read_file, write_atomically
-from dividemix.images import BadImage, said, shown
 from dividemix.runtime import Runtime, available_cores
 
 TOP = 5  # classes in a row

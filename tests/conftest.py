@@ -16,7 +16,7 @@ from PIL import Image
 
 from dividemix import engine, options
 from dividemix.codivide import Division, normalise
-from dividemix.data import DeviceImages
+from dividemix.data.device import DeviceImages
 from dividemix.engine import PhaseTerms
 from dividemix.runtime.device import Runtime
 

@@ -24,9 +24,9 @@ import Train_clothing1M
 import Train_folder
 import Train_webvision
 from dividemix import checkpoint, deploy, networks
-from dividemix.data import to_float
-from dividemix.filelist import ImageList
-from dividemix.images import Preparation, Views
+from dividemix.data.device import to_float
+from dividemix.data.images import Preparation, Views
+from dividemix.data.lists import ImageList
 
 COLOUR = Preparation((0.5, 0.45, 0.4), (0.25, 0.2, 0.3), image_size=16, resize=20)
 GREY = Preparation((0.3,) * 3, (0.35,) * 3, image_size=14, resize=14, channels=1, border=2)

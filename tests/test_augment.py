@@ -6,7 +6,7 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from scipy.stats import chisquare
 
-from dividemix.data import PAD, centre, crop_flip, draw_crops, pad_images, to_float
+from dividemix.data.device import PAD, centre, crop_flip, draw_crops, pad_images, to_float
 
 
 def random_images(n=8, size=32):

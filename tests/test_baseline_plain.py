@@ -10,7 +10,7 @@ from conftest import golden_weights
 from benchmarks import baseline_plain
 from dividemix import engine
 from dividemix.codivide import Division
-from dividemix.data import DeviceImages
+from dividemix.data.device import DeviceImages
 from dividemix.runtime.device import Runtime
 
 CPU = Runtime(torch.device("cpu"), memory_format=torch.contiguous_format)

@@ -12,9 +12,9 @@ from PIL import Image
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_images
 
-from dividemix.images import Views
+from dividemix.data.images import Views
+from dividemix.data.stream import Pipeline
 from dividemix.runtime.device import Runtime
-from dividemix.stream import Pipeline
 
 TINY = "--images 12 --workers 1 --batch_size 4 --resize 40 --image_size 32 --sides 40 60 --width 4 --repeats 2"
 CPU = Runtime(torch.device("cpu"))

@@ -13,8 +13,8 @@ from PIL import Image
 
 import dataloader_clothing1M
 from dividemix import DivideMixError
-from dividemix.check_data import BadImage, check, describe, left_out, opened, problem, run_check, sound, usable
-from dividemix.filelist import Boundary, ImageList, list_folders
+from dividemix.data.check import BadImage, check, describe, left_out, opened, problem, run_check, sound, usable
+from dividemix.data.lists import Boundary, ImageList, list_folders
 from dividemix.runtime.ranks import Ranks
 
 

@@ -9,7 +9,7 @@ from conftest import half
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dividemix.data import DeviceImages
+from dividemix.data.device import DeviceImages
 
 
 def dataset(n, flip=True):

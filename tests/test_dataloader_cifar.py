@@ -25,8 +25,8 @@ from sklearn.datasets import load_digits
 
 from dataloader_cifar import load
 from dividemix import DivideMixError
-from dividemix.filelist import Boundary
-from dividemix.images import shown
+from dividemix.data.images import shown
+from dividemix.data.lists import Boundary
 
 CIFAR10, CIFAR100, FashionMNIST = (getattr(torchvision.datasets, n) for n in ("CIFAR10", "CIFAR100", "FashionMNIST"))
 

@@ -203,7 +203,7 @@ def test_links_that_lead_out_are_listed_so_that_they_are_refused(tmp_path):
     root = put(tmp_path / "data", "a/1.jpg", "b/1.jpg")
     (root / "a/link").symlink_to(tmp_path / "out")
     (root / "b/round").symlink_to(root / "b")  # passed over: it would never end
-    (root / "c").symlink_to(tmp_path / "out")  # directly in the data folder: see filelist.Boundary
+    (root / "c").symlink_to(tmp_path / "out")  # directly in the data folder: see lists.Boundary
     assert [*read(load(root).train)] == ["a/1.jpg", "a/link/1.jpg", "b/1.jpg", "c/1.jpg"]
 
 

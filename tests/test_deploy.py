@@ -15,7 +15,8 @@ import pytest
 import torch
 from make_trained import COLOUR, GREY, NAMES, draw_photos, lively, make_trained, nets_of
 
-from dividemix import DivideMixError, data, deploy
+from dividemix import DivideMixError, deploy
+from dividemix.data import device
 from dividemix.deploy import load_ensemble, probabilities, read_description, to_images
 
 
@@ -78,7 +79,7 @@ def test_the_ensemble_is_what_the_test_counts(tmp_path, preparation):
     pixels = np.random.default_rng(0).integers(0, 256, (5, side, side, channels), dtype=np.uint8)
     ensemble = load_ensemble(run, read_description(run))
     whole = np.pad(np.repeat(pixels, 3 // channels, axis=3), ((0, 0), (border, border), (border, border), (0, 0)))
-    x = data.to_float(torch.from_numpy(whole), torch.tensor(preparation.mean), torch.tensor(preparation.std))
+    x = device.to_float(torch.from_numpy(whole), torch.tensor(preparation.mean), torch.tensor(preparation.std))
     images = to_images(torch.from_numpy(pixels))
     assert torch.equal(deploy.Ensemble([torch.nn.Identity()], preparation)(images), x)
     first, second = nets_of(run)

@@ -19,7 +19,7 @@ from test_predict import refused, rows_of
 from torch.export.passes import move_to_device_pass
 
 from dividemix import deploy, networks, predict, report
-from dividemix.images import READING, Preparation, shown
+from dividemix.data.images import READING, Preparation, shown
 
 export = importlib.import_module("dividemix.export")
 

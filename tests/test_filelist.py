@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dividemix import DivideMixError, DivideMixWarning
-from dividemix.filelist import Boundary, ImageList, images_below, list_folders, read_lines, read_table
+from dividemix.data.lists import Boundary, ImageList, images_below, list_folders, read_lines, read_table
 
 
 def written(folder: Path, content: bytes) -> Path:

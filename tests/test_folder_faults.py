@@ -14,7 +14,7 @@ from test_run import begin, end_epoch, go_on, opened, validated
 
 import Train_cifar
 from dividemix import DivideMixError, checkpoint, files, report, run
-from dividemix.imagestore import locked
+from dividemix.data.store import locked
 from dividemix.run import lock_folder, set_aside
 
 

@@ -28,7 +28,7 @@ import dataloader_cifar
 import dataloader_clothing1M
 import dataloader_webvision
 from dividemix import DivideMixError, checkpoint, networks, noise, predict
-from dividemix.images import BadImage, shown
+from dividemix.data.images import BadImage, shown
 from dividemix.noise import file as noise_file
 from dividemix.noise import human as noise_human
 from dividemix.runtime.device import Runtime

@@ -26,13 +26,13 @@ import Train_folder
 import Train_webvision
 from dividemix import DivideMixError, DivideMixWarning, engine
 from dividemix.checkpoint import to_host
-from dividemix.data import DeviceImages
+from dividemix.data.device import DeviceImages
+from dividemix.data.images import Views
+from dividemix.data.stream import Pipeline
 from dividemix.engine import MixMatch, Phase
-from dividemix.images import Views
 from dividemix.runtime import device as runtime
 from dividemix.runtime import graph
 from dividemix.runtime.device import Runtime, start
-from dividemix.stream import Pipeline
 from PreResNet import ResNet18
 
 pytestmark = pytest.mark.gpu

@@ -15,13 +15,13 @@ from test_run import assert_equal
 
 import dataloader_webvision
 from dividemix import DivideMixError, DivideMixWarning, engine
-from dividemix.data import DeviceImages
+from dividemix.data.device import DeviceImages
+from dividemix.data.images import Views
+from dividemix.data.stream import Pipeline
 from dividemix.engine import MixMatch, Phase
-from dividemix.images import Views
 from dividemix.runtime import device as runtime
 from dividemix.runtime import graph
 from dividemix.runtime.device import Runtime
-from dividemix.stream import Pipeline
 from PreResNet import ResNet18
 
 CPU = torch.device("cpu")

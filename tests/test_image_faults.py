@@ -12,8 +12,8 @@ from test_run import assert_equal, last_state
 from test_train_images import CLOTHING1M, WEBVISION, image_of
 
 from dividemix import report
-from dividemix.filelist import Boundary
-from dividemix.images import MAX_RATIO, BadImage, Views, read
+from dividemix.data.images import MAX_RATIO, BadImage, Views, read
+from dividemix.data.lists import Boundary
 
 BOTH = pytest.mark.parametrize("script", [CLOTHING1M, WEBVISION], ids=["clothing1M", "webvision"])
 

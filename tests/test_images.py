@@ -22,8 +22,7 @@ from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 from dividemix import DivideMixError
-from dividemix.filelist import Boundary
-from dividemix.images import (
+from dividemix.data.images import (
     COMPOSITED,
     RATIO,
     SCALE,
@@ -37,6 +36,7 @@ from dividemix.images import (
     said,
     shown,
 )
+from dividemix.data.lists import Boundary
 
 CROP, RESIZED = Views(64, 56), Views(80, 60, "resized_crop")
 
@@ -515,8 +515,8 @@ def test_pillow_is_silent_and_others_are_not(tmp_path):
     image.save(tmp_path / "x.png", transparency=b"\0\1")
     code = f"""
 import warnings
-from dividemix.filelist import Boundary
-from dividemix.images import read
+from dividemix.data.lists import Boundary
+from dividemix.data.images import read
 read({str(tmp_path / "x.png")!r}, Boundary({str(tmp_path)!r}))
 warnings.warn("of a fit")"""
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -16,18 +16,8 @@ from make_image_trees import make_clothing1M
 
 import dataloader_clothing1M
 from dividemix import DivideMixError, DivideMixWarning
-from dividemix.images import Views
-from dividemix.imagestore import (
-    Cache,
-    Kept,
-    Part,
-    cache_path,
-    check_space,
-    host_memory,
-    is_whole,
-    locked,
-    write_cache,
-)
+from dividemix.data.images import Views
+from dividemix.data.store import Cache, Kept, Part, cache_path, check_space, host_memory, is_whole, locked, write_cache
 
 CPU = torch.device("cpu")
 

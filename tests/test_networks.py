@@ -13,7 +13,7 @@ from torch import nn
 from torchvision import models
 
 from dividemix import DivideMixError, engine, networks
-from dividemix.data import DeviceImages
+from dividemix.data.device import DeviceImages
 from dividemix.runtime.device import Runtime
 from dividemix.runtime.ranks import Ranks
 from dividemix.seeds import draws, seeded

@@ -15,7 +15,7 @@ from make_trained import COLOUR, GREY, KINDS, NAMES, QUICK, draw_photos, make_tr
 from PIL import ExifTags, Image, ImageOps
 
 from dividemix import deploy, predict, report
-from dividemix.filelist import read_table
+from dividemix.data.lists import read_table
 
 RANKED = [f"{name}_{k}" for k in (2, 3, 4, 5) for name in ("label", "class", "probability")]
 

@@ -17,11 +17,12 @@ from torchvision import transforms
 
 import dataloader_clothing1M
 import dataloader_webvision
-from dividemix import DivideMixError, DivideMixWarning, engine, images, imagestore
-from dividemix.images import Views
+from dividemix import DivideMixError, DivideMixWarning, engine
+from dividemix.data import images, store
+from dividemix.data.images import Views
+from dividemix.data.stream import Pipeline
 from dividemix.runtime.device import Runtime
 from dividemix.runtime.ranks import Ranks
-from dividemix.stream import Pipeline
 from PreResNet import ResNet18
 
 VIEWS = Views(36, 32)
@@ -365,9 +366,9 @@ def test_memory_is_freed_with_the_data_set(clothing, workers):
 
 def test_where_images_are_kept(clothing, monkeypatch):
     """The run would be killed for want of memory; or decode twice where there is enough of it, without a word."""
-    need = 2 * imagestore.estimate(56, 36)
+    need = 2 * store.estimate(56, 36)
     free = need / 0.6 + 10
-    monkeypatch.setattr(imagestore, "host_memory", lambda: free)
+    monkeypatch.setattr(store, "host_memory", lambda: free)
     with pipeline(clothing, keep="auto") as made:
         assert made.images("train", keep=True).place == CPU
         assert made.images("train").place is None

@@ -17,7 +17,7 @@ import PreResNet
 import Train_cifar
 from dividemix import engine, noise
 from dividemix.codivide import normalise
-from dividemix.data import DeviceImages
+from dividemix.data.device import DeviceImages
 
 EPOCHS = 3  # one of warm-up
 SMALL = ["--width", "4", "--num_epochs", str(EPOCHS), "--warm_up", "1", "--batch_size", "16", "--precision", "fp32"]

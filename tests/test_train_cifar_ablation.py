@@ -32,8 +32,8 @@ from dividemix import (
     predict,
     report,
 )
-from dividemix.data import DeviceImages
-from dividemix.images import shown
+from dividemix.data.device import DeviceImages
+from dividemix.data.images import shown
 from dividemix.runfolder import read_run
 from PreResNet import ResNet18
 

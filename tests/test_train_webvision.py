@@ -20,7 +20,7 @@ import PreResNet
 import Train_webvision
 from dividemix import engine, report
 from dividemix.codivide import normalise
-from dividemix.images import Views
+from dividemix.data.images import Views
 
 EPOCHS, CLASSES = 3, 10  # one epoch of warm-up
 

@@ -10,8 +10,8 @@ from make_image_trees import make_clothing1M
 
 import dataloader_clothing1M
 from dividemix import DivideMixError
-from dividemix.images import Views
-from dividemix.workers import PART, Reader, Task, Workers, explained
+from dividemix.data.images import Views
+from dividemix.data.workers import PART, Reader, Task, Workers, explained
 
 VIEWS = Views(16, 12)
 

@@ -37,13 +37,19 @@ from dividemix import (  # noqa: E402
 )
 from dividemix.checkpoint import load_last  # noqa: E402
 from dividemix.codivide import Mixture  # noqa: E402
-from dividemix.data import Batches, DeviceImages, draw_crops, plan_mixmatch, plan_warmup  # noqa: E402
+from dividemix.data.device import (  # noqa: E402
+    Batches,
+    DeviceImages,
+    draw_crops,
+    plan_mixmatch,
+    plan_warmup,
+)
+from dividemix.data.images import Views  # noqa: E402
+from dividemix.data.stream import Pipeline  # noqa: E402
 from dividemix.engine import MixMatch, Phase  # noqa: E402
-from dividemix.images import Views  # noqa: E402
 from dividemix.networks import load_weights  # noqa: E402
 from dividemix.runtime import device as runtime  # noqa: E402
 from dividemix.seeds import draws, seeded  # noqa: E402
-from dividemix.stream import Pipeline  # noqa: E402
 
 STEP = {"lam": 0.8, "T": 0.5, "lambda_u": 3.0, "num_class": 4}
 

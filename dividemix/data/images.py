@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.transforms import functional as TF
 
 from dividemix import DivideMixError
-from dividemix.filelist import Boundary
+from dividemix.data.lists import Boundary
 
 MISSING = "missing"
 _MEANING = {FileNotFoundError: MISSING, NotADirectoryError: MISSING, UnidentifiedImageError: "not an image"}

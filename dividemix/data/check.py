@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dividemix import DivideMixError, warn
-from dividemix.filelist import Boundary, ImageList
+from dividemix.data.images import MISSING, BadImage, load, opened
+from dividemix.data.lists import Boundary, ImageList
 from dividemix.files import read_file, write_atomically
-from dividemix.images import MISSING, BadImage, load, opened
 from dividemix.runtime import Ranks, available_cores, from_environment
 from dividemix.seeds import hold_out
 

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dividemix import DivideMixError, warn
-from dividemix.filelist import ImageList
+from dividemix.data.images import Views
+from dividemix.data.lists import ImageList
 from dividemix.files import lock_file
-from dividemix.images import Views
 
 _FORMAT = 2  # of the cache: another number, another file
 

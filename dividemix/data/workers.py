@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, get_worker_info
 
-from dividemix import DivideMixError, images
-from dividemix.filelist import Boundary, ImageList
-from dividemix.imagestore import Cache, Part
+from dividemix import DivideMixError
+from dividemix.data import images
+from dividemix.data.lists import Boundary, ImageList
+from dividemix.data.store import Cache, Part
 
 # Images of a task. Small, so that the results on their way are few megabytes: containers often have 64 MB of shared
 # memory for them, and a step need not wait until one worker has read a whole batch.

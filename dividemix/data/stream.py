@@ -15,14 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dividemix import DivideMixError, imagestore, warn
+from dividemix import DivideMixError, warn
 from dividemix.codivide import Division
-from dividemix.data import Batch, Batches, plan_mixmatch, plan_warmup, split, to_device, to_float
-from dividemix.filelist import ImageList
-from dividemix.images import Views, said
-from dividemix.imagestore import Kept, Part
+from dividemix.data import store
+from dividemix.data.device import Batch, Batches, plan_mixmatch, plan_warmup, split, to_device, to_float
+from dividemix.data.images import Views, said
+from dividemix.data.lists import ImageList
+from dividemix.data.store import Kept, Part
+from dividemix.data.workers import PART, Reader, Task, Workers, explained
 from dividemix.runtime import Runtime
-from dividemix.workers import PART, Reader, Task, Workers, explained
 
 _ALIVE = 2  # data sets kept at the same time: one of each network
 _SHARE = 0.6  # of the memory that is there, for them
@@ -103,15 +104,15 @@ class Pipeline:
 
     def _build_cache(self, bar: Callable[[Iterable], Iterable]) -> None:
         folder, lists, side = self.cache_dir, self.lists, self.views.resize
-        paths = {name: imagestore.cache_path(folder, name, images, side) for name, images in lists.items()}
-        absent = {name: len(lists[name]) for name in lists if not imagestore.is_whole(paths[name], len(lists[name]))}
-        imagestore.check_space(folder, imagestore.estimate(sum(absent.values()), side))
+        paths = {name: store.cache_path(folder, name, images, side) for name, images in lists.items()}
+        absent = {name: len(lists[name]) for name in lists if not store.is_whole(paths[name], len(lists[name]))}
+        store.check_space(folder, store.estimate(sum(absent.values()), side))
         for name, n in absent.items():
-            with imagestore.locked(paths[name]):
-                if not imagestore.is_whole(paths[name], n):  # else another run has built it meanwhile
+            with store.locked(paths[name]):
+                if not store.is_whole(paths[name], n):  # else another run has built it meanwhile
                     tasks = Task(name, None, np.arange(n), whole=True).split()
                     parts = (part for _, part in zip(bar(tasks), self.read(tasks), strict=True))
-                    imagestore.write_cache(paths[name], parts)
+                    store.write_cache(paths[name], parts)
         self.caches = paths
 
     def read(self, tasks: Iterable[Task]) -> Iterator[Part]:
@@ -137,8 +138,8 @@ class Pipeline:
         if self.keep != "auto":
             return torch.device("cpu") if self.keep == "host" else self.device
         if n > self._kept_for[0]:
-            need = _ALIVE * imagestore.estimate(n, self.views.resize)
-            free = imagestore.host_memory()
+            need = _ALIVE * store.estimate(n, self.views.resize)
+            free = store.host_memory()
             room = torch.cuda.mem_get_info(self.device)[0] if self.on_card and self.views.kind == "crop" else 0
             place = torch.device("cpu") if need <= _SHARE * free else self.device if need <= _SHARE * room else None
             if place is None:
@@ -196,7 +197,7 @@ class StreamedImages:
         return Batches([(len(x),) for x, _ in jobs], batches)
 
     def mixmatch_batches(self, division: Division, batch_size: int, rng: np.random.Generator) -> Batches:
-        """One pass over the labeled set: (x1, x2, labels, w, u1, u2) a batch; see `data.plan_mixmatch`."""
+        """One pass over the labeled set: (x1, x2, labels, w, u1, u2) a batch; see `device.plan_mixmatch`."""
         mine, jobs = self.ranks.mine, []
         labeled, unlabeled = plan_mixmatch(division, batch_size, rng, self.ranks)
         for x, u in zip(labeled, unlabeled, strict=True):

@@ -1,7 +1,7 @@
 """Lists of images with labels: files with a line `path label` or `path` each, CSV tables, and folders of classes.
 
 Reading a list looks at its text alone. Whether the files exist, and whether symbolic links lead out of the data folder
-(`Boundary`), is for those who touch the files: `dividemix.check_data`, and whatever opens the images.
+(`Boundary`), is for those who touch the files: `check`, and whatever opens the images.
 """
 
 import codecs
