@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import dataloader_cifar
-from dividemix import blind, deploy, logs, networks, options, recipes, report
+from dividemix import blind, networks, recipes, report
 from dividemix.codivide import Mixture
 from dividemix.engine import co_divide, set_learning_rate, test, train_epoch, warmup_epoch
-from dividemix.run import Run
+from dividemix.run import Run, description, logs, options
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         warm_up = math.inf if args.method == "ce" else args.warm_up
         part = {"refine": ablation.refine, "views": ablation.M}
         mixmatch = options.mixmatch(args, warm_up=warm_up, conf_penalty=setting.conf_penalty, **part)
-        model = deploy.describe(*shape, images.class_names, images.preparation, len(nets))
+        model = description.describe(*shape, images.class_names, images.preparation, len(nets))
         run.start(argv, nets, optimizers, mixtures, mixmatch, data=about, model=model, lines=[*lines, *setting.lines])
         flags = {name: getattr(args, name) for name in blind.NAMES}
         about_noise = (run.labels["given"], args.num_class, flags, run.say)

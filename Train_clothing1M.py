@@ -13,12 +13,12 @@ from typing import Any
 
 import dataloader_clothing1M
 from dataloader_clothing1M import balanced_sample
-from dividemix import DivideMixError, deploy, logs, networks, options, recipes, report
+from dividemix import DivideMixError, networks, recipes, report
 from dividemix.codivide import Mixture
-from dividemix.data import Pipeline, Preparation, StreamedImages, Views, check
+from dividemix.data import Pipeline, StreamedImages, Views, check
 from dividemix.engine import Phase, co_divide, set_learning_rate, test, train_epoch, warmup_epoch
 from dividemix.networks import load_weights
-from dividemix.run import Run
+from dividemix.run import Preparation, Run, description, logs, options, splits
 
 PAPER = recipes.CLOTHING1M
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     with Run(options.folder_for(args), args, runtime, logs.CLOTHING1M) as run:
         lists = {"train": data.train, "val": data.val, "test": data.test}
-        split = check.split(lists, run, args.skip_bad_images)
+        split = splits.split(lists, run, args.skip_bad_images)
         streams = {"workers": args.workers, "keep": args.keep_images}
         with Pipeline(split.lists, views, data.mean, data.std, runtime, **streams) as pipeline:
             val, tests = {"val": pipeline.images("val")}, {"test": pipeline.images("test")}
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             run.save_labels(index=split.index, given=split.lists["train"].labels, **whole)
             about = {"classes": data.class_names, **{name: len(images) for name, images in split.lists.items()}}
             preparation = Preparation(data.mean, data.std, views.crop, views.resize)
-            model = deploy.describe(*shape, data.class_names, preparation)
+            model = description.describe(*shape, data.class_names, preparation)
             run.start(argv, nets, optimizers, mixtures, mixmatch, data=about, model=model, lines=[*split.lines, *notes])
 
             for epoch in run.epochs(args.num_epochs):

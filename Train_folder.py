@@ -8,7 +8,7 @@
     python Train_folder.py --data_path ./flowers --check_data           # is everything there?
     torchrun --nproc_per_node=2 Train_folder.py --data_path ./flowers   # the same batch on two GPUs
 
-The same command again continues the run. What is not given is chosen from the data (`dividemix/defaults.py`) and
+The same command again continues the run. What is not given is chosen from the data (`dividemix/run/defaults.py`) and
 printed. No true labels are needed: without a test part, accuracies are against labels that may be wrong themselves.
 """
 
@@ -21,11 +21,11 @@ from typing import Any
 
 import dataloader_folder
 from dataloader_folder import IMAGENET_MEAN, IMAGENET_STD, Folder, balance, mean_std
-from dividemix import DivideMixError, defaults, deploy, logs, networks, options, report, warn
+from dividemix import DivideMixError, networks, report, warn
 from dividemix.codivide import Mixture
-from dividemix.data import DeviceImages, Pipeline, Preparation, Split, Views, check, some
+from dividemix.data import DeviceImages, Pipeline, Views, check, some
 from dividemix.engine import DataSet, co_divide, set_learning_rate, test, train_epoch, warmup_epoch
-from dividemix.run import Run
+from dividemix.run import Preparation, Run, Split, defaults, description, logs, options, splits
 from dividemix.runtime import is_out_of_memory
 
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with Run(folder, args, runtime, logs.FOLDER) as run:
         classes = {"classes": hashlib.sha256(json.dumps(data.class_names).encode()).hexdigest()}
         held_out = {"val_fraction": args.val_fraction, "by_class": True, "digests": classes}
-        split = check.split(data.lists, run, args.skip_bad_images, **held_out)
+        split = splits.split(data.lists, run, args.skip_bad_images, **held_out)
         streams = {"workers": args.workers, "keep": args.keep_images, "cache_dir": args.cache_dir}
         with Pipeline(split.lists, views, IMAGENET_MEAN, IMAGENET_STD, runtime, **streams) as pipeline:
             train, tests, mean, std = read(args, split, run, pipeline)
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             about |= {name: len(images) for name, images in tests.items()}
             about |= {"mean": mean, "std": std, "resize": views.resize, "crop": views.crop}
             preparation = Preparation(tuple(mean), tuple(std), views.crop, views.resize)
-            model = deploy.describe(*shape, data.class_names, preparation)
+            model = description.describe(*shape, data.class_names, preparation)
             lines = [*data.lines, str(look), *describe(args, data, split, tests, mean, std), *chosen]
             lines += pipeline.said() if args.data_mode == "device" else []  # else not all images have been read yet
             run.start(argv, nets, optimizers, mixtures, mixmatch, data=about, model=model, lines=lines)

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import dataloader_webvision
-from dividemix import deploy, logs, networks, options, recipes, report
+from dividemix import networks, recipes, report
 from dividemix.codivide import Mixture
-from dividemix.data import Pipeline, Preparation, StreamedImages, Views, check
+from dividemix.data import Pipeline, StreamedImages, Views, check
 from dividemix.engine import co_divide, set_learning_rate, test, train_epoch, warmup_epoch
-from dividemix.run import Run
+from dividemix.run import Preparation, Run, description, logs, options, splits
 
 PAPER = recipes.WEBVISION
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     with Run(options.folder_for(args, "webvision"), args, runtime, logs.WEBVISION) as run:
         lists = {"train": data.train, "val": data.val, "imagenet": data.imagenet}
-        split = check.split(lists, run, args.skip_bad_images, val_fraction=args.val_fraction)
+        split = splits.split(lists, run, args.skip_bad_images, val_fraction=args.val_fraction)
         streams = {"workers": args.workers, "cache_dir": args.cache_dir}
         with Pipeline(split.lists, views, data.mean, data.std, runtime, **streams) as pipeline:
             if args.cache_dir:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             run.save_labels(index=split.index, given=train.labels, **whole)
             about = {"classes": data.class_names, **{name: len(images) for name, images in split.lists.items()}}
             preparation = Preparation(data.mean, data.std, views.crop, views.resize)
-            model = deploy.describe(*shape, data.class_names, preparation)
+            model = description.describe(*shape, data.class_names, preparation)
             run.start(argv, nets, optimizers, mixtures, mixmatch, data=about, model=model, lines=[*split.lines, *notes])
 
             for epoch in run.epochs(args.num_epochs):

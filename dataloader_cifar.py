@@ -24,9 +24,9 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
 
 from dividemix import DivideMixError, noise
-from dividemix.data import DeviceImages, Preparation, absolute
+from dividemix.data import DeviceImages, absolute
 from dividemix.noise import NoiseSpec, noisy_labels
-from dividemix.run import Run
+from dividemix.run import Preparation, Run
 from dividemix.seeds import draws, hold_out
 
 # torchvision's classes hold the published file names, md5s and addresses

@@ -26,11 +26,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dividemix import runtime
-from dividemix.checkpoint import to_host
 from dividemix.codivide import Mixture
 from dividemix.engine import MixMatch, PhaseTerms
 from dividemix.files import write_state
-from dividemix.run import Run
+from dividemix.run import Run, to_host
 from dividemix.runtime import Runtime
 from PreResNet import ResNet18
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dividemix import DivideMixError
 from dividemix.files import csv_bytes, write_atomically
 from dividemix.label_issues import LabelIssues, cleaned_table, texts
-from dividemix.runfolder import RunFolder
+from dividemix.run import RunFolder
 
 
 def export(run: RunFolder, issues: LabelIssues, folder: Path) -> list[str]:

@@ -11,8 +11,7 @@ import pandas as pd
 
 from dividemix.label_issues import Agreement
 from dividemix.page import auc_of_nets, beside_paper, number, render
-from dividemix.run import FREE_FLAGS
-from dividemix.runfolder import RunFolder
+from dividemix.run import FREE_FLAGS, RunFolder
 
 Group = tuple[str, list[RunFolder]]  # its name, the runs
 Agreements = dict[Path, Agreement | None]  # by run folder

@@ -2,60 +2,18 @@
 its weights. `load_ensemble(run, read_description(run))(images)` are the logits."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dividemix import DivideMixError, networks
-from dividemix.checkpoint import load_last
-from dividemix.data import READING, Preparation
 from dividemix.files import load_file
 from dividemix.networks import load_weights
-from dividemix.runfolder import read_about
+from dividemix.run import Description, Preparation, load_last
 
 WEIGHTS = ("best", "last")
-
-
-@dataclass(frozen=True)
-class Description:
-    """What was trained: the networks of `networks.build`, the names of the classes if they have any, and what is made
-    of an image before."""
-
-    arch: str
-    num_class: int
-    width: int
-    classes: list[str] | None
-    preparation: Preparation
-    count: int = 2  # networks; an ablation may have one
-
-    def __str__(self) -> str:
-        width = f", width {self.width}" if self.width != networks.WIDTH else ""
-        side = f"{self.preparation.image_size}x{self.preparation.image_size}"
-        colour = "grey" if self.preparation.channels == 1 else "colour"
-        count = ("one", "two")[self.count - 1]
-        return f"{count} {self.arch}{width}, {self.num_class} classes, {colour} images of {side}"
-
-
-def describe(
-    arch: str, num_class: int, width: int, classes: list[str] | None, preparation: Preparation, count: int = 2
-) -> dict[str, Any]:
-    """The entry "model" of args.json, which `read_description` reads."""
-    preprocessing = {"reading": list(READING), **asdict(preparation), "interpolation": "bilinear"}
-    of_networks = {"arch": arch, "count": count, "width": width, "num_class": num_class}
-    return of_networks | {"classes": classes, "preprocessing": preprocessing}
-
-
-def read_description(run: Path) -> Description:
-    """Raises DivideMixError for what is no run folder."""
-    model = read_about(run)["model"]
-    preprocessing = model.pop("preprocessing")
-    values = {field.name: preprocessing[field.name] for field in fields(Preparation)}
-    values |= {name: tuple(values[name]) for name in ("mean", "std")}
-    return Description(**model, preparation=Preparation(**values))
 
 
 def check_output(path: Path, suffix: str) -> None:

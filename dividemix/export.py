@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from dividemix import DivideMixError, deploy, options
-from dividemix.data import READING, Preparation
+from dividemix import DivideMixError
+from dividemix.data import READING
+from dividemix.deploy import WEIGHTS, Ensemble, check_output, epochs_used, load_ensemble
 from dividemix.files import write_atomically
-from dividemix.provenance import commit, versions
+from dividemix.run import Description, Preparation, commit, describe, options, read_description, versions
 
 METADATA = "metadata.json"  # among the file's extra files
 TOLERANCE = 1e-4  # largest difference from the networks, as a part of their largest |logit|
 _BATCHES = (1, 2, 5)  # compared; traced with 2
 
 
-def export(ensemble: deploy.Ensemble, preparation: Preparation, about: dict[str, Any]) -> bytes:
+def export(ensemble: Ensemble, preparation: Preparation, about: dict[str, Any]) -> bytes:
     """The content of a .pt2 file: the ensemble for batches of any size, and its metadata. Raises DivideMixError for
     networks that torch.export cannot trace."""
     content, batch = io.BytesIO(), {"images": {0: Dim("batch", min=1)}}
@@ -41,7 +42,7 @@ def export(ensemble: deploy.Ensemble, preparation: Preparation, about: dict[str,
     return content.getvalue()
 
 
-def metadata(run: Path, weights: str, epochs: Sequence[int], description: deploy.Description) -> dict[str, Any]:
+def metadata(run: Path, weights: str, epochs: Sequence[int], description: Description) -> dict[str, Any]:
     """What somebody needs who has the file alone."""
     p, side = description.preparation, description.preparation.image_size
     steps = [
@@ -56,7 +57,7 @@ def metadata(run: Path, weights: str, epochs: Sequence[int], description: deploy
         nets, logits, mean = "one network", "logits", "logits"
     else:
         nets, logits, mean = "two networks trained together", "sum of the two networks' logits", "logits / 2"
-    networks = deploy.describe(**vars(description))
+    networks = describe(**vars(description))
     preprocessing = networks.pop("preprocessing") | {"steps": steps, "in_the_program": ["border", "mean", "std"]}
     meaning = f"{logits}: argmax is the class, softmax({mean}) the probabilities"
     return {
@@ -73,7 +74,7 @@ def metadata(run: Path, weights: str, epochs: Sequence[int], description: deploy
 
 
 @torch.no_grad()
-def difference(content: bytes, ensemble: deploy.Ensemble, preparation: Preparation) -> float:
+def difference(content: bytes, ensemble: Ensemble, preparation: Preparation) -> float:
     """The largest difference between a loaded .pt2 file's outputs and the ensemble's, as a part of the largest
     |logit|, over batches of several sizes. NaN where either is not finite."""
     program = torch.export.load(io.BytesIO(content)).module()
@@ -93,16 +94,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run folder")
     add("file", type=Path, metavar="FILE", help="the file to write, model.pt2 say")
-    add("--weights", choices=deploy.WEIGHTS, default="best", help="of the best epoch, or of the last one")
+    add("--weights", choices=WEIGHTS, default="best", help="of the best epoch, or of the last one")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    deploy.check_output(args.file, ".pt2")
-    description = deploy.read_description(args.run)
+    check_output(args.file, ".pt2")
+    description = read_description(args.run)
     preparation = description.preparation
-    ensemble = deploy.load_ensemble(args.run, description, args.weights)
+    ensemble = load_ensemble(args.run, description, args.weights)
     about = metadata(args.run, args.weights, ensemble.epochs, description)
     content = export(ensemble, preparation, about)
     largest = difference(content, ensemble, preparation)
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"largest |logit| (allowed: {TOLERANCE:.0e}); are the weights finite?"
         )
     write_atomically(args.file, content)
-    epochs = deploy.epochs_used(args.weights, ensemble.epochs)
+    epochs = epochs_used(args.weights, ensemble.epochs)
     print(
         f"{args.file}: {description}; {epochs}; {len(content) / 1e6:.1f} MB\n"
         f"loaded and compared with the networks, batches of {', '.join(map(str, _BATCHES))}: largest difference "

@@ -14,12 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dividemix import histograms
 from dividemix.compare import Group
 from dividemix.files import write_atomically
-from dividemix.histograms import Histogram
 from dividemix.label_issues import LabelIssues, transition
-from dividemix.runfolder import RunFolder
+from dividemix.run import Histogram, RunFolder, histograms
 
 CLEAN, WRONG, ALL, LINE = "#0072b2", "#d55e00", "#999999", "#333333"  # told apart by the colour-blind, too
 NET = {1: "#0072b2", 2: "#d55e00"}

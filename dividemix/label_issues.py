@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dividemix.files import csv_bytes, write_atomically
-from dividemix.runfolder import RunFolder
+from dividemix.run import RunFolder, judge, of_nets
 
 IN_SAMPLE = "scores are in-sample: the networks were trained on these labels"
 _CLASSES_SHOWN = 10
@@ -70,25 +70,6 @@ class Agreement:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding them
-
-
-def judge(scores: dict[str, NDArray], given: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    """Quality, is_issue and mean loss of each label, from the arrays of label_scores.npz. Quality: the mean clean
-    probability of the networks; of a cross-entropy run the probability that both together give the label. An issue is
-    of a quality below the run's p_threshold, and the networks suggest another class."""
-    p_clean, losses = of_nets(scores, "p_clean"), of_nets(scores, "loss")
-    quality = sum(p_clean) / len(p_clean) if p_clean else scores["p_given"].astype(np.float64)
-    return quality, (quality < scores["threshold"]) & (scores["prediction"] != given), sum(losses) / len(losses)
-
-
-def of_nets(scores: dict[str, NDArray], name: str) -> list[NDArray]:
-    """Net 1's and net 2's arrays, those that are there."""
-    return [scores[f"{name}_net{k}"] for k in (1, 2) if f"{name}_net{k}" in scores]
-
-
-def worst_first(quality: NDArray, is_issue: NDArray, loss: NDArray) -> NDArray[np.int64]:
-    """The rows in the order in which they are worth a look: issues before others, then by quality, then by loss."""
-    return np.lexsort((-loss, quality, ~is_issue))
 
 
 def find(run: RunFolder) -> LabelIssues | None:

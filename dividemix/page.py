@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dividemix import blind, histograms, recipes
+from dividemix import blind, recipes
 from dividemix.label_issues import IN_SAMPLE, LabelIssues, against_truth, by_class, lost_classes, percent
-from dividemix.runfolder import RunFolder
+from dividemix.run import RunFolder, histograms
 
 MEASURES = {  # the paper's results -> their names on the page
     **{"best": "best", "last": "mean of the last 10", "test_acc": "test accuracy", "test_acc_top5": "top-5"},

@@ -18,9 +18,11 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dividemix import DivideMixError, deploy, options, runtime, warn
+from dividemix import DivideMixError, runtime, warn
 from dividemix.data import IMAGE_SUFFIXES, BadImage, Boundary, images_below, said, shown
+from dividemix.deploy import WEIGHTS, Ensemble, check_output, epochs_used, load_ensemble, probabilities, to_images
 from dividemix.files import csv_bytes, read_file, write_atomically
+from dividemix.run import Description, options, read_description
 from dividemix.runtime import Runtime, available_cores
 
 TOP = 5  # classes in a row
@@ -56,23 +58,23 @@ def find_images(source: Path) -> tuple[list[str], list[str], Boundary | None]:
 
 
 @torch.inference_mode()
-def classify(ensemble: deploy.Ensemble, machine: Runtime, images: Sequence[NDArray | None]) -> list[Answer]:
+def classify(ensemble: Ensemble, machine: Runtime, images: Sequence[NDArray | None]) -> list[Answer]:
     """Of images uint8 (S, S, channels); an empty answer for None."""
     sound = [image for image in images if image is not None]
     if not sound:
         return [[] for _ in images]
     pixels = torch.from_numpy(np.stack(sound)).to(machine.device)
-    [logits] = machine.forward(ensemble, deploy.to_images(pixels))
+    [logits] = machine.forward(ensemble, to_images(pixels))
     logits = logits.cpu()
     if not logits.isfinite().all():
         raise DivideMixError("the networks' outputs are not finite numbers: their weights are damaged or diverged")
     # A stable order: of equals the first, as argmax, which counts the ensemble's accuracy, takes it
-    ordered, labels = deploy.probabilities(logits, len(ensemble.nets)).sort(dim=1, descending=True, stable=True)
+    ordered, labels = probabilities(logits, len(ensemble.nets)).sort(dim=1, descending=True, stable=True)
     rows = zip(labels[:, :TOP].tolist(), ordered[:, :TOP].tolist(), strict=True)
     return [[] if image is None else list(zip(*next(rows), strict=True)) for image in images]
 
 
-def table(names: Sequence[str], answers: Sequence[Answer], description: deploy.Description) -> pandas.DataFrame:
+def table(names: Sequence[str], answers: Sequence[Answer], description: Description) -> pandas.DataFrame:
     """predictions.csv: a row for each image, empty but for the path where the answer is."""
     columns, classes = ["path", "label", "class", "confidence"], description.classes or range(description.num_class)
     for k in range(2, min(TOP, description.num_class) + 1):
@@ -90,7 +92,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("run", type=Path, metavar="RUN", help="run folder")
     add("images", type=Path, metavar="DIR", help="folder of images, one image, or a .csv with `path`")
     add("--out", type=Path, default=Path("predictions.csv"), help="the file to write")
-    add("--weights", choices=deploy.WEIGHTS, default="best", help="of the best epoch, or of the last one")
+    add("--weights", choices=WEIGHTS, default="best", help="of the best epoch, or of the last one")
     add("--strict", action="store_true", help="an image that cannot be read is an error")
     add("--batch_size", type=options.positive_int, default=100, help="images at once; fewer take less memory")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="as in training")
@@ -101,14 +103,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     names, paths, boundary = find_images(args.images)
-    deploy.check_output(args.out, ".csv")
+    check_output(args.out, ".csv")
     if args.out.exists() and args.out.samefile(args.images):
         raise DivideMixError(f"--out {args.out} is the list that is read: give another name")
-    description = deploy.read_description(args.run)
+    description = read_description(args.run)
     # In float32, as in the exported program
     machine = runtime.start(args.device, precision="fp32", width=description.width, compile=False, graph=False)
-    ensemble = machine.prepare(deploy.load_ensemble(args.run, description, args.weights))
-    print(f"{args.run}: {description}; {deploy.epochs_used(args.weights, ensemble.epochs)}; {machine.describe()}")
+    ensemble = machine.prepare(load_ensemble(args.run, description, args.weights))
+    print(f"{args.run}: {description}; {epochs_used(args.weights, ensemble.epochs)}; {machine.describe()}")
 
     changes: list[int] = []
     bad: list[str] = []

@@ -10,10 +10,8 @@ from pathlib import Path
 
 from dividemix import DivideMixError, clean_labels, compare, label_issues, warn
 from dividemix.files import csv_bytes, write_atomically
-from dividemix.options import Parser, command_line
 from dividemix.page import run_page
-from dividemix.run import Run
-from dividemix.runfolder import RunFolder, read_run
+from dividemix.run import Parser, Run, RunFolder, command_line, read_run
 
 PAGE = "report.html"
 

@@ -14,10 +14,11 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from dividemix import engine, options
+from dividemix import engine
 from dividemix.codivide import Division, normalise
 from dividemix.data.device import DeviceImages
 from dividemix.engine import PhaseTerms
+from dividemix.run import options
 from dividemix.runtime.device import Runtime
 
 # No timing decides a test, and every machine tries the same examples.

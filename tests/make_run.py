@@ -80,7 +80,7 @@ def label_scores(epochs: int, divided: bool = True) -> dict[str, np.ndarray]:
 
 
 def histogram(truth: bool, epoch: int = 0) -> dict:
-    """One network's, as `dividemix.histograms.count` makes it."""
+    """One network's, as `dividemix.run.histograms.count` makes it."""
     clean, wrong = [0] * 60, [0] * 60
     clean[3 + epoch % 40], wrong[50] = 8, 4
     bins = {"clean": clean, "wrong": wrong} if truth else {"all": [a + b for a, b in zip(clean, wrong, strict=True)]}

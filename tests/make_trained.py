@@ -23,10 +23,12 @@ import Train_cifar
 import Train_clothing1M
 import Train_folder
 import Train_webvision
-from dividemix import checkpoint, deploy, networks
+from dividemix import networks
 from dividemix.data.device import to_float
-from dividemix.data.images import Preparation, Views
+from dividemix.data.images import Views
 from dividemix.data.lists import ImageList
+from dividemix.run import checkpoint, description
+from dividemix.run.description import Preparation
 
 COLOUR = Preparation((0.5, 0.45, 0.4), (0.25, 0.2, 0.3), image_size=16, resize=20)
 GREY = Preparation((0.3,) * 3, (0.35,) * 3, image_size=14, resize=14, channels=1, border=2)
@@ -45,7 +47,7 @@ def make_trained(
     """A run folder with what `deploy` reads, and nets whose answers differ from image to image. The last checkpoint, if
     there is one, holds other nets than best.pt."""
     folder.mkdir(parents=True)
-    model = deploy.describe(arch, num_class, width, classes, preparation)
+    model = description.describe(arch, num_class, width, classes, preparation)
     about = {"command": ["Train_cifar.py", "--r", "0.5", "--id", "a b"], "args": {"warm_up": 1}, "model": model}
     (folder / "args.json").write_text(json.dumps(about))
 

@@ -19,8 +19,9 @@ from test_run import args_of
 import dataloader_cifar
 import PreResNet
 import Train_cifar
-from dividemix import DivideMixError, noise, options, report
-from dividemix.run import Run
+from dividemix import DivideMixError, noise, report
+from dividemix.run import options
+from dividemix.run.run import Run
 from dividemix.runtime import device as runtime
 
 
@@ -295,7 +296,8 @@ def test_bad_input_of_the_real_script(tmp_path):
 
 def command_line(body: str, **environment: str) -> subprocess.CompletedProcess:
     """`options.command_line` around a main of these lines, in a process of its own: pytest catches warnings itself."""
-    code = f"from dividemix import DivideMixError, options, warn\ndef main(_):\n {body}\noptions.command_line(main)"
+    imports = "from dividemix import DivideMixError, warn\nfrom dividemix.run import options\n"
+    code = f"{imports}def main(_):\n {body}\noptions.command_line(main)"
     options = {"cwd": ROOT, "env": os.environ | environment, "capture_output": True, "text": True, "check": False}
     return subprocess.run([sys.executable, "-c", code], **options)
 

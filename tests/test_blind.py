@@ -18,7 +18,7 @@ from dividemix import blind, label_issues, noise, report
 from dividemix.blind import Choice, Estimate, choose, estimate
 from dividemix.codivide import Division, Mixture, codivide
 from dividemix.engine import MixMatch
-from dividemix.runfolder import read_run
+from dividemix.run.folder import read_run
 
 NO_FLAGS = dict.fromkeys(blind.NAMES)
 

@@ -14,7 +14,7 @@ import dataloader_clothing1M
 import dataloader_webvision
 from dividemix import DivideMixError, clean_labels, label_issues, noise
 from dividemix.noise import file as noise_file
-from dividemix.runfolder import read_run
+from dividemix.run.folder import read_run
 
 CLEANED = np.where(np.isin(np.arange(N), [0, 3, 6]), SUGGESTED, GIVEN)
 

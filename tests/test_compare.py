@@ -9,7 +9,7 @@ from make_run import N, make_run
 from test_page import HOSTILE, Reader, assert_self_contained
 
 from dividemix import compare, figures, label_issues
-from dividemix.runfolder import read_run
+from dividemix.run.folder import read_run
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 import pytest
 
 import Train_folder
-from dividemix import DivideMixError, defaults, networks, recipes
+from dividemix import DivideMixError, networks, recipes
+from dividemix.run import defaults
 
 NAMES = ("val_fraction", "arch", "weights", "image_size", "data_mode", "batch_size", "lr", "alpha", "warm_up")
 NAMES += ("num_epochs", "lr_drop", "lambda_u", "p_threshold")

@@ -17,7 +17,8 @@ from make_trained import COLOUR, GREY, NAMES, draw_photos, lively, make_trained,
 
 from dividemix import DivideMixError, deploy
 from dividemix.data import device
-from dividemix.deploy import load_ensemble, probabilities, read_description, to_images
+from dividemix.deploy import load_ensemble, probabilities, to_images
+from dividemix.run.description import Description, read_description
 
 
 def edit(run: Path, change) -> None:
@@ -43,7 +44,7 @@ def refused(call, *arguments) -> str:
 def test_a_description_is_read_as_it_was_written(tmp_path, preparation, classes):
     """Else a run's predictions have other names, sizes or colours than its training had."""
     run = make_trained(tmp_path / "run", preparation, classes)
-    assert read_description(run) == deploy.Description("preresnet18", 6, 4, classes, preparation)
+    assert read_description(run) == Description("preresnet18", 6, 4, classes, preparation)
 
 
 def test_what_is_no_run_folder_is_said(tmp_path):

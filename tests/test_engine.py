@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dividemix import Diverged, DivideMixError, DivideMixWarning, engine, recipes
 from dividemix.codivide import Mixture
 from dividemix.engine import MixMatch, Phase
-from dividemix.run import RunPhase
+from dividemix.run.run import RunPhase
 from dividemix.runtime.device import Runtime
 from PreResNet import ResNet18
 

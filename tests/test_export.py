@@ -19,7 +19,8 @@ from test_predict import refused, rows_of
 from torch.export.passes import move_to_device_pass
 
 from dividemix import deploy, networks, predict, report
-from dividemix.data.images import READING, Preparation, shown
+from dividemix.data.images import READING, shown
+from dividemix.run.description import Preparation, read_description
 
 export = importlib.import_module("dividemix.export")
 
@@ -33,7 +34,7 @@ def load(path: Path) -> tuple[torch.export.ExportedProgram, dict]:
 
 def assert_same(exported, run: Path, weights: str = "best", sizes: tuple[int, ...] = (1, 2, 3, 17)) -> None:
     """The program's answers are the run's ensemble's, for batches of any size."""
-    description, program = deploy.read_description(run), exported.module()
+    description, program = read_description(run), exported.module()
     ensemble, p = deploy.load_ensemble(run, description, weights), description.preparation
     for n in sizes:
         x = torch.rand(n, p.channels, p.image_size, p.image_size)
@@ -83,7 +84,7 @@ def test_the_export_of_every_kind_of_run_has_its_accuracy(kind, start, tmp_path,
     run = train(kind, tmp_path)
     status, _, error = start(run.folder, "model.pt2")
     assert (status, error) == (0, "")
-    description, (exported, about) = deploy.read_description(run.folder), load(tmp_path / "model.pt2")
+    description, (exported, about) = read_description(run.folder), load(tmp_path / "model.pt2")
     assert_same(exported, run.folder)
     assert about["classes"] == description.classes
     pixels = [description.preparation.view(shown(path).image) for path in run.images]
@@ -165,7 +166,7 @@ def test_the_program_on_a_card_equals_the_ensemble(done):
     """Else the deployed network answers otherwise than the tested one."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     program = move_to_device_pass(copy.deepcopy(done.exported), "cuda").module()
-    ensemble = deploy.load_ensemble(done.run, deploy.read_description(done.run))
+    ensemble = deploy.load_ensemble(done.run, read_description(done.run))
     x = torch.rand(17, 1, GREY.image_size, GREY.image_size)
     with torch.no_grad():
         torch.testing.assert_close(program(x.cuda()).cpu(), ensemble(x), rtol=1e-3, atol=1e-3)

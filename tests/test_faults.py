@@ -26,7 +26,8 @@ from test_run import assert_equal, begin, end_epoch, last_state, opened, validat
 
 import PreResNet
 import Train_cifar
-from dividemix import DivideMixError, DivideMixWarning, checkpoint, files, report, run, signals
+from dividemix import DivideMixError, DivideMixWarning, files, report
+from dividemix.run import checkpoint, run, signals
 
 EPOCHS = 3  # one of warm-up
 NEW_RUN = ["--num_epochs", str(EPOCHS)]
@@ -40,7 +41,8 @@ sys.modules["dividemix.report"] = types.SimpleNamespace(of_finished=lambda _: No
 sys.modules["torch.utils.tensorboard"] = types.SimpleNamespace(SummaryWriter=lambda *_, **__: nothing)
 import torch
 import Train_cifar
-from dividemix import checkpoint, engine, options, run
+from dividemix import engine
+from dividemix.run import checkpoint, options, run
 torch.set_num_threads(1)
 {added}
 options.command_line(Train_cifar.main)

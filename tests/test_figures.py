@@ -10,7 +10,7 @@ from make_run import histogram, make_run
 from matplotlib.figure import Figure
 
 from dividemix import figures, label_issues
-from dividemix.runfolder import read_run
+from dividemix.run.folder import read_run
 
 
 @pytest.fixture

@@ -13,9 +13,10 @@ from conftest import end_of, tiny
 from test_run import begin, end_epoch, go_on, opened, validated
 
 import Train_cifar
-from dividemix import DivideMixError, checkpoint, files, report, run
+from dividemix import DivideMixError, files, report
 from dividemix.data.store import locked
-from dividemix.run import lock_folder, set_aside
+from dividemix.run import checkpoint, run
+from dividemix.run.run import lock_folder, set_aside
 
 
 @pytest.fixture(autouse=True)

@@ -27,10 +27,11 @@ from test_dataloader_cifar import batch
 import dataloader_cifar
 import dataloader_clothing1M
 import dataloader_webvision
-from dividemix import DivideMixError, checkpoint, networks, noise, predict
+from dividemix import DivideMixError, networks, noise, predict
 from dividemix.data.images import BadImage, shown
 from dividemix.noise import file as noise_file
 from dividemix.noise import human as noise_human
+from dividemix.run import checkpoint
 from dividemix.runtime.device import Runtime
 
 CASES = int(os.environ.get("FUZZ", "1000"))  # of each kind

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from make_run import histogram
 
-from dividemix import histograms
 from dividemix.codivide import Division, Mixture
+from dividemix.run import histograms
 
 
 def divided(n: int = 200, seed: int = 0) -> tuple[Division, np.ndarray]:

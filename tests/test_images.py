@@ -29,7 +29,6 @@ from dividemix.data.images import (
     SCALED,
     TURNED,
     BadImage,
-    Preparation,
     Views,
     read,
     read_image,
@@ -37,6 +36,7 @@ from dividemix.data.images import (
     shown,
 )
 from dividemix.data.lists import Boundary
+from dividemix.run.description import Preparation
 
 CROP, RESIZED = Views(64, 56), Views(80, 60, "resized_crop")
 

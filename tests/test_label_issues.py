@@ -12,7 +12,8 @@ from make_run import CLASSES, GIVEN, LOSS, P_CLEAN, SUGGESTED, TRUE, N, label_sc
 
 from dividemix import label_issues
 from dividemix.files import csv_bytes
-from dividemix.runfolder import read_run
+from dividemix.run import scoring
+from dividemix.run.folder import read_run
 
 
 def issues_of(tmp_path, **kind):
@@ -34,7 +35,7 @@ def test_an_issue_is_doubted_and_has_another_suggestion(tmp_path):
     np.testing.assert_allclose(found.quality, P_CLEAN - 0.005)
     assert found.cleaned.tolist() == [SUGGESTED[i] if i in (0, 3, 6) else GIVEN[i] for i in range(N)]
     scores = label_scores(3) | {"p_clean_net1": np.full(N, 0.4), "p_clean_net2": np.full(N, 0.6)}
-    assert not label_issues.judge(scores, GIVEN)[1].any()
+    assert not scoring.judge(scores, GIVEN)[1].any()
 
 
 def test_cross_entropy_is_judged_by_the_probability_of_the_given_label(tmp_path):
@@ -49,7 +50,7 @@ def test_the_most_doubtful_come_first(tmp_path):
     """Else the images that a user looks at are not those worth a look. Among equal qualities the larger loss decides;
     a doubted label whose own class is suggested comes after all issues."""
     found = issues_of(tmp_path)
-    order = label_issues.worst_first(found.quality, found.is_issue, found.loss)
+    order = scoring.worst_first(found.quality, found.is_issue, found.loss)
     assert order[:5].tolist() == [6, 3, 0, 1, 9]
 
 

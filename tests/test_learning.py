@@ -4,7 +4,7 @@ import pytest
 
 import Train_cifar
 from dividemix.label_issues import against_truth, find
-from dividemix.runfolder import read_run
+from dividemix.run.folder import read_run
 
 
 @pytest.mark.slow

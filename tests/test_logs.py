@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from conftest import half
 
-from dividemix import logs
 from dividemix.engine import PhaseTerms
+from dividemix.run import logs
 
 DIVIDED = {"labeled_net1": 11, "labeled_net2": 22, "unlabeled_net1": 3, "unlabeled_net2": 4}
 COMMON = {"epoch": 7, "phase": "train", "lr": 0.01, "loss_x": 1.25, "penalty": 0.5, "seconds_test": 2.0}

@@ -13,7 +13,7 @@ from make_run import N, make_run
 from PIL import Image
 
 from dividemix import figures, label_issues, page, recipes
-from dividemix.runfolder import read_run
+from dividemix.run.folder import read_run
 
 HOSTILE = '"><script>alert(1)</script>'
 RIGHT_TO_LEFT = "\u202e\U0001f431 \U0001f469\u200d\U0001f4bb \ud800"  # turned round, emoji, no Unicode
@@ -192,7 +192,7 @@ def test_the_differences_from_the_papers_setting_are_those_of_the_console(tmp_pa
     import Train_cifar
     import Train_clothing1M
     import Train_webvision
-    from dividemix import options
+    from dividemix.run import options
 
     args = Train_cifar.parse_args(["--r", "0.2", "--lambda_u", "25", "--warm_up", "3", "--T", "0.9"])
     console = options.resolve_recipe(args)

@@ -14,8 +14,9 @@ from make_data import grey_digits
 from make_trained import COLOUR, GREY, KINDS, NAMES, QUICK, draw_photos, make_trained, nets_of, train
 from PIL import ExifTags, Image, ImageOps
 
-from dividemix import deploy, predict, report
+from dividemix import predict, report
 from dividemix.data.lists import read_table
+from dividemix.run.description import read_description
 
 RANKED = [f"{name}_{k}" for k in (2, 3, 4, 5) for name in ("label", "class", "probability")]
 
@@ -193,7 +194,7 @@ def test_hostile_names_are_read_back_from_the_csv(start, tmp_path):
     rows = rows_of(tmp_path / "predictions.csv")
     assert {row["path"] for row in rows} == {f"photos/{name}" for name in names}
     assert len(rows) == len(names)
-    known = deploy.read_description(run).classes
+    known = read_description(run).classes
     assert all(row["class"] == known[int(row["label"])] for row in rows)
     assert all(row.keys() == rows[0].keys() and None not in row.values() for row in rows)
 

@@ -97,7 +97,7 @@ def test_killed_with_its_workers_alive(tmp_path, monkeypatch, flags, script):
     """The main process is killed, its workers notice some seconds later: the same command at once is refused, as if
     another process was training, or reads what they left."""
     code = (
-        f"import os, signal, {script.main.__name__} as script; from dividemix import checkpoint, options\n"
+        f"import os, signal, {script.main.__name__} as script; from dividemix.run import checkpoint, options\n"
         "saved = checkpoint.save_last\n"
         "def save(folder, epoch, state):\n"
         "    saved(folder, epoch, state) if epoch < 2 else os.kill(os.getpid(), signal.SIGKILL)\n"

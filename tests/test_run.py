@@ -17,10 +17,11 @@ import torch
 from conftest import ROOT
 
 import Train_cifar
-from dividemix import DivideMixError, checkpoint, files, logs
+from dividemix import DivideMixError, files
 from dividemix.codivide import Mixture
 from dividemix.engine import MixMatch, PhaseTerms
-from dividemix.run import Run, lock_folder, score_arrays
+from dividemix.run import checkpoint, logs
+from dividemix.run.run import Run, lock_folder, score_arrays
 from dividemix.runtime.device import Runtime
 from dividemix.runtime.ranks import Ranks
 from dividemix.seeds import draws, seeded
@@ -469,7 +470,9 @@ def test_ranks_that_read_other_data_are_refused(tmp_path, monkeypatch):
 RANKS = """
 import sys, torch
 from pathlib import Path
-from dividemix import DivideMixError, options, ranks, runtime
+from dividemix import DivideMixError, runtime
+from dividemix.run import options
+from dividemix.runtime import ranks
 from test_run import begin, end_epoch, opened, validated
 
 def main(_):

@@ -7,7 +7,7 @@ import pytest
 from make_run import CLASSES, WRONG, make_run
 
 from dividemix import DivideMixError
-from dividemix.runfolder import read_run
+from dividemix.run.folder import read_run
 
 
 def test_a_whole_run_folder(tmp_path):

@@ -13,8 +13,9 @@ import torch
 from conftest import read_records
 from test_run import assert_equal, begin, end_epoch, opened, validated
 
-from dividemix import DivideMixError, checkpoint, files
-from dividemix.checkpoint import to_host
+from dividemix import DivideMixError, files
+from dividemix.run import checkpoint
+from dividemix.run.checkpoint import to_host
 
 
 def state_of_a_net() -> dict:

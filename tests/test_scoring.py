@@ -14,10 +14,11 @@ from test_run import last_state, without_times
 import dataloader_cifar
 import PreResNet
 import Train_cifar
-from dividemix import engine, figures, histograms, scoring
+from dividemix import engine, figures
 from dividemix.codivide import Mixture
 from dividemix.engine import Phase, per_sample_loss
-from dividemix.run import Run
+from dividemix.run import histograms, scoring
+from dividemix.run.run import Run
 from dividemix.runtime.device import Runtime
 from dividemix.seeds import draws
 

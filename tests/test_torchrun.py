@@ -19,7 +19,7 @@ import Train_clothing1M
 import Train_folder
 import Train_webvision
 from dividemix import DivideMixError, networks, report
-from dividemix.checkpoint import load_last
+from dividemix.run.checkpoint import load_last
 from dividemix.runtime.device import Runtime
 
 ONE = Runtime(torch.device("cpu"), memory_format=torch.contiguous_format)

@@ -18,23 +18,12 @@ from test_resume import assert_same_run
 
 import dataloader_cifar
 import Train_cifar
-from dividemix import (
-    DivideMixError,
-    checkpoint,
-    codivide,
-    deploy,
-    engine,
-    export,
-    files,
-    label_issues,
-    networks,
-    options,
-    predict,
-    report,
-)
+from dividemix import DivideMixError, codivide, deploy, engine, export, files, label_issues, networks, predict, report
 from dividemix.data.device import DeviceImages
 from dividemix.data.images import shown
-from dividemix.runfolder import read_run
+from dividemix.run import checkpoint, options
+from dividemix.run.description import read_description
+from dividemix.run.folder import read_run
 from PreResNet import ResNet18
 
 # ---- Whole runs ----
@@ -298,7 +287,7 @@ def test_one_network_and_two_are_compared(done, tmp_path, capsys):
 def test_prediction_of_one_network(done, tmp_path, monkeypatch):
     """Else a user of the run gets another classifier than the tested one, or half its confidence."""
     run = done["divide_mixmatch"]
-    description = deploy.read_description(run.folder)
+    description = read_description(run.folder)
     assert description.count == 1 and str(description).startswith("one preresnet18")
     ensemble = deploy.load_ensemble(run.folder, description)
     data = dataloader_cifar.load("digits", "")
@@ -334,5 +323,5 @@ def test_export_of_one_network(done, tmp_path, monkeypatch):
     assert "softmax(logits) " in about["output"]["meaning"]
     x = torch.rand(3, *about["input"]["shape"][1:])
     with torch.no_grad():
-        expected = deploy.load_ensemble(run, deploy.read_description(run))(x)
+        expected = deploy.load_ensemble(run, read_description(run))(x)
         torch.testing.assert_close(program(x), expected, rtol=1e-4, atol=1e-4)

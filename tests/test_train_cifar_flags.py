@@ -14,10 +14,11 @@ from test_run import assert_equal, last_state
 import dataloader_cifar
 import PreResNet
 import Train_cifar
-from dividemix import DivideMixError, codivide, label_issues, noise, options
-from dividemix.checkpoint import load_last
+from dividemix import DivideMixError, codivide, label_issues, noise
 from dividemix.noise import synthetic
-from dividemix.runfolder import read_run
+from dividemix.run import options
+from dividemix.run.checkpoint import load_last
+from dividemix.run.folder import read_run
 from dividemix.runtime.device import Runtime
 from dividemix.seeds import seeded
 

@@ -2,9 +2,10 @@
 that live on the device, augmentation included; larger images come through `stream`, whose `workers` read files by
 `images` and keep them by `store`."""
 
-from dividemix.data.check import Split
+from dividemix.data import check
+from dividemix.data.check import usable
 from dividemix.data.device import PAD, Batches, DeviceImages, plan_mixmatch
-from dividemix.data.images import READING, BadImage, Preparation, Views, opened, said, shown
+from dividemix.data.images import READING, BadImage, Views, opened, said, shown
 from dividemix.data.lists import (
     IMAGE_SUFFIXES,
     Boundary,
@@ -34,12 +35,11 @@ __all__ = [
     "ImageList",
     "Lines",
     "Pipeline",
-    "Preparation",
-    "Split",
     "StreamedImages",
     "Views",
     "absolute",
     "bad_line",
+    "check",
     "images_below",
     "images_of_classes",
     "is_image",
@@ -52,4 +52,5 @@ __all__ = [
     "said",
     "shown",
     "some",
+    "usable",
 ]

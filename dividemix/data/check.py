@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +23,6 @@ from dividemix.data.images import MISSING, BadImage, load, opened
 from dividemix.data.lists import Boundary, ImageList
 from dividemix.files import read_file, write_atomically
 from dividemix.runtime import Ranks, available_cores, from_environment
-from dividemix.seeds import hold_out
-
-if TYPE_CHECKING:
-    from dividemix.run import Run
 
 Bad = dict[int, str]  # row of an image in its list -> what is wrong with it, as `problem` says it; rows ascending
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xae\x42\x60\x82"}
@@ -92,44 +88,6 @@ def describe(name: str, images: ImageList, bad: Bad) -> list[str]:
 
 
 # ---- Leaving bad images out ----
-
-
-class Split(NamedTuple):
-    """Which images are for what. lists: the usable images of each list. index (N,): the images to train on, as rows of
-    the training list with its bad images, ascending. train, held_out: rows of lists["train"]. lines: what to say."""
-
-    lists: dict[str, ImageList]
-    index: NDArray[np.int64]
-    train: NDArray[np.int64]
-    held_out: NDArray[np.int64]
-    lines: list[str]
-
-
-def split(
-    lists: Mapping[str, ImageList],
-    run: "Run",
-    skip: str | None,
-    *,
-    val_fraction: float = 0.0,
-    by_class: bool = False,
-    digests: Mapping[str, str] | None = None,
-) -> Split:
-    """Leave bad images out (`usable`) and hold some training images out to select the best epoch, by_class the same
-    share of each class. digests: of what else, beside the lists, must stay what it was when the run began. Raises
-    DivideMixError for other lists than the run began with, and for too few images."""
-    hashes = {name: images.digest() for name, images in lists.items()} | dict(digests or {})
-    train = lists["train"]
-    run.pin("images_sha256", hashes, f"the images or labels in {train.root} are not those {run.folder} began with")
-    rows, lines = usable(lists, skip, run.folder / "skipped.json", run.ranks)
-    labels = train.labels if by_class else None
-    index, held_out = hold_out(np.arange(len(train)), val_fraction, run.args.seed, labels)
-    index, held_out = (part[np.isin(part, rows["train"])] for part in (index, held_out))
-    hold_out(index, 0, run.args.seed)  # refuses too few
-    if len(held_out):
-        drawn = f"drawn by seed {run.args.seed}, to select the best epoch"
-        lines.append(f"{len(held_out)} training images held out with their labels, {drawn}")
-    places = (np.searchsorted(rows["train"], part) for part in (index, held_out))
-    return Split({name: images.select(rows[name]) for name, images in lists.items()}, index, *places, lines)
 
 
 def usable(

@@ -324,27 +324,3 @@ class Views:
         if not box.flip:
             return view
         return np.stack([view[:, ::-1, k] for k in range(3)], axis=2)  # at once numpy would copy three bytes at a time
-
-
-# ---- Files for trained networks ----
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """How an image file becomes what the networks of a run were evaluated on. The file's part: as a viewer shows it
-    (`shown`, whatever the networks were trained on), RGB or (channels 1) grey, the short side `resize`, the centre of
-    image_size x image_size. The networks' part, in `deploy.Ensemble`: a black `border` of so many pixels around it,
-    three channels, mean and std of values in [0, 1] (3,). Sets that live on the device have resize = image_size."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    image_size: int
-    resize: int
-    channels: int = 3
-    border: int = 0
-
-    def view(self, image: Image.Image) -> NDArray[np.uint8]:
-        """(image_size, image_size, channels) of an image in RGB."""
-        views = Views(self.resize, self.image_size)
-        centre = views.eval(views.resized(image.convert("L") if self.channels == 1 else image))
-        return centre.reshape(self.image_size, self.image_size, self.channels)

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from dividemix import DivideMixError, DivideMixWarning, blind, networks, noise, recipes, runtime
 from dividemix.engine import MixMatch
 from dividemix.noise import NoiseSpec, wrong_share
+from dividemix.run.signals import stoppable
 from dividemix.runtime import Runtime, available_cores, ranks
-from dividemix.signals import stoppable
 
 NOISE_RATE = 0.5
 

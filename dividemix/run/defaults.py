@@ -10,8 +10,8 @@ from typing import Any
 
 from dividemix import DivideMixError, networks, recipes
 from dividemix.data import PAD
-from dividemix.options import set_default
 from dividemix.recipes import OwnRecipe
+from dividemix.run.options import set_default
 from dividemix.runtime import ranks
 
 SMALL = 64  # px: up to this side images are small

@@ -27,12 +27,13 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from dividemix import Diverged, DivideMixError, checkpoint, files, histograms, logs, networks, scoring, warn
+from dividemix import Diverged, DivideMixError, files, networks, warn
 from dividemix.codivide import Division, Mixture
 from dividemix.engine import DataSet, MixMatch, Phase, PhaseTerms
-from dividemix.logs import Logs
-from dividemix.provenance import commit, versions
-from dividemix.runfolder import load
+from dividemix.run import checkpoint, histograms, logs, scoring
+from dividemix.run.folder import load
+from dividemix.run.logs import Logs
+from dividemix.run.provenance import commit, versions
 from dividemix.runtime import Runtime, load_optimizer
 from dividemix.seeds import PHASES, draws
 

@@ -18,8 +18,7 @@ from dividemix import DivideMixError, warn
 from dividemix.codivide import Mixture, clean_probability
 from dividemix.engine import DataSet, Phase, evaluate
 from dividemix.files import write_arrays
-from dividemix.label_issues import judge, worst_first
-from dividemix.runfolder import arrays, load
+from dividemix.run.folder import arrays, load
 from dividemix.seeds import draws
 
 THUMBNAILS, SIDE = 48, 96  # how many images are kept for the report, and the longer side of each at most
@@ -80,6 +79,25 @@ def ensemble_scores(nets: Sequence[nn.Module], data: DataSet, phase: Phase) -> d
             scores[:, rows] = values
         table = dict(zip(names, data.runtime.ranks.sum(scores).cpu().numpy(), strict=True))
     return table | {"prediction": table["prediction"].astype(np.int32)}
+
+
+def judge(scores: dict[str, NDArray], given: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    """Quality, is_issue and mean loss of each label, from the arrays of label_scores.npz. Quality: the mean clean
+    probability of the networks; of a cross-entropy run the probability that both together give the label. An issue is
+    of a quality below the run's p_threshold, and the networks suggest another class."""
+    p_clean, losses = of_nets(scores, "p_clean"), of_nets(scores, "loss")
+    quality = sum(p_clean) / len(p_clean) if p_clean else scores["p_given"].astype(np.float64)
+    return quality, (quality < scores["threshold"]) & (scores["prediction"] != given), sum(losses) / len(losses)
+
+
+def of_nets(scores: dict[str, NDArray], name: str) -> list[NDArray]:
+    """Net 1's and net 2's arrays, those that are there."""
+    return [scores[f"{name}_net{k}"] for k in (1, 2) if f"{name}_net{k}" in scores]
+
+
+def worst_first(quality: NDArray, is_issue: NDArray, loss: NDArray) -> NDArray[np.int64]:
+    """The rows in the order in which they are worth a look: issues before others, then by quality, then by loss."""
+    return np.lexsort((-loss, quality, ~is_issue))
 
 
 def thumbnails(images: Iterable[NDArray[np.uint8]], side: int = SIDE) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
