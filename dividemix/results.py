@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from dividemix import figures, recipes
-from dividemix.compare import mean_and_deviation
+from dividemix import recipes
 from dividemix.files import write_atomically
+from dividemix.report import figures, mean_and_deviation
 from dividemix.rows import DATA, TABLES, PlannedRun, Row, RunFiles, all_rows, read
 
 # Name of a number -> its name in tables

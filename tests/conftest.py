@@ -209,4 +209,4 @@ def assert_co_divided(net2, net1, first, second) -> None:
 @pytest.fixture
 def no_figures(monkeypatch):
     """The end of a run without its report, which takes seconds."""
-    monkeypatch.setattr("dividemix.report.draw", lambda *_: [])
+    monkeypatch.setattr("dividemix.report.report.draw", lambda *_: [])

@@ -19,7 +19,8 @@ from test_run import args_of
 import dataloader_cifar
 import PreResNet
 import Train_cifar
-from dividemix import DivideMixError, noise, report
+from dividemix import DivideMixError, noise
+from dividemix.report import report
 from dividemix.run import options
 from dividemix.run.run import Run
 from dividemix.runtime import device as runtime

@@ -14,10 +14,12 @@ from test_run import assert_equal, last_state
 
 import dataloader_cifar
 import Train_cifar
-from dividemix import blind, label_issues, noise, report
+from dividemix import blind, noise
 from dividemix.blind import Choice, Estimate, choose, estimate
 from dividemix.codivide import Division, Mixture, codivide
 from dividemix.engine import MixMatch
+from dividemix.report import issues as label_issues
+from dividemix.report import report
 from dividemix.run.folder import read_run
 
 NO_FLAGS = dict.fromkeys(blind.NAMES)

@@ -12,8 +12,10 @@ from make_run import GIVEN, SUGGESTED, TRUE, N, make_run
 
 import dataloader_clothing1M
 import dataloader_webvision
-from dividemix import DivideMixError, clean_labels, label_issues, noise
+from dividemix import DivideMixError, noise
 from dividemix.noise import file as noise_file
+from dividemix.report import clean_labels
+from dividemix.report import issues as label_issues
 from dividemix.run.folder import read_run
 
 CLEANED = np.where(np.isin(np.arange(N), [0, 3, 6]), SUGGESTED, GIVEN)

@@ -8,7 +8,8 @@ import pytest
 from make_run import N, make_run
 from test_page import HOSTILE, Reader, assert_self_contained
 
-from dividemix import compare, figures, label_issues
+from dividemix.report import compare, figures
+from dividemix.report import issues as label_issues
 from dividemix.run.folder import read_run
 
 

@@ -18,8 +18,9 @@ from make_trained import COLOUR, GREY, KINDS, NAMES, draw_photos, make_trained, 
 from test_predict import refused, rows_of
 from torch.export.passes import move_to_device_pass
 
-from dividemix import deploy, networks, predict, report
+from dividemix import deploy, networks, predict
 from dividemix.data.images import READING, shown
+from dividemix.report import report
 from dividemix.run.description import Preparation, read_description
 
 export = importlib.import_module("dividemix.export")

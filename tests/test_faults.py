@@ -26,7 +26,8 @@ from test_run import assert_equal, begin, end_epoch, last_state, opened, validat
 
 import PreResNet
 import Train_cifar
-from dividemix import DivideMixError, DivideMixWarning, files, report
+from dividemix import DivideMixError, DivideMixWarning, files
+from dividemix.report import report
 from dividemix.run import checkpoint, run, signals
 
 EPOCHS = 3  # one of warm-up

@@ -9,7 +9,8 @@ import pytest
 from make_run import histogram, make_run
 from matplotlib.figure import Figure
 
-from dividemix import figures, label_issues
+from dividemix.report import figures
+from dividemix.report import issues as label_issues
 from dividemix.run.folder import read_run
 
 

@@ -13,8 +13,9 @@ from conftest import end_of, tiny
 from test_run import begin, end_epoch, go_on, opened, validated
 
 import Train_cifar
-from dividemix import DivideMixError, files, report
+from dividemix import DivideMixError, files
 from dividemix.data.store import locked
+from dividemix.report import report
 from dividemix.run import checkpoint, run
 from dividemix.run.run import lock_folder, set_aside
 

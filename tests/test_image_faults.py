@@ -11,9 +11,9 @@ from PIL import Image
 from test_run import assert_equal, last_state
 from test_train_images import CLOTHING1M, WEBVISION, image_of
 
-from dividemix import report
 from dividemix.data.images import MAX_RATIO, BadImage, Views, read
 from dividemix.data.lists import Boundary
+from dividemix.report import report
 
 BOTH = pytest.mark.parametrize("script", [CLOTHING1M, WEBVISION], ids=["clothing1M", "webvision"])
 

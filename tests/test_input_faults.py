@@ -20,8 +20,9 @@ import Train_cifar
 import Train_clothing1M
 import Train_folder
 import Train_webvision
-from dividemix import DivideMixError, codivide, engine, noise, report
+from dividemix import DivideMixError, codivide, engine, noise
 from dividemix.noise import file as noise_file
+from dividemix.report import report
 from dividemix.run import options
 from dividemix.runtime import device as runtime
 

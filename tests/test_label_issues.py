@@ -10,8 +10,8 @@ import pandas
 import pytest
 from make_run import CLASSES, GIVEN, LOSS, P_CLEAN, SUGGESTED, TRUE, N, label_scores, make_run
 
-from dividemix import label_issues
 from dividemix.files import csv_bytes
+from dividemix.report import issues as label_issues
 from dividemix.run import scoring
 from dividemix.run.folder import read_run
 

@@ -3,7 +3,7 @@
 import pytest
 
 import Train_cifar
-from dividemix.label_issues import against_truth, find
+from dividemix.report.issues import against_truth, find
 from dividemix.run.folder import read_run
 
 

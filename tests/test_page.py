@@ -12,7 +12,9 @@ import pytest
 from make_run import N, make_run
 from PIL import Image
 
-from dividemix import figures, label_issues, page, recipes
+from dividemix import recipes
+from dividemix.report import figures, page
+from dividemix.report import issues as label_issues
 from dividemix.run.folder import read_run
 
 HOSTILE = '"><script>alert(1)</script>'

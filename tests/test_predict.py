@@ -14,8 +14,9 @@ from make_data import grey_digits
 from make_trained import COLOUR, GREY, KINDS, NAMES, QUICK, draw_photos, make_trained, nets_of, train
 from PIL import ExifTags, Image, ImageOps
 
-from dividemix import predict, report
+from dividemix import predict
 from dividemix.data.lists import read_table
+from dividemix.report import report
 from dividemix.run.description import read_description
 
 RANKED = [f"{name}_{k}" for k in (2, 3, 4, 5) for name in ("label", "class", "probability")]

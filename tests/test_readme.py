@@ -18,7 +18,8 @@ from conftest import ROOT, read_records, tiny
 from torch.distributed.run import get_args_parser
 
 import Train_cifar
-from dividemix import DivideMixError, recipes, report
+from dividemix import DivideMixError, recipes
+from dividemix.report import report
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # its scripts import each other
 

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 from make_run import make_run
 
-from dividemix import DivideMixError, DivideMixWarning, figures, report
+from dividemix import DivideMixError, DivideMixWarning
+from dividemix.report import figures, report
+from dividemix.run import command_line
 
 MADE = {"report.html", "figures", "transition.csv", "label_issues.csv", "cleaned_labels.csv"}
 
@@ -80,7 +82,7 @@ def test_what_is_no_run_folder_is_one_line(tmp_path, capsys, monkeypatch):
     """Else a mistyped path ends in a stack trace."""
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
-        report.command_line(report.main)
+        command_line(report.main)
     error = capsys.readouterr().err
     assert ended.value.code == 1 and error.startswith("error: ") and error.count("\n") == 1
 

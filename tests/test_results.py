@@ -5,7 +5,8 @@ import json
 import pandas as pd
 import pytest
 
-from dividemix import figures, results, rows
+from dividemix import results, rows
+from dividemix.report import figures
 
 ROWS = {row.name: row for row in rows.all_rows()}
 

@@ -19,8 +19,8 @@ from test_run import assert_equal, last_state, without_times
 from test_train_images import CLOTHING1M, FOLDER, WEBVISION
 
 import Train_cifar
-from dividemix import report
 from dividemix.noise import file as noise_file
+from dividemix.report import report
 
 CIFAR = SimpleNamespace(main=Train_cifar, lr=0.02)
 OWN = SimpleNamespace(main=FOLDER.main, make=FOLDER.make, lr=0.02, size=["--lr", "0.02", "--weights", "none"])

@@ -14,9 +14,10 @@ from test_run import last_state, without_times
 import dataloader_cifar
 import PreResNet
 import Train_cifar
-from dividemix import engine, figures
+from dividemix import engine
 from dividemix.codivide import Mixture
 from dividemix.engine import Phase, per_sample_loss
+from dividemix.report import figures
 from dividemix.run import histograms, scoring
 from dividemix.run.run import Run
 from dividemix.runtime.device import Runtime

@@ -18,7 +18,8 @@ from sklearn.metrics import roc_auc_score
 import Train_clothing1M
 import Train_folder
 import Train_webvision
-from dividemix import DivideMixError, networks, report
+from dividemix import DivideMixError, networks
+from dividemix.report import report
 from dividemix.run.checkpoint import load_last
 from dividemix.runtime.device import Runtime
 

@@ -18,9 +18,11 @@ from test_resume import assert_same_run
 
 import dataloader_cifar
 import Train_cifar
-from dividemix import DivideMixError, codivide, deploy, engine, export, files, label_issues, networks, predict, report
+from dividemix import DivideMixError, codivide, deploy, engine, export, files, networks, predict
 from dividemix.data.device import DeviceImages
 from dividemix.data.images import shown
+from dividemix.report import issues as label_issues
+from dividemix.report import report
 from dividemix.run import checkpoint, options
 from dividemix.run.description import read_description
 from dividemix.run.folder import read_run

@@ -14,8 +14,9 @@ from test_run import assert_equal, last_state
 import dataloader_cifar
 import PreResNet
 import Train_cifar
-from dividemix import DivideMixError, codivide, label_issues, noise
+from dividemix import DivideMixError, codivide, noise
 from dividemix.noise import synthetic
+from dividemix.report import issues as label_issues
 from dividemix.run import options
 from dividemix.run.checkpoint import load_last
 from dividemix.run.folder import read_run

@@ -28,11 +28,12 @@ from test_run import assert_equal, last_state, without_times
 import dataloader_clothing1M
 import PreResNet
 import Train_clothing1M
-from dividemix import engine, report
+from dividemix import engine
 from dividemix.codivide import normalise
 from dividemix.data import stream
 from dividemix.data.images import Views
 from dividemix.data.store import Kept
+from dividemix.report import report
 
 EPOCHS = 3  # one of warm-up
 DRAWN = 4 * 8  # images of a sample that is divided, below: num_batches x batch_size

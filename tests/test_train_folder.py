@@ -19,8 +19,8 @@ from test_torchrun import torchrun
 import dataloader_folder
 import PreResNet
 import Train_folder
-from dividemix import report
 from dividemix.codivide import normalise
+from dividemix.report import report
 
 EPOCHS = 3  # one of warm-up
 MODES = ["device", "stream"]

@@ -26,8 +26,9 @@ from test_run import last_state
 import Train_clothing1M
 import Train_folder
 import Train_webvision
-from dividemix import networks, report
+from dividemix import networks
 from dividemix.codivide import Mixture, normalise
+from dividemix.report import report
 
 CLOTHING1M = SimpleNamespace(
     **{"main": Train_clothing1M, "make": make_clothing1M, "name": "clothing1m", "lists": ("train", "val", "test")},

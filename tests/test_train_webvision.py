@@ -18,9 +18,10 @@ from test_run import assert_equal, last_state, without_times
 import dataloader_webvision
 import PreResNet
 import Train_webvision
-from dividemix import engine, report
+from dividemix import engine
 from dividemix.codivide import normalise
 from dividemix.data.images import Views
+from dividemix.report import report
 
 EPOCHS, CLASSES = 3, 10  # one epoch of warm-up
 

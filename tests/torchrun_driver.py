@@ -25,7 +25,7 @@ import dataloader_webvision  # noqa: E402
 import Train_clothing1M  # noqa: E402
 import Train_folder  # noqa: E402
 import Train_webvision  # noqa: E402
-from dividemix import DivideMixError, engine, networks, recipes, report, warn  # noqa: E402
+from dividemix import DivideMixError, engine, networks, recipes, warn  # noqa: E402
 from dividemix.codivide import Mixture  # noqa: E402
 from dividemix.data.device import (  # noqa: E402
     Batches,
@@ -38,6 +38,7 @@ from dividemix.data.images import Views  # noqa: E402
 from dividemix.data.stream import Pipeline  # noqa: E402
 from dividemix.engine import MixMatch, Phase  # noqa: E402
 from dividemix.networks import load_weights  # noqa: E402
+from dividemix.report import report  # noqa: E402
 from dividemix.run import options, run  # noqa: E402
 from dividemix.run.checkpoint import load_last  # noqa: E402
 from dividemix.runtime import device as runtime  # noqa: E402

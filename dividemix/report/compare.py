@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dividemix.label_issues import Agreement
-from dividemix.page import auc_of_nets, beside_paper, number, render
+from dividemix.report.issues import Agreement
+from dividemix.report.page import auc_of_nets, beside_paper, number, render
 from dividemix.run import FREE_FLAGS, RunFolder
 
 Group = tuple[str, list[RunFolder]]  # its name, the runs

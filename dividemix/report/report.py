@@ -8,10 +8,12 @@ python -m dividemix.report RUN --export_clean my-labels     # a corrected copy o
 from collections.abc import Sequence
 from pathlib import Path
 
-from dividemix import DivideMixError, clean_labels, compare, label_issues, warn
+from dividemix import DivideMixError, warn
 from dividemix.files import csv_bytes, write_atomically
-from dividemix.page import run_page
-from dividemix.run import Parser, Run, RunFolder, command_line, read_run
+from dividemix.report import clean_labels, compare
+from dividemix.report import issues as label_issues
+from dividemix.report.page import run_page
+from dividemix.run import Parser, Run, RunFolder, read_run
 
 PAGE = "report.html"
 
@@ -27,7 +29,7 @@ def of_finished(run: Run) -> None:
 
 def draw(path: Path, out: Path | None = None) -> list[str]:
     """Make the report of the run folder `path`, in it or in `out`. -> lines for the terminal."""
-    from dividemix import figures  # matplotlib, which a script that trains does not wait for
+    from dividemix.report import figures  # matplotlib, which a script that trains does not wait for
 
     run, out = read_run(path), out or path
     out.mkdir(parents=True, exist_ok=True)
@@ -46,7 +48,7 @@ def draw(path: Path, out: Path | None = None) -> list[str]:
 
 def draw_comparison(runs: Sequence[RunFolder], agreements: compare.Agreements, out: Path) -> list[str]:
     """Make the page of several runs in `out`. -> lines for the terminal."""
-    from dividemix import figures
+    from dividemix.report import figures
 
     out.mkdir(parents=True, exist_ok=True)
     groups = compare.group_by_setting(runs)
@@ -93,7 +95,3 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "command and without --no_label_scores"
             )
         print(*clean_labels.export(runs[0], issues, args.export_clean), sep="\n")
-
-
-if __name__ == "__main__":
-    command_line(main)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dividemix import DivideMixError
 from dividemix.files import csv_bytes, write_atomically
-from dividemix.label_issues import LabelIssues, cleaned_table, texts
+from dividemix.report.issues import LabelIssues, cleaned_table, texts
 from dividemix.run import RunFolder
 
 

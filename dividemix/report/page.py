@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dividemix import blind, recipes
-from dividemix.label_issues import IN_SAMPLE, LabelIssues, against_truth, by_class, lost_classes, percent
+from dividemix.report.issues import IN_SAMPLE, LabelIssues, against_truth, by_class, lost_classes, percent
 from dividemix.run import RunFolder, histograms
 
 MEASURES = {  # the paper's results -> their names on the page

@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dividemix.compare import Group
 from dividemix.files import write_atomically
-from dividemix.label_issues import LabelIssues, transition
+from dividemix.report.compare import Group
+from dividemix.report.issues import LabelIssues, transition
 from dividemix.run import Histogram, RunFolder, histograms
 
 CLEAN, WRONG, ALL, LINE = "#0072b2", "#d55e00", "#999999", "#333333"  # told apart by the colour-blind, too
