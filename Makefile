@@ -26,7 +26,7 @@ DEMO := --dataset digits --noise_mode sym --r 0.5 --width 16 --warm_up 8 --num_e
 demo: .venv/.installed
 	$(PY) Train_cifar.py $(DEMO) --method ce
 	$(PY) Train_cifar.py $(DEMO)
-	$(PY) -m dividemix.report checkpoint/digits_0.5_sym_ce_demo checkpoint/digits_0.5_sym_demo
+	$(PY) -m dividemix report checkpoint/digits_0.5_sym_ce_demo checkpoint/digits_0.5_sym_demo
 
 test: .venv/.installed
 	$(PYTEST) -m "not slow and not gpu"

@@ -15,9 +15,10 @@ import pytest
 import torch
 from make_trained import COLOUR, GREY, NAMES, draw_photos, lively, make_trained, nets_of
 
-from dividemix import DivideMixError, deploy
+from dividemix import DivideMixError
 from dividemix.data import device
-from dividemix.deploy import load_ensemble, probabilities, to_images
+from dividemix.deploy import ensemble as deploy
+from dividemix.deploy.ensemble import load_ensemble, probabilities, to_images
 from dividemix.run.description import Description, read_description
 
 
@@ -189,12 +190,12 @@ def test_an_unknown_network_is_said(tmp_path):
 @pytest.mark.parametrize("module", ["predict", "export"])
 def test_ctrl_c_says_that_nothing_is_written(tmp_path, module, monkeypatch, capsys):
     """Else a user who stops it is told that the same command continues a training."""
-    monkeypatch.setattr(deploy, "load_ensemble", mock.Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(f"dividemix.deploy.{module}.load_ensemble", mock.Mock(side_effect=KeyboardInterrupt))
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # `command_line` sets it
     last = draw_photos(tmp_path / "photos", 1)[0] if module == "predict" else tmp_path / "model.pt2"
-    monkeypatch.setattr(sys, "argv", [module, str(make_trained(tmp_path / "run")), str(last)])
+    monkeypatch.setattr(sys, "argv", ["dividemix", module, str(make_trained(tmp_path / "run")), str(last)])
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
-        runpy.run_module(f"dividemix.{module}", run_name="__main__")
+        runpy.run_module("dividemix", run_name="__main__")
     assert (ended.value.code, capsys.readouterr().err) == (130, "\ninterrupted: nothing is written\n")
     assert {path.name for path in tmp_path.iterdir()} <= {"run", "photos"}

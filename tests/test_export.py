@@ -1,7 +1,6 @@
-"""`python -m dividemix.export`: the file is the run's ensemble, needs PyTorch alone, and says how to use it."""
+"""`python -m dividemix export`: the file is the run's ensemble, needs PyTorch alone, and says how to use it."""
 
 import copy
-import importlib
 import json
 import os
 import re
@@ -18,12 +17,11 @@ from make_trained import COLOUR, GREY, KINDS, NAMES, draw_photos, make_trained, 
 from test_predict import refused, rows_of
 from torch.export.passes import move_to_device_pass
 
-from dividemix import deploy, networks, predict
+from dividemix import deploy, networks
 from dividemix.data.images import READING, shown
+from dividemix.deploy import export, predict
 from dividemix.report import report
 from dividemix.run.description import Preparation, read_description
-
-export = importlib.import_module("dividemix.export")
 
 
 def load(path: Path) -> tuple[torch.export.ExportedProgram, dict]:

@@ -27,8 +27,9 @@ from test_dataloader_cifar import batch
 import dataloader_cifar
 import dataloader_clothing1M
 import dataloader_webvision
-from dividemix import DivideMixError, networks, noise, predict
+from dividemix import DivideMixError, networks, noise
 from dividemix.data.images import BadImage, shown
+from dividemix.deploy import predict
 from dividemix.noise import file as noise_file
 from dividemix.noise import human as noise_human
 from dividemix.run import checkpoint

@@ -1,4 +1,4 @@
-"""`python -m dividemix.predict`: its rows are what the run's networks say of each file, whatever the files are."""
+"""`python -m dividemix predict`: its rows are what the run's networks say of each file, whatever the files are."""
 
 import csv
 import json
@@ -14,8 +14,8 @@ from make_data import grey_digits
 from make_trained import COLOUR, GREY, KINDS, NAMES, QUICK, draw_photos, make_trained, nets_of, train
 from PIL import ExifTags, Image, ImageOps
 
-from dividemix import predict
 from dividemix.data.lists import read_table
+from dividemix.deploy import predict
 from dividemix.report import report
 from dividemix.run.description import read_description
 

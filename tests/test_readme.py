@@ -19,6 +19,7 @@ from torch.distributed.run import get_args_parser
 
 import Train_cifar
 from dividemix import DivideMixError, recipes
+from dividemix.__main__ import COMMANDS
 from dividemix.report import report
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # its scripts import each other
@@ -91,10 +92,11 @@ def check(command: list[str]) -> None:
         assert targets, "make without a target"
         dry = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         assert dry.returncode == 0, dry.stderr
-    elif arguments[:2] == ["-m", "dividemix.report"]:
-        check_arguments(parse_report, arguments[2:])
-    elif arguments[:2] in (["-m", "dividemix.predict"], ["-m", "dividemix.export"]):
-        check_arguments(importlib.import_module(arguments[1]).parse_args, arguments[2:])
+    elif arguments[:3] == ["-m", "dividemix", "report"]:
+        check_arguments(parse_report, arguments[3:])
+    elif arguments[:2] == ["-m", "dividemix"]:
+        assert arguments[2] in COMMANDS, f"unknown command {arguments[2]}"
+        check_arguments(importlib.import_module(COMMANDS[arguments[2]][0]).parse_args, arguments[3:])
     elif arguments[0] == "-m":
         assert arguments[1] in ("venv", "pip", "pytest"), f"unknown module {arguments[1]}"
     elif re.fullmatch(r"Train_\w+\.py|reproduce\.py|benchmarks/\w+\.py", arguments[0]):
@@ -317,10 +319,10 @@ def test_every_command_that_the_makefile_runs_parses():
         "python Train_cifar.py \\\n    --dataset cifar11  # comment",
         "cd x && .venv/bin/python Train_cifar.py --num-epochs 3",
         "CUDA_VISIBLE_DEVICES=1 python Train_cifar.py --lr",
-        "python -m dividemix.nothing a",
-        "python -m dividemix.report",
-        "python -m dividemix.predict checkpoint/a",
-        "python -m dividemix.export checkpoint/a model.pt2 --weights first",
+        "python -m dividemix nothing a",
+        "python -m dividemix report",
+        "python -m dividemix predict checkpoint/a",
+        "python -m dividemix export checkpoint/a model.pt2 --weights first",
         "make nothing",
         "some text python Train_cifar.py --r 0.5",
         "python Train_cifar.py --id 'open",
@@ -344,7 +346,7 @@ def test_the_check_itself_finds_wrong_commands(text):
         ("python Train_cifar.py \\\n  --r 0.5 \\\n  --id a\nmake demo", 2),
         ("python Train_cifar.py ... --method ce\npython Train_cifar.py --data_path ... --r 0.8", 2),
         ("git clone x && cd x && make demo PYTHON=python3.11", 1),
-        (".venv/bin/python -m dividemix.report checkpoint/a checkpoint/b | tee report.txt", 1),
+        (".venv/bin/python -m dividemix report checkpoint/a checkpoint/b | tee report.txt", 1),
         ("CUDA_VISIBLE_DEVICES=1 python Train_cifar.py --dataset digits --fresh &", 1),
         ("error: cifar10 not found\ncheckpoint/", 0),
     ],

@@ -1,4 +1,4 @@
-"""The command: `python -m dividemix.report RUN [RUN ...]`."""
+"""The command: `python -m dividemix report RUN [RUN ...]`."""
 
 import subprocess
 import sys

@@ -18,9 +18,10 @@ from test_resume import assert_same_run
 
 import dataloader_cifar
 import Train_cifar
-from dividemix import DivideMixError, codivide, deploy, engine, export, files, networks, predict
+from dividemix import DivideMixError, codivide, deploy, engine, files, networks
 from dividemix.data.device import DeviceImages
 from dividemix.data.images import shown
+from dividemix.deploy import export, predict
 from dividemix.report import issues as label_issues
 from dividemix.report import report
 from dividemix.run import checkpoint, options

@@ -1,4 +1,4 @@
-"""`python -m dividemix.report`."""
+"""The report's command line, with `-m dividemix.report`."""
 
 from dividemix.report.report import main
 from dividemix.run import command_line

@@ -2,7 +2,7 @@
 written, nor even read. Samples that were not scored (held out, or left out as damaged) keep the labels that they were
 given.
 
-    python -m dividemix.report RUN --export_clean DIR
+    python -m dividemix report RUN --export_clean DIR
 """
 
 import json

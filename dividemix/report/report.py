@@ -1,8 +1,8 @@
 """What a run did, for people: report.html, figures and lists of doubtful labels in each run folder.
 
-python -m dividemix.report RUN                              # RUN/report.html, figures/, *.csv
-python -m dividemix.report RUN RUN RUN --out seeds          # the same of each, and seeds/report.html of all
-python -m dividemix.report RUN --export_clean my-labels     # a corrected copy of the labels
+python -m dividemix report RUN                              # RUN/report.html, figures/, *.csv
+python -m dividemix report RUN RUN RUN --out seeds          # the same of each, and seeds/report.html of all
+python -m dividemix report RUN --export_clean my-labels     # a corrected copy of the labels
 """
 
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ def draw_comparison(runs: Sequence[RunFolder], agreements: compare.Agreements, o
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="python -m dividemix.report", description="Make report.html of each run, and one of several.")
+    parser = Parser(prog="python -m dividemix report", description="Make report.html of each run, and one of several.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     place = "folder of the report, instead of the run folder; of several runs, of the page of all (default: ./report)"
     parser.add_argument("--out", type=Path, metavar="DIR", help=place)

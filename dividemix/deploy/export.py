@@ -1,6 +1,6 @@
 """A trained run as one file that needs PyTorch alone: both networks, and in its metadata how to prepare an image.
 
-    python -m dividemix.export RUN model.pt2        # --weights last: not those of the best epoch
+    python -m dividemix export RUN model.pt2        # --weights last: not those of the best epoch
 
 It takes float32 (B, channels, S, S) in [0, 1], for any B, and gives the sum of both networks' logits (B, classes).
 """
@@ -18,7 +18,7 @@ from torch.export import Dim
 
 from dividemix import DivideMixError
 from dividemix.data import READING
-from dividemix.deploy import WEIGHTS, Ensemble, check_output, epochs_used, load_ensemble
+from dividemix.deploy.ensemble import WEIGHTS, Ensemble, check_output, epochs_used, load_ensemble
 from dividemix.files import write_atomically
 from dividemix.run import Description, Preparation, commit, describe, options, read_description, versions
 
@@ -90,7 +90,7 @@ def noise(n: int, preparation: Preparation) -> Tensor:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = options.Parser(prog="python -m dividemix.export", description="Write a trained run as one .pt2 file.")
+    parser = options.Parser(prog="python -m dividemix export", description="Write a trained run as one .pt2 file.")
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run folder")
     add("file", type=Path, metavar="FILE", help="the file to write, model.pt2 say")
@@ -120,7 +120,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{largest:.1e} of the largest |logit| (allowed: {TOLERANCE:.0e})\n"
         f"input: images float32 {about['input']['shape']} in [0, 1]; {METADATA} in the file says how to prepare them"
     )
-
-
-if __name__ == "__main__":
-    options.command_line(main, "nothing is written")

@@ -1,7 +1,7 @@
 """What a trained run says of your images: the networks of a run folder, and files in, predictions.csv out.
 
-    python -m dividemix.predict RUN DIR                           # all images below DIR
-    python -m dividemix.predict RUN list.csv --weights last       # the files in the column `path` of a CSV; or one file
+    python -m dividemix predict RUN DIR                           # all images below DIR
+    python -m dividemix predict RUN list.csv --weights last       # the files in the column `path` of a CSV; or one file
 
 A row has path, label, class, confidence (the class's probability), then the same of the next four classes."""
 
@@ -20,7 +20,15 @@ from tqdm import tqdm
 
 from dividemix import DivideMixError, runtime, warn
 from dividemix.data import IMAGE_SUFFIXES, BadImage, Boundary, images_below, said, shown
-from dividemix.deploy import WEIGHTS, Ensemble, check_output, epochs_used, load_ensemble, probabilities, to_images
+from dividemix.deploy.ensemble import (
+    WEIGHTS,
+    Ensemble,
+    check_output,
+    epochs_used,
+    load_ensemble,
+    probabilities,
+    to_images,
+)
 from dividemix.files import csv_bytes, read_file, write_atomically
 from dividemix.run import Description, options, read_description
 from dividemix.runtime import Runtime, available_cores
@@ -87,7 +95,7 @@ def table(names: Sequence[str], answers: Sequence[Answer], description: Descript
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = options.Parser(prog="python -m dividemix.predict", description="Classify images by a trained run.")
+    parser = options.Parser(prog="python -m dividemix predict", description="Classify images by a trained run.")
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run folder")
     add("images", type=Path, metavar="DIR", help="folder of images, one image, or a .csv with `path`")
@@ -142,7 +150,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_atomically(args.out, csv_bytes(table(names, answers, description)))
     left = f", of which {len(bad)} cannot be read and are left empty" if bad else ""
     print(*said(np.array(changes)), f"{args.out}: {len(answers)} images{left}", sep="\n")
-
-
-if __name__ == "__main__":
-    options.command_line(main, "nothing is written")

@@ -1,0 +1,20 @@
+"""The command line beside the scripts: what comes after training, and the paper's tables."""
+
+import importlib
+import sys
+
+from dividemix.run import Parser, command_line
+
+COMMANDS = {  # name -> (the module whose `main` it is, what a user who stops it is told)
+    "report": ("dividemix.report.report", "the same command makes the report"),
+    "predict": ("dividemix.deploy.predict", "nothing is written"),
+    "export": ("dividemix.deploy.export", "nothing is written"),
+    "reproduce": ("reproduce", "the same command continues its runs"),
+}
+
+if __name__ == "__main__":
+    parser = Parser(prog="python -m dividemix", description=__doc__)
+    parser.add_argument("command", choices=COMMANDS, help="its own --help lists its flags")
+    module, stopped_means = COMMANDS[parser.parse_args(sys.argv[1:2]).command]
+    del sys.argv[1]
+    command_line(importlib.import_module(module).main, stopped_means)
