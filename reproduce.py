@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import dataloader_cifar
-from dividemix import DivideMixError, jobs, results, rows
+from dividemix import DivideMixError
+from dividemix.reproduction import jobs, results, rows
 from dividemix.run import options
 from dividemix.runtime import available_cores
 

@@ -1,12 +1,10 @@
-"""DivideMix (Li, Socher, Hoi, ICLR 2020): what the training scripts share, each thing in one module.
+"""DivideMix (Li, Socher, Hoi, ICLR 2020): what the training scripts share.
 
 Reading order: `algorithm` (the equations), `codivide` (loss -> clean probability), `engine` (a step and a phase), then
-`Train_cifar.py` (Algorithm 1). Around them: `noise` (`noise_instance`, `noise_human`, `noise_file`),
-`data`, `filelist`, `check_data`, `networks`, `recipes`, `blind`, `defaults`, `options`,
-`signals`, `run`, `logs`, `checkpoint`; after training `scoring`, `label_issues`,
-`clean_labels`, `report` (with `runfolder`, `histograms`, `figures`, `page`, `compare`); for
-large images `stream` (the data sets), `workers`, `images`, `imagestore`; for speed `runtime`, `graph`, `layers`; and
-for a trained run `deploy`, `predict`, `export`. For the paper's tables (reproduce.py): `rows`, `jobs`, `results`.
+`Train_cifar.py` (Algorithm 1). Beside them are `recipes` and `blind` (the paper's settings, or those chosen from the
+data), `networks`, `seeds` and `files`. Around them one folder each: `noise`, `data`, `runtime`, `run`; after training
+`report` and `deploy`; for the paper's tables `reproduction`. Imports go one way: scripts -> run, report, deploy ->
+data -> engine -> algorithm, codivide, runtime.
 """
 
 import warnings

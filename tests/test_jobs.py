@@ -14,7 +14,8 @@ import submitit
 import torch
 from conftest import ROOT
 
-from dividemix import DivideMixError, jobs, rows
+from dividemix import DivideMixError
+from dividemix.reproduction import jobs, rows
 from dividemix.run import signals
 
 FAKE = Path(__file__).parent / "fake_script.py"

@@ -11,7 +11,8 @@ import pytest
 from conftest import ROOT
 
 import reproduce
-from dividemix import DivideMixError, jobs, rows
+from dividemix import DivideMixError
+from dividemix.reproduction import jobs, rows
 
 FAKE = Path(__file__).parent / "fake_script.py"
 

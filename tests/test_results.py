@@ -5,8 +5,8 @@ import json
 import pandas as pd
 import pytest
 
-from dividemix import results, rows
 from dividemix.report import figures
+from dividemix.reproduction import results, rows
 
 ROWS = {row.name: row for row in rows.all_rows()}
 

@@ -8,8 +8,9 @@ import pytest
 import Train_cifar
 import Train_clothing1M
 import Train_webvision
-from dividemix import DivideMixError, recipes, rows
-from dividemix.rows import DATA, select
+from dividemix import DivideMixError, recipes
+from dividemix.reproduction import rows
+from dividemix.reproduction.rows import DATA, select
 from dividemix.run import options
 
 SCRIPTS = {script.__name__ + ".py": script for script in (Train_cifar, Train_clothing1M, Train_webvision)}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from dividemix import DivideMixError, recipes
 from dividemix.run import FREE_FLAGS
 
-ROOT = Path(__file__).resolve().parent.parent  # of the scripts
+ROOT = Path(__file__).resolve().parents[2]  # of the scripts
 TABLES = {
     "1": "Table 1: CIFAR-10 and CIFAR-100, symmetric noise",
     "2": "Table 2: CIFAR-10, 40 % asymmetric noise",

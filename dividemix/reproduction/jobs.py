@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dividemix import DivideMixError
-from dividemix.rows import ROOT, PlannedRun
+from dividemix.reproduction.rows import ROOT, PlannedRun
 
 PAUSE, PAUSE_QUEUE = 0.5, 30.0  # seconds between two looks at the jobs
 

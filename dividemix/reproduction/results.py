@@ -10,7 +10,7 @@ import pandas as pd
 from dividemix import recipes
 from dividemix.files import write_atomically
 from dividemix.report import figures, mean_and_deviation
-from dividemix.rows import DATA, TABLES, PlannedRun, Row, RunFiles, all_rows, read
+from dividemix.reproduction.rows import DATA, TABLES, PlannedRun, Row, RunFiles, all_rows, read
 
 # Name of a number -> its name in tables
 MEASURES = {"best": "best", "last": "last", "test_acc": "test", "test_acc_top5": "top-5"}
