@@ -24,13 +24,12 @@ import dataloader_webvision
 import Train_clothing1M
 import Train_folder
 import Train_webvision
-from dividemix import DivideMixError, DivideMixWarning, engine
+from dividemix import DivideMixError, DivideMixWarning, engine, runtime
 from dividemix.data.device import DeviceImages
 from dividemix.data.images import Views
 from dividemix.data.stream import Pipeline
 from dividemix.engine import MixMatch, Phase
 from dividemix.run.checkpoint import to_host
-from dividemix.runtime import device as runtime
 from dividemix.runtime import graph
 from dividemix.runtime.device import Runtime, start
 from PreResNet import ResNet18

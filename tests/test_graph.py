@@ -14,12 +14,11 @@ from make_image_trees import make_webvision
 from test_run import assert_equal
 
 import dataloader_webvision
-from dividemix import DivideMixError, DivideMixWarning, engine
+from dividemix import DivideMixError, DivideMixWarning, engine, runtime
 from dividemix.data.device import DeviceImages
 from dividemix.data.images import Views
 from dividemix.data.stream import Pipeline
 from dividemix.engine import MixMatch, Phase
-from dividemix.runtime import device as runtime
 from dividemix.runtime import graph
 from dividemix.runtime.device import Runtime
 from PreResNet import ResNet18

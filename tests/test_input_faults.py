@@ -20,11 +20,10 @@ import Train_cifar
 import Train_clothing1M
 import Train_folder
 import Train_webvision
-from dividemix import DivideMixError, codivide, engine, noise
+from dividemix import DivideMixError, codivide, engine, noise, runtime
 from dividemix.noise import file as noise_file
 from dividemix.report import report
 from dividemix.run import options
-from dividemix.runtime import device as runtime
 
 SCRIPTS = [Train_cifar, Train_clothing1M, Train_webvision, Train_folder]
 

@@ -7,10 +7,9 @@ import re
 import pytest
 
 import Train_cifar
-from dividemix import recipes
+from dividemix import recipes, runtime
 from dividemix.engine import MixMatch
 from dividemix.run import options
-from dividemix.runtime import device as runtime
 
 # The paper's Table 7 and results, typed from FIDELITY.md section 6 and not from recipes.py:
 # lambda_u, p_threshold, loss_window, best, last, best of plain cross-entropy.

@@ -25,7 +25,14 @@ import dataloader_webvision  # noqa: E402
 import Train_clothing1M  # noqa: E402
 import Train_folder  # noqa: E402
 import Train_webvision  # noqa: E402
-from dividemix import DivideMixError, engine, networks, recipes, warn  # noqa: E402
+from dividemix import (  # noqa: E402
+    DivideMixError,
+    engine,
+    networks,
+    recipes,
+    runtime,
+    warn,
+)
 from dividemix.codivide import Mixture  # noqa: E402
 from dividemix.data.device import (  # noqa: E402
     Batches,
@@ -41,7 +48,6 @@ from dividemix.networks import load_weights  # noqa: E402
 from dividemix.report import report  # noqa: E402
 from dividemix.run import options, run  # noqa: E402
 from dividemix.run.checkpoint import load_last  # noqa: E402
-from dividemix.runtime import device as runtime  # noqa: E402
 from dividemix.seeds import draws, seeded  # noqa: E402
 
 STEP = {"lam": 0.8, "T": 0.5, "lambda_u": 3.0, "num_class": 4}
