@@ -2,12 +2,11 @@
 
 import dataclasses
 
-import graph_emulator
 import numpy as np
 import pytest
 import torch
-from conftest import half, placed, same, snapshot
-from test_engine import SETTINGS, Linear, NoSync, softmax
+from helpers import graph_emulator
+from helpers.nets import SETTINGS, Linear, NoSync, half, placed, same, snapshot, softmax
 
 from dividemix import engine, recipes
 from dividemix.engine import MixMatch, Phase

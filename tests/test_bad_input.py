@@ -12,9 +12,9 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, run_script, tiny
-from make_data import make_cifar10, make_cifar100, make_fashionmnist
-from test_run import args_of
+from helpers.data import make_cifar10, make_cifar100, make_fashionmnist
+from helpers.runs import args_of
+from helpers.scripts import ROOT, run_script, tiny
 
 import dataloader_cifar
 import PreResNet

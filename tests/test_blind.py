@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import note_phases, read_records, tiny
+from helpers.runs import assert_equal, last_state, read_records
+from helpers.scripts import note_phases, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_run import assert_equal, last_state
 
 import dataloader_cifar
 import Train_cifar

@@ -7,20 +7,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from make_data import make_cifar10
-from test_dataloader_cifar import batch, refused
+from helpers.data import Evil, batch, make_cifar10
+from test_dataloader_cifar import refused
 
 import dataloader_cifar
-
-
-class Evil:
-    """Pickles as the call of a function."""
-
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
 
 
 @pytest.mark.parametrize("where", ["top", "data", "nested", "key", "meta"])

@@ -11,7 +11,8 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torchvision
-from make_data import (
+from helpers.data import (
+    batch,
     colour_digits,
     grey_digits,
     make_cifar10,
@@ -38,12 +39,6 @@ def refused(dataset: str, path: Path, *expected: object, download: bool = False)
     message = str(caught.value)
     assert "\n" not in message and all(str(part) in message for part in expected), message
     return message
-
-
-def batch(n: int = 4, **changes: object) -> dict:
-    """What a CIFAR-10 batch file holds, with str keys."""
-    images, labels = colour_digits(n)
-    return {"batch_label": "b", "labels": labels.tolist(), "data": rows_of(images), "filenames": ["f"] * n} | changes
 
 
 def publish(monkeypatch, source: type, folder: Path) -> None:

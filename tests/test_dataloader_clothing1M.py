@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.trees import make_clothing1M
 from hypothesis import given
 from hypothesis import strategies as st
-from make_image_trees import make_clothing1M
 from PIL import Image
 
 from dataloader_clothing1M import NUM_CLASS, balanced_sample, find, load

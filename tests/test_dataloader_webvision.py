@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_image_trees import WNIDS, make_webvision
+from helpers.trees import WNIDS, make_webvision
 from PIL import Image
 
 from dataloader_webvision import find, load

@@ -7,8 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, golden_weights, half, placed
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers.nets import SETTINGS, Linear, NoSync, golden_step, half, placed, softmax
 
 from dividemix import Diverged, DivideMixError, DivideMixWarning, engine, recipes
 from dividemix.codivide import Mixture
@@ -18,30 +17,6 @@ from dividemix.runtime.device import Runtime
 from PreResNet import ResNet18
 
 CPU = torch.device("cpu")
-
-
-def golden_step(name: str, num_class: int, lr: float, weight_decay: float, machine: Runtime | None = None, **kwargs):
-    """Run the golden file's step. -> (file, net after it, its terms)."""
-    golden, machine = np.load(GOLDEN / f"step_{name}.npz"), machine or Runtime()
-    rs = np.random.RandomState(5)
-
-    def draw(*shape):
-        return torch.from_numpy(rs.standard_normal(shape).astype(np.float32))
-
-    x1, x2 = draw(8, 3, 32, 32), draw(8, 3, 32, 32)
-    labels = torch.from_numpy(rs.randint(0, num_class, 8))
-    w = torch.from_numpy(rs.uniform(0.5, 1, 8).astype(np.float32))
-    u1, u2 = draw(8, 3, 32, 32), draw(8, 3, 32, 32)
-    net, peer = (machine.prepare(golden_weights(ResNet18(num_class), seed)) for seed in (2, 3))
-    beta = float(golden["beta"][0])
-    optimizer = machine.optimizer(net, lr, weight_decay)
-    batch = [tensor.to(machine.device) for tensor in (x1, x2, labels, w, u1, u2)]
-    terms = engine.mixmatch_step(
-        net, peer, optimizer, *batch, lam=torch.tensor(max(beta, 1 - beta), device=machine.device),
-        index=torch.from_numpy(golden["perm0"]).to(machine.device), T=0.5, lambda_u=25 * 2 / 16, num_class=num_class,
-        forward=machine.forward, **kwargs,
-    )  # fmt: skip
-    return golden, net, terms
 
 
 @pytest.mark.parametrize(
@@ -91,24 +66,6 @@ def test_golden_step(monkeypatch, name, num_class, lr, weight_decay, unlabeled_l
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Against the equations, written again in numpy for a linear network (whose gradient is known in closed form)
-
-
-class Linear(torch.nn.Module):
-    """Logits W x + b of flattened images; keeps count of its modes and inputs."""
-
-    def __init__(self, inputs: int, classes: int):
-        super().__init__()
-        self.layer = torch.nn.Linear(inputs, classes).double()
-        self.calls = []
-
-    def forward(self, x):
-        self.calls.append((self.training, torch.is_grad_enabled(), x.detach().clone()))
-        return self.layer(x.flatten(1))
-
-
-def softmax(z):
-    e = np.exp(z - z.max(axis=1, keepdims=True))
-    return e / e.sum(axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize("unlabeled_loss", [True, False])
@@ -223,17 +180,6 @@ def test_weight_decay_reaches_bn_and_biases():
         torch.testing.assert_close(p.detach(), before[name] * (1 - 0.5 * 0.1), msg=name)
 
 
-class NoSync(TorchDispatchMode):
-    """Fails on whatever reads a tensor's value on the host, or makes a shape depend on it."""
-
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal", "item")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert name not in self.FORBIDDEN, f"{name} synchronises with the host"
-        return func(*args, **(kwargs or {}))
-
-
 def test_no_host_sync_in_a_step(tiny_images):
     """One .item() a step costs a tenth of the speed of a GPU, and makes the step impossible to capture."""
     with pytest.raises(AssertionError, match="synchronises"), NoSync():
@@ -257,9 +203,6 @@ def test_no_host_sync_in_a_step(tiny_images):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Phases
-
-
-SETTINGS = MixMatch(num_class=3, batch_size=4, lambda_u=8.0, warm_up=1)
 
 
 @pytest.mark.parametrize(("labeled", "steps", "num_iter"), [(12, 3, 4), (13, 4, 4), (1, 1, 1), (24, 6, 7), (23, 6, 6)])

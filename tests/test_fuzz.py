@@ -17,12 +17,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from helpers.data import Pickler, Python2Pickler, batch, colour_digits, make_cifar10, pickled, rows_of, torch_archive
+from helpers.trained import COLOUR, draw_photos
+from helpers.trees import make_clothing1M, make_webvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_data import Pickler, Python2Pickler, colour_digits, make_cifar10, pickled, rows_of, torch_archive
-from make_image_trees import make_clothing1M, make_webvision
-from make_trained import COLOUR, draw_photos
-from test_dataloader_cifar import batch
 
 import dataloader_cifar
 import dataloader_clothing1M

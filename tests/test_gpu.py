@@ -10,15 +10,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, golden_weights, half, placed, read_records
-from make_data import colour_digits
-from make_image_trees import make_clothing1M, make_folder, make_webvision
-from test_engine import golden_step
-from test_graph import SETTINGS, state, train
-from test_graph import start as start_nets
-from test_run import assert_equal, last_state
-from test_run import train as train_script
-from test_runtime import gradients
+from helpers.captured import SETTINGS, state, train
+from helpers.captured import start as start_nets
+from helpers.data import colour_digits
+from helpers.nets import golden_step, golden_weights, gradients, half, placed
+from helpers.runs import assert_equal, last_state, read_records
+from helpers.runs import train as train_script
+from helpers.scripts import ROOT
+from helpers.trees import make_clothing1M, make_folder, make_webvision
 
 import dataloader_webvision
 import Train_clothing1M

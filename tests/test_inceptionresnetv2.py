@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, golden_weights
+from helpers.nets import GOLDEN, golden_weights
 from torch import nn
 
 from InceptionResNetV2 import InceptionResNetV2

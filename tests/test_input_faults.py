@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import end_of, read_records, tiny
-from make_data import make_cifar10, make_cifar100
-from test_cifar_pickles import Evil
-from test_dataloader_cifar import batch
+from helpers.data import Evil, batch, make_cifar10, make_cifar100
+from helpers.runs import read_records
+from helpers.scripts import end_of, tiny
 
 import dataloader_cifar
 import Train_cifar

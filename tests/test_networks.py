@@ -8,7 +8,7 @@ import urllib.error
 import pytest
 import torch
 import torchvision
-from conftest import half
+from helpers.nets import half
 from torch import nn
 from torchvision import models
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from conftest import ROOT, read_records, tiny
+from helpers.runs import read_records
+from helpers.scripts import ROOT, tiny
 from torch.distributed.run import get_args_parser
 
 import Train_cifar

@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers.scripts import ROOT
 
 import reproduce
 from dividemix import DivideMixError
 from dividemix.reproduction import jobs, rows
 
-FAKE = Path(__file__).parent / "fake_script.py"
+FAKE = Path(__file__).parent / "helpers" / "fake_script.py"
 
 
 @pytest.fixture

@@ -9,14 +9,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
-from conftest import ROOT, SMALL_NET, end_of, read_records, tiny
-from make_data import make_cifar10
-from make_image_trees import make_webvision
-from test_run import assert_equal, last_state, without_times
-from test_train_images import CLOTHING1M, FOLDER, WEBVISION
+from helpers.data import make_cifar10
+from helpers.runs import assert_same_run, read_records
+from helpers.scripts import CLOTHING1M, FOLDER, ROOT, SMALL_NET, WEBVISION, end_of, tiny
+from helpers.trees import make_webvision
 
 import Train_cifar
 from dividemix.noise import file as noise_file
@@ -46,18 +43,6 @@ def flags(tmp_path):
         return [*data, *SCHEDULE, "--run_dir", str(folder)]
 
     return flags
-
-
-def assert_same_run(folder: Path, whole: Path) -> None:
-    assert_equal(last_state(folder), last_state(whole))
-    assert [*map(without_times, read_records(folder))] == [*map(without_times, read_records(whole))]
-    assert_equal(*(torch.load(each / "best.pt", weights_only=True) for each in (folder, whole)))
-    for name in ("acc.txt", "stats.txt", "histograms.jsonl"):
-        assert (folder / name).read_text() == (whole / name).read_text()
-    scores = [sorted((each / "scores").iterdir()) for each in (folder, whole)]
-    assert [file.name for file in scores[0]] == [file.name for file in scores[1]]
-    for pair in zip(*scores, strict=True):
-        np.testing.assert_equal(*(dict(np.load(file)) for file in pair))
 
 
 @pytest.mark.slow

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import read_records, run_script, same, tiny
-from make_data import make_cifar10, make_cifar100, make_fashionmnist
+from helpers.data import make_cifar10, make_cifar100, make_fashionmnist
+from helpers.nets import same
+from helpers.runs import read_records
+from helpers.scripts import run_script, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dataloader_cifar

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import end_of, read_records, same, snapshot, tiny
+from helpers.nets import same, snapshot
+from helpers.runs import assert_same_run, read_records
+from helpers.scripts import end_of, tiny
 from PIL import Image
 from test_ablation import ALONE, ASKED, TABLE5
-from test_resume import assert_same_run
 
 import dataloader_cifar
 import Train_cifar

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_co_divided, note_co_division, note_phases, read_records, same, tiny
-from make_data import make_cifar10, make_cifar100, make_human
-from test_run import assert_equal, last_state
+from helpers.data import make_cifar10, make_cifar100, make_human
+from helpers.nets import same
+from helpers.runs import assert_equal, last_state, read_records
+from helpers.scripts import assert_co_divided, note_co_division, note_phases, tiny
 
 import dataloader_cifar
 import PreResNet

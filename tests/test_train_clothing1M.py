@@ -12,18 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    SMALL_NET,
-    assert_co_divided,
-    note_phases,
-    read_records,
-    reference_logits,
-    run_script,
-    same,
-    snapshot,
-)
-from make_image_trees import make_clothing1M
-from test_run import assert_equal, last_state, without_times
+from helpers.nets import reference_logits, same, snapshot
+from helpers.runs import assert_equal, last_state, read_records, without_times
+from helpers.scripts import SMALL_NET, assert_co_divided, note_phases, run_script
+from helpers.trees import make_clothing1M
 
 import dataloader_clothing1M
 import PreResNet

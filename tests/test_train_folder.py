@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import end_of, read_records, reference_logits, run_script
-from make_image_trees import make_digits, make_folder
+from helpers.nets import reference_logits
+from helpers.runs import assert_equal, last_state, read_records, without_times
+from helpers.scripts import end_of, run_script, torchrun
+from helpers.trees import make_digits, make_folder
 from PIL import ExifTags, Image
-from test_run import assert_equal, last_state, without_times
-from test_torchrun import torchrun
 
 import dataloader_folder
 import PreResNet

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import note_phases, read_records
-from make_image_trees import make_folder
+from helpers.runs import read_records
+from helpers.scripts import note_phases
+from helpers.trees import make_folder
 from PIL import Image
 from test_train_folder import EPOCHS, MODES, starter
 

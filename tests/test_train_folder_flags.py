@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import note_phases, read_records, same
-from make_image_trees import make_folder
+from helpers.nets import same
+from helpers.runs import read_records
+from helpers.scripts import note_phases
+from helpers.trees import make_folder
 from test_train_folder import EPOCHS, MACHINE, MODES, NET, starter, tiny
 
 import Train_folder

@@ -4,47 +4,32 @@ Train_folder.py, Algorithm 1: when a division is made, by which weights, and who
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from helpers.nets import same, snapshot
+from helpers.runs import last_state, read_records
+from helpers.scripts import (
+    CLOTHING1M,
+    FOLDER,
     SMALL_NET,
+    WEBVISION,
     assert_co_divided,
     end_of,
+    image_of,
     note_co_division,
     note_phases,
-    read_records,
     run_script,
-    same,
-    snapshot,
 )
-from make_image_trees import make_clothing1M, make_folder, make_webvision
-from test_run import last_state
+from helpers.trees import make_clothing1M
 
 import Train_clothing1M
-import Train_folder
 import Train_webvision
 from dividemix import networks
 from dividemix.codivide import Mixture, normalise
 from dividemix.report import report
 
-CLOTHING1M = SimpleNamespace(
-    **{"main": Train_clothing1M, "make": make_clothing1M, "name": "clothing1m", "lists": ("train", "val", "test")},
-    **{"size": ["--num_batches", "4"], "paths": "noisy_train_key_list.txt", "labels": "noisy_label_kv.txt"},
-    **{"weight_decay": 1e-3, "lr": 0.002, "conf_penalty": True, "num_class": 14},
-)
-WEBVISION = SimpleNamespace(
-    **{"main": Train_webvision, "make": make_webvision, "name": "webvision", "lists": ("train", "val", "imagenet")},
-    **{"size": ["--num_class", "10"], "paths": "info/train_filelist_google.txt"},
-    **{"labels": "info/train_filelist_google.txt", "weight_decay": 5e-4, "lr": 0.01, "conf_penalty": False},
-    **{"num_class": 10},
-)
-FOLDER = SimpleNamespace(
-    **{"main": Train_folder, "make": lambda root, noise, sides: make_folder(root, sides=sides)},
-    **{"name": "folder_data", "size": ["--warm_up", "1"]},
-)
 # The other tests are of the first two.
 ALL = pytest.mark.parametrize("script", [CLOTHING1M, WEBVISION, FOLDER], ids=["clothing1M", "webvision", "folder"])
 
@@ -75,11 +60,6 @@ def start(script, tree, tmp_path, monkeypatch, capsys):
         return status, *capsys.readouterr()
 
     return run
-
-
-def image_of(script, tree: Path, i: int) -> Path:
-    """Training image i, as its list has it."""
-    return tree / (tree / script.paths).read_text().splitlines()[i].split()[0]
 
 
 # ---- The paper's flags ----

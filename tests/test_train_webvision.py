@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_NET, read_records, reference_logits, run_script, same, snapshot
-from make_image_trees import WNIDS, make_webvision
-from test_run import assert_equal, last_state, without_times
+from helpers.nets import reference_logits, same, snapshot
+from helpers.runs import assert_equal, last_state, read_records, without_times
+from helpers.scripts import SMALL_NET, run_script
+from helpers.trees import WNIDS, make_webvision
 
 import dataloader_webvision
 import PreResNet

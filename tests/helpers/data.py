@@ -1,0 +1,215 @@
+"""Tiny data sets in the published file formats, made of real images (scikit-learn's handwritten digits).
+
+Every maker returns the folder that holds the files; as
+`--data_path` both that folder and `root` do. Nothing here needs pytest.
+"""
+
+import functools
+import io
+import pickle
+import struct
+import types
+import zipfile
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+DIGIT_NAMES = [b"zero", b"one", b"two", b"three", b"four", b"five", b"six", b"seven", b"eight", b"nine"]
+
+
+@functools.cache
+def _digits():
+    return load_digits()  # parses a text file: 0.1 s
+
+
+def grey_digits(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """n digits in random order, uint8 (n, 8, 8) in 0..255 and labels (n,); no image twice while n <= 1797."""
+    digits = _digits()
+    index = np.resize(np.random.RandomState(seed).permutation(len(digits.target)), n)
+    return np.round(digits.images[index] * (255 / 16)).astype(np.uint8), digits.target[index]
+
+
+def colour_digits(n: int, seed: int = 0, side: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (n, side, side, 3), side a multiple of 8, the three channels different; labels (n,)."""
+    grey, labels = grey_digits(n, seed)
+    red = grey.repeat(side // 8, axis=1).repeat(side // 8, axis=2)
+    return np.stack([red, red // 2, 255 - red], axis=3), labels
+
+
+def rows_of(images: np.ndarray) -> np.ndarray:
+    """(n, side, side, 3) -> (n, 3 * side * side): CIFAR stores an image as its red, green and blue plane."""
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(len(images), -1)
+
+
+class Pickler(pickle._Pickler):
+    """Python 3's pickler, which can name numpy's functions as numpy 1 named them."""
+
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
+    numpy1 = False
+
+    def save_global(self, obj, name=None):
+        name = name or obj.__qualname__
+        module = pickle.whichmodule(obj, name)
+        if self.numpy1:
+            module = module.replace("numpy._core", "numpy.core")
+        if self.proto < 3 and module == "builtins":
+            module = "__builtin__"
+        if self.proto >= 4:
+            self.save(module)
+            self.save(name)
+            self.write(pickle.STACK_GLOBAL)
+        else:
+            self.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())
+        self.memoize(obj)
+
+    dispatch[types.FunctionType] = save_global
+
+
+class Python2Pickler(Pickler):
+    """As Python 2 and numpy 1 wrote the published files: every string, array contents included, is a byte string."""
+
+    dispatch: ClassVar = dict(Pickler.dispatch)
+    numpy1 = True
+
+    def save_string(self, obj):
+        value = obj.encode("latin1") if isinstance(obj, str) else obj
+        if self.proto == 0:
+            self.write(pickle.STRING + repr(value)[1:].encode() + b"\n")
+        elif len(value) < 256:
+            self.write(pickle.SHORT_BINSTRING + bytes([len(value)]) + value)
+        else:
+            self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
+        self.memoize(obj)
+
+    dispatch[str] = dispatch[bytes] = save_string
+
+
+def write_pickle(path: Path, entry: object, protocol: int = 2, python2: bool = False, numpy1: bool = False) -> Path:
+    with open(path, "wb") as file:
+        pickler = (Python2Pickler if python2 else Pickler)(file, protocol)
+        pickler.numpy1 = pickler.numpy1 or numpy1
+        pickler.dump(entry)
+    return path
+
+
+def pickled(entry: object, protocol: int = 2, numpy1: bool = False) -> bytes:
+    file = io.BytesIO()
+    pickler = Pickler(file, protocol)
+    pickler.numpy1 = numpy1
+    pickler.dump(entry)
+    return file.getvalue()
+
+
+def torch_archive(content: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
+    """A pickle as torch.save puts it into a file."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/version", "3\n")
+    return file.getvalue()
+
+
+def make_human(path: str | Path, arrays: dict[str, np.ndarray], numpy1: bool = True) -> Path:
+    """CIFAR-10_human.pt and the like, of these labels; as published with numpy 1's names."""
+    Path(path).write_bytes(torch_archive(pickled(arrays, numpy1=numpy1)))
+    return Path(path)
+
+
+def _folder(root: str | Path, name: str, subfolder: bool) -> Path:
+    folder = Path(root) / name if subfolder else Path(root)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def make_cifar10(
+    root: str | Path,
+    n_train: int = 200,
+    n_test: int = 60,
+    batches: int = 5,
+    protocol: int = 2,
+    seed: int = 0,
+    subfolder: bool = True,
+    meta: bool = True,
+    side: int = 32,
+) -> Path:
+    """CIFAR-10's "python version": up to protocol 2 byte for byte as Python 2 writes it, above it as Python 3 does."""
+    folder = _folder(root, "cifar-10-batches-py", subfolder)
+    images, labels = colour_digits(n_train + n_test, seed, side)
+    parts = [*np.array_split(np.arange(n_train), batches), np.arange(n_train, n_train + n_test)]
+    for number, part in enumerate(parts, start=1):
+        is_test = number > batches
+        title = "testing batch 1 of 1" if is_test else f"training batch {number} of {batches}"
+        entry = {
+            b"batch_label": title.encode(),
+            b"labels": labels[part].tolist(),
+            b"data": rows_of(images[part]),
+            b"filenames": [b"%s_s_%06d.png" % (DIGIT_NAMES[labels[i]], i) for i in part],
+        }
+        write_pickle(folder / ("test_batch" if is_test else f"data_batch_{number}"), entry, protocol, protocol <= 2)
+    if meta:
+        entry = {b"num_cases_per_batch": len(parts[0]), b"label_names": DIGIT_NAMES, b"num_vis": 3 * side * side}
+        write_pickle(folder / "batches.meta", entry, protocol, protocol <= 2)
+    return folder
+
+
+def make_cifar100(
+    root: str | Path,
+    n_train: int = 200,
+    n_test: int = 60,
+    protocol: int = 2,
+    seed: int = 0,
+    subfolder: bool = True,
+    meta: bool = True,
+) -> Path:
+    """CIFAR-100's "python version"; a digit stands for ten fine classes in turn, five of them for a coarse one."""
+    folder = _folder(root, "cifar-100-python", subfolder)
+    images, digits = colour_digits(n_train + n_test, seed)
+    turn = np.array([np.count_nonzero(digits[:i] == digit) % 10 for i, digit in enumerate(digits)])
+    fine = 10 * digits + turn
+    for name, part in (("train", np.arange(n_train)), ("test", np.arange(n_train, n_train + n_test))):
+        entry = {
+            b"filenames": [b"class_%d_s_%06d.png" % (fine[i], i) for i in part],
+            b"batch_label": b"training batch 1 of 1" if name == "train" else b"testing batch 1 of 1",
+            b"fine_labels": fine[part].tolist(),
+            b"coarse_labels": (fine[part] // 5).tolist(),
+            b"data": rows_of(images[part]),
+        }
+        write_pickle(folder / name, entry, protocol, protocol <= 2)
+    if meta:
+        entry = {
+            b"fine_label_names": [b"class_%d" % c for c in range(100)],
+            b"coarse_label_names": [b"superclass_%d" % c for c in range(20)],
+        }
+        write_pickle(folder / "meta", entry, protocol, protocol <= 2)
+    return folder
+
+
+def make_fashionmnist(root: str | Path, n_train: int = 200, n_test: int = 60, seed: int = 0) -> Path:
+    """The four raw IDX files under FashionMNIST/raw: magic number, sizes (big endian), bytes."""
+    folder = _folder(root, "FashionMNIST/raw", True)
+    grey, labels = grey_digits(n_train + n_test, seed)
+    images = np.pad(grey.repeat(3, axis=1).repeat(3, axis=2), ((0, 0), (2, 2), (2, 2)))
+    for part, index in (("train", slice(n_train)), ("t10k", slice(n_train, None))):
+        pixels, classes = images[index], labels[index].astype(np.uint8)
+        header = struct.pack(">iiii", 0x803, len(pixels), 28, 28)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 0x801, len(classes)) + classes.tobytes())
+    return folder
+
+
+class Evil:
+    """Pickles as the call of a function."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def batch(n: int = 4, **changes: object) -> dict:
+    """What a CIFAR-10 batch file holds, with str keys."""
+    images, labels = colour_digits(n)
+    return {"batch_label": "b", "labels": labels.tolist(), "data": rows_of(images), "filenames": ["f"] * n} | changes

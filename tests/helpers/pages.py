@@ -1,0 +1,69 @@
+"""HTML pages and CSV files, read back."""
+
+import csv
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def refused(ended: tuple[int, str, str], *expected: object) -> None:
+    """Exit status 1 and one line that contains each of `expected`."""
+    status, _, error = ended
+    assert status == 1 and error.startswith("error: ") and error.count("\n") == 1, error
+    assert all(str(part) in error for part in expected), error
+
+
+HOSTILE = '"><script>alert(1)</script>'
+
+
+VOID = {"meta", "img", "input", "br"}
+
+
+class Reader(HTMLParser):
+    """Checks that elements are closed in order; keeps their attributes and the text that is shown."""
+
+    def __init__(self, content: str):
+        super().__init__()
+        self.open, self.elements, self.shown = [], [], []
+        self.feed(content)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self.open):
+            self.shown.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.shown).split())
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def assert_self_contained(content: str) -> Reader:
+    """No address outside the file but its neighbours, each image a data URI, no script but the page's own."""
+    read = Reader(content)
+    assert len(read.all("script")) == 1 and read.all("script") == [{}]
+    assert read.all("img") and all(each["src"].startswith("data:image/") for each in read.all("img"))
+    addresses = [v for _, attributes in read.elements for k, v in attributes.items() if k in ("src", "href")]
+    names = {"label_issues.csv", "cleaned_labels.csv", "metrics.jsonl"}
+    assert {address for address in addresses if not address.startswith("data:")} <= names
+    assert not re.search(r"https?://|url\(|@import", content)
+    assert not [k for _, attributes in read.elements for k in attributes if k.startswith("on")]
+    return read

@@ -1,0 +1,115 @@
+"""Run folders: made, continued and compared."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import Train_cifar
+from dividemix.codivide import Mixture
+from dividemix.engine import MixMatch, PhaseTerms
+from dividemix.run import checkpoint, logs
+from dividemix.run.run import Run
+from dividemix.runtime.device import Runtime
+
+TINY = "--dataset digits --limit_train 96 --width 4 --batch_size 16 --warm_up 1 --lr_drop 3 --device cpu"
+
+
+def train(folder, epochs, *more):
+    return Train_cifar.main([*TINY.split(), "--run_dir", str(folder), "--num_epochs", str(epochs), *more])
+
+
+def last_state(folder):
+    return torch.load(folder / json.loads((folder / "last.json").read_text())["file"], weights_only=True)
+
+
+def without_times(record):
+    return {k: v for k, v in record.items() if not k.startswith("seconds_")}
+
+
+def assert_equal(a, b, path="state"):
+    """Bitwise, through dicts and lists."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        a, b = (without_times(x) if "phase" in x else x for x in (a, b))
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{path}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+def args_of(folder) -> Namespace:
+    """The flags of the run in `folder`."""
+    return Namespace(**checkpoint.load_last(folder)["config"], fresh=False, no_label_scores=True)
+
+
+class Marked(torch.nn.Module):
+    """A network of two weights: the epoch, and which network it is."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor([-1.0, k]))
+
+
+def opened(folder, logs=logs.CLOTHING1M, runtime=None, **flags) -> Run:
+    return Run(folder, Namespace(**{"seed": 123, "fresh": False, "no_label_scores": True} | flags), runtime, logs)
+
+
+def begin(run: Run) -> None:
+    nets = [Marked(k) for k in (1, 2)]
+    optimizers = [Runtime().optimizer(net, 0.1, 0.0) for net in nets]
+    mixtures = [Mixture(0.5) for _ in nets]
+    run.start([], nets, optimizers, mixtures, MixMatch(2, warm_up=1), data={}, model={})
+
+
+def end_epoch(run: Run, accuracy: dict, phase: str = "train") -> None:
+    """The networks are marked with the epoch, and it ends with such a record."""
+    for net in run.nets:
+        net.w.data[0] = run.epoch
+    division = Mixture(0.5).divide(np.array([0.0, 0.1, 0.9, 1.0], np.float32), np.zeros(4, np.int64))
+    divisions = [division if phase == "train" else None] * 2
+    run.end_epoch(0.1, divisions, [PhaseTerms(1.0, float("nan"), 0.0, 0.0)] * 2, accuracy)
+
+
+def validated(net1, net2):
+    return {"val_acc": 50.0, "val_acc_net1": net1, "val_acc_net2": net2}
+
+
+def go_on(folder, accuracies, last=None):
+    """A run like Clothing1M's through epochs of these accuracies (net 1, net 2), from where the folder is."""
+    with opened(folder) as run:
+        begin(run)
+        for epoch in run.epochs(last or len(accuracies)):
+            end_epoch(run, validated(*accuracies[epoch]))
+        return run
+
+
+def read_records(folder) -> list[dict]:
+    """metrics.jsonl; NaN and Infinity, which are no JSON, are an error."""
+
+    def refuse(constant: str):
+        raise AssertionError(f"{constant} in metrics.jsonl")
+
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def assert_same_run(folder: Path, whole: Path) -> None:
+    assert_equal(last_state(folder), last_state(whole))
+    assert [*map(without_times, read_records(folder))] == [*map(without_times, read_records(whole))]
+    assert_equal(*(torch.load(each / "best.pt", weights_only=True) for each in (folder, whole)))
+    for name in ("acc.txt", "stats.txt", "histograms.jsonl"):
+        assert (folder / name).read_text() == (whole / name).read_text()
+    scores = [sorted((each / "scores").iterdir()) for each in (folder, whole)]
+    assert [file.name for file in scores[0]] == [file.name for file in scores[1]]
+    for pair in zip(*scores, strict=True):
+        np.testing.assert_equal(*(dict(np.load(file)) for file in pair))

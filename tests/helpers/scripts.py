@@ -1,0 +1,171 @@
+"""The training scripts, run tiny: in this process, in their own, under torchrun."""
+
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import Train_clothing1M
+import Train_folder
+import Train_webvision
+from dividemix import engine
+from dividemix.codivide import normalise
+from dividemix.engine import PhaseTerms
+from dividemix.run import options
+from helpers.nets import same, snapshot
+from helpers.trees import make_clothing1M, make_folder, make_webvision
+
+LIMIT = 900  # seconds; none of these takes so long on a busy machine, so one that does is waiting for ever
+
+
+class Job:
+    """torchrun with `ranks` processes on this machine. In a session of its own, so that a hang can be ended whole."""
+
+    def __init__(self, *arguments, ranks: int = 2):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
+        # The two dashes are part of the documented command: without them torchrun takes --r for one of its own flags.
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        self.process = subprocess.Popen(
+            [*command, "--", *map(str, arguments)],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def end(self) -> subprocess.CompletedProcess:
+        try:
+            output = self.process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGTERM)  # torchrun ends its ranks, which have sessions of their own
+            output = self.process.communicate()
+            pytest.fail(f"still running after {LIMIT} s:\n{output[0]}\n{output[1]}")
+        return subprocess.CompletedProcess(self.process.args, self.process.returncode, *output)
+
+
+def torchrun(*arguments, ranks: int = 2) -> subprocess.CompletedProcess:
+    return Job(*arguments, ranks=ranks).end()
+
+
+CLOTHING1M = SimpleNamespace(
+    **{"main": Train_clothing1M, "make": make_clothing1M, "name": "clothing1m", "lists": ("train", "val", "test")},
+    **{"size": ["--num_batches", "4"], "paths": "noisy_train_key_list.txt", "labels": "noisy_label_kv.txt"},
+    **{"weight_decay": 1e-3, "lr": 0.002, "conf_penalty": True, "num_class": 14},
+)
+
+
+WEBVISION = SimpleNamespace(
+    **{"main": Train_webvision, "make": make_webvision, "name": "webvision", "lists": ("train", "val", "imagenet")},
+    **{"size": ["--num_class", "10"], "paths": "info/train_filelist_google.txt"},
+    **{"labels": "info/train_filelist_google.txt", "weight_decay": 5e-4, "lr": 0.01, "conf_penalty": False},
+    **{"num_class": 10},
+)
+
+
+FOLDER = SimpleNamespace(
+    **{"main": Train_folder, "make": lambda root, noise, sides: make_folder(root, sides=sides)},
+    **{"name": "folder_data", "size": ["--warm_up", "1"]},
+)
+
+
+def image_of(script, tree: Path, i: int) -> Path:
+    """Training image i, as its list has it."""
+    return tree / (tree / script.paths).read_text().splitlines()[i].split()[0]
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_script(*arguments: str, cwd: Path, script: str = "Train_cifar.py") -> subprocess.CompletedProcess:
+    """The real script as a user starts it, from another folder than its own, on the CPU and without a terminal."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / script), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+def tiny(out_dir: Path, *flags: str) -> list[str]:
+    """Flags of a run of a second: 48 digits, a net of width 4 on the CPU, one warm-up epoch. Later flags win."""
+    data = ["--dataset", "digits", "--limit_train", "48", "--batch_size", "16"]
+    size = ["--width", "4", "--warm_up", "1", "--num_epochs", "2", "--device", "cpu", "--precision", "fp32"]
+    return [*data, *size, "--out_dir", str(out_dir), *flags]
+
+
+# Flags of the scripts for large images, the same: a net of width 4 on crops of 16 pixels. Later flags win.
+SMALL_NET = ["--arch", "preresnet18", "--width", "4", "--image_size", "16", "--batch_size", "8"]
+
+
+SMALL_NET += ["--device", "cpu", "--precision", "fp32"]
+
+
+def end_of(script, argv: list[str], monkeypatch) -> int:
+    """The exit status of a script's main, in this process; what it prints is as in a process of its own."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *argv])
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # `command_line` sets it
+    with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+        options.command_line(lambda _: script.main(argv))
+    return ended.value.code
+
+
+def note_phases(monkeypatch, script) -> list[dict]:
+    """From now on the script trains nothing: every call of warmup_epoch and train_epoch is noted instead, with the
+    net's state, its peer, data and division, the method's settings, the phase, and the optimizer's settings."""
+    calls: list[dict] = []
+
+    def note(kind: str, net, optimizer, **given) -> PhaseTerms:
+        [group] = optimizer.param_groups
+        assert {*map(id, group["params"])} == {*map(id, net.parameters())}, "another net's optimizer"
+        settings = {name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")}
+        calls.append({"kind": kind, "net": net, "state": snapshot(net), **settings, **given})
+        return PhaseTerms(1.0, 1.0, 0.0, 0.0)
+
+    def warmup(net, optimizer, data, mixmatch, phase):
+        return note("warmup", net, optimizer, data=data, mixmatch=mixmatch, phase=phase)
+
+    def train(net, peer, optimizer, data, division, mixmatch, phase):
+        given = {"peer": peer, "data": data, "division": division, "mixmatch": mixmatch, "phase": phase}
+        return note("train", net, optimizer, **given)
+
+    monkeypatch.setattr(script, "warmup_epoch", warmup)
+    monkeypatch.setattr(script, "train_epoch", train)
+    return calls
+
+
+def note_co_division(monkeypatch, script) -> list[dict]:
+    """From now on the script's scores and training of divided epochs are noted, with the networks as they are then, in
+    the form that `assert_co_divided` takes. -> the notes, to which more are added as it runs"""
+    events: list[dict] = []
+    loss, train = engine.per_sample_loss, script.train_epoch
+
+    def spy_loss(net, data, phase):
+        scored = loss(net, data, phase)
+        events.append({"what": "score", "net": snapshot(net), "loss": normalise(scored.loss.numpy())})
+        return scored
+
+    def spy_train(net, peer, optimizer, data, division, mixmatch, phase):
+        about = {"what": "train", "net": snapshot(net), "peer": snapshot(peer), "loss": division.loss}
+        terms = train(net, peer, optimizer, data, division, mixmatch, phase)
+        events.append({**about, "after": snapshot(net)})
+        return terms
+
+    monkeypatch.setattr(engine, "per_sample_loss", spy_loss)
+    monkeypatch.setattr(script, "train_epoch", spy_train)
+    return events
+
+
+def assert_co_divided(net2, net1, first, second) -> None:
+    """Of one epoch, noted: both networks' scores, then both networks' training. Each learns from the other's division
+    and with the other, as it is then, as its peer."""
+    assert same(first["net"], net1["net"]) and same(second["net"], net2["net"])
+    assert same(first["peer"], net2["net"]), "net 1's peer is not net 2"
+    assert same(second["peer"], first["after"]) and not same(first["after"], first["net"]), "a stale peer"
+    assert np.abs(net1["loss"] - net2["loss"]).max() > 1e-3  # the two divisions can be told apart
+    for trained, divided in ((first, net2), (second, net1)):
+        np.testing.assert_allclose(trained["loss"], divided["loss"], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,209 @@
+"""Run folders, made by hand in a moment or by the real scripts, for tests of what is done with a trained run.
+
+Nothing here needs pytest.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import dataloader_cifar
+import dataloader_clothing1M
+import dataloader_folder
+import dataloader_webvision
+import Train_cifar
+import Train_clothing1M
+import Train_folder
+import Train_webvision
+from dividemix import networks
+from dividemix.data.device import to_float
+from dividemix.data.images import Views
+from dividemix.data.lists import ImageList
+from dividemix.run import checkpoint, description
+from dividemix.run.description import Preparation
+from helpers.data import make_cifar10, make_cifar100, make_fashionmnist
+from helpers.nets import golden_weights
+from helpers.scripts import SMALL_NET, tiny
+from helpers.trees import make_clothing1M, make_folder, make_webvision
+
+COLOUR = Preparation((0.5, 0.45, 0.4), (0.25, 0.2, 0.3), image_size=16, resize=20)
+GREY = Preparation((0.3,) * 3, (0.35,) * 3, image_size=14, resize=14, channels=1, border=2)
+NAMES = ["ant", "bee", "cat", "dog", "elk", "fox"]
+
+
+def make_trained(
+    folder: Path,
+    preparation: Preparation = COLOUR,
+    classes: list[str] | None = NAMES,
+    num_class: int = 6,
+    arch: str = "preresnet18",
+    width: int = 4,
+    last: bool = True,
+) -> Path:
+    """A run folder with what `deploy` reads, and nets whose answers differ from image to image. The last checkpoint, if
+    there is one, holds other nets than best.pt."""
+    folder.mkdir(parents=True)
+    model = description.describe(arch, num_class, width, classes, preparation)
+    about = {"command": ["Train_cifar.py", "--r", "0.5", "--id", "a b"], "args": {"warm_up": 1}, "model": model}
+    (folder / "args.json").write_text(json.dumps(about))
+
+    torch.save({**pair(arch, num_class, width, 0), "epochs": [1, 1]}, folder / "best.pt")
+    if last:
+        about = {"records": [{"epoch": 2}], "format": checkpoint.FORMAT}
+        checkpoint.save_last(folder, 2, pair(arch, num_class, width, 10) | about)
+    return folder
+
+
+@functools.cache
+def pair(arch: str, num_class: int, width: int, seed: int) -> dict:
+    return {"nets": [lively(arch, num_class, width, seed + k).state_dict() for k in range(2)]}
+
+
+def lively(arch: str, num_class: int, width: int, seed: int, images: torch.Tensor | None = None) -> torch.nn.Module:
+    """A network that nobody trained, whose class changes from image to image: its running statistics and the mean of
+    its logits are those of `images` (N, 3, S, S), normalised ones, by default coarse noise."""
+    if images is None:
+        coarse = torch.randn(20, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+        side = max(16, networks.architecture(arch).min_side or 64)
+        images = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic")
+    net = golden_weights(networks.build(arch, num_class, width), seed).train()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # so one pass gives the statistics of `images`
+    with torch.no_grad():
+        net(images)
+        bias = net.get_parameter(f"{networks.classifier_of(net)}.bias")
+        bias.sub_(net.eval()(images).mean(dim=0))
+    return net
+
+
+def draw_photos(folder: Path, n: int = 7, seed: int = 0, sides: tuple[int, int] = (12, 40)) -> list[Path]:
+    """PNGs of random size and content: photo_00.png ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, paths = np.random.default_rng(seed), []
+    for i in range(n):
+        width, height = rng.integers(*sides, 2).tolist()
+        coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        paths.append(folder / f"photo_{i:02d}.png")
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(paths[-1])
+    return paths
+
+
+# ---- By the scripts ----
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run, its test images as files, their labels, and its accuracy on them: of the best epoch, of the last one."""
+
+    folder: Path
+    images: list[Path]
+    labels: list[int]
+    best: float
+    last: float | None  # None where the last epoch is not tested
+
+
+# Of own images: flags, the network
+FOLDERS = {
+    "folder": (["--image_size", "24", "--data_mode", "device"], "preresnet18"),
+    "folder_ce": (["--image_size", "24", "--data_mode", "stream", "--method", "ce"], "preresnet18"),
+    "folder_torchvision": (
+        ["--image_size", "64", "--arch", "shufflenet_v2_x0_5", "--width", "64"],
+        "shufflenet_v2_x0_5",
+    ),
+}
+KINDS = ("fashionmnist", "digits", "digits_ce", "cifar10", "cifar100", "clothing1M", "webvision", *FOLDERS)
+QUICK = ("fashionmnist", "folder")  # of these kinds
+
+
+def train(kind: str, root: Path) -> Trained:
+    """Run the script of this kind, tiny, in `root`, in float32; two epochs, which change little: the networks start
+    with answers that differ from image to image, which so few steps would not teach them."""
+    make = _own if kind in FOLDERS else _large if kind in ("clothing1M", "webvision") else _small
+    run, images, labels, x = make(kind, root)
+    num_class = {"cifar100": 100, "clothing1M": 14}.get(kind, 4 if kind in FOLDERS else 10)
+    arch = FOLDERS.get(kind, ([], "preresnet18"))[1]
+    nets = [lively(arch, num_class, 4, k, x) for k in range(2)]
+    torch.save({"nets": [net.state_dict() for net in nets]}, root / "start.pt")
+    final = run("--init_from", str(root / "start.pt"), "--lr", "0.001", "--out_dir", str(root / "out"))
+    best = final["test_acc"] if kind == "clothing1M" else final["best_acc"]
+    return Trained(Path(final["run_dir"]), images, labels, best, None if kind == "clothing1M" else final["test_acc"])
+
+
+def _small(kind: str, root: Path):
+    """-> the script, test images as files, their labels, and the images as the networks see them."""
+    dataset, _, method = kind.partition("_")
+    make = {"cifar10": make_cifar10, "cifar100": make_cifar100, "fashionmnist": make_fashionmnist}.get(dataset)
+    if make:
+        make(root / "data")
+    data = dataloader_cifar.load(dataset, root / "data")
+    pixels = data.test_images
+    if dataset == "fashionmnist":
+        pixels = pixels[:, 2:-2, 2:-2, 0]  # as published: grey, without a border
+    elif dataset == "digits":
+        pixels = pixels[..., 0]
+    paths = [root / "test" / f"{i:04d}.png" for i in range(len(pixels))]
+    (root / "test").mkdir()
+    for path, image in zip(paths, pixels, strict=True):
+        Image.fromarray(np.ascontiguousarray(image)).save(path)
+
+    def run(*flags: str) -> dict:
+        more = ["--method", method] if method else []
+        return Train_cifar.main(tiny(root, "--dataset", dataset, "--data_path", str(root / "data"), *flags, *more))
+
+    x = to_float(torch.from_numpy(data.test_images[:60]), torch.tensor(data.mean), torch.tensor(data.std))
+    return run, paths, data.test_labels.tolist(), x
+
+
+def _large(kind: str, root: Path):
+    if kind == "clothing1M":
+        make_clothing1M(root / "data", sides=(16, 32))
+        script, size, data = Train_clothing1M, ["--num_batches", "4"], dataloader_clothing1M.load(root / "data")
+        images = data.test
+    else:
+        make_webvision(root / "data", sides=(16, 32))
+        script, size, data = Train_webvision, ["--num_class", "10"], dataloader_webvision.load(root / "data", 10)
+        images = data.val
+    paths, labels, x = _test_images(images, Views(script.PAPER.resize_for(16), 16), data.mean, data.std)
+    return _starter(script, root, size), paths, labels, x
+
+
+def _own(kind: str, root: Path):
+    make_folder(root / "data", parts=("train", "test"), sides=(16, 40))
+    flags, _ = FOLDERS[kind]
+    images, side = dataloader_folder.load(root / "data").lists["test"], int(flags[1])
+    mean_std = dataloader_folder.IMAGENET_MEAN, dataloader_folder.IMAGENET_STD
+    paths, labels, x = _test_images(images, Views(side, side), *mean_std)
+    return _starter(Train_folder, root, ["--warm_up", "1", "--weights", "none", *flags]), paths, labels, x
+
+
+def _starter(script, root: Path, more: list[str]):
+    def run(*flags: str) -> dict:
+        common = ["--data_path", str(root / "data"), *SMALL_NET, "--num_epochs", "2", "--workers", "0"]
+        return script.main([*common, *more, *flags])
+
+    return run
+
+
+def _test_images(images: ImageList, views: Views, mean: tuple, std: tuple):
+    """-> their files, their labels, and they as a network sees them."""
+    paths = [Path(images.path(i)) for i in range(len(images))]
+    pixels = [views.eval(views.resized(Image.open(path))) for path in paths]
+    x = to_float(torch.from_numpy(np.stack(pixels)), torch.tensor(mean), torch.tensor(std))
+    return paths, images.labels.tolist(), x
+
+
+def nets_of(folder: Path, arch: str = "preresnet18", num_class: int = 6, width: int = 4) -> list[torch.nn.Module]:
+    """The two networks of best.pt, by as little of the project's code as can be."""
+    nets = []
+    for state in torch.load(folder / "best.pt", weights_only=True)["nets"]:
+        net = networks.build(arch, num_class, width)
+        net.load_state_dict(state)
+        nets.append(net.eval())
+    return nets
