@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     and `paper_last`."""
     args = parse_args(argv)
     options.refuse_ranks("Train_cifar.py")
-    runtime = options.machine(args)
+    runtime = options.start_runtime(args)
     images = dataloader_cifar.load(args.dataset, args.data_path, args.download)
     setting = options.resolve_small(args, images.train_labels, images.num_class, images.folder)
     ablation = setting.ablation
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         train, tests, about, lines = dataloader_cifar.noisy_sets(images, setting.noise, run, **parts)
         weights = {"init_from": args.init_from, "seed": args.seed, "begun": run.begun}
         shape = args.arch, args.num_class, args.width
-        nets = networks.pair(*shape, "none", machine=runtime, count=ablation.nets, **weights)
+        nets = networks.pair(*shape, "none", runtime=runtime, count=ablation.nets, **weights)
         optimizers = [runtime.optimizer(net, args.lr, recipes.CIFAR_WEIGHT_DECAY) for net in nets]
         windows = args.loss_window or 1, blind.HISTORY if setting.blind else 1
         mixtures = [Mixture(args.p_threshold, *windows) for _ in nets]

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         found = dataloader_clothing1M.find(args.data_path)
         check.run_check(found, full=args.check_data == "full", skip=bool(args.skip_bad_images))
         return {}
-    runtime = options.machine(args)
+    runtime = options.start_runtime(args)
     data = dataloader_clothing1M.load(args.data_path)
     views = Views(PAPER.resize_for(args.image_size), args.image_size, "crop")
     size = args.num_batches * args.batch_size  # of an epoch's sample; that of a warm-up epoch is twice as large
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             val, tests = {"val": pipeline.images("val")}, {"test": pipeline.images("test")}
             weights = {"init_from": args.init_from, "seed": args.seed, "begun": run.begun}
             shape = args.arch, args.num_class, args.width
-            nets = networks.pair(*shape, args.weights, machine=runtime, **weights)
+            nets = networks.pair(*shape, args.weights, runtime=runtime, **weights)
             optimizers = [runtime.optimizer(net, args.lr, PAPER.weight_decay) for net in nets]
             mixtures = [Mixture(args.p_threshold) for _ in nets]
             mixmatch = options.mixmatch(args, unlabeled_loss=False, conf_penalty=PAPER.conf_penalty)

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     look = dataloader_folder.survey(data.train)
     recipe, chosen = defaults.choose(args, len(data.train), look.side, data.lists)
     args.num_class = data.num_class
-    runtime = options.machine(args)
+    runtime = options.start_runtime(args)
     folder = options.folder_for(args, "folder", data.name, "ce" if args.method == "ce" else "")
     views = Views(defaults.resize(args.data_mode, args.image_size), args.image_size, flip=not args.no_flip)
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             train, tests, mean, std = read(args, split, run, pipeline)
             weights = {"init_from": args.init_from, "seed": args.seed, "begun": run.begun}
             shape = args.arch, args.num_class, args.width
-            nets = networks.pair(*shape, args.weights, machine=runtime, **weights)
+            nets = networks.pair(*shape, args.weights, runtime=runtime, **weights)
             optimizers = [runtime.optimizer(net, args.lr, recipe.weight_decay) for net in nets]
             mixtures = [Mixture(args.p_threshold) for _ in nets]
             warm_up = math.inf if args.method == "ce" else args.warm_up

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         found = dataloader_webvision.find(args.data_path, args.num_class)
         check.run_check(found, full=args.check_data == "full", skip=bool(args.skip_bad_images))
         return {}
-    runtime = options.machine(args)
+    runtime = options.start_runtime(args)
     data = dataloader_webvision.load(args.data_path, args.num_class)
     views = Views(PAPER.resize_for(args.image_size), args.image_size, "resized_crop")
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             held_out = {"val": pipeline.images("train", split.held_out)} if len(split.held_out) else {}
             weights = {"init_from": args.init_from, "seed": args.seed, "begun": run.begun}
             shape = args.arch, args.num_class, args.width
-            nets = networks.pair(*shape, args.weights, machine=runtime, **weights)
+            nets = networks.pair(*shape, args.weights, runtime=runtime, **weights)
             optimizers = [runtime.optimizer(net, args.lr, PAPER.weight_decay) for net in nets]
             mixtures = [Mixture(args.p_threshold) for _ in nets]
             mixmatch = options.mixmatch(args, unlabeled_loss=False, conf_penalty=PAPER.conf_penalty)

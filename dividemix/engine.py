@@ -305,12 +305,12 @@ def run_steps(
     batch_size: int,
     net: nn.Module,
     optimizer: Optimizer,
-    machine: Runtime,
+    runtime: Runtime,
     phase: Phase,
 ) -> PhaseTerms:
     """step(forward, *draws[i], *batch) for every batch, full ones on the runtime's fast path (see `Runtime.run`); read
     the summed terms and the count of sound steps back once, at the end."""
-    found_inf, ranks = getattr(optimizer, "found_inf", None), machine.ranks
+    found_inf, ranks = getattr(optimizer, "found_inf", None), runtime.ranks
     state, full = partial(changed_by_step, net, optimizer), batch_size // ranks.world
 
     def packed(forward: Forward, *tensors: Tensor) -> Tensor:  # (5,): the step's terms, and 1 if it was sound
@@ -318,21 +318,21 @@ def run_steps(
         sound = torch.isfinite(terms).all() if found_inf is None else found_inf == 0
         return torch.cat([terms, sound.to(terms.dtype).reshape(1)])
 
-    sums = torch.zeros(len(StepTerms._fields) + 1, device=machine.device)
+    sums = torch.zeros(len(StepTerms._fields) + 1, device=runtime.device)
     try:
-        with layers_draw_from(phase.rng, net, machine):
+        with layers_draw_from(phase.rng, net, runtime):
             for batch, drawn, sizes in zip(phase.bar(batches), draws, batches.sizes, strict=True):
                 # A partial batch also occurs in mid-epoch, where the unlabeled set ends and is reshuffled.
                 if all(size == full for size in sizes):
-                    sums = sums + machine.run(key, packed, (*drawn, *batch), state)
+                    sums = sums + runtime.run(key, packed, (*drawn, *batch), state)
                 else:
-                    sums = sums + machine.run_partial(packed, (*drawn, *batch))
+                    sums = sums + runtime.run_partial(packed, (*drawn, *batch))
             ranks.average_buffers(net)
             *totals, sound = (ranks.sum(sums) / ranks.world).tolist()
     except RuntimeError as error:
         if is_out_of_memory(error):
             smaller = "--no_graph, a smaller --width or a smaller --batch_size"
-            raise DivideMixError(f"{machine.device}: not enough memory to train; try {smaller}") from error
+            raise DivideMixError(f"{runtime.device}: not enough memory to train; try {smaller}") from error
         raise
     steps = len(batches)
     if sound < steps:
@@ -454,22 +454,22 @@ def evaluate(
     """score(forward, x, labels) of this rank's evaluation batches, each with the samples it is of. Where the memory is
     too small for a batch, its size is halved until it fits, for the rest of the run. Raises DivideMixError where not
     even one image fits, and with several ranks, which must make the same batches."""
-    machine = data.runtime
+    runtime = data.runtime
     while True:
-        size = min(machine.eval_batch_size, len(data))
+        size = min(runtime.eval_batch_size, len(data))
         try:
-            numbers, results = machine.ranks.deal(-(-len(data) // size)), []
+            numbers, results = runtime.ranks.shard_batches(-(-len(data) // size)), []
             for k, (x, labels) in zip(numbers, bar(data.eval_batches(size)), strict=True):
-                forward = machine.evaluation_forward if len(x) == size else machine.forward
+                forward = runtime.evaluation_forward if len(x) == size else runtime.forward
                 results.append((slice(k * size, k * size + len(x)), score(forward, x, labels)))
             return results
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            if machine.ranks.world > 1 or size == 1:
+            if runtime.ranks.world > 1 or size == 1:
                 smaller = "a smaller --eval_batch_size or --width"
-                raise DivideMixError(f"{machine.device}: no memory to evaluate {size} images; use {smaller}") from error
-        machine.eval_batch_size = size // 2
+                raise DivideMixError(f"{runtime.device}: no memory to evaluate {size} images; use {smaller}") from error
+        runtime.eval_batch_size = size // 2
         x = labels = results = None  # else they stay in memory beside the next try
         torch.cuda.empty_cache()
         warn(f"not enough memory to evaluate {size} images at once: {size // 2} from now on (--eval_batch_size)")

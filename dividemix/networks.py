@@ -189,13 +189,13 @@ def pair(
     *,
     init_from: str | None,
     seed: int,
-    machine: Runtime,
+    runtime: Runtime,
     begun: bool,
     count: int = 2,
 ) -> list[nn.Module]:
     """The two networks on the device, or the first alone where `count` is 1. A run that has `begun` goes on from its
     checkpoint, and reads no weights."""
-    state = read_weights("none" if begun or init_from else weights, arch, machine.ranks)
+    state = read_weights("none" if begun or init_from else weights, arch, runtime.ranks)
     try:
         nets = [seeded(seed, k, lambda: build(arch, num_class, width, state)) for k in range(count)]
         if init_from and not begun:
@@ -203,10 +203,10 @@ def pair(
             if not isinstance(states, list) or len(states) < count:
                 raise DivideMixError(f"--init_from {init_from}: expected a checkpoint with {count} networks in 'nets'")
             load_weights(nets, states[:count], init_from)
-        return [machine.prepare(net) for net in nets]
+        return [runtime.prepare(net) for net in nets]
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            short = f"{machine.device}: not enough memory for two networks of --arch {arch}"
+            short = f"{runtime.device}: not enough memory for two networks of --arch {arch}"
             raise DivideMixError(f"{short}; is another job using it, or is --width {width} too large?") from error
         raise
 
@@ -217,7 +217,7 @@ def read_weights(weights: str, arch: str, ranks: Ranks) -> dict[str, Any] | None
     if weights == "none":
         return None
     from_hub = functools.partial(imagenet_file, architecture(arch).imagenet)
-    path = ranks.local_first(from_hub) if weights == "imagenet" else Path(weights).expanduser()
+    path = ranks.local_rank0_first(from_hub) if weights == "imagenet" else Path(weights).expanduser()
     state = load_file(path)
     if isinstance(state.get("nets"), list):
         raise DivideMixError(f"weights {path} hold two networks of a run: give them as --init_from")

@@ -153,7 +153,7 @@ def checkpoint_file(root: Path) -> Target:
     def read(content: bytes, _: int) -> None:
         (root / "best.pt").write_bytes(content)
         with mock.patch.object(networks, "build", lambda *_: torch.nn.Linear(2, 2)):
-            start = {"init_from": str(root / "best.pt"), "begun": False, "seed": 0, "machine": Runtime()}
+            start = {"init_from": str(root / "best.pt"), "begun": False, "seed": 0, "runtime": Runtime()}
             networks.pair("linear", 2, 2, "none", **start)
 
     return Target([now.getvalue(), old.getvalue()], read)

@@ -195,7 +195,9 @@ def test_augmentation_differs_between_replays(digits):
     """A crop that froze in the graph shows each network the same few views for 300 epochs."""
     rng = np.random.default_rng(0)
     first, second = list(digits.mixmatch_batches(half(167), 4, rng))[:2]
-    captured = graph.CapturedStep(lambda *batch: torch.cat(digits.mixmatch_views(*batch)[:2]), first, [], graph.Place())
+    captured = graph.CapturedStep(
+        lambda *batch: torch.cat(digits.mixmatch_views(*batch)[:2]), first, [], graph.GraphPool()
+    )
     one, same_images = captured(*first).clone(), (*first[:2], second[2], first[3])
     other = captured(*same_images).clone()
     assert not torch.equal(one, other)
@@ -216,7 +218,7 @@ def test_a_capture_leaves_no_trace(digits):
         )
         return torch.stack(terms)
 
-    captured = graph.CapturedStep(step, batch, engine.changed_by_step(nets[0], optimizers[0]), graph.Place())
+    captured = graph.CapturedStep(step, batch, engine.changed_by_step(nets[0], optimizers[0]), graph.GraphPool())
     assert_equal(state(nets, optimizers), before)
     captured(*batch)
     assert not torch.equal(nets[0].conv1.weight, before[0]["conv1.weight"])

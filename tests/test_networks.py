@@ -101,7 +101,7 @@ def test_one_process_of_a_machine_downloads():
     asked = []
 
     class Asked(Ranks):
-        def local_first(self, function):
+        def local_rank0_first(self, function):
             asked.append(function)
             raise KeyboardInterrupt
 
@@ -130,7 +130,7 @@ def test_a_pair_from_imagenet_has_two_classifiers_of_its_own(hub):
     hub.mkdir(parents=True)
     published = models.squeezenet1_1().state_dict()
     torch.save(published, hub / models.SqueezeNet1_1_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1])
-    start = {"init_from": None, "seed": 1, "machine": Runtime(torch.device("cpu")), "begun": False}
+    start = {"init_from": None, "seed": 1, "runtime": Runtime(torch.device("cpu")), "begun": False}
     first, second = (net.state_dict() for net in networks.pair("squeezenet1_1", 1000, 64, "imagenet", **start))
     key = "classifier.1.weight"
     assert torch.equal(first["features.0.weight"], published["features.0.weight"])

@@ -115,7 +115,7 @@ def test_check_data(tmp_path, start, monkeypatch, depth):
     def refuse(*_, **__):
         raise AssertionError("--check_data asked for more than the data folder")
 
-    for owner, name in ((networks, "pair"), (Train_folder, "Run"), (Train_folder.options, "machine")):
+    for owner, name in ((networks, "pair"), (Train_folder, "Run"), (Train_folder.options, "start_runtime")):
         monkeypatch.setattr(owner, name, refuse)
     tree = make_folder(tmp_path / "data", parts=("train", "test"))
     status, out, error = start(tree, "--check_data", *depth)

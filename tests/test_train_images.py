@@ -380,7 +380,7 @@ def no_weights(monkeypatch):
     for module, name in ((networks, "imagenet_file"), (networks, "pair"), (torch.hub, "download_url_to_file")):
         monkeypatch.setattr(module, name, refuse)
     for module in (Train_clothing1M, Train_webvision):
-        monkeypatch.setattr(module.options, "machine", refuse)
+        monkeypatch.setattr(module.options, "start_runtime", refuse)
         monkeypatch.setattr(module, "Run", refuse)
 
 

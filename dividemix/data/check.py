@@ -122,7 +122,7 @@ def usable(
         write_atomically(file, json.dumps({"how": how, "lists": record}, indent=1).encode())
         return bad, left_out(lists, bad)
 
-    bad, lines = ranks.from_first(find)
+    bad, lines = ranks.broadcast_from_rank0(find)
     return sound(lists, bad), lines
 
 

@@ -151,7 +151,7 @@ def to_float(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 def plan_warmup(n: int, batch_size: int, rng: np.random.Generator, ranks: Ranks = ALONE) -> list[NDArray]:
     """One pass over n samples in a new order, the partial last batch kept and filled up for the ranks."""
-    return [ranks.fill(rows) for rows in split(rng.permutation(n), batch_size)]
+    return [ranks.pad_to_world(rows) for rows in split(rng.permutation(n), batch_size)]
 
 
 def plan_mixmatch(
@@ -168,7 +168,7 @@ def plan_mixmatch(
     unlabeled: list[NDArray] = [] if len(unlabeled_set) else [unlabeled_set] * len(labeled)
     while len(unlabeled) < len(labeled):
         unlabeled += split(rng.permutation(unlabeled_set), batch_size)
-    return [ranks.fill(x) for x in labeled], [ranks.fill(u) for u in unlabeled[: len(labeled)]]
+    return [ranks.pad_to_world(x) for x in labeled], [ranks.pad_to_world(u) for u in unlabeled[: len(labeled)]]
 
 
 def split(index: NDArray, batch_size: int) -> list[NDArray]:

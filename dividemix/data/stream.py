@@ -100,7 +100,7 @@ class Pipeline:
         """Write the resized images of all lists to `cache_dir`, but for those that are there, and read them from there
         from now on; `bar` goes around the tasks of each list. One process per machine writes, also where several runs
         share the folder. Raises DivideMixError for a bad image, and where the disk has not enough room."""
-        self.ranks.local_first(lambda: self._build_cache(bar))
+        self.ranks.local_rank0_first(lambda: self._build_cache(bar))
 
     def _build_cache(self, bar: Callable[[Iterable], Iterable]) -> None:
         folder, lists, side = self.cache_dir, self.lists, self.views.resize
@@ -189,7 +189,7 @@ class StreamedImages:
 
     def warmup_batches(self, batch_size: int, rng: np.random.Generator) -> Batches:
         """One pass over all samples in a new order: (x, labels) a batch, the partial last one kept."""
-        mine = self.ranks.mine
+        mine = self.ranks.shard_rows
         rows = plan_warmup(len(self), batch_size, rng, self.ranks)
         jobs = [(mine(x), mine(rng.integers(0, 2**63 - 1, (len(x), 1)))) for x in rows]
         labels = to_device([self.labels[x] for x, _ in jobs], self.device)
@@ -198,7 +198,7 @@ class StreamedImages:
 
     def mixmatch_batches(self, division: Division, batch_size: int, rng: np.random.Generator) -> Batches:
         """One pass over the labeled set: (x1, x2, labels, w, u1, u2) a batch; see `device.plan_mixmatch`."""
-        mine, jobs = self.ranks.mine, []
+        mine, jobs = self.ranks.shard_rows, []
         labeled, unlabeled = plan_mixmatch(division, batch_size, rng, self.ranks)
         for x, u in zip(labeled, unlabeled, strict=True):
             seeds = rng.integers(0, 2**63 - 1, (len(x) + len(u), 2))
@@ -219,7 +219,7 @@ class StreamedImages:
     def eval_batches(self, batch_size: int) -> Batches:
         """This rank's batches (x, labels) of all images in order, without augmentation; x float32 (B, 3, S, S)."""
         rows = split(np.arange(len(self)), batch_size)
-        rows = [rows[k] for k in self.ranks.deal(len(rows))]
+        rows = [rows[k] for k in self.ranks.shard_batches(len(rows))]
         labels = to_device([self.labels[x] for x in rows], self.device)
         views = (self.pipeline.normalise(views[0]) for views in self._eval_views([(x, None) for x in rows]))
         return Batches([(len(x),) for x in rows], zip(views, labels, strict=True))

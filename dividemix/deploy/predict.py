@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dividemix import DivideMixError, runtime, warn
+from dividemix import DivideMixError, warn
 from dividemix.data import IMAGE_SUFFIXES, BadImage, Boundary, images_below, said, shown
 from dividemix.deploy.ensemble import (
     WEIGHTS,
@@ -31,7 +31,7 @@ from dividemix.deploy.ensemble import (
 )
 from dividemix.files import csv_bytes, read_file, write_atomically
 from dividemix.run import Description, options, read_description
-from dividemix.runtime import Runtime, available_cores
+from dividemix.runtime import Runtime, available_cores, start
 
 TOP = 5  # classes in a row
 _SHOWN = 10  # images that are warned of
@@ -66,13 +66,13 @@ def find_images(source: Path) -> tuple[list[str], list[str], Boundary | None]:
 
 
 @torch.inference_mode()
-def classify(ensemble: Ensemble, machine: Runtime, images: Sequence[NDArray | None]) -> list[Answer]:
+def classify(ensemble: Ensemble, runtime: Runtime, images: Sequence[NDArray | None]) -> list[Answer]:
     """Of images uint8 (S, S, channels); an empty answer for None."""
     sound = [image for image in images if image is not None]
     if not sound:
         return [[] for _ in images]
-    pixels = torch.from_numpy(np.stack(sound)).to(machine.device)
-    [logits] = machine.forward(ensemble, to_images(pixels))
+    pixels = torch.from_numpy(np.stack(sound)).to(runtime.device)
+    [logits] = runtime.forward(ensemble, to_images(pixels))
     logits = logits.cpu()
     if not logits.isfinite().all():
         raise DivideMixError("the networks' outputs are not finite numbers: their weights are damaged or diverged")
@@ -116,9 +116,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise DivideMixError(f"--out {args.out} is the list that is read: give another name")
     description = read_description(args.run)
     # In float32, as in the exported program
-    machine = runtime.start(args.device, precision="fp32", width=description.width, compile=False, graph=False)
-    ensemble = machine.prepare(load_ensemble(args.run, description, args.weights))
-    print(f"{args.run}: {description}; {epochs_used(args.weights, ensemble.epochs)}; {machine.describe()}")
+    runtime = start(args.device, precision="fp32", width=description.width, compile=False, graph=False)
+    ensemble = runtime.prepare(load_ensemble(args.run, description, args.weights))
+    print(f"{args.run}: {description}; {epochs_used(args.weights, ensemble.epochs)}; {runtime.describe()}")
 
     changes: list[int] = []
     bad: list[str] = []
@@ -138,9 +138,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     answers: list[Answer] = []
     bar = tqdm(total=len(paths), desc="images", disable=None)
     with bar, ThreadPoolExecutor(max(1, args.workers)) as pool:
-        for start in range(0, len(paths), args.batch_size):
-            images = list(pool.map(read, paths[start : start + args.batch_size]))
-            answers += classify(ensemble, machine, images)
+        for first in range(0, len(paths), args.batch_size):
+            images = list(pool.map(read, paths[first : first + args.batch_size]))
+            answers += classify(ensemble, runtime, images)
             bar.update(len(images))
     more = [f"{len(bad) - _SHOWN} more images cannot be read"] if len(bad) > _SHOWN else []
     for problem in bad[:_SHOWN] + more:

@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dividemix.files import csv_bytes, write_atomically
-from dividemix.run import RunFolder, judge, of_nets
+from dividemix.run import RunFolder, label_quality, of_nets
 
 IN_SAMPLE = "scores are in-sample: the networks were trained on these labels"
 _CLASSES_SHOWN = 10
@@ -79,7 +79,7 @@ def find(run: RunFolder) -> LabelIssues | None:
         return None
     index = scores["index"]
     given = labels["list_given"][index]
-    quality, is_issue, loss = judge(scores, given)
+    quality, is_issue, loss = label_quality(scores, given)
     # A run that goes on without some damaged images has other samples than the scores of its end before.
     is_known = "true" in labels and np.array_equal(labels["index"], index)
     paths = labels["list_path"][index].tolist() if "list_path" in labels else None

@@ -11,7 +11,7 @@ from dividemix.run.histograms import Histogram
 from dividemix.run.options import Parser, command_line
 from dividemix.run.provenance import commit, versions
 from dividemix.run.run import FREE_FLAGS, Run
-from dividemix.run.scoring import judge, of_nets
+from dividemix.run.scoring import label_quality, of_nets
 from dividemix.run.splits import Split
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
     "describe",
     "description",
     "histograms",
-    "judge",
+    "label_quality",
     "load_last",
     "logs",
     "of_nets",

@@ -27,39 +27,39 @@ def choose(args: argparse.Namespace, n: int, side: int, parts: Collection[str]) 
     'train', 'val', 'test' those that there are. Raises DivideMixError for flags that do not go together."""
     lines: list[str] = []
 
-    def fill(name: str, value: Any, source: str) -> None:
+    def default(name: str, value: Any, source: str) -> None:
         lines.append(set_default(args, name, value, source))
 
     if "val" in parts and args.val_fraction:
         raise DivideMixError(f"--val_fraction {args.val_fraction:g}: the data have a validation part; leave it out")
     alone = "val" not in parts and "test" not in parts
-    fill("val_fraction", 0.1 if alone else 0.0, "no validation or test part" if alone else "there is another part")
+    default("val_fraction", 0.1 if alone else 0.0, "no validation or test part" if alone else "there is another part")
     n = max(n - round(args.val_fraction * n), 1)
 
     if (args.image_size or side) <= SMALL:
-        fill("arch", "preresnet18", f"images of at most {SMALL} px")
+        default("arch", "preresnet18", f"images of at most {SMALL} px")
     else:
-        fill("arch", "resnet50", f"images of over {SMALL} px")
+        default("arch", "resnet50", f"images of over {SMALL} px")
     if networks.architecture(args.arch).imagenet:
-        fill("weights", "imagenet", "torchvision's")
+        default("weights", "imagenet", "torchvision's")
     else:
-        fill("weights", "none", "there are none for it")
-    fill("image_size", image_size(args.arch, side), f"the median short side is {side}")
+        default("weights", "none", "there are none for it")
+    default("image_size", image_size(args.arch, side), f"the median short side is {side}")
     networks.check(args.arch, args.width, args.image_size, args.weights)
     lines.append(set_data_mode(args, n))
 
     recipe = recipes.OWN_SMALL if args.image_size <= SMALL else recipes.OWN_SCRATCH
     recipe = recipe if args.weights == "none" else recipes.OWN_PRETRAINED
-    fill("batch_size", batch_size(recipe, n), recipe.name if n >= 20 * recipe.batch_size else f"for {n} images")
-    fill("lr", recipe.lr, recipe.name)
-    fill("alpha", recipe.alpha, recipe.name)
-    fill("warm_up", min(max(-(-recipe.warm_up_images // n), 1), MOST_WARM_UP), f"{n} images to train on")
+    default("batch_size", batch_size(recipe, n), recipe.name if n >= 20 * recipe.batch_size else f"for {n} images")
+    default("lr", recipe.lr, recipe.name)
+    default("alpha", recipe.alpha, recipe.name)
+    default("warm_up", min(max(-(-recipe.warm_up_images // n), 1), MOST_WARM_UP), f"{n} images to train on")
     # The drop stays where it is when another number of epochs is given: a run is continued by a higher one.
     divided = divided_epochs(recipe, n, args.warm_up)
-    fill("num_epochs", args.warm_up + divided, f"{n} images to train on")
-    fill("lr_drop", args.warm_up + divided * 3 // 4, f"after three quarters of {divided} epochs after warm-up")
-    fill("lambda_u", 0.0, "as for 20 % and asymmetric noise; about 25 where half of the labels are wrong")
-    fill("p_threshold", 0.5, "the paper's below 90 % noise")
+    default("num_epochs", args.warm_up + divided, f"{n} images to train on")
+    default("lr_drop", args.warm_up + divided * 3 // 4, f"after three quarters of {divided} epochs after warm-up")
+    default("lambda_u", 0.0, "as for 20 % and asymmetric noise; about 25 where half of the labels are wrong")
+    default("p_threshold", 0.5, "the paper's below 90 % noise")
     args.eval_batch_size = args.eval_batch_size or (1000 if args.image_size <= SMALL else 200)
     return recipe, lines
 

@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{speaker()}{self.prog}: error: {message} (--help lists all flags)\n")
+        self.exit(2, f"{rank_prefix()}{self.prog}: error: {message} (--help lists all flags)\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,11 +328,13 @@ def resolve_recipe(args: argparse.Namespace, wrong: float | None = None) -> list
         by = "" if wrong is None else f" by {wrong:.1%} wrong labels"
         source = f"paper, Table 7: {row.name}" if exact else f"not in the paper; nearest row{by}, Table 7: {row.name}"
 
-        def fill(name: str, value: float, source: str) -> str:
+        def from_row(name: str, value: float, source: str) -> str:
             return set_default(args, name, value, source, f"given; {row.name} has {value:g}")
 
-        lines = [fill(name, getattr(row, name), source) for name in blind.NAMES]
-        lines.append(fill("warm_up", warm_up, "paper, Sec. 4.1" if args.dataset.startswith("cifar") else "as CIFAR-10"))
+        lines = [from_row(name, getattr(row, name), source) for name in blind.NAMES]
+        lines.append(
+            from_row("warm_up", warm_up, "paper, Sec. 4.1" if args.dataset.startswith("cifar") else "as CIFAR-10")
+        )
         rule = "paper: only for asymmetric noise"
     rule = rule if args.conf_penalty == "auto" else f"given; {rule}"
     lines.append(f"confidence penalty in warm-up: {'on' if uses_conf_penalty(args) else 'off'} ({rule})")
@@ -360,7 +362,7 @@ def refuse_ranks(script: str) -> None:
         raise DivideMixError(f"{script} trains on one card: start it without torchrun, once for each seed or setting")
 
 
-def machine(args: argparse.Namespace) -> Runtime:
+def start_runtime(args: argparse.Namespace) -> Runtime:
     """The runtime that the flags of `add_run` ask for."""
     sizes = {"batch_size": args.batch_size, "eval_batch_size": args.eval_batch_size}
     device = args.device, args.gpuid, args.precision, args.deterministic, args.width
@@ -423,7 +425,7 @@ def command_line(
     """Run a script's main: errors that people can mend are one line and exit status 1, Ctrl-C is 130, SIGTERM 143.
     Among several ranks (torchrun) each line says whose it is, and a rank that fails ends at once, so that torchrun ends
     the others."""
-    who = speaker()
+    who = rank_prefix()
     sys.stdout.reconfigure(errors="backslashreplace")  # a path that is not UTF-8 can be printed
     warnings.formatwarning = lambda message, *_, **__: f"{who}warning: {message}\n"
     # Of the ranks on one machine all would say the same.
@@ -452,7 +454,7 @@ def command_line(
     end("", 0)
 
 
-def speaker() -> str:
+def rank_prefix() -> str:
     """What a line on stderr begins with: the rank, where there are several."""
     rank, world, _ = ranks.from_environment()
     return f"rank {rank}: " if world > 1 else ""
@@ -464,7 +466,7 @@ def end(message: str, status: int = 1) -> NoReturn:
     tensor meanwhile aborts the process (torch.distributed.nn keeps the process group alive until then)."""
     if message:
         print(message, file=sys.stderr)
-    if speaker():
+    if rank_prefix():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

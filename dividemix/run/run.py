@@ -63,7 +63,7 @@ class Run:
         self._board = self._lock = self._new = self._aside = self._copy = None
         self._writer = ThreadPoolExecutor(1, "save")  # begins with the first epoch's end
         self._writing: Future[list[int]] | None = None  # the last finished epoch
-        self.state: dict[str, Any] = self.ranks.from_first(self._open, args.fresh)
+        self.state: dict[str, Any] = self.ranks.broadcast_from_rank0(self._open, args.fresh)
         self.records: list[dict[str, Any]] = self.state.get("records", [])
         self.histograms: list[dict[str, Any]] = self.state.get("histograms", [])
         self.best_epochs: list[int] = self.state.get("best_epochs", [])
@@ -114,7 +114,7 @@ class Run:
     def pin(self, name: str, value: Any, problem: str) -> None:
         """Hold a value that must stay what it was when the run began, and be the same on all ranks; raises
         DivideMixError with `problem` if it is not."""
-        if self.ranks.from_first(lambda: value) != value:
+        if self.ranks.broadcast_from_rank0(lambda: value) != value:
             raise DivideMixError(f"{name}: this rank reads other data than the first rank")
         if self.state.get("pins", {}).get(name, value) != value:
             raise DivideMixError(f"{problem}: put them back, give this run an --id, or --fresh to start anew")
@@ -159,7 +159,7 @@ class Run:
                 load_optimizer(optimizer, saved)
             for mixture, history in zip(mixtures, self.state["histories"], strict=True):
                 mixture.history = [losses.numpy() for losses in history]
-            self.best_epochs = self.ranks.from_first(self._write_best, self.state)
+            self.best_epochs = self.ranks.broadcast_from_rank0(self._write_best, self.state)
         self.state = {}  # restored by now; for large networks about a gigabyte
         self.say(self.runtime.describe(), *lines, f"run folder {self.folder}")
         if not self.ranks.first:
@@ -231,7 +231,7 @@ class Run:
                 state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
                 state["histories"] = [[torch.from_numpy(row) for row in mixture.history] for mixture in self.mixtures]
                 self._copy = checkpoint.to_host(state, self._copy)
-        record = self.ranks.from_first(self._record, lr, list(divisions), losses, accuracy)
+        record = self.ranks.broadcast_from_rank0(self._record, lr, list(divisions), losses, accuracy)
         self.records.append(record)
         best_by = self.logs.best_by
         self.best_epochs = [
@@ -261,7 +261,9 @@ class Run:
 
     def _wait(self) -> None:
         """Until the last finished epoch is written."""
-        self.best_epochs = self.ranks.from_first(lambda: self._writing.result() if self._writing else self.best_epochs)
+        self.best_epochs = self.ranks.broadcast_from_rank0(
+            lambda: self._writing.result() if self._writing else self.best_epochs
+        )
 
     def _save(self, state: dict[str, Any], scores: dict[str, np.ndarray]) -> list[int]:
         """Write everything that an epoch leaves, beside training. -> the epochs of the networks in best.pt"""
@@ -330,7 +332,7 @@ class Run:
 
     def best_networks(self) -> list[dict[str, Any]]:
         """The state of each network at its best epoch, the same on all ranks. Raises DivideMixError."""
-        return self.ranks.from_first(files.load_file, self.folder / "best.pt")["nets"]
+        return self.ranks.broadcast_from_rank0(files.load_file, self.folder / "best.pt")["nets"]
 
     def finish(self, line: str, train: DataSet | None = None, **more: Any) -> dict[str, Any]:
         """The end: print `line`, score the labels of `train`, write result.json and the last line of acc.txt where the
@@ -349,7 +351,7 @@ class Run:
         """`scoring.write`, unless the folder has the scores of these samples after so many epochs. A failure is a
         warning, since the run is saved; but of several ranks, which wait for each other, it is raised."""
         epochs = len(self.records)
-        if self.ranks.from_first(lambda: scoring.is_scored(self.folder, epochs, self.labels["index"])):
+        if self.ranks.broadcast_from_rank0(lambda: scoring.is_scored(self.folder, epochs, self.labels["index"])):
             return
         self.say(f"scoring all {len(train)} training labels with the final networks")
         try:

@@ -47,7 +47,7 @@ def clean_probabilities(
 
 def write(folder: Path, data: DataSet, scores: dict[str, NDArray], given: NDArray) -> None:
     """Write label_scores.npz and the images of the worst of the labels `given` (N,) of `data`."""
-    rows = worst_first(*judge(scores, given))[:THUMBNAILS]
+    rows = worst_first(*label_quality(scores, given))[:THUMBNAILS]
     try:
         pixels, sizes = thumbnails(data.originals(rows))
         write_arrays(folder / "thumbnails.npz", {"index": scores["index"][rows], "pixels": pixels, "sizes": sizes})
@@ -81,7 +81,7 @@ def ensemble_scores(nets: Sequence[nn.Module], data: DataSet, phase: Phase) -> d
     return table | {"prediction": table["prediction"].astype(np.int32)}
 
 
-def judge(scores: dict[str, NDArray], given: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+def label_quality(scores: dict[str, NDArray], given: NDArray) -> tuple[NDArray, NDArray, NDArray]:
     """Quality, is_issue and mean loss of each label, from the arrays of label_scores.npz. Quality: the mean clean
     probability of the networks; of a cross-entropy run the probability that both together give the label. An issue is
     of a quality below the run's p_threshold, and the networks suggest another class."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dividemix import DivideMixError, warn
-from dividemix.runtime.graph import CapturedStep, Place, preserved
+from dividemix.runtime.graph import CapturedStep, GraphPool, preserved
 from dividemix.runtime.layers import GroupedBatchNorm2d, can_merge, grouped
 from dividemix.runtime.ranks import Ranks, from_environment, join
 
@@ -128,12 +128,12 @@ class Runtime:
         run = partial(step, self.compiled_forward if self.compile else self.forward)
         if self.graph:
             with self._optional("graph"):
-                return CapturedStep(run, inputs, state, self._place)
+                return CapturedStep(run, inputs, state, self._graph_pool)
             self.steps.clear()  # the graphs' memory: the run needs it now
             torch.cuda.empty_cache()
         return run
 
-    _place = cached_property(lambda self: Place())
+    _graph_pool = cached_property(lambda self: GraphPool())
 
     @contextlib.contextmanager
     def _optional(self, what: str) -> Iterator[None]:
@@ -154,7 +154,7 @@ class Runtime:
         """Start host work that a card need not wait for. -> a function that waits and gives its result. On a CPU, whose
         cores have other work, it is done at once. Of several ranks the first does it, and all get its result."""
         if self.ranks.world > 1:  # at once: what is shared in a thread could cross what the ranks share meanwhile
-            return at_once(self.ranks.from_first, function, *args)
+            return at_once(self.ranks.broadcast_from_rank0, function, *args)
         if self.device.type == "cuda":
             return self._worker.submit(function, *args).result
         return at_once(function, *args)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-class Place:
+class GraphPool:
     """One stream and one pool of memory for several graphs: a pool's blocks are used again on the same stream only.
     Keep every graph that was captured here until none is used any more: the pool ends with its last graph."""
 
@@ -22,14 +22,14 @@ class CapturedStep:
 
     A replay has the addresses and the host's numbers of the capture: all that changes must come in as `inputs` or be a
     tensor that is changed in place. The result is overwritten by the next call. `state` names the tensors that the step
-    changes; after the capture, before which it runs a few times, they are as before. Steps that share a `place` never
+    changes; after the capture, before which it runs a few times, they are as before. Steps that share a `pool` never
     run at the same time. Raises what the capture raises; a call with other shapes is a ValueError.
     """
 
-    def __init__(self, step: Callable[..., Tensor], inputs: Sequence[Tensor], state: Sequence[Tensor], place: Place):
+    def __init__(self, step: Callable[..., Tensor], inputs: Sequence[Tensor], state: Sequence[Tensor], pool: GraphPool):
         self.inputs = [tensor.clone() for tensor in inputs]
         with preserved(state):
-            self.replay, self.output = capture(lambda: step(*self.inputs), place)
+            self.replay, self.output = capture(lambda: step(*self.inputs), pool)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         if [x.shape for x in inputs] != [x.shape for x in self.inputs]:  # a copy would broadcast
@@ -39,17 +39,17 @@ class CapturedStep:
         return self.output
 
 
-def capture(step: Callable[[], Tensor], place: Place) -> tuple[Callable[[], None], Tensor]:
+def capture(step: Callable[[], Tensor], pool: GraphPool) -> tuple[Callable[[], None], Tensor]:
     """Run `step` to warm up and capture it on the current card. -> (replay, the output that each replay overwrites)."""
     graph = torch.cuda.CUDAGraph()
-    place.stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(place.stream):  # left again even where a capture fails
+    pool.stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(pool.stream):  # left again even where a capture fails
         for _ in range(3):  # compilation, choice of algorithms, work spaces
             step()
         # Other threads (a data loader's, the mixture's) may call CUDA meanwhile.
-        with torch.cuda.graph(graph, place.pool, place.stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool.pool, pool.stream, capture_error_mode="thread_local"):
             output = step()
-    torch.cuda.current_stream().wait_stream(place.stream)
+    torch.cuda.current_stream().wait_stream(pool.stream)
     return graph.replay, output
 
 

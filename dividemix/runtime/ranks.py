@@ -36,16 +36,16 @@ class Ranks:
         """Whether this is the process that writes."""
         return self.rank == 0
 
-    def fill(self, rows: NDArray) -> NDArray:
+    def pad_to_world(self, rows: NDArray) -> NDArray:
         """A global batch's rows (n, ...), then their own beginning again until `world` divides them; none stay none."""
         n = len(rows)
         return rows[np.arange(-(-n // self.world) * self.world) % n] if n and n % self.world else rows
 
-    def mine(self, rows: NDArray) -> NDArray:
+    def shard_rows(self, rows: NDArray) -> NDArray:
         """This rank's rows of a filled global batch."""
         return rows[self.rank :: self.world]
 
-    def deal(self, n: int) -> range:
+    def shard_batches(self, n: int) -> range:
         """Which of n evaluation batches are this rank's."""
         return range(self.rank, n, self.world)
 
@@ -69,7 +69,7 @@ class Ranks:
         dist.all_gather(tensors, tensor)
         return torch.stack(tensors)
 
-    def from_first(self, function: Callable[..., Any], *args: Any) -> Any:
+    def broadcast_from_rank0(self, function: Callable[..., Any], *args: Any) -> Any:
         """function(*args) on the first rank alone; its result, which must be picklable, on all. What it raises ends the
         first rank, and torchrun then ends the others."""
         if self.world == 1:
@@ -78,7 +78,7 @@ class Ranks:
         dist.broadcast_object_list(result, src=0)
         return result[0]
 
-    def local_first(self, function: Callable[[], Any]) -> Any:
+    def local_rank0_first(self, function: Callable[[], Any]) -> Any:
         """function() on every rank, but on each machine first by one process alone: for downloads."""
         if self.world > 1 and self.local_rank > 0:
             dist.barrier()

@@ -279,7 +279,7 @@ def test_three_ranks_have_the_rows_of_one(clothing, batch_size):
     with pipeline(clothing) as made:
         data = made.images("train")
         # a world of three whose rows are all here: filled batches, nothing left out
-        data.ranks = namedtuple("All", "fill mine")(Ranks(0, 3).fill, lambda rows: rows)
+        data.ranks = namedtuple("All", "pad_to_world shard_rows")(Ranks(0, 3).pad_to_world, lambda rows: rows)
         passes = data.warmup_batches(batch_size, rng()), data.mixmatch_batches(division, batch_size, rng())
         for k, batches in enumerate(passes):
             for step, batch in enumerate(batches):

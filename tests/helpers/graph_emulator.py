@@ -31,7 +31,7 @@ class Recorder(TorchDispatchMode):
                     old.detach().copy_(new)
 
 
-def capture(step: Callable[[], Tensor], place: object) -> tuple[Callable[[], None], Tensor]:
+def capture(step: Callable[[], Tensor], pool: object) -> tuple[Callable[[], None], Tensor]:
     """Stands in for `dividemix.runtime.graph.capture`."""
     for _ in range(3):
         step()
@@ -43,4 +43,4 @@ def capture(step: Callable[[], Tensor], place: object) -> tuple[Callable[[], Non
 def install(monkeypatch) -> None:
     monkeypatch.setattr(graph, "capture", capture)
     for module in (graph, device):
-        monkeypatch.setattr(module, "Place", object)
+        monkeypatch.setattr(module, "GraphPool", object)

@@ -67,10 +67,10 @@ class DealtImages(DeviceImages):
         ranks = self.runtime.ranks
         index = plan_warmup(len(self), batch_size, rng, ranks)
         crops = [draw_crops(rng, len(rows), self.flip) for rows in index]
-        return self._batches([list(map(ranks.mine, index))], list(map(ranks.mine, crops)))
+        return self._batches([list(map(ranks.shard_rows, index))], list(map(ranks.shard_rows, crops)))
 
     def mixmatch_batches(self, division, batch_size: int, rng: np.random.Generator) -> Batches:
-        mine, crops = self.runtime.ranks.mine, []
+        mine, crops = self.runtime.ranks.shard_rows, []
         labeled, unlabeled = plan_mixmatch(division, batch_size, rng, self.runtime.ranks)
         for x, u in zip(labeled, unlabeled, strict=True):
             views = np.split(draw_crops(rng, 2 * (len(x) + len(u)), self.flip), np.cumsum([len(x), len(x), len(u)]))
@@ -80,7 +80,7 @@ class DealtImages(DeviceImages):
 
     def eval_batches(self, batch_size: int) -> Batches:
         whole = super().eval_batches(batch_size)
-        numbers, batches = self.runtime.ranks.deal(len(whole)), list(whole)
+        numbers, batches = self.runtime.ranks.shard_batches(len(whole)), list(whole)
         return Batches([whole.sizes[k] for k in numbers], [batches[k] for k in numbers])
 
 

@@ -35,7 +35,7 @@ def test_an_issue_is_doubted_and_has_another_suggestion(tmp_path):
     np.testing.assert_allclose(found.quality, P_CLEAN - 0.005)
     assert found.cleaned.tolist() == [SUGGESTED[i] if i in (0, 3, 6) else GIVEN[i] for i in range(N)]
     scores = label_scores(3) | {"p_clean_net1": np.full(N, 0.4), "p_clean_net2": np.full(N, 0.6)}
-    assert not scoring.judge(scores, GIVEN)[1].any()
+    assert not scoring.label_quality(scores, GIVEN)[1].any()
 
 
 def test_cross_entropy_is_judged_by_the_probability_of_the_given_label(tmp_path):

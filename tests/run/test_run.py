@@ -387,7 +387,7 @@ def test_a_run_folders_lock_is_not_held_on_by_workers(tmp_path):
 
 def test_ranks_that_read_other_data_are_refused(tmp_path, monkeypatch):
     """A machine with an older copy of a list would train on other images than the division says."""
-    monkeypatch.setattr(Ranks, "from_first", lambda self, function, *args: "the first rank's")
+    monkeypatch.setattr(Ranks, "broadcast_from_rank0", lambda self, function, *args: "the first rank's")
     run = Run.__new__(Run)
     run.ranks, run.state, run.pins = Ranks(1, 2), {}, {}
     run.pin("images_sha256", "the first rank's", "")

@@ -220,7 +220,7 @@ def test_a_failed_capture_is_said_and_the_run_goes_on_as_if_nothing_had_been(mon
     """An exotic card or driver must cost speed, not the run; and the runs before the failed capture must leave no
     trace."""
 
-    def fail(step, place):
+    def fail(step, pool):
         step()
         try:
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore lines")
@@ -278,7 +278,7 @@ def test_preserved_puts_everything_back_also_after_an_error():
 def test_the_emulator_freezes_numbers():
     """The tests above prove nothing if the emulator runs Python again instead of what was launched."""
     x, factor = torch.ones(2), 2.0
-    frozen = graph.CapturedStep(lambda x: x * factor + 1, [x], [], graph.Place())
+    frozen = graph.CapturedStep(lambda x: x * factor + 1, [x], [], graph.GraphPool())
     factor = 5.0
     assert torch.equal(frozen(torch.full((2,), 3.0)), torch.full((2,), 7.0))
     with pytest.raises(ValueError, match="other shapes"):  # a copy would broadcast it

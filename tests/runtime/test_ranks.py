@@ -21,8 +21,8 @@ def test_a_batch_is_filled_with_its_own_rows_and_dealt_out_evenly(n, world):
     """A rank with fewer rows takes part in fewer steps, and the others wait for it for ever; a row of another batch
     would be trained on twice as often as the rest."""
     rows = np.arange(n) + 100
-    filled = Ranks(world=world).fill(rows)
-    shares = [Ranks(r, world).mine(filled) for r in range(world)]
+    filled = Ranks(world=world).pad_to_world(rows)
+    shares = [Ranks(r, world).shard_rows(filled) for r in range(world)]
     assert len({len(share) for share in shares}) == 1
     assert sorted(np.concatenate(shares)) == sorted(filled)
     assert filled[:n].tolist() == rows.tolist()
@@ -33,7 +33,7 @@ def test_a_batch_is_filled_with_its_own_rows_and_dealt_out_evenly(n, world):
 @given(st.integers(0, 40), worlds)
 def test_evaluation_batches_are_dealt_out_once_each(n, world):
     """A batch that no rank takes leaves losses of 0, which would be divided as clean."""
-    assert sorted(k for r in range(world) for k in Ranks(r, world).deal(n)) == list(range(n))
+    assert sorted(k for r in range(world) for k in Ranks(r, world).shard_batches(n)) == list(range(n))
 
 
 def images(world, rank, n=23):
@@ -96,7 +96,7 @@ def test_alone_everything_is_given_back():
     one, tensor = Ranks(), torch.arange(3.0)
     assert one.sum(tensor) is tensor
     assert one.maximum(tensor) is tensor
-    assert one.from_first(lambda a: a + 1, 1) == one.local_first(lambda: 2) == 2
+    assert one.broadcast_from_rank0(lambda a: a + 1, 1) == one.local_rank0_first(lambda: 2) == 2
     net = torch.nn.BatchNorm2d(2)
     one.average_buffers(net)
     assert torch.equal(net.running_var, torch.ones(2))
