@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise DivideMixError("--num_batches 1 --batch_size 1: a sample of 1 image; a division needs 2 or more")
     if args.check_data:
         found = dataloader_clothing1M.find(args.data_path)
-        check.run_check(found, full=args.check_data == "full", skip=bool(args.skip_bad_images))
+        check.run_check(*found, full=args.check_data == "full", skip=bool(args.skip_bad_images))
         return {}
     runtime = options.start_runtime(args)
     data = dataloader_clothing1M.load(args.data_path)

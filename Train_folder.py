@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.check_data:
         lists, problems, lines = dataloader_folder.find(args.data_path, args.labels)
         depth = {"full": args.check_data == "full", "skip": bool(args.skip_bad_images)}
-        check.run_check((lists, problems), about=lines, **depth)
+        check.run_check(lists, problems, lines, **depth)
         return {}
     data = dataloader_folder.load(args.data_path, args.labels)
     look = dataloader_folder.survey(data.train)
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             preparation = Preparation(tuple(mean), tuple(std), views.crop, views.resize)
             model = description.describe(*shape, data.class_names, preparation)
             lines = [*data.lines, str(look), *describe(args, data, split, tests, mean, std), *chosen]
-            lines += pipeline.said() if args.data_mode == "device" else []  # else not all images have been read yet
+            lines += pipeline.describe_changes() if args.data_mode == "device" else []  # else not all are read yet
             run.start(argv, nets, optimizers, mixtures, mixmatch, data=about, model=model, lines=lines)
 
             for epoch in run.epochs(args.num_epochs):
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                         losses.append(train_epoch(net, peer, optimizers[k], train, division, mixmatch, phase))
 
                 accuracy = test(nets, tests, run.phase)
-                run.say(*pipeline.said())  # of images that are read in each pass
+                run.say(*pipeline.describe_changes())  # of images that are read in each pass
                 run.end_epoch(lr, divisions, losses, accuracy)
 
             best = run.records[run.best_epochs[0]]

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     notes = options.resolve_images(args, PAPER)
     if args.check_data:
         found = dataloader_webvision.find(args.data_path, args.num_class)
-        check.run_check(found, full=args.check_data == "full", skip=bool(args.skip_bad_images))
+        check.run_check(*found, full=args.check_data == "full", skip=bool(args.skip_bad_images))
         return {}
     runtime = options.start_runtime(args)
     data = dataloader_webvision.load(args.data_path, args.num_class)

@@ -24,7 +24,7 @@ from dividemix import engine
 from dividemix.codivide import normalise
 from dividemix.data import stream
 from dividemix.data.images import Views
-from dividemix.data.store import Kept
+from dividemix.data.store import KeptImages
 from dividemix.report import report
 
 EPOCHS = 3  # one of warm-up
@@ -312,7 +312,7 @@ def test_no_more_than_two_samples_are_kept_in_memory(tree, tmp_path, monkeypatch
     was found to be free: the run is killed in its second divided epoch."""
     made, kept, score = weakref.WeakSet(), [], engine.per_sample_loss
 
-    class Noted(Kept):
+    class Noted(KeptImages):
         def __init__(self, *args):
             super().__init__(*args)
             made.add(self)
@@ -323,7 +323,7 @@ def test_no_more_than_two_samples_are_kept_in_memory(tree, tmp_path, monkeypatch
         kept.append(len(made))
         return scores
 
-    monkeypatch.setattr(stream, "Kept", Noted)
+    monkeypatch.setattr(stream, "KeptImages", Noted)
     monkeypatch.setattr(engine, "per_sample_loss", spy)
     Train_clothing1M.main(tiny(tree, tmp_path, "--keep_images", "host", "--num_epochs", "4", "--no_label_scores"))
     assert kept == [1, 2] * 3

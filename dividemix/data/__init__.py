@@ -1,11 +1,11 @@
-"""The images. `lists` says which files and labels there are, `check` what is wrong with them. `device` has the sets
-that live on the device, augmentation included; larger images come through `stream`, whose `workers` read files by
-`images` and keep them by `store`."""
+"""The images. `lists` reads which files and labels there are, `check` finds what is wrong with the files. `device` has
+the sets that live on the device, and their augmentation. Larger images come through `stream`: its `workers` read files
+with `images`, and `store` keeps them."""
 
 from dividemix.data import check
 from dividemix.data.check import usable
 from dividemix.data.device import PAD, Batches, DeviceImages, plan_mixmatch
-from dividemix.data.images import READING, BadImage, Views, opened, said, shown
+from dividemix.data.images import READING, BadImage, Views, describe_changes, opened, shown
 from dividemix.data.lists import (
     IMAGE_SUFFIXES,
     Boundary,
@@ -40,6 +40,7 @@ __all__ = [
     "absolute",
     "bad_line",
     "check",
+    "describe_changes",
     "images_below",
     "images_of_classes",
     "is_image",
@@ -49,7 +50,6 @@ __all__ = [
     "plan_mixmatch",
     "read_lines",
     "read_table",
-    "said",
     "shown",
     "some",
     "usable",

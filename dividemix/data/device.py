@@ -1,7 +1,8 @@
-"""Small image sets that live on the device (the CIFAR family): all of a phase's draws first, then batches of indices.
+"""Small image sets that live on the device (the CIFAR family). A phase makes all its draws first, then batches of
+indices.
 
-Images rest as uint8, already zero-padded; a crop is one gather by computed indices, for a whole batch at once, without
-a Python loop or a host synchronisation. Channels last in memory, so views are channels_last tensors at no cost.
+Images are kept as uint8, already padded with zeros. The crops of a batch are one gather by computed indices, without a
+Python loop or a host synchronisation. The memory order is channels last, so views are channels_last tensors for free.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,7 @@ Batch = tuple[Tensor, ...]
 
 @dataclass
 class Batches:
-    """The batches of one phase with their sizes: one tuple of row counts per batch."""
+    """The batches of one phase. sizes: a tuple of row counts per batch."""
 
     sizes: list[tuple[int, ...]]
     batches: Iterable[Batch]
@@ -35,10 +36,10 @@ class Batches:
 
 
 class DeviceImages:
-    """N images with labels (the given ones, for training), uint8 on the runtime's device.
+    """N images with labels (the given labels, for training), uint8 on the runtime's device.
 
-    images uint8 (N, H, W, 3), labels int64 (N,), mean and std of pixel values in [0, 1] (3,), flip: whether views are
-    flipped; truly_clean bool (N,), where it is known, says which labels are right.
+    images uint8 (N, H, W, 3); labels int64 (N,); mean and std (3,) of pixel values in [0, 1]; flip: whether half of the
+    training views are mirrored; truly_clean bool (N,): which labels are right, where it is known.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class DeviceImages:
         return len(self.labels)
 
     def warmup_batches(self, batch_size: int, rng: np.random.Generator) -> Batches:
-        """One pass over all samples in a new order: (index, crops) a batch, the partial last one kept."""
+        """One pass over all samples in a new order, with the partial last batch: (index, crops) a batch."""
         index = plan_warmup(len(self), batch_size, rng)
         return self._batches([index], [draw_crops(rng, len(rows), self.flip) for rows in index])
 
@@ -78,53 +79,52 @@ class DeviceImages:
         return self._batches([labeled, unlabeled], crops, w)
 
     def mixmatch_views(self, labeled: Tensor, unlabeled: Tensor, crops: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        """x1, x2, labels, w, u1, u2: two independent views of each image, gathered in one go."""
+        """x1, x2, labels, w, u1, u2: two independent views of each image, all by one gather."""
         views = self._views(torch.cat([labeled, labeled, unlabeled, unlabeled]), crops)
         x1, x2, u1, u2 = views.split([len(labeled)] * 2 + [len(unlabeled)] * 2)
         return x1, x2, self.labels[labeled], w, u1, u2
 
     def eval_batches(self, batch_size: int) -> Batches:
-        """(x, labels) of all images in order, without augmentation, made as they are asked for."""
+        """(x, labels) of all images in order, without augmentation, each batch made when it is needed."""
         images, labels = centre(self.padded).split(batch_size), self.labels.split(batch_size)
         batches = ((to_float(x, self.mean, self.std), y) for x, y in zip(images, labels, strict=True))
         return Batches([(len(y),) for y in labels], batches)
 
     def originals(self, rows: NDArray) -> Iterator[NDArray[np.uint8]]:
-        """The images `rows` (M,) as they came, (H, W, 3) each."""
+        """The images `rows` (M,) without padding, uint8 (H, W, 3) each."""
         return iter(centre(self.padded)[torch.from_numpy(rows).to(self.runtime.device)].cpu().numpy())
 
     def _views(self, index: Tensor, crops: Tensor) -> Tensor:
         return to_float(crop_flip(self.padded, index, crops), self.mean, self.std)
 
     def _batches(self, indices: list[list[NDArray]], *columns: list[NDArray]) -> Batches:
-        """Columns of an array a batch, first those of indices, whose rows are counted."""
+        """Batches from columns, lists of one array a batch: `indices`, whose rows are counted, then the others."""
         sizes = [tuple(map(len, batch)) for batch in zip(*indices, strict=True)]
         moved = [to_device(column, self.runtime.device) for column in (*indices, *columns)]
         return Batches(sizes, list(zip(*moved, strict=True)))
 
 
 def to_device(arrays: list[NDArray], device: torch.device) -> tuple[Tensor, ...]:
-    """An array per batch -> a tensor per batch on the device, by one transfer."""
-    whole = torch.from_numpy(np.concatenate(arrays)) if arrays else torch.empty(0)
-    return whole.to(device).split([len(array) for array in arrays])
+    """One array per batch -> one tensor per batch on the device, by one transfer."""
+    joined = torch.from_numpy(np.concatenate(arrays)) if arrays else torch.empty(0)
+    return joined.to(device).split([len(array) for array in arrays])
 
 
 # ---- Views of small images on their device ----
 
 
 def pad_images(images: Tensor) -> Tensor:
-    """uint8 (N, H, W, 3) -> (N, H + 2 * PAD, W + 2 * PAD, 3), black around."""
+    """uint8 (N, H, W, 3) -> (N, H + 2 * PAD, W + 2 * PAD, 3), with a black border."""
     return torch.nn.functional.pad(images, (0, 0, PAD, PAD, PAD, PAD))
 
 
 def draw_crops(rng: np.random.Generator, n: int, flip: bool) -> NDArray[np.uint8]:
-    """(n, 3) independent draws: top and left offset, uniform in 0..2 * PAD, and flip, 0 or 1 (always 0 without
-    `flip`)."""
+    """(n, 3) independent draws: top and left offset, uniform in 0..2 * PAD, and flip, 0 or 1 (without `flip` 0)."""
     return rng.integers(0, [2 * PAD + 1, 2 * PAD + 1, 2 if flip else 1], size=(n, 3), dtype=np.uint8)
 
 
 def crop_flip(padded: Tensor, index: Tensor, crops: Tensor) -> Tensor:
-    """Cut view b from image index[b]: padded uint8 (N, H', W', 3), index (B,), crops (B, 3) -> uint8 (B, H, W, 3)."""
+    """Cuts view b from image index[b]: padded uint8 (N, H', W', 3), index (B,), crops (B, 3) -> uint8 (B, H, W, 3)."""
     height, width = padded.shape[1] - 2 * PAD, padded.shape[2] - 2 * PAD
     top, left, flip = crops.long().unsqueeze(2).unbind(1)  # (B, 1) each
     rows = top + torch.arange(height, device=padded.device)  # (B, H)
@@ -134,23 +134,23 @@ def crop_flip(padded: Tensor, index: Tensor, crops: Tensor) -> Tensor:
 
 
 def centre(padded: Tensor) -> Tensor:
-    """The images without their padding, a view: (N, H', W', 3) -> (N, H, W, 3)."""
+    """The images without their padding, not copied: (N, H', W', 3) -> (N, H, W, 3)."""
     return padded[:, PAD:-PAD, PAD:-PAD]
 
 
 def to_float(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), (pixel / 255 - mean) / std with mean, std (3,)."""
-    # In place, and over rows of W * 3 numbers instead of 3: on a CPU a third of the time, and the same bits.
+    # In place, and over rows of W * 3 numbers instead of 3: a third of the time on a CPU, with the same bits.
     rows, width = images.flatten(2).to(torch.float32), images.shape[2]
     rows.div_(255).sub_(mean.repeat(width)).div_(std.repeat(width))
     return rows.unflatten(2, (width, 3)).permute(0, 3, 1, 2)
 
 
-# ---- Which samples make up the batches, of all ranks together ----
+# ---- Which samples are in which batch, of all ranks together ----
 
 
 def plan_warmup(n: int, batch_size: int, rng: np.random.Generator, ranks: Ranks = ALONE) -> list[NDArray]:
-    """One pass over n samples in a new order, the partial last batch kept and filled up for the ranks."""
+    """One pass over n samples in a new order, with the partial last batch, padded for the ranks."""
     return [ranks.pad_to_world(rows) for rows in split(rng.permutation(n), batch_size)]
 
 
@@ -159,9 +159,9 @@ def plan_mixmatch(
 ) -> tuple[list[NDArray], list[NDArray]]:
     """One pass over the labeled set: the labeled and the unlabeled index of each batch.
 
-    The unlabeled set is run through alongside and reshuffled when it ends; both keep their partial last batch, so a
-    short unlabeled batch also occurs in mid-epoch. An empty unlabeled set gives empty indices. Partial batches are
-    filled up for the ranks.
+    The unlabeled set runs alongside and is reshuffled when it ends. Both keep their partial last batch, so a short
+    unlabeled batch also occurs in mid-epoch. An empty unlabeled set gives empty indices. Batches are padded for the
+    ranks.
     """
     labeled = split(rng.permutation(np.flatnonzero(division.labeled)), batch_size)
     unlabeled_set = np.flatnonzero(~division.labeled)
@@ -172,5 +172,5 @@ def plan_mixmatch(
 
 
 def split(index: NDArray, batch_size: int) -> list[NDArray]:
-    """Consecutive batches of an index (N,), the last one partial; none of an empty index."""
+    """Consecutive batches of an index (N,), the last one partial; no batches of an empty index."""
     return [index[start : start + batch_size] for start in range(0, len(index), batch_size)]

@@ -1,7 +1,7 @@
-"""Lists of images with labels: files with a line `path label` or `path` each, CSV tables, and folders of classes.
+"""Lists of images with labels: files of lines `path label` or `path`, CSV tables, and folders of classes.
 
-Reading a list looks at its text alone. Whether the files exist, and whether symbolic links lead out of the data folder
-(`Boundary`), is for those who touch the files: `check`, and whatever opens the images.
+Only the text of a list is read here. Whoever opens the image files finds out whether they exist and whether symbolic
+links lead out of the data folder (`Boundary`).
 """
 
 import codecs
@@ -21,24 +21,23 @@ from numpy.typing import NDArray
 from dividemix import DivideMixError, warn
 from dividemix.files import read_file
 
-_LONGEST = 4096  # bytes of a path, as in Linux; one that is longer would make the array of all paths huge
-# In class folders
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+_LONGEST = 4096  # bytes of a path, as in Linux; a longer one would make the array of all paths huge
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")  # in folders
 
 
 @dataclass(eq=False)
 class ImageList:
-    """N images below `root`, each with a label; arrays without a Python object per image, which forked worker processes
-    share."""
+    """N images below `root` with their labels, in arrays without a Python object per image, so that forked worker
+    processes share them."""
 
     source: str  # the list file, or the folder that holds the classes
-    root: str  # the data folder: nothing outside it is read
+    root: str  # the data folder; nothing outside it is read
     folder: str  # where the paths start, below root; '' is root itself
     paths: NDArray[np.bytes_]  # (N,), in UTF-8
     labels: NDArray[np.int64]  # (N,)
     num_class: int
     numbers: NDArray[np.int64] | None = None  # (N,), the line of each image in source; None where source is a folder
-    as_shown: bool = False  # read as a viewer shows them (`images.shown`); else with the published pixels
+    as_shown: bool = False  # whether to read them as a viewer shows them (`images.shown`), not the published pixels
 
     def __post_init__(self) -> None:
         self.source, self.root = str(self.source), str(self.root)
@@ -60,20 +59,20 @@ class ImageList:
         return np.char.add(f"{self.folder}/".encode(), self.paths) if self.folder else self.paths
 
     def where(self, i: int) -> str:
-        """Where image i is named, for messages."""
+        """The list, and the line in it, that names image i; for messages."""
         return self.source if self.numbers is None else f"{self.source}, line {self.numbers[i]}"
 
-    def problem(self, i: int, what: str) -> str:
-        """On one line what is wrong with image i, with its file and where it is named."""
+    def problem(self, i: int, text: str) -> str:
+        """The file of image i, the text of what is wrong with it, and where it is named, on one line."""
         path = self.path(i)
-        return f"{path if path.isprintable() else repr(path)}: {what} ({self.where(i)})"
+        return f"{path if path.isprintable() else repr(path)}: {text} ({self.where(i)})"
 
     def class_counts(self) -> NDArray[np.int64]:
         """How many images have each label, (num_class,)."""
         return np.bincount(self.labels, minlength=self.num_class)
 
     def digest(self) -> str:
-        """A hash of the paths and labels; the same wherever the data folder is."""
+        """A hash of the paths and labels, whatever the data folder's place."""
         hashes = [hashlib.sha256(array.tobytes()).digest() for array in (self.paths, self.labels)]
         return hashlib.sha256(b"".join(hashes)).hexdigest()
 
@@ -91,17 +90,17 @@ class Lines(NamedTuple):
     """The n images that a list file or a table names."""
 
     paths: list[bytes]
-    labels: list  # of a list file int, all 0 where its lines are paths alone; of a table str
-    numbers: list[int] | None  # of their lines, counted from 1
+    labels: list  # int from a list file, 0 where its lines are only paths; str from a table
+    numbers: list[int] | None  # line numbers, counted from 1
 
 
 def read_lines(path: Path, num_class: int | None = None, drop: bytes = b"") -> Lines:
-    """Reads lines `path label`, or without `num_class` lines `path`; a leading `drop` is taken off each path. An image
-    that is named again is taken once, with its last label, and this is warned of.
+    """Reads lines `path label`, or without `num_class` lines `path`, and removes a leading `drop` from each path. An
+    image that is named again is taken once, with its last label, and a warning.
 
     A path may contain spaces. Raises DivideMixError with the file and the line number: not UTF-8; a missing label or
     one that is no whole number from 0 to num_class - 1; a path that is absolute, has a part `..`, or names a folder.
-    Blank lines, Windows line ends and a byte-order mark are no errors. A list without any path is.
+    Blank lines, Windows line ends and a byte-order mark are allowed; a list without any path is not.
     """
     label_of = {str(c).encode(): c for c in range(num_class or 0)}
     labels: dict[bytes, int] = {}
@@ -128,14 +127,14 @@ def read_lines(path: Path, num_class: int | None = None, drop: bytes = b"") -> L
 
 
 def read_table(path: Path) -> Lines:
-    """Reads a CSV file whose first line names its columns, `path` and `label` among them; others are passed over.
-    Raises DivideMixError with the file and the line number for what `read_lines` refuses of paths and text, for an
-    image that is named again, columns that are not there, and rows that are none or lack a path or a label."""
+    """Reads a CSV file whose first line names the columns `path` and `label`; other columns are ignored. Raises
+    DivideMixError with the file and the line number for the paths and texts that `read_lines` refuses, an image that
+    is named again, missing columns, and rows that cannot be read or lack a path or a label."""
     rows = csv.reader(io.StringIO(_read_text(path).decode(), newline=""), strict=True)
     columns: dict[str, int] = {}
     labels: dict[bytes, str] = {}
     numbers: dict[bytes, int] = {}
-    number = 1  # of the line that the row begins in
+    number = 1  # of the line in which the row begins
     try:
         for row in rows:
             if columns and any(map(str.strip, row)):
@@ -153,8 +152,8 @@ def read_table(path: Path) -> Lines:
                 columns = {name.strip().lower(): k for k, name in reversed([*enumerate(row)])}
                 if "path" not in columns or "label" not in columns:
                     problem = f"columns {','.join(row)!r:.100}, expected `path,label`, with commas"
-                    how = "name the columns so, or add such a line before the first"
-                    raise DivideMixError(f"{path}, line {number}: {problem}: {how}")
+                    advice = "name the columns so, or add such a line before the first"
+                    raise DivideMixError(f"{path}, line {number}: {problem}: {advice}")
             number = rows.line_num + 1
     except csv.Error as error:
         raise bad_line(path, number, f"not a row of a CSV file ({error})") from error
@@ -164,14 +163,14 @@ def read_table(path: Path) -> Lines:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a text file that are not blank, with their numbers, counted from 1."""
+    """The lines of a text file, without blank ones, with their numbers, counted from 1."""
     for number, line in enumerate(io.BytesIO(_read_text(path)), start=1):
         if stripped := line.strip():
             yield number, stripped
 
 
 def _read_text(path: Path) -> bytes:
-    """Raises DivideMixError for what is no text in UTF-8."""
+    """Raises DivideMixError for a file that is missing, cannot be read, or is no UTF-8 text."""
     try:
         content = read_file(path).removeprefix(codecs.BOM_UTF8)
         content.decode()
@@ -187,8 +186,8 @@ def _read_text(path: Path) -> bytes:
 
 
 def _inside(path: Path, number: int, name: bytes) -> bytes:
-    """The shortest form of an image's path: `a/./b` and `a//b` are `a/b`. Raises DivideMixError for one that leads out
-    of the data folder, or to a folder."""
+    """The shortest form of an image's path: `a/./b` and `a//b` become `a/b`. Raises DivideMixError for a path out of
+    the data folder or to a folder."""
     shortest = posixpath.normpath(name)
     if name.startswith(b"/"):
         problem = "is an absolute path, expected one below the data folder"
@@ -211,8 +210,8 @@ def bad_line(path: Path, number: int, problem: str) -> DivideMixError:
 
 
 def list_folders(root: Path, folder: str, names: Sequence[str]) -> ImageList:
-    """The images below root/folder/<name>/, labelled by the position of <name> in `names`. Raises DivideMixError that
-    names the class folders that are missing or hold no image, and as `images_below`."""
+    """The images below root/folder/<name>/, each labelled by the position of <name> in `names`. Raises DivideMixError
+    that names the class folders that are missing or hold no image, and as `images_below`."""
     base = root / folder
     if absent := [name for name in names if not os.path.isdir(base / name)]:  # Path.is_dir: OSError for a long name
         raise DivideMixError(f"{base}: class folders missing: {some(absent)}")
@@ -223,38 +222,38 @@ def list_folders(root: Path, folder: str, names: Sequence[str]) -> ImageList:
 
 
 def images_of_classes(base: Path, names: Sequence[str]) -> tuple[list[bytes], list[int], int]:
-    """The images below class folders: their paths below `base`, the positions of their classes in `names`, and how many
-    other files there are."""
-    paths, labels, others = [], [], 0
+    """The images below class folders: their paths below `base`, the positions of their classes in `names`, and the
+    number of other files."""
+    paths, labels, num_others = [], [], 0
     for c, name in enumerate(names):
-        images, passed_over = images_below(base / name)
+        images, others = images_below(base / name)
         paths += [name.encode() + b"/" + path for path in images]
         labels += [c] * len(images)
-        others += passed_over
-    return paths, labels, others
+        num_others += others
+    return paths, labels, num_others
 
 
 def images_below(base: Path) -> tuple[list[bytes], int]:
-    """The images in a folder and in all folders in it: (paths below it in the order of their names, how many other
-    files there are). Hidden ones do not count. Links to folders are followed, so that those that lead out are refused
-    by `Boundary` and not passed over; each folder is taken once, however many links lead to it. Raises DivideMixError
-    for a folder that cannot be read and for an image whose name is not UTF-8."""
+    """The images in a folder and all its subfolders: (paths below it, sorted; the number of other files). Hidden files
+    do not count. Links to folders are followed, so that `Boundary` refuses those that lead out and nothing is silently
+    skipped; each folder is taken once, however many links lead to it. Raises DivideMixError for a folder that cannot be
+    read and for an image whose name is not UTF-8."""
 
     def refuse(error: OSError) -> None:
         raise DivideMixError(f"cannot read {error.filename}: {error.strerror or error}") from error
 
-    images, others, seen = [], 0, set()
+    images, others, visited = [], 0, set()
     for folder, folders, files in os.walk(base, followlinks=True, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        place = os.path.realpath(folder)
-        if place in seen:
+        real_path = os.path.realpath(folder)
+        if real_path in visited:
             folders.clear()
             continue
-        seen.add(place)
+        visited.add(real_path)
         start = "" if folder == str(base) else os.path.relpath(folder, base) + "/"
-        shown = [name for name in files if not name.startswith(".")]
-        names = [start + name for name in shown if is_image(name)]
-        others += len(shown) - len(names)
+        visible = [name for name in files if not name.startswith(".")]
+        names = [start + name for name in visible if is_image(name)]
+        others += len(visible) - len(names)
         try:
             images += [name.encode() for name in names]
         except UnicodeEncodeError as error:
@@ -268,14 +267,14 @@ def is_image(name: str) -> bool:
 
 
 def absolute(path: str | Path) -> Path:
-    """As given on the command line: a leading `~` is the home folder."""
+    """Of a path on the command line; a leading `~` is the home folder."""
     return Path(os.path.abspath(os.path.expanduser(path)))
 
 
 def some(names: Sequence[str]) -> str:
-    """The first ten of them, for messages."""
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(name if name.isprintable() else repr(name) for name in names[:10]) + more
+    """The first ten names and the number of the others, for messages."""
+    end = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(name if name.isprintable() else repr(name) for name in names[:10]) + end
 
 
 # ---- Symbolic links ----
@@ -284,9 +283,8 @@ def some(names: Sequence[str]) -> str:
 class Boundary:
     """Tells whether files are inside the data folder once symbolic links are followed.
 
-    The data folder may be a link, and so may the folders directly in it: whoever put it together said by this where the
-    parts are, on other disks perhaps. Each folder on the way is resolved once, so a file costs a single look at its own
-    entry.
+    The data folder may be a link, and so may the folders directly in it: its owner may keep these on other disks. Each
+    folder is resolved once, so a file costs one query.
     """
 
     def __init__(self, root: str | Path):
@@ -294,13 +292,13 @@ class Boundary:
         self._inside: dict[str, bool] = {}
 
     def holds(self, path: str) -> bool:
-        """Whether a path below the data folder, as `ImageList.path` gives it, is so in the end."""
+        """Whether a path below the data folder, as `ImageList.path` gives it, still is when links are followed."""
         folder = os.path.dirname(path)
         if folder not in self._inside:
             self._inside[folder] = self._below(folder)
         return self._inside[folder] and (not os.path.islink(path) or self._below(path))
 
     def _below(self, path: str) -> bool:
-        part = os.path.join(self.root, os.path.relpath(path, self.root).split(os.sep)[0])
-        base = os.path.realpath(part if os.path.isdir(part) and os.path.islink(part) else self.root)
+        top = os.path.join(self.root, os.path.relpath(path, self.root).split(os.sep)[0])
+        base = os.path.realpath(top if os.path.isdir(top) and os.path.islink(top) else self.root)
         return os.path.commonpath([base, os.path.realpath(path)]) == base

@@ -1,5 +1,5 @@
-"""Resized images that are kept, so that they are decoded once: in memory for an epoch (`Kept`), or for all runs in one
-flat file that all processes map into memory (`Cache`): images have one short side, but vary in the other."""
+"""Keeps resized images, so that they are decoded once: in memory for an epoch (`KeptImages`), or for all runs in one
+flat file that all processes map into memory (`Cache`). Images have the same short side, but vary in the long one."""
 
 import contextlib
 import hashlib
@@ -22,13 +22,13 @@ from dividemix.data.images import Views
 from dividemix.data.lists import ImageList
 from dividemix.files import lock_file
 
-_FORMAT = 2  # of the cache: another number, another file
+_FORMAT = 2  # of the cache; another number makes another file
 
 
-class Part(NamedTuple):
-    """A task's result. pixels uint8: views (V, n, S, S, 3), or whole images, one after the other in one dimension. Of
-    the images `index` (n,) of the list `name`: their resized `sizes` int32 (n, 2), height and width, and the `changes`
-    uint8 (n,) of `images.Shown`."""
+class TaskResult(NamedTuple):
+    """What a worker gives for a task: the images `index` (n,) of the list `name`. pixels uint8: their views
+    (V, n, S, S, 3), or the uncut resized images, flattened one after the other; sizes int32 (n, 2): their resized
+    height and width; changes uint8 (n,): of `images.Shown`."""
 
     name: str
     index: NDArray[np.int64]
@@ -38,37 +38,37 @@ class Part(NamedTuple):
 
 
 def estimate(n: int, resize: int) -> int:
-    """Bytes of n resized images; photos are on average 1.4 times as long as wide."""
+    """Bytes of n resized images; a photo's long side is on average 1.4 times its short side."""
     return int(n * resize * resize * 1.4 * 3)
 
 
 # ---- In memory ----
 
 
-class Kept:
-    """Resized images (H, W, 3) in the memory of `device`, in the order in which they come: arrays on the host, which
-    take less room than tensors, else tensors."""
+class KeptImages:
+    """Resized images (H, W, 3) in the memory of `device`, in the order in which they are added: on the host arrays,
+    which take less memory than tensors, else tensors."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.images: list[NDArray[np.uint8] | Tensor] = []
 
-    def add(self, part: Part) -> None:
-        """The next images, whole ones."""
-        # A copy in any case: what comes from a worker is in shared memory, of which there is little.
-        pixels = part.pixels.to(self.device, non_blocking=True, copy=True)
-        for image, size in zip(pixels.split((part.sizes.prod(axis=1) * 3).tolist()), part.sizes.tolist(), strict=True):
+    def add(self, result: TaskResult) -> None:
+        """Adds the uncut images of a result."""
+        # Always a copy: a worker's result is in shared memory, of which there is little.
+        pixels, sizes = result.pixels.to(self.device, non_blocking=True, copy=True), result.sizes
+        for image, size in zip(pixels.split((sizes.prod(axis=1) * 3).tolist()), sizes.tolist(), strict=True):
             image = image.view(*size, 3)
             self.images.append(image.numpy() if self.device.type == "cpu" else image)
 
     def batch(self, views: Views, rows: NDArray, seeds: NDArray | None) -> Tensor:
-        """As `images.Views.batch`, of the images `rows` (n,)."""
+        """`images.Views.batch` of the images `rows` (n,)."""
         return views.batch([self.images[i] for i in rows.tolist()], seeds)
 
 
 def host_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process can still take: of the machine's and of what its control groups (v2; containers and
-    batch systems set them) allow it, the least. 0 where the system does not tell."""
+    """Bytes that this process can still take: the least of what the machine has free and what its control groups (v2,
+    set by containers and batch systems) allow. 0 where the system does not tell."""
 
     def fields(file: Path) -> dict[str, str]:
         return dict(line.split()[:2] for line in file.read_text().splitlines())
@@ -81,9 +81,9 @@ def host_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup"
         lines = (proc / "self/cgroup").read_text().splitlines()
         group = groups / next(line.removeprefix("0::/") for line in lines if line.startswith("0::/"))
         for folder in (group, *group.parents):
-            with contextlib.suppress(OSError, ValueError):  # no limit here: no such file, or 'max'
+            with contextlib.suppress(OSError, ValueError):  # without a limit: no such file, or 'max'
                 limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
-                files = int(fields(folder / "memory.stat")["inactive_file"])  # whose pages are given up when needed
+                files = int(fields(folder / "memory.stat")["inactive_file"])  # the system frees these pages when needed
                 least = min(least, limit - used + files)
     return max(least, 0)
 
@@ -92,9 +92,8 @@ def host_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup"
 
 
 class Cache:
-    """Resized images of a whole list, mapped into memory: `<path>.images`; and in `<path>.npy` int32 (n, 3) their
-    sizes, height and width, and the `changes` of `images.Shown`. Raises DivideMixError for what is no whole cache of n
-    images."""
+    """Resized images of a whole list: `<path>.images`, mapped into memory, and `<path>.npy`, int32 (n, 3) with height,
+    width and the `changes` of `images.Shown`. Raises DivideMixError unless it is a whole cache of n images."""
 
     def __init__(self, path: str, n: int):
         try:
@@ -108,14 +107,13 @@ class Cache:
             raise DivideMixError(f"the cache of resized images cannot be read: {path}.*: {error}") from error
 
     def image(self, i: int) -> NDArray[np.uint8]:
-        """(H, W, 3), a view."""
+        """(H, W, 3), not copied."""
         return self.pixels[self.ends[i] : self.ends[i + 1]].reshape(*self.sizes[i], 3)
 
 
 def cache_path(folder: Path, name: str, images: ImageList, resize: int) -> str:
-    """Where the cache of a list belongs. The name follows from all that its pixels depend on: the paths, sizes and
-    times of the files, how they are read, the short side, and Pillow, whose decoder may change. Labels are no part
-    of it."""
+    """The path of a list's cache. The name depends on all that the pixels depend on: the paths, sizes and times of the
+    files, how they are read, the short side, and Pillow's version. It does not depend on labels."""
 
     def state(i: int) -> tuple[int, int]:
         try:
@@ -124,7 +122,7 @@ def cache_path(folder: Path, name: str, images: ImageList, resize: int) -> str:
             return -1, -1
         return status.st_size, status.st_mtime_ns
 
-    with ThreadPool(16) as pool:  # over a network most of the time is waiting
+    with ThreadPool(16) as pool:  # most of the time is waiting for the disk
         states = np.array(pool.map(state, range(len(images))), np.int64)
     key = hashlib.sha256(f"{_FORMAT} {images.as_shown} {resize} {PIL.__version__} {images.folder}\n".encode())
     for data in (images.paths.tobytes(), states):
@@ -139,12 +137,12 @@ def is_whole(path: str, n: int) -> bool:
         return True
     except DivideMixError as error:
         if os.path.exists(f"{path}.npy"):  # written last
-            warn(f"{error}: it is built anew")
+            warn(f"{error}: it is built again")
         return False
 
 
 def check_space(folder: Path, need: int) -> None:
-    """Make the cache's folder. Raises DivideMixError where `need` bytes more do not fit in."""
+    """Makes the cache's folder. Raises DivideMixError where it has no room for `need` bytes."""
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
@@ -155,16 +153,16 @@ def check_space(folder: Path, need: int) -> None:
         )
 
 
-def write_cache(path: str, parts: Iterable[Part]) -> None:
-    """Whole images, in the order of the list. There under its name when it is whole, and not at all if that fails.
-    Raises DivideMixError where the disk refuses."""
+def write_cache(path: str, results: Iterable[TaskResult]) -> None:
+    """Writes uncut images, in the order of the list. The cache gets its name when it is whole; a failure leaves nothing
+    behind. Raises DivideMixError where the disk refuses."""
     index, temporary = [], f"{path}.tmp"
     with _writing(path):
         try:
             with open(temporary, "wb") as file:
-                for part in parts:
-                    file.write(part.pixels.numpy())
-                    index.append(np.column_stack([part.sizes, part.changes.astype(np.int32)]))
+                for result in results:
+                    file.write(result.pixels.numpy())
+                    index.append(np.column_stack([result.sizes, result.changes.astype(np.int32)]))
             os.replace(temporary, f"{path}.images")
             with open(temporary, "wb") as file:
                 np.save(file, np.concatenate(index))
@@ -183,7 +181,7 @@ def _writing(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(path: str) -> Iterator[None]:
-    """Only one process at a time is in the block: several runs are often started together, with one cache."""
+    """Lets one process at a time into the block: several runs with one cache are often started together."""
     with _writing(path):
         try:
             lock = lock_file(f"{path}.lock")

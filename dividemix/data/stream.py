@@ -1,7 +1,7 @@
-"""Image sets that are too large for the device: read by worker processes, or kept in memory, or cached on disk.
+"""Image sets that are too large for the device: read by worker processes, kept in memory, or cached on disk.
 
-Each image of a batch is decoded and resized once, for both of its views. Every view has a seed of its own, drawn from
-the phase's generator before the first batch, so pixels do not depend on the number of workers, nor on what is kept.
+Each image of a batch is decoded and resized once, for both of its views. Every view has its own seed, drawn from the
+phase's generator before the first batch. So the pixels depend neither on the number of workers nor on what is kept.
 """
 
 from collections import deque
@@ -19,29 +19,29 @@ from dividemix import DivideMixError, warn
 from dividemix.codivide import Division
 from dividemix.data import store
 from dividemix.data.device import Batch, Batches, plan_mixmatch, plan_warmup, split, to_device, to_float
-from dividemix.data.images import Views, said
+from dividemix.data.images import Views, describe_changes
 from dividemix.data.lists import ImageList
-from dividemix.data.store import Kept, Part
-from dividemix.data.workers import PART, Reader, Task, Workers, explained
+from dividemix.data.store import KeptImages, TaskResult
+from dividemix.data.workers import TASK_SIZE, Reader, Task, Workers, explain_worker_death
 from dividemix.runtime import Runtime
 
-_ALIVE = 2  # data sets kept at the same time: one of each network
-_SHARE = 0.6  # of the memory that is there, for them
-_READ = 128  # beside the changes of `images.Shown`, for an image that has been read
-_AHEAD, _THREADS = 4, 3  # batches cut from memory before they are asked for, and by how many threads
+_KEPT_SETS = 2  # data sets that are kept at the same time: one for each network
+_MEMORY_SHARE = 0.6  # of the free memory, for them
+_READ = 128  # added to the changes of `images.Shown` for an image that has been read
+_AHEAD, _THREADS = 4, 3  # batches that are cut from memory in advance, and by how many threads
 
 Job = tuple[NDArray[np.int64], NDArray[np.int64] | None]  # rows (n,) of a batch, and seeds (n, V) of their views
 
 
 class Pipeline:
-    """Lists of images and the workers that read them, for a whole run. Use it in `with`: a worker's death can reach the
-    main process anywhere, and leaving the block explains it.
+    """Lists of images and the workers that read them, for a whole run. Use it in `with`: torch can report a worker's
+    death anywhere in the main process, and leaving the block explains it.
 
-    lists: name -> images; mean and std of pixel values in [0, 1] (3,). workers: processes, 0 for none. cache_dir: the
-    folder for `build_cache`. keep: where data sets with keep=True have their images: in the memory of the 'host' or of
-    the 'device' (for views of the kind 'crop'), or 'no'where; 'auto' takes the host where two such sets fit in 60 % of
-    what is free, else a card where they do, else nowhere, with a warning. With several ranks nothing is kept: each of
-    them would need all of it.
+    lists: name -> images. mean and std (3,) of pixel values in [0, 1]. workers: processes, 0 for none. cache_dir: the
+    folder for `build_cache`. keep: where data sets with keep=True keep their images: in the memory of the 'host' or of
+    the 'device' (for views of the kind 'crop'), or 'no': nowhere. 'auto': on the host if two such sets fit in 60 % of
+    its free memory, else on a card if they fit there, else nowhere, with a warning. Several ranks keep nothing: each
+    of them would need all images.
     """
 
     def __init__(
@@ -62,44 +62,44 @@ class Pipeline:
             warn(f"--keep_images {keep}: with several ranks no images are kept, each pass decodes them")
         self.on_card = self.device.type == "cuda"
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
-        self.caches: dict[str, str] = {}  # list -> its cache, once it is there
+        self.caches: dict[str, str] = {}  # list -> its cache, after `build_cache`
         self.workers = Workers(Reader(lists, views), workers, self.on_card)
         self.normalise = Normalise(mean, std, self.device)
-        self._seen = {name: np.zeros(len(images), np.uint8) for name, images in self.lists.items()}
-        self._is_said = False
-        self._kept_for: tuple[int, torch.device | None] = -1, None  # how many images, and where
+        self._changes = {name: np.zeros(len(images), np.uint8) for name, images in self.lists.items()}
+        self._are_changes_described = False
+        self._memory_for: tuple[int, torch.device | None] = -1, None  # how many images, and where they are kept
 
     def __enter__(self) -> "Pipeline":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        with explained():
+        with explain_worker_death():
             self.close()
             if isinstance(error, RuntimeError):
                 raise error
 
     def close(self) -> None:
-        """End the workers."""
+        """Ends the workers."""
         self.workers.close()
 
     def images(self, name: str, index: NDArray | None = None, keep: bool = False) -> "StreamedImages":
-        """The images `index` (M,) of a list, in that order, or all of them. keep: see `StreamedImages`."""
+        """The images `index` (M,) of a list, in that order, or all of them. keep: whether to keep them in memory."""
         index = np.arange(len(self.lists[name])) if index is None else np.asarray(index, np.int64)
-        return StreamedImages(self, name, index, self._place(len(index)) if keep else None)
+        return StreamedImages(self, name, index, self._memory(len(index)) if keep else None)
 
     def pixels(self, name: str, index: NDArray, bar: Callable[[Iterable], Iterable] = iter) -> NDArray[np.uint8]:
-        """(M, S, S, 3): the centres of the images `index` (M,) of a list, for sets that live on the device. Raises
+        """The centres (M, S, S, 3) of the images `index` (M,) of a list, for sets that live on the device. Raises
         DivideMixError for a bad image."""
         tasks = Task(name, self.caches.get(name), np.asarray(index, np.int64)).split()
         pixels = np.empty((len(index), self.views.crop, self.views.crop, 3), np.uint8)
-        for rows, part in zip(bar(split(pixels, PART)), self.read(tasks), strict=True):
-            rows[:] = part.pixels[0].numpy()
+        for rows, result in zip(bar(split(pixels, TASK_SIZE)), self.read(tasks), strict=True):
+            rows[:] = result.pixels[0].numpy()
         return pixels
 
     def build_cache(self, bar: Callable[[Iterable], Iterable] = iter) -> None:
-        """Write the resized images of all lists to `cache_dir`, but for those that are there, and read them from there
-        from now on; `bar` goes around the tasks of each list. One process per machine writes, also where several runs
-        share the folder. Raises DivideMixError for a bad image, and where the disk has not enough room."""
+        """Writes the resized images of all lists to `cache_dir`, unless they are there, and reads them from there from
+        now on. `bar` goes around the tasks of each list. One process per machine writes, also where several runs share
+        the folder. Raises DivideMixError for a bad image, and where the disk has not enough room."""
         self.ranks.local_rank0_first(lambda: self._build_cache(bar))
 
     def _build_cache(self, bar: Callable[[Iterable], Iterable]) -> None:
@@ -110,47 +110,48 @@ class Pipeline:
         for name, n in absent.items():
             with store.locked(paths[name]):
                 if not store.is_whole(paths[name], n):  # else another run has built it meanwhile
-                    tasks = Task(name, None, np.arange(n), whole=True).split()
-                    parts = (part for _, part in zip(bar(tasks), self.read(tasks), strict=True))
-                    store.write_cache(paths[name], parts)
+                    tasks = Task(name, None, np.arange(n), uncut=True).split()
+                    results = (result for _, result in zip(bar(tasks), self.read(tasks), strict=True))
+                    store.write_cache(paths[name], results)
         self.caches = paths
 
-    def read(self, tasks: Iterable[Task]) -> Iterator[Part]:
-        """The parts in the order of the tasks. Raises DivideMixError for a bad image and for a worker that died."""
-        for part in self.workers.run(tasks):
-            self._seen[part.name][part.index] = part.changes | _READ
-            yield part
+    def read(self, tasks: Iterable[Task]) -> Iterator[TaskResult]:
+        """The results in the order of the tasks. Raises DivideMixError for a bad image and for a worker that died."""
+        for result in self.workers.run(tasks):
+            self._changes[result.name][result.index] = result.changes | _READ
+            yield result
 
-    def said(self) -> list[str]:
-        """How many of the images that have been read were turned, put on white, or scaled to eight bits: a line, once,
-        as soon as there are such images. Every rank must come to it: with several, each has read its share."""
-        seen = torch.from_numpy(np.concatenate([*self._seen.values()])).to(self.device)
-        seen = self.ranks.maximum(seen).cpu().numpy()
-        if self._is_said or not seen.any():
+    def describe_changes(self) -> list[str]:
+        """How many of the images read so far were turned, put on white, or scaled to eight bits: one line, the first
+        time that images have been read. All ranks must call it together, since each has read its share."""
+        changes = torch.from_numpy(np.concatenate([*self._changes.values()])).to(self.device)
+        changes = self.ranks.maximum(changes).cpu().numpy()
+        if self._are_changes_described or not changes.any():
             return []
-        self._is_said = True
-        return said(seen[seen > 0])
+        self._are_changes_described = True
+        return describe_changes(changes[changes > 0])
 
-    def _place(self, n: int) -> torch.device | None:
-        """Where n images are kept. Decided once: later the memory that is free depends on what is kept already."""
+    def _memory(self, n: int) -> torch.device | None:
+        """Where n images are kept. Decided once: later the free memory depends on what is kept already."""
         if self.ranks.world > 1 or self.keep == "no":
             return None
         if self.keep != "auto":
             return torch.device("cpu") if self.keep == "host" else self.device
-        if n > self._kept_for[0]:
-            need = _ALIVE * store.estimate(n, self.views.resize)
+        if n > self._memory_for[0]:
+            need = _KEPT_SETS * store.estimate(n, self.views.resize)
             free = store.host_memory()
             room = torch.cuda.mem_get_info(self.device)[0] if self.on_card and self.views.kind == "crop" else 0
-            place = torch.device("cpu") if need <= _SHARE * free else self.device if need <= _SHARE * room else None
-            if place is None:
-                sizes = f"needs {need / 1e9:.1f} GB, {_SHARE:.0%} of the {free / 1e9:.1f} GB of free memory are used"
-                warn(f"images are decoded again in each pass: keeping twice {n} {sizes}")
-            self._kept_for = n, place
-        return self._kept_for[1]
+            fits_host, fits_card = (need <= _MEMORY_SHARE * size for size in (free, room))
+            memory = torch.device("cpu") if fits_host else self.device if fits_card else None
+            if memory is None:
+                sizes = f"{need / 1e9:.1f} GB, more than {_MEMORY_SHARE:.0%} of the {free / 1e9:.1f} GB of free memory"
+                warn(f"images are decoded again in each pass: keeping 2 x {n} images needs {sizes}")
+            self._memory_for = n, memory
+        return self._memory_for[1]
 
 
 class Normalise:
-    """The device's part of all views of a pipeline: one for all its data sets, which a captured step may keep."""
+    """Normalises views on the device. A pipeline has one for all its data sets, which a captured step may keep."""
 
     def __init__(self, mean: tuple, std: tuple, device: torch.device):
         self.mean = torch.tensor(mean, dtype=torch.float32, device=device)
@@ -168,43 +169,43 @@ class Normalise:
 
 
 class StreamedImages:
-    """Images `index` (M,) of a pipeline's list, as `engine.DataSet` asks for them. labels int64 (M,). Batches are uint8
-    images on the device, of this rank's rows; `warmup_views` and `mixmatch_views` only normalise them.
+    """Images `index` (M,) of a pipeline's list, an `engine.DataSet`. labels int64 (M,). Batches are uint8 images on the
+    device, of this rank's rows; `warmup_views` and `mixmatch_views` only normalise them.
 
-    place: the memory where they are kept, or None. Kept images are decoded once, by the first pass, whichever it is;
-    later ones cut their views from memory. They are freed with the data set and its batches.
+    memory: where the images are kept, or None. Kept images are decoded once, by the first pass of any kind; later
+    passes cut their views from memory. They are freed with the data set and its batches.
     """
 
-    def __init__(self, pipeline: Pipeline, name: str, index: NDArray[np.int64], place: torch.device | None):
-        self.pipeline, self.name, self.index, self.place = pipeline, name, index, place
+    def __init__(self, pipeline: Pipeline, name: str, index: NDArray[np.int64], memory: torch.device | None):
+        self.pipeline, self.name, self.index, self.memory = pipeline, name, index, memory
         self.labels = pipeline.lists[name].labels[index]
         self.runtime, self.device, self.ranks = pipeline.runtime, pipeline.device, pipeline.ranks
         self.truly_clean = None
         self.warmup_views = pipeline.normalise.warmup_views
         self.mixmatch_views = pipeline.normalise.mixmatch_views
-        self._kept: Kept | None = None
+        self._kept: KeptImages | None = None
 
     def __len__(self) -> int:
         return len(self.index)
 
     def warmup_batches(self, batch_size: int, rng: np.random.Generator) -> Batches:
-        """One pass over all samples in a new order: (x, labels) a batch, the partial last one kept."""
-        mine = self.ranks.shard_rows
+        """One pass over all samples in a new order, with the partial last batch: (x, labels) a batch."""
+        shard = self.ranks.shard_rows
         rows = plan_warmup(len(self), batch_size, rng, self.ranks)
-        jobs = [(mine(x), mine(rng.integers(0, 2**63 - 1, (len(x), 1)))) for x in rows]
+        jobs = [(shard(x), shard(rng.integers(0, 2**63 - 1, (len(x), 1)))) for x in rows]
         labels = to_device([self.labels[x] for x, _ in jobs], self.device)
         batches = ((views[0], y) for views, y in zip(self._train_views(jobs), labels, strict=True))
         return Batches([(len(x),) for x, _ in jobs], batches)
 
     def mixmatch_batches(self, division: Division, batch_size: int, rng: np.random.Generator) -> Batches:
         """One pass over the labeled set: (x1, x2, labels, w, u1, u2) a batch; see `device.plan_mixmatch`."""
-        mine, jobs = self.ranks.shard_rows, []
+        shard, jobs = self.ranks.shard_rows, []
         labeled, unlabeled = plan_mixmatch(division, batch_size, rng, self.ranks)
         for x, u in zip(labeled, unlabeled, strict=True):
             seeds = rng.integers(0, 2**63 - 1, (len(x) + len(u), 2))
-            seeds = np.concatenate([mine(seeds[: len(x)]), mine(seeds[len(x) :])])
-            jobs.append((np.concatenate([mine(x), mine(u)]), seeds))
-        labeled = [mine(x) for x in labeled]
+            seeds = np.concatenate([shard(seeds[: len(x)]), shard(seeds[len(x) :])])
+            jobs.append((np.concatenate([shard(x), shard(u)]), seeds))
+        labeled = [shard(x) for x in labeled]
         labels = to_device([self.labels[x] for x in labeled], self.device)
         w = to_device([division.clean_probability[x].astype(np.float32) for x in labeled], self.device)
         all_views = self._train_views(jobs)
@@ -225,64 +226,64 @@ class StreamedImages:
         return Batches([(len(x),) for x in rows], zip(views, labels, strict=True))
 
     def originals(self, rows: NDArray) -> Iterator[NDArray[np.uint8]]:
-        """The images `rows` (M,), (H, W, 3) each: resized, from the cache where there is one, else as in their files.
-        Raises DivideMixError for a bad one."""
+        """The images `rows` (M,), (H, W, 3) each: resized if they come from a cache, else as in their files. Raises
+        DivideMixError for a bad image."""
         for i in self.index[rows].tolist():
             image, _ = self.pipeline.workers.reader.original(self.name, self.pipeline.caches.get(self.name), i)
             yield np.asarray(image)
 
-    # -- Pixels of batches, uint8 (V, n, S, S, 3) on the device for each job, from memory or from the workers
+    # -- Pixels of batches: uint8 (V, n, S, S, 3) on the device for each job, from memory or from the workers
 
     def _train_views(self, jobs: list[Job]) -> Iterator[Tensor]:
-        if self.place is not None and self._kept is None:
+        if self.memory is not None and self._kept is None:
             deque(self._first_pass([]), maxlen=0)
         return self._from_workers(jobs) if self._kept is None else self._from_memory(self._kept, jobs)
 
     def _eval_views(self, jobs: list[Job]) -> Iterator[Tensor]:
-        is_first = self.place is not None and self._kept is None
+        is_first = self.memory is not None and self._kept is None
         yield from self._first_pass(jobs) if is_first else self._train_views(jobs)
 
     def _first_pass(self, jobs: list[Job]) -> Iterator[Tensor]:
-        """Reads all images, which are kept once all are there; meanwhile the jobs, of rows in order."""
-        kept, waiting = Kept(self.place), deque(jobs)
-        for part in self.pipeline.read(self._tasks(np.arange(len(self)), whole=True)):
+        """Reads all images, and keeps them once all are read; meanwhile gives the jobs, whose rows are in order."""
+        kept_images, waiting = KeptImages(self.memory), deque(jobs)
+        for result in self.pipeline.read(self._tasks(np.arange(len(self)), uncut=True)):
             try:
-                kept.add(part)
+                kept_images.add(result)
             except torch.OutOfMemoryError as error:
-                short = f"{self.place}: no memory to keep {len(self)} images; keep them elsewhere"
-                raise DivideMixError(short) from error
-            if len(kept.images) == len(self):
-                self._kept = kept
-            while waiting and waiting[0][0][-1] < len(kept.images):
-                yield self._to_device(kept.batch(self.pipeline.views, *waiting.popleft()))
+                advice = "give --keep_images host or no"
+                raise DivideMixError(f"{self.memory}: no memory to keep {len(self)} images; {advice}") from error
+            if len(kept_images.images) == len(self):
+                self._kept = kept_images
+            while waiting and waiting[0][0][-1] < len(kept_images.images):
+                yield self._to_device(kept_images.batch(self.pipeline.views, *waiting.popleft()))
 
     def _from_workers(self, jobs: list[Job]) -> Iterator[Tensor]:
         batches = [self._tasks(*job) for job in jobs]
-        parts = self.pipeline.read(task for tasks in batches for task in tasks)
+        results = self.pipeline.read(task for tasks in batches for task in tasks)
         for tasks in batches:
-            yield torch.cat([self._to_device(next(parts).pixels) for _ in tasks], dim=1)
+            yield torch.cat([self._to_device(next(results).pixels) for _ in tasks], dim=1)
 
-    def _from_memory(self, kept: Kept, jobs: list[Job]) -> Iterator[Tensor]:
-        """From host memory by threads, some jobs ahead of the training."""
-        if self.place.type != "cpu":
-            return (kept.batch(self.pipeline.views, *job) for job in jobs)
+    def _from_memory(self, kept_images: KeptImages, jobs: list[Job]) -> Iterator[Tensor]:
+        """From host memory threads cut the views, some jobs ahead of the training."""
+        if self.memory.type != "cpu":
+            return (kept_images.batch(self.pipeline.views, *job) for job in jobs)
 
         def work(job: Job) -> Tensor:
-            pixels = kept.batch(self.pipeline.views, *job)
+            pixels = kept_images.batch(self.pipeline.views, *job)
             return pixels.pin_memory() if self.pipeline.on_card else pixels
 
         return map(self._to_device, _ahead(work, jobs))
 
-    def _tasks(self, rows: NDArray, seeds: NDArray | None = None, whole: bool = False) -> list[Task]:
-        """The workers hold on to them until their next pass, so they do not refer to the set."""
-        return Task(self.name, self.pipeline.caches.get(self.name), self.index[rows], seeds, whole).split()
+    def _tasks(self, rows: NDArray, seeds: NDArray | None = None, uncut: bool = False) -> list[Task]:
+        """The workers keep the tasks until their next pass, so tasks must not refer to this data set."""
+        return Task(self.name, self.pipeline.caches.get(self.name), self.index[rows], seeds, uncut).split()
 
     def _to_device(self, pixels: Tensor) -> Tensor:
-        return pixels.to(self.device, non_blocking=self.pipeline.on_card)  # pinned there, and there alone
+        return pixels.to(self.device, non_blocking=self.pipeline.on_card)  # only there they are pinned
 
 
 def _ahead(function: Callable[[Any], Tensor], jobs: Iterable[Any]) -> Iterator[Tensor]:
-    """function(job) of each job, in order, by threads some jobs ahead. Abandoned, it ends with the jobs begun."""
+    """function(job) of each job, in order, by threads some jobs ahead. If abandoned, it finishes only begun jobs."""
     with ThreadPoolExecutor(_THREADS) as pool:
         waiting: deque = deque()
         for job in jobs:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dividemix import DivideMixError, warn
-from dividemix.data import IMAGE_SUFFIXES, BadImage, Boundary, images_below, said, shown
+from dividemix.data import IMAGE_SUFFIXES, BadImage, Boundary, describe_changes, images_below, shown
 from dividemix.deploy.ensemble import (
     WEIGHTS,
     Ensemble,
@@ -149,4 +149,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise DivideMixError(f"{args.images}: not one of {len(bad)} images can be read; nothing is written")
     write_atomically(args.out, csv_bytes(table(names, answers, description)))
     left = f", of which {len(bad)} cannot be read and are left empty" if bad else ""
-    print(*said(np.array(changes)), f"{args.out}: {len(answers)} images{left}", sep="\n")
+    print(*describe_changes(np.array(changes)), f"{args.out}: {len(answers)} images{left}", sep="\n")

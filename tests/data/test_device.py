@@ -1,21 +1,27 @@
-"""Batches of the device data set: one pass, the authors' restarts, draws that follow from the generator alone."""
+"""The device data set: views that equal torchvision's, and passes whose draws follow from the generator alone."""
 
 from itertools import chain
 
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.v2.functional as TF
 from helpers.nets import half
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 
-from dividemix.data.device import DeviceImages
+from dividemix.data.device import PAD, DeviceImages, centre, crop_flip, draw_crops, pad_images, to_float
 
 
-def dataset(n, flip=True):
+def random_images(n=8, size=16):
+    return np.random.default_rng(0).integers(1, 256, (n, size, size, 3), dtype=np.uint8)
+
+
+def dataset(n):
     """n images of one grey value each, so that a view's centre pixel tells which image it shows."""
     images = np.broadcast_to(np.arange(1, n + 1, dtype=np.uint8)[:, None, None, None], (n, 16, 16, 3)).copy()
-    return DeviceImages(images, np.arange(n), (0.0,) * 3, (1 / 255,) * 3, flip)
+    return DeviceImages(images, np.arange(n), (0.0,) * 3, (1 / 255,) * 3, flip=True)
 
 
 def shown(views):
@@ -23,8 +29,50 @@ def shown(views):
     return (views[:, 0, 8, 8].round().long() - 1).tolist()
 
 
+# ---- Views ----
+
+
+def test_crop_and_flip_equal_torchvision_for_the_same_draws():
+    """A crop that is shifted, wraps around, has a grey border, or flips before it crops, is not the paper's."""
+    images = torch.from_numpy(random_images())
+    rng = np.random.default_rng(1)
+    index = torch.from_numpy(rng.integers(0, len(images), 64))
+    crops = torch.from_numpy(draw_crops(rng, 64, flip=True))
+    views = crop_flip(pad_images(images), index, crops)
+    for view, i, (top, left, flip) in zip(views, index, crops.tolist(), strict=True):
+        expected = TF.crop(TF.pad(images[i].permute(2, 0, 1), [PAD] * 4), top, left, 16, 16)
+        expected = TF.horizontal_flip(expected) if flip else expected
+        assert torch.equal(view.permute(2, 0, 1), expected)
+    assert torch.equal(centre(pad_images(images)), images)
+
+
+def test_draws_are_uniform_and_independent_per_image():
+    """Offsets that miss an edge, a coin that is not fair, or one draw for a whole batch, weaken the augmentation; and
+    a mirrored 2 is no digit."""
+    crops = draw_crops(np.random.default_rng(0), 20_000, flip=True)
+    for column, values in zip(crops.T, (9, 9, 2), strict=True):
+        counts = np.bincount(column, minlength=values)
+        assert len(counts) == values and chisquare(counts).pvalue > 1e-4
+    assert np.abs(np.corrcoef(crops.T.astype(float)) - np.eye(3)).max() < 0.03
+    assert np.abs(np.corrcoef(crops[:-1, 0], crops[1:, 0])[0, 1]) < 0.03
+    assert (draw_crops(np.random.default_rng(0), 1000, flip=False)[:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7, 3), (0, 5, 7, 3), (3, 1, 1, 3)])
+def test_normalisation_is_the_plain_formula_to_the_bit(shape):
+    """The fast form would move every result; mean and std mixed up still train, only worse."""
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before, (mean, std) = images.clone(), torch.tensor([[0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]])
+    result = to_float(images, mean, std)
+    assert torch.equal(result, ((images.to(torch.float32) / 255 - mean) / std).permute(0, 3, 1, 2))
+    assert result.is_contiguous(memory_format=torch.channels_last) and torch.equal(images, before)
+
+
+# ---- Passes ----
+
+
 @given(st.integers(2, 60), st.integers(1, 60), st.integers(1, 17), st.integers(0, 999))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_a_pass_shows_every_labeled_sample_once(n, labeled, batch_size, seed):
     """A sample left out or shown twice; an unlabeled batch of the wrong size; a weight on another sample."""
     labeled = min(labeled, n)
@@ -33,8 +81,7 @@ def test_a_pass_shows_every_labeled_sample_once(n, labeled, batch_size, seed):
     seen_x, seen_u = [], []
     for batch in data.mixmatch_batches(division, batch_size, np.random.default_rng(seed)):
         x1, x2, labels, w, u1, u2 = data.mixmatch_views(*batch)
-        assert shown(x1) == shown(x2) == labels.tolist()
-        assert shown(u1) == shown(u2)
+        assert shown(x1) == shown(x2) == labels.tolist() and shown(u1) == shown(u2)
         np.testing.assert_allclose(w, division.clean_probability[labels], rtol=1e-6)
         seen_x.append(labels.tolist())
         seen_u.append(shown(u1))
@@ -50,58 +97,42 @@ def test_a_pass_shows_every_labeled_sample_once(n, labeled, batch_size, seed):
         assert sorted(chain.from_iterable(seen_u[:passes])) == list(range(labeled, n))
 
 
-def test_the_unlabeled_set_is_reshuffled_when_it_restarts():
-    """The same order again would pair the same labeled and unlabeled images all epoch long."""
+def test_each_pass_has_a_new_order_and_two_independent_views():
+    """An epoch in file order would train class after class; an unlabeled set that restarts in the same order would
+    meet the same labeled images; one crop for both views would make the guess an average of one prediction."""
     data = dataset(60)
-    batches = data.mixmatch_batches(half(60, 50), 10, np.random.default_rng(0))
-    passes = [tuple(unlabeled.tolist()) for _, unlabeled, *_ in batches]
-    assert len(passes) == 5
-    assert len(set(passes)) > 1
-
-
-def test_two_views_are_independent():
-    """One crop for both views would make the guess an average of one prediction."""
-    images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
-    data = DeviceImages(images, np.zeros(40, np.int64), (0.5,) * 3, (0.5,) * 3, True)
+    orders = [tuple(u.tolist()) for _, u, *_ in data.mixmatch_batches(half(60, 50), 10, np.random.default_rng(0))]
+    assert len(orders) == 5 and len(set(orders)) > 1
+    first, second = ([index.tolist() for index, _ in data.warmup_batches(16, np.random.default_rng(k))] for k in (0, 1))
+    assert [len(rows) for rows in first] == [16, 16, 16, 12]
+    assert sorted(chain.from_iterable(first)) == sorted(chain.from_iterable(second)) == list(range(60))
+    assert first != second
+    data = DeviceImages(random_images(40), np.zeros(40, np.int64), (0.5,) * 3, (0.5,) * 3, True)
     (batch, *_) = data.mixmatch_batches(half(40), 20, np.random.default_rng(0))
     x1, x2, _, _, u1, u2 = data.mixmatch_views(*batch)
     for a, b in ((x1, x2), (u1, u2)):
         assert (a != b).flatten(1).any(dim=1).float().mean() > 0.9
 
 
-def test_warmup_is_a_pass_in_a_new_order():
-    """An epoch in file order would train class after class."""
-    data = dataset(50)
-    first, second = ([index.tolist() for index, _ in data.warmup_batches(16, np.random.default_rng(k))] for k in (0, 1))
-    assert [len(rows) for rows in first] == [16, 16, 16, 2]
-    assert sorted(chain.from_iterable(first)) == sorted(chain.from_iterable(second)) == list(range(50))
-    assert first != second
-
-
 def test_the_generator_alone_decides_the_draws():
     """A draw from a global stream would make a continued run differ from the uninterrupted one."""
-    data = dataset(30)
-    torch.manual_seed(0)
-    a = data.mixmatch_batches(half(30), 4, np.random.default_rng(5))
-    np.random.seed(1)  # noqa: NPY002
-    torch.manual_seed(1)
-    b = data.mixmatch_batches(half(30), 4, np.random.default_rng(5))
-    for left, right in zip(a, b, strict=True):
-        for x, y in zip(left, right, strict=True):
-            assert torch.equal(x, y)
+    passes = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        passes.append(dataset(30).mixmatch_batches(half(30), 4, np.random.default_rng(5)))
+    for first, second in zip(*passes, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 50, 1000])
-def test_evaluation_goes_through_all_images_in_order(batch_size):
-    """A tail that is dropped would change every accuracy a little."""
-    data = dataset(50)
-    batches = list(data.eval_batches(batch_size))
-    assert list(chain.from_iterable(shown(x) for x, _ in batches)) == list(range(50))
-    assert len(batches) == len(data.eval_batches(batch_size))
-
-
-def test_originals_are_the_images_without_padding():
-    """Else the report shows a black frame, or another image beside a label."""
-    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
-    data = DeviceImages(images, np.arange(5), (0.5,) * 3, (0.5,) * 3, True)
+def test_evaluation_shows_all_images_in_order_as_they_are():
+    """A tail that is dropped, or a shift by the padding, would change every accuracy; the report would show a black
+    frame, or another image beside a label."""
+    images = random_images(50)
+    data = DeviceImages(images, np.arange(50), (0.0,) * 3, (1 / 255,) * 3, True)
+    for batch_size in (7, 50, 1000):
+        batches = data.eval_batches(batch_size)
+        x, labels = (torch.cat(column) for column in zip(*batches, strict=True))
+        assert labels.tolist() == list(range(50)) and len(batches) == -(-50 // batch_size)
+        np.testing.assert_array_equal(x.permute(0, 2, 3, 1).round(), images)
     np.testing.assert_array_equal(list(data.originals(np.array([3, 1]))), images[[3, 1]])

@@ -1,6 +1,7 @@
 """From files to views: the pixels are those of torchvision's PIL transforms, whatever kind of image it is."""
 
 import io
+import os
 import pickle
 import re
 import struct
@@ -14,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from helpers.scripts import ROOT
-from helpers.trees import Artist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
@@ -24,39 +24,38 @@ from torchvision.transforms import functional as TF
 from dividemix import DivideMixError
 from dividemix.data.images import (
     COMPOSITED,
+    MAX_RATIO,
     RATIO,
     SCALE,
     SCALED,
     TURNED,
     BadImage,
     Views,
-    read,
+    describe_changes,
     read_image,
-    said,
     shown,
 )
 from dividemix.data.lists import Boundary
-from dividemix.run.description import Preparation
 
 CROP, RESIZED = Views(64, 56), Views(80, 60, "resized_crop")
 
 
-def exif_of(orientation: int | str) -> Image.Exif:
+def exif_of(orientation: int) -> Image.Exif:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     return exif
 
 
-def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height // 3 + 1, width // 3 + 1, 3), dtype=np.uint8)
+def photo(width: int, height: int) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height // 3 + 1, width // 3 + 1, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
-# ---- Against torchvision ----
+# ---- Views, against torchvision ----
 
 
 @given(st.integers(1, 200), st.integers(1, 200))
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_evaluation_views_are_torchvisions(width, height):
     """Accuracies would not compare with those of any other code; nor would published weights do as well."""
     image = photo(width, height)
@@ -65,22 +64,26 @@ def test_evaluation_views_are_torchvisions(width, height):
 
 
 @pytest.mark.parametrize("views", [CROP, RESIZED], ids=lambda views: views.kind)
-@pytest.mark.parametrize("size", [(200, 150), (63, 170), (80, 80), (64, 64), (500, 30)])
+@pytest.mark.parametrize("size", [(63, 170), (64, 64), (500, 30)])
 def test_training_views_are_torchvisions_for_the_same_box(views, size):
-    """Training on pixels that are resized or cut otherwise than in the paper, at the edges first of all."""
-    image = photo(*size)
-    resized = transforms.Resize(views.resize)(image)
-    array = views.resized(image)
-    np.testing.assert_array_equal(array, np.asarray(resized))
-    for seed in range(30):
-        top, left, height, width, flip = views.draw(*array.shape[:2], seed)
+    """Training on pixels that are resized or cut otherwise than in the paper, at the edges first of all; without flips
+    (mirrored digits are other digits) or in a worker process, on other boxes."""
+    image, unpickled = photo(*size), pickle.loads(pickle.dumps(views))
+    resized, array = transforms.Resize(views.resize)(image), views.resized(image)
+    without_flips = Views(views.resize, views.crop, views.kind, flip=False)
+    flips = []
+    for seed in range(20):
+        top, left, height, width, flip = box = views.draw(*array.shape[:2], seed)
+        flips.append(flip)
+        assert without_flips.draw(*array.shape[:2], seed) == box._replace(flip=False)
         if views.kind == "crop":
             assert (height, width) == (56, 56)
             expected = TF.crop(resized, top, left, height, width)
         else:
             expected = TF.resized_crop(resized, top, left, height, width, [60, 60])
         expected = TF.hflip(expected) if flip else expected
-        np.testing.assert_array_equal(views.train(array, seed), np.asarray(expected))
+        np.testing.assert_array_equal(unpickled.train(array, seed), np.asarray(expected))
+    assert 0 < sum(flips) < 20
 
 
 def test_crops_are_spread_evenly():
@@ -93,66 +96,42 @@ def test_crops_are_spread_evenly():
         assert (abs(counts - expected) < 5 * np.sqrt(expected)).all()
 
 
-@pytest.mark.parametrize("kind", ["crop", "resized_crop"])
-def test_without_flips_the_boxes_are_the_same(kind):
-    """Mirrored digits are other digits; and two runs that differ in this alone should differ in nothing else."""
-    boxes = [[Views(64, 56, kind, flip).draw(64, 70, seed) for seed in range(50)] for flip in (True, False)]
-    assert any(box.flip for box in boxes[0]) and not any(box.flip for box in boxes[1])
-    assert [box[:4] for box in boxes[0]] == [box[:4] for box in boxes[1]]
-
-
 def test_resized_crops_are_spread_as_torchvisions():
-    """Another mixture of near and far views than the paper's: another augmentation under its name."""
-    n, (height, width) = 4000, (80, 120)
-    own = np.array([RESIZED.draw(height, width, seed)[:4] for seed in range(n)], float)
+    """Another mixture of near and far views than the paper's; or, of a narrow image, in which no box fits, a view that
+    is distorted beyond what torchvision makes of it."""
+    n, (height, width) = 2500, (80, 120)
+    boxes = np.array([RESIZED.draw(height, width, seed)[:4] for seed in range(n)], float)
     torch.manual_seed(0)
     blank = torch.empty(3, height, width)
-    theirs = np.array([transforms.RandomResizedCrop.get_params(blank, SCALE, RATIO) for _ in range(n)], float)
+    expected = np.array([transforms.RandomResizedCrop.get_params(blank, SCALE, RATIO) for _ in range(n)], float)
     for quantity in (lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0], lambda b: b[:, 1]):
-        a, b = quantity(own), quantity(theirs)
+        a, b = quantity(boxes), quantity(expected)
         assert abs(a.mean() - b.mean()) < 5 * np.sqrt((a.var() + b.var()) / n)
-        assert abs(a.std() / b.std() - 1) < 0.08
+        assert abs(a.std() / b.std() - 1) < 0.1
+    for shape in ((10, 400), (400, 10)):
+        expected = transforms.RandomResizedCrop.get_params(torch.empty(3, *shape), SCALE, RATIO)
+        assert all(RESIZED.draw(*shape, seed)[:4] == expected for seed in range(20))
 
 
-@pytest.mark.parametrize("shape", [(10, 400), (400, 10)])
-def test_no_box_fits_in(shape):
-    """A narrow image would end the run, or give a view distorted beyond what torchvision makes of it."""
-    expected = transforms.RandomResizedCrop.get_params(torch.empty(3, *shape), SCALE, RATIO)
-    for seed in range(20):
-        assert RESIZED.draw(*shape, seed)[:4] == expected
-
-
-def test_a_view_follows_from_its_seed():
-    """A run that is continued would train on other views than the uninterrupted one."""
-    image = CROP.resized(photo(90, 70))
-    np.random.seed(0)  # noqa: NPY002
-    first = CROP.train(image, 7)
-    np.testing.assert_array_equal(first, pickle.loads(pickle.dumps(CROP)).train(image, 7))
-    assert any((CROP.train(image, seed) != first).any() for seed in range(5))
-
-
-@pytest.mark.parametrize(("resize", "crop"), [(32, 33), (32, 0)])
-def test_views_that_do_not_fit_in_are_refused(resize, crop):
+@pytest.mark.parametrize("crop", [33, 0])
+def test_views_that_do_not_fit_in_are_refused(crop):
     """It would end in the middle of a run, with an error of numpy's."""
     with pytest.raises(DivideMixError, match="--image_size"):
-        Views(resize, crop)
+        Views(32, crop)
 
 
 # ---- Files: the published pixels ----
 
 KINDS = {
-    "RGB JPEG": ("JPEG", "RGB", {}),
     "grey JPEG": ("JPEG", "L", {}),
     "CMYK JPEG": ("JPEG", "CMYK", {}),
     "progressive JPEG": ("JPEG", "RGB", {"progressive": True}),
-    "palette PNG": ("PNG", "P", {}),
-    "palette PNG, one colour transparent": ("PNG", "P", {"transparency": 3}),
     "palette PNG, colours half transparent": ("PNG", "P", {"transparency": bytes(range(0, 256, 2))}),
     "GIF": ("GIF", "P", {}),
-    "grey PNG with transparency": ("PNG", "LA", {}),
     "RGBA PNG": ("PNG", "RGBA", {}),
     "black and white PNG": ("PNG", "1", {}),
     "WebP": ("WEBP", "RGB", {}),
+    "BMP": ("BMP", "RGB", {}),
     "JPEG lying on its side": ("JPEG", "RGB", {"exif": exif_of(6)}),
 }
 
@@ -161,37 +140,22 @@ KINDS = {
 def test_published_pixels(tmp_path, kind, mode, options):
     """Clothing1M and WebVision would be other pixels than the paper's, or a run would end at the first grey photo."""
     path = tmp_path / "photo.jpg"
-    image = Artist(0).image(13)
-    image.convert(mode).save(path, kind, **options)
-    with warnings.catch_warnings(), Image.open(path) as opened:
+    photo(30, 20).convert(mode).save(path, kind, **options)
+    with warnings.catch_warnings(), Image.open(path) as image:
         warnings.simplefilter("ignore")
-        expected = np.asarray(opened.convert("RGB"))
-        found = read(str(path), Boundary(tmp_path))
-    np.testing.assert_array_equal(np.asarray(found), expected)
+        expected = np.asarray(image.convert("RGB"))
+        np.testing.assert_array_equal(read_image(path, Boundary(tmp_path), as_shown=False), expected)
 
 
-DEEP = {"PNG": np.uint16, "TIFF": np.uint16, "TIFF, big endian": ">u2", "TIFF of 32 bits": np.int32, "PPM": np.int32}
-
-
-@pytest.mark.parametrize(("kind", "dtype"), DEEP.items(), ids=DEEP)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("PNG", np.uint16), ("TIFF", ">u2"), ("TIFF", np.int32), ("PPM", np.int32)]
+)
 def test_published_pixels_of_16_bits(tmp_path, kind, dtype):
     """They would be white all over: Pillow takes every value over 255 for 255."""
     values = np.arange(0, 65536, 41).astype(dtype)[:1560].reshape(39, 40)
-    image = Image.fromarray(values)
-    assert image.mode.startswith("I")
-    image.save(tmp_path / "scan.jpg", kind.split(",")[0].split()[0])
-    found = read(str(tmp_path / "scan.jpg"), Boundary(tmp_path))
-    assert found.mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(found), np.repeat((values >> 8)[..., None], 3, axis=2))
-
-
-@pytest.mark.parametrize("reader", [read, read_image], ids=["published", "as shown"])
-@pytest.mark.parametrize(("value", "said"), [(0.5, "fractions"), (70_000, "more than 16"), (-1, "below zero")])
-def test_pixels_of_other_numbers_are_refused(tmp_path, reader, value, said):
-    """There is no telling what is white: they would be black or white all over."""
-    Image.fromarray(np.full((8, 8), value, np.float32 if value == 0.5 else np.int32)).save(tmp_path / "x.tif")
-    with pytest.raises(BadImage, match=said):
-        reader(str(tmp_path / "x.tif"), Boundary(tmp_path))
+    Image.fromarray(values).save(tmp_path / "scan.jpg", kind)
+    pixels = read_image(tmp_path / "scan.jpg", Boundary(tmp_path), as_shown=False)
+    np.testing.assert_array_equal(pixels, np.repeat((values >> 8)[..., None], 3, axis=2))
 
 
 # ---- Files: as a viewer shows them ----
@@ -201,11 +165,10 @@ def png(depth: int, colour: int, row: bytes, width: int, *chunks: tuple[bytes, b
     """A PNG of one row. colour: 0 grey, 2 RGB, 3 palette, 4 grey with alpha, 6 RGB with alpha."""
     header = struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)
     pixels = zlib.compress(b"\0" + row)
-    parts = [(b"IHDR", header), *chunks, (b"IDAT", pixels), (b"IEND", b"")]
-    framed = (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in [(b"IHDR", header), *chunks, (b"IDAT", pixels), (b"IEND", b"")]:
+        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return content
 
 
 def tiff(photometric: int, bits: list[int], row: bytes, width: int, order: str = "<", **tags: list[int]) -> bytes:
@@ -237,8 +200,8 @@ def of(values: list, mode: str) -> Image.Image:
     return image
 
 
-def palette(image: Image.Image, colours: list[int], mode: str = "RGB") -> Image.Image:
-    image.putpalette(colours, mode)
+def palette(image: Image.Image, colours: list[int]) -> Image.Image:
+    image.putpalette(colours)
     return image
 
 
@@ -252,75 +215,41 @@ KEY = b"tRNS"
 SHOWN = {
     # modes without transparency
     "RGB PNG": (saved(of([(1, 2, 3), (250, 0, 9)], "RGB"), "PNG"), [(1, 2, 3), (250, 0, 9)]),
-    "RGB BMP": (saved(of([(1, 2, 3), (250, 0, 9)], "RGB"), "BMP"), [(1, 2, 3), (250, 0, 9)]),
     "RGB PPM": (b"P6 2 1 255\n" + bytes([1, 2, 3, 250, 0, 9]), [(1, 2, 3), (250, 0, 9)]),
-    "RGB WebP": (saved(of([(1, 2, 3), (250, 0, 9)], "RGB"), "WEBP", lossless=True), [(1, 2, 3), (250, 0, 9)]),
-    "L PNG": (saved(of([0, 7, 255], "L"), "PNG"), [0, 7, 255]),
     "L PNG of 4 bits": (png(4, 0, bytes([0x0F, 0x70]), 3), [0, 255, 119]),
-    "1 PNG": (saved(of([0, 255], "1"), "PNG"), [0, 255]),
-    "1 TIFF": (saved(of([0, 255], "1"), "TIFF"), [0, 255]),
     "1 TIFF, white is zero": (tiff(0, [1], bytes([0b01000000]), 2), [255, 0]),
-    "1 TIFF, compressed as a fax": (saved(of([0, 255, 255], "1"), "TIFF", compression="group4"), [0, 255, 255]),
     "L TIFF, white is zero": (tiff(0, [8], bytes([0, 7, 255]), 3), [255, 248, 0]),
-    "P PNG": (saved(palette(of([0, 1], "P"), [9, 8, 7, 1, 2, 3]), "PNG"), [(9, 8, 7), (1, 2, 3)]),
     "P GIF": (saved(palette(of([0, 1], "P"), [9, 8, 7, 1, 2, 3]), "GIF"), [(9, 8, 7), (1, 2, 3)]),
     "P TIFF": (tiff(3, [8], bytes([0, 9]), 2, t320=RAMP), [0, 9]),
     "CMYK TIFF": (saved(of([(255, 0, 0, 0), (0, 0, 0, 255)], "CMYK"), "TIFF"), [(0, 255, 255), (0, 0, 0)]),
     "YCbCr TIFF": (tiff(6, [8] * 3, bytes([90, 128, 128]), 1, t530=[1, 1]), [90]),
     "LX TIFF": (tiff(1, [8, 8], bytes([7, 0]), 1, t338=[0]), [7]),
-    "first frame of a GIF": (
-        saved(of([0, 255], "L"), "GIF", save_all=True, append_images=[of([255, 0], "L")]),
-        [0, 255],
-    ),
-    "first page of a TIFF": (
-        saved(of([0, 255], "L"), "TIFF", save_all=True, append_images=[of([255, 0], "L")]),
-        [0, 255],
-    ),
-    "first frame of a PNG": (
-        saved(of([0, 255], "L"), "PNG", save_all=True, append_images=[of([255, 0], "L")]),
-        [0, 255],
-    ),
+    "first frame": (saved(of([0, 255], "L"), "GIF", save_all=True, append_images=[of([255, 0], "L")]), [0, 255]),
     # transparency, on white
-    "RGBA PNG": (
-        saved(of([(0, 0, 0, 0), (0, 0, 0, 255), (200, 100, 0, 51)], "RGBA"), "PNG"),
-        [(255,) * 3, (0,) * 3, (244, 224, 204)],
-    ),
-    "RGBA WebP": (saved(of([(0, 0, 0, 0), (9, 8, 7, 255)], "RGBA"), "WEBP", lossless=True), [(255,) * 3, (9, 8, 7)]),
-    "RGBA TIFF": (saved(of([(0, 0, 0, 0), (200, 100, 0, 51)], "RGBA"), "TIFF"), [(255,) * 3, (244, 224, 204)]),
-    "RGBa TIFF": (tiff(2, [8] * 4, bytes([40, 20, 0, 51, 0, 0, 0, 0]), 2, t338=[1]), [(244, 224, 204), (255,) * 3]),
+    "RGBA PNG": (saved(of([(0, 0, 0, 0), (200, 100, 0, 51)], "RGBA"), "PNG"), [255, (244, 224, 204)]),
+    "RGBa TIFF": (tiff(2, [8] * 4, bytes([40, 20, 0, 51, 0, 0, 0, 0]), 2, t338=[1]), [(244, 224, 204), 255]),
     "LA PNG": (saved(of([(0, 0), (0, 255), (100, 51)], "LA"), "PNG"), [255, 0, 224]),
-    "LA TIFF": (tiff(1, [8, 8], bytes([0, 0, 100, 51]), 2, t338=[2]), [255, 224]),
     "La TIFF": (tiff(1, [8, 8], bytes([0, 0, 20, 51]), 2, t338=[1]), [255, 224]),
     "PA TIFF": (tiff(3, [8, 8], bytes([0, 0, 100, 51]), 2, t338=[2], t320=RAMP), [255, 224]),
-    "P PNG, one colour": (
-        saved(palette(of([0, 1], "P"), [0, 0, 0, 1, 2, 3]), "PNG", transparency=0),
-        [(255,) * 3, (1, 2, 3)],
-    ),
+    "P PNG, one colour": (saved(palette(of([0, 1], "P"), [0, 0, 0, 1, 2, 3]), "PNG", transparency=0), [255, (1, 2, 3)]),
     "P PNG, a table": (
         png(8, 3, bytes([0, 1, 2]), 3, (b"PLTE", bytes([0, 0, 0, 100, 100, 100, 9, 9, 9])), (KEY, bytes([0, 51]))),
         [255, 224, 9],
     ),
     "P PNG of 1 bit": (png(1, 3, b"\x40", 2, (b"PLTE", bytes([0, 0, 0, 9, 9, 9])), (KEY, b"\0")), [255, 9]),
-    "P GIF, one colour": (
-        saved(palette(of([0, 1], "P"), [0, 0, 0, 1, 2, 3]), "GIF", transparency=0),
-        [(255,) * 3, (1, 2, 3)],
-    ),
+    "P GIF, one colour": (saved(palette(of([0, 1], "P"), [0, 0, 0, 1, 2, 3]), "GIF", transparency=0), [255, (1, 2, 3)]),
     "L GIF, one colour": (saved(of([0, 1, 2], "L"), "GIF", transparency=0), [255, 1, 2]),
-    "1 PNG, black": (png(1, 0, b"\x40", 2, (KEY, u16(0))), [255, 255]),
     "1 PNG, white": (png(1, 0, b"\x40", 2, (KEY, u16(1))), [0, 255]),
     "L PNG of 2 bits, a colour": (png(2, 0, bytes([0b00011011]), 4, (KEY, u16(1))), [0, 255, 170, 255]),
     "L PNG, a colour": (png(8, 0, bytes([0, 1, 2]), 3, (KEY, u16(0))), [255, 1, 2]),
-    "RGB PNG, a colour": (
-        png(8, 2, bytes([0, 0, 0, 0, 0, 1]), 2, (KEY, u16(0, 0, 0))),
-        [(255,) * 3, (0, 0, 1)],
-    ),
+    "RGB PNG, a colour": (png(8, 2, bytes([0, 0, 0, 0, 0, 1]), 2, (KEY, u16(0, 0, 0))), [255, (0, 0, 1)]),
     "RGB PNG of 16 bits, a colour": (
         png(16, 2, u16(256, 512, 768, 256, 512, 769), 2, (KEY, u16(256, 512, 768))),
-        [(255,) * 3, (1, 2, 3)],
+        [255, (1, 2, 3)],
     ),
     # 16 bits a channel
     "RGB PNG of 16 bits": (png(16, 2, u16(0x1234, 0xFF00, 0), 1), [(0x12, 0xFF, 0)]),
-    "RGBA PNG of 16 bits": (png(16, 6, u16(0, 0, 0, 0, 0x1234, 0, 0, 65535), 2), [(255,) * 3, (0x12, 0, 0)]),
+    "RGBA PNG of 16 bits": (png(16, 6, u16(0, 0, 0, 0, 0x1234, 0, 0, 65535), 2), [255, (0x12, 0, 0)]),
     "RGB PPM of 16 bits": (b"P6 1 1 65535\n" + u16(0x1234, 0xFFFF, 0), [(0x12, 0xFF, 0)]),
     "CMYK TIFF of 16 bits": (tiff(5, [16] * 4, u16(65535, 0, 0, 0, order="<"), 1), [(0, 255, 255)]),
     # 16-bit grey: by its largest value
@@ -329,7 +258,6 @@ SHOWN = {
     "10 bits in 16": (png(16, 0, u16(0, 512, 1023), 3), [0, 128, 255]),
     "12 bits in 16": (png(16, 0, u16(0, 1024, 4095), 3), [0, 64, 255]),
     "14 bits in 16": (png(16, 0, u16(0, 4097, 16383), 3), [0, 64, 255]),
-    "15 bits in 16": (png(16, 0, u16(0, 16384, 32767), 3), [0, 64, 127]),
     "16 bits": (png(16, 0, u16(0, 257, 65535), 3), [0, 1, 255]),
     "all black": (png(16, 0, u16(0, 0), 2), [0, 0]),
     "12 bits in a TIFF": (tiff(1, [16], u16(0, 1024, 4095, order="<"), 3), [0, 64, 255]),
@@ -357,10 +285,10 @@ def test_images_are_read_as_a_viewer_shows_them(tmp_path, content, expected):
     """A black drawing on a transparent ground would be black all over, a scan of 12 bits all but black, and nobody
     would be told."""
     (tmp_path / "x.png").write_bytes(content)
-    found = read_image(tmp_path / "x.png")
+    pixels = read_image(tmp_path / "x.png")
     values = [(value,) * 3 if isinstance(value, int) else value for value in expected]
-    assert found.dtype == np.uint8 and found.shape == (1, len(expected), 3)
-    assert found[0].tolist() == [list(value) for value in values]
+    assert pixels.dtype == np.uint8 and pixels.shape == (1, len(expected), 3)
+    assert pixels[0].tolist() == [list(value) for value in values]
 
 
 def test_lab_is_shown_in_its_colours(tmp_path):
@@ -370,13 +298,6 @@ def test_lab_is_shown_in_its_colours(tmp_path):
     (tmp_path / "x.tif").write_bytes(tiff(8, [8] * 3, row, 4))
     expected = [(0, 0, 0), (255, 255, 255), (128, 128, 128), (255, 0, 0)]
     assert np.abs(read_image(tmp_path / "x.tif")[0].astype(int) - expected).max() <= 8  # rounded to whole a and b
-
-
-def test_8_bits_with_a_sign_are_refused(tmp_path):
-    """Pillow takes -1 for 255: what is darkest would be white."""
-    (tmp_path / "x.tif").write_bytes(tiff(1, [8], bytes([255, 1]), 2, t339=[2]))
-    with pytest.raises(BadImage, match="sign"):
-        read_image(tmp_path / "x.tif")
 
 
 UPRIGHT = np.array([[10, 60, 110], [160, 210, 250]], np.uint8)
@@ -392,21 +313,18 @@ LYING = {  # how the file holds UPRIGHT: orientation k's definition says where i
 }
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG", "PNG of 16 bits", "TIFF of 16 bits", "PNG with alpha"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG", "PNG of 16 bits", "TIFF of 16 bits"])
 @pytest.mark.parametrize("orientation", LYING)
 def test_orientations(tmp_path, orientation, kind):
     """Photos from a phone would be trained on lying on their side."""
     stored = np.ascontiguousarray(LYING[orientation])
     image = Image.fromarray(stored.astype(np.uint16) * 257 if "16" in kind else stored)
-    if "alpha" in kind:
-        image.putalpha(Image.new("L", image.size, 255))
-    if kind in ("WEBP", "JPEG"):  # blocks of one colour: JPEG would blur single pixels
-        image = Image.fromarray(stored.repeat(16, 0).repeat(16, 1)).convert("RGB")
-    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100}}.get(kind, {})
-    image.save(tmp_path / "x", kind.split()[0], exif=exif_of(orientation), **options)
-    found, changes = shown(tmp_path / "x")
+    if kind == "JPEG":  # blocks of one colour: it would blur single pixels
+        image = Image.fromarray(stored.repeat(16, 0).repeat(16, 1))
+    image.save(tmp_path / "x", kind.split()[0], exif=exif_of(orientation))
+    image, changes = shown(tmp_path / "x")
     assert changes & TURNED == (TURNED if orientation > 1 else 0)
-    pixels = np.asarray(found)[8::16, 8::16] if kind in ("WEBP", "JPEG") else np.asarray(found)
+    pixels = np.asarray(image)[8::16, 8::16] if kind == "JPEG" else np.asarray(image)
     assert pixels.shape == (2, 3, 3)
     assert np.abs(pixels.astype(int) - UPRIGHT[..., None]).max() <= (2 if kind == "JPEG" else 0)
 
@@ -420,133 +338,101 @@ def test_exif_after_the_pixels(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "x.png")[..., 0], UPRIGHT)
 
 
-@pytest.mark.parametrize(
-    "exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0", exif_of(9), exif_of(0)]
-)
+@pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0", exif_of(9)])
 def test_a_sound_image_with_damaged_exif_data(tmp_path, exif):
     """A camera's or an editor's slip would end the run, and the photo is sound."""
     Image.fromarray(UPRIGHT).save(tmp_path / "x.png", exif=exif)
     np.testing.assert_array_equal(read_image(tmp_path / "x.png")[..., 0], UPRIGHT)
 
 
-def test_what_was_done_is_counted():
-    """The user would not hear that scans of one set were scaled each by its own bits, or that photos were turned."""
-    changes = np.array([0, 0, TURNED, TURNED | COMPOSITED, SCALED, TURNED], np.uint8)
-    [line] = said(changes)
+def test_what_was_done_is_counted(tmp_path):
+    """The user would not hear that scans of one set were scaled each by its own bits, or that photos were turned; or
+    would hear of every screenshot, which has an alpha channel with nothing to see through."""
+    [line] = describe_changes(np.array([0, 0, TURNED, TURNED | COMPOSITED, SCALED, TURNED], np.uint8))
     assert re.findall(r"\d+ \w+", line)[:3] == ["3 turned", "1 with", "1 of"]
-    assert said(np.zeros(9, np.uint8)) == [] and said(np.array([], np.uint8)) == []
-
-
-def test_an_image_with_nothing_to_see_through_is_not_counted(tmp_path):
-    """Every screenshot has an alpha channel: the count would say nothing."""
-    of([(1, 2, 3, 255)], "RGBA").save(tmp_path / "x.png")
-    image, changes = shown(tmp_path / "x.png")
-    assert changes == 0 and image.getpixel((0, 0)) == (1, 2, 3)
-    of([(1, 2, 3, 254)], "RGBA").save(tmp_path / "x.png")
-    assert shown(tmp_path / "x.png").changes == COMPOSITED
-
-
-def test_a_link_may_lead_anywhere_without_a_boundary(tmp_path):
-    """`read_image` of one file that the user names, in a folder of links say, would be refused."""
-    of([7], "L").save(tmp_path / "x.png")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder/x.png").symlink_to(tmp_path / "x.png")
-    assert read_image(tmp_path / "folder/x.png").tolist() == [[[7] * 3]]
-    with pytest.raises(BadImage, match="leads out"):
-        read_image(str(tmp_path / "folder/x.png"), Boundary(tmp_path / "folder"))
+    assert describe_changes(np.zeros(9, np.uint8)) == describe_changes(np.array([], np.uint8)) == []
+    for alpha, expected in ((255, 0), (254, COMPOSITED)):
+        of([(1, 2, 3, alpha)], "RGBA").save(tmp_path / "x.png")
+        image, changes = shown(tmp_path / "x.png")
+        assert changes == expected and (alpha < 255 or image.getpixel((0, 0)) == (1, 2, 3))
 
 
 # ---- Bad files ----
 
 
-def damage(path: Path, how: str) -> None:
-    photo(60, 50).save(path)
-    if how == "missing":
-        path.unlink()
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "text":
-        path.write_text("<html>404 not found</html>")
-    elif how == "truncated":
-        path.write_bytes(path.read_bytes()[:-400])
-    elif how == "a folder":
-        path.unlink()
-        path.mkdir()
-    elif how == "outside":
-        path.rename(path.parent.parent / "outside.jpg")
-        path.symlink_to("../outside.jpg")
+def jpeg_of(side: int) -> bytes:
+    """A JPEG whose header claims side x side pixels, with the data of few."""
+    frame = b"\xff\xc0\x00\x0b\x08" + side.to_bytes(2, "big") * 2 + b"\x01\x01\x11\x00"
+    return b"\xff\xd8" + frame + b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" + b"\0" * 20 + b"\xff\xd9"
 
 
-BAD = {
-    "missing": "missing",
-    "empty": "empty",
-    "text": "not an image",
-    "truncated": "truncated",
-    "a folder": "not a file",
-    "outside": "leads out",
+def of_value(value: float, dtype: type) -> bytes:
+    return saved(Image.fromarray(np.full((8, 8), value, dtype)), "TIFF")
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+BAD = {  # name: (its bytes, or how it is made, what is wrong with it)
+    "missing": (lambda path: None, "missing"),
+    "empty": (b"", "empty"),
+    "text": (b"<html>404 not found</html>", "not an image"),
+    "truncated": (saved(photo(60, 50), "JPEG")[:-400], "truncated"),
+    "a folder": (Path.mkdir, "not a file"),
+    "a pipe, which would be waited for": (os.mkfifo, "not a file"),
+    "a link to itself": (lambda path: path.symlink_to(path), "levels of symbolic links"),
+    "a link that leads out": (lambda path: path.symlink_to("../outside.jpg"), "leads out"),
+    "a program, which Pillow would start": (EPS, "not an image"),
+    "a JPEG of 90 million pixels in 100 bytes": (jpeg_of(9_600), "pixels"),
+    "a JPEG of 4 billion pixels in 100 bytes": (jpeg_of(65_500), "pixels"),
+    "resized to a short side of 256, it takes 295 MB": (saved(Image.new("RGB", (2, 3000)), "JPEG"), "2 x 3000 pixels"),
+    "fractions, of which none is white": (of_value(0.5, np.float32), "fractions"),
+    "more than 16 bits": (of_value(70_000, np.int32), "more than 16"),
+    "below zero": (of_value(-1, np.int32), "below zero"),
 }
 
 
-@pytest.mark.parametrize("reader", [read, read_image], ids=["published", "as shown"])
-@pytest.mark.parametrize(("how", "what"), BAD.items(), ids=BAD)
-def test_what_is_wrong_is_said(tmp_path, reader, how, what):
-    """A traceback of Pillow's that does not tell which file to mend."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    damage(folder / "photo.jpg", how)
-    with pytest.raises(BadImage, match=what):
-        reader(str(folder / "photo.jpg"), Boundary(folder))
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("as_shown", [False, True], ids=["published", "as shown"])
+@pytest.mark.parametrize(("content", "reason"), BAD.values(), ids=BAD)
+def test_what_is_wrong_is_said(tmp_path, content, reason, as_shown):
+    """A traceback of Pillow's that does not tell what to mend; a worker's memory filled by a small file, or a file from
+    elsewhere that is read or run."""
+    (tmp_path / "data").mkdir()
+    photo(60, 50).save(tmp_path / "outside.jpg")
+    path = tmp_path / "data/photo.jpg"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        content(path)
+    with pytest.raises(BadImage, match=reason) as caught:
+        read_image(path, Boundary(tmp_path / "data"), as_shown)
+    assert str(caught.value) and str(path) not in str(caught.value)
 
 
-@pytest.mark.parametrize("reader", [read, read_image], ids=["published", "as shown"])
-def test_images_of_too_many_pixels_are_refused(tmp_path, reader, monkeypatch):
-    """A small file that decodes to gigabytes would take down a worker, or the machine."""
-    photo(60, 50).save(tmp_path / "photo.jpg")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
-    with warnings.catch_warnings(), pytest.raises(BadImage, match="60 x 50 pixels"):
-        warnings.simplefilter("ignore")
-        reader(str(tmp_path / "photo.jpg"), Boundary(tmp_path))
+def test_8_bits_with_a_sign_are_refused(tmp_path):
+    """Pillow takes -1 for 255: what is darkest would be white."""
+    (tmp_path / "x.tif").write_bytes(tiff(1, [8], bytes([255, 1]), 2, t339=[2]))
+    with pytest.raises(BadImage, match="sign"):
+        read_image(tmp_path / "x.tif")
 
 
+def test_the_longest_image_that_is_read_takes_little_memory(tmp_path):
+    """The bound would not be one; and, without a boundary, a file that a user names may be a link to anywhere."""
+    Image.new("RGB", (MAX_RATIO, 1)).save(tmp_path / "x.jpg")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/x.jpg").symlink_to(tmp_path / "x.jpg")
+    image = Image.fromarray(read_image(tmp_path / "folder/x.jpg"))
+    assert Views(256, 224).resized(image).nbytes == MAX_RATIO * 256 * 256 * 3 < 50e6
+
+
+@pytest.mark.slow
 def test_pillow_is_silent_and_others_are_not(tmp_path):
     """A run would end in a screen of remarks on metadata; or the warning of a mixture that is fitted in a thread, while
     images are read, would be lost."""
-    image = palette(of([0, 1], "P"), [9, 8, 7, 1, 2, 3])
-    image.save(tmp_path / "x.png", transparency=b"\0\1")
+    palette(of([0, 1], "P"), [9, 8, 7, 1, 2, 3]).save(tmp_path / "x.png", transparency=b"\0\1")
     code = f"""
 import warnings
-from dividemix.data.lists import Boundary
-from dividemix.data.images import read
-read({str(tmp_path / "x.png")!r}, Boundary({str(tmp_path)!r}))
+from dividemix.data.images import read_image
+read_image({str(tmp_path / "x.png")!r}, as_shown=False)
 warnings.warn("of a fit")"""
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert re.findall(r"\w*Warning: .*", ended.stderr) == ["UserWarning: of a fit"]
-
-
-# ---- Files for trained networks ----
-
-
-@pytest.mark.parametrize("size", [(200, 150), (40, 90), (64, 64), (9, 8)])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_prepared_file_is_torchvisions_evaluation_view(tmp_path, size, channels):
-    """A trained network would be asked about other pixels than those it was evaluated on."""
-    path, preparation = tmp_path / "photo.png", Preparation((0.5,) * 3, (0.5,) * 3, 56, 64, channels)
-    photo(*size).save(path)
-    image = photo(*size).convert("L") if channels == 1 else photo(*size)
-    expected = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(56)])(image)
-    found = preparation.view(shown(str(path), Boundary(tmp_path)).image)
-    np.testing.assert_array_equal(found, np.asarray(expected).reshape(56, 56, channels))
-
-
-@pytest.mark.parametrize(("kind", "mode", "options"), KINDS.values(), ids=KINDS)
-def test_any_kind_of_image_is_prepared_in_grey(tmp_path, kind, mode, options):
-    """A network of grey images would end at the first file in colours, or with transparency."""
-    path, levels = tmp_path / "photo.png", np.arange(600, dtype=np.uint16).reshape(20, 30)
-    image = Image.fromarray(levels) if mode == "I;16" else photo(30, 20).convert("L").convert(mode)
-    image.save(path, kind, **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = Preparation((0.5,) * 3, (0.5,) * 3, 20, 20, channels=1).view(shown(str(path), Boundary(tmp_path)).image)
-        grey = np.asarray(Image.fromarray(read_image(path)).convert("L"))
-        expected = Views(20, 20).eval(Views(20, 20).resized(Image.fromarray(grey)))[..., None]
-    np.testing.assert_array_equal(found, expected)

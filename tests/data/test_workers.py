@@ -1,30 +1,36 @@
 """The processes that read images: in order, the same ones all along, and what the user is told when one fails."""
 
+import multiprocessing
 import os
+import re
 import signal
 
 import numpy as np
 import pytest
 import torch
+from helpers.runs import assert_equal, last_state, read_records
+from helpers.scripts import SMALL_NET, WEBVISION, end_of
 from helpers.trees import make_clothing1M
 
 import dataloader_clothing1M
+import Train_webvision
 from dividemix import DivideMixError
 from dividemix.data.images import Views
-from dividemix.data.workers import PART, Reader, Task, Workers, explained
+from dividemix.data.workers import TASK_SIZE, Reader, Task, Workers, explain_worker_death
 
-VIEWS = Views(16, 12)
+DIED = r"worker .*died.*--workers.*continues after the last finished epoch"
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return dataloader_clothing1M.load(make_clothing1M(tmp_path_factory.mktemp("data"))).train
+def reader(tmp_path_factory):
+    images = dataloader_clothing1M.load(make_clothing1M(tmp_path_factory.mktemp("data"), 56, 14, 14)).train
+    return Reader({"train": images}, Views(16, 12))
 
 
 @pytest.fixture
-def workers(images):
+def workers(reader):
     """Two of them."""
-    made = Workers(Reader({"train": images}, VIEWS), 2, pin=False)
+    made = Workers(reader, 2, pin=False)
     yield made
     made.close()
 
@@ -38,36 +44,31 @@ def processes(workers):
     return [process.pid for process in workers._loader._iterator._workers]
 
 
-def test_parts_come_in_the_order_of_the_tasks(images, workers):
-    """Images would get each other's labels."""
-    reader = Reader({"train": images}, VIEWS)
-    for task, part in zip(tasks(100), workers.run(tasks(100)), strict=True):
-        assert torch.equal(part.pixels, reader[task].pixels)
+def test_results_come_in_the_order_of_the_tasks_from_the_same_processes(reader, workers):
+    """Images would get each other's labels; each phase would start with seconds of starting processes; and a draw from
+    torch's global stream would change all that a run draws after it."""
+    torch.manual_seed(0)
+    expected, pids = torch.rand(1), []
+    torch.manual_seed(0)
+    for start in (0, 20):
+        results = list(workers.run(tasks(30, start)))
+        for task, result in zip(tasks(30, start), results, strict=True):
+            assert torch.equal(result.pixels, reader[task].pixels)
+        pids.append(processes(workers))
+    assert pids[0] == pids[1] and len(set(pids[0])) == 2
+    assert torch.equal(torch.rand(1), expected)
 
 
-def test_the_processes_stay(workers):
-    """Each phase would start with seconds of starting processes, and of handing them the lists."""
-    seen = []
-    for _ in range(3):
-        list(workers.run(tasks(10)))
-        seen.append(processes(workers))
-    assert seen[0] == seen[1] == seen[2]
-    assert len(set(seen[0])) == 2
-
-
-def test_an_abandoned_pass_leaves_nothing_behind(images, workers):
-    """After an error that was mended, or an early stop, the next pass would begin with images of the one before."""
-    reader = Reader({"train": images}, VIEWS)
+def test_an_abandoned_pass_leaves_nothing_behind(reader, workers):
+    """After an error that was mended, or an early stop, the next pass would begin with images, or with the message of a
+    bad image, of the one before."""
     abandoned = workers.run(tasks(100))
     next(abandoned)
-    found = [part.pixels for part in workers.run(tasks(5, start=30))]
-    assert all(torch.equal(a, reader[task].pixels) for a, task in zip(found, tasks(5, start=30), strict=True))
+    results = list(workers.run(tasks(5, start=30)))
+    for task, result in zip(tasks(5, start=30), results, strict=True):
+        assert torch.equal(result.pixels, reader[task].pixels)
     with pytest.raises(RuntimeError, match="another one had begun"):
         next(abandoned)
-
-
-def test_a_pass_after_a_bad_image(images, workers):
-    """The message of a bad image would come again in a pass that has none."""
     with pytest.raises(DivideMixError, match="/no/cache"):
         list(workers.run([*tasks(3), Task("train", "/no/cache", np.array([0])), *tasks(30)]))
     assert len(list(workers.run(tasks(20)))) == 20
@@ -75,19 +76,18 @@ def test_a_pass_after_a_bad_image(images, workers):
 
 def test_ctrl_c_is_left_to_the_main_process(workers):
     """Ctrl-C would end the run with the tracebacks of all workers instead of one line."""
-    passing = workers.run(tasks(200))
+    results = workers.run(tasks(60))
     for _ in range(2):  # one of each: both have begun
-        next(passing)
+        next(results)
     for pid in processes(workers):
         os.kill(pid, signal.SIGINT)
-    assert len(list(passing)) == 198
+    assert len(list(results)) == 58
 
 
 def test_a_worker_that_is_killed_is_explained(workers):
     """Out of memory, the kernel kills a worker: the run would hang, or end with an error that does not say so."""
-    expected = r"worker .*(killed|exited).*--workers.*continues after the last finished epoch"
-    # torch reports it wherever the main process is, also between two parts
-    with pytest.raises(DivideMixError, match=expected) as error, explained():
+    # torch reports it wherever the main process is, also between two results
+    with pytest.raises(DivideMixError, match=DIED) as error, explain_worker_death():
         for k, _ in enumerate(workers.run(tasks(100_000))):
             if k == 3:
                 os.kill(processes(workers)[0], signal.SIGKILL)
@@ -129,21 +129,7 @@ def test_an_error_at_the_end_that_is_no_death_is_not_hidden(workers, monkeypatch
         workers.close()
 
 
-@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset by peer")])
-def test_a_result_that_breaks_off_is_explained(workers, monkeypatch, error):
-    """The main process is taking a result over when the worker is killed, and hears of that only after: once in some
-    hundred kills the run would end with an error of Python's own pipes."""
-
-    class Broken:
-        def __iter__(self):
-            raise error
-
-    monkeypatch.setattr(workers, "_start", Broken)
-    with pytest.raises(DivideMixError, match=r"worker .*died.*--workers.*continues after the last finished epoch"):
-        list(workers.run(tasks(3)))
-
-
-def test_too_little_shared_memory_is_explained(images, monkeypatch, start_method):
+def test_too_little_shared_memory_is_explained(reader, monkeypatch, start_method):
     """In a container with 64 MB of it: the run would wait forever for a result that was lost on its way."""
 
     def full(self):
@@ -151,47 +137,61 @@ def test_too_little_shared_memory_is_explained(images, monkeypatch, start_method
 
     start_method("fork")
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-    workers = Workers(Reader({"train": images}, VIEWS), 1, False)
+    workers = Workers(reader, 1, False)
     with pytest.raises(DivideMixError, match=r"/dev/shm.*--workers 0.*--shm-size"):
         list(workers.run(tasks(3)))
     workers.close()
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("error", "kind", "expected"),
     [
-        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
-        "shared memory. Please try to raise your shared memory limit.",
-        "unable to write to file </torch_7>: shared memory",
+        (EOFError(), DivideMixError, DIED),
+        (ConnectionResetError(104, "Connection reset by peer"), DivideMixError, DIED),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It"), DivideMixError, "--shm-size"),
+        (RuntimeError("unable to write to file </torch_7>: shared memory"), DivideMixError, "--shm-size"),
+        (RuntimeError("shapes do not fit"), RuntimeError, "shapes"),
     ],
+    ids=["end of file", "connection", "bus error", "shared memory", "shapes"],
 )
-def test_signs_of_too_little_shared_memory(text):
-    """The advice would be to use less memory, and would not help."""
-    with pytest.raises(DivideMixError, match="--shm-size"), explained():
-        raise RuntimeError(text)
-
-
-def test_other_errors_stay_as_they_are():
-    """A mistake in the code would be blamed on the memory."""
-    with pytest.raises(RuntimeError, match="shapes"), explained():
-        raise RuntimeError("shapes do not fit")
-
-
-def test_nothing_is_drawn_from_the_global_stream(workers):
-    """A run with another number of workers, or started anew, would differ in all that torch draws."""
-    torch.manual_seed(0)
-    expected = torch.rand(1)
-    torch.manual_seed(0)
-    list(workers.run(tasks(3)))
-    assert torch.equal(torch.rand(1), expected)
+def test_what_an_error_means(error, kind, expected, monkeypatch):
+    """A result that breaks off, as once in some hundred kills, would end the run with an error of Python's own pipes;
+    too little shared memory would be answered by the wrong advice, and a mistake in the code blamed on the memory."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(kind, match=expected), explain_worker_death():
+        raise error
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_other_ways_to_start_processes(images, method, start_method):
+def test_other_ways_to_start_processes(reader, start_method):
     """Python 3.14 starts workers without a copy of the main process: all they are given must be picklable."""
-    start_method(method)
-    workers = Workers(Reader({"train": images}, VIEWS), 1, False)
-    [part] = workers.run([Task("train", None, np.arange(PART), np.ones((PART, 2), np.int64))])
-    assert part.pixels.shape == (2, PART, 12, 12, 3)
+    start_method("forkserver")
+    workers = Workers(reader, 1, False)
+    [result] = workers.run([Task("train", None, np.arange(TASK_SIZE), np.ones((TASK_SIZE, 2), np.int64))])
+    assert result.pixels.shape == (2, TASK_SIZE, 12, 12, 3)
     workers.close()
+
+
+@pytest.mark.slow
+def test_a_worker_killed_in_an_epoch_loses_that_epoch_alone(tmp_path, monkeypatch, capsys, no_figures):
+    """The kernel kills a worker for want of memory at night: the run must say so, and end as if that had not been."""
+    WEBVISION.make(tmp_path / "data", noise=0, sides=(16, 24))
+    flags = ["--data_path", str(tmp_path / "data"), *SMALL_NET, *WEBVISION.size, "--workers", "1", "--num_epochs", "2"]
+    train_epoch = Train_webvision.train_epoch
+
+    def run(folder: str) -> int:
+        return end_of(Train_webvision, [*flags, "--run_dir", str(tmp_path / folder)], monkeypatch)
+
+    def train_after_a_kill(*args):
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        return train_epoch(*args)
+
+    assert run("straight") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Train_webvision, "train_epoch", train_after_a_kill)
+        assert run("killed") == 1
+    assert re.search(DIED, capsys.readouterr().err.splitlines()[-1])
+    assert len(read_records(tmp_path / "killed")) == 1
+    assert run("killed") == 0
+    assert_equal(last_state(tmp_path / "killed"), last_state(tmp_path / "straight"))
