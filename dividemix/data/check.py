@@ -65,7 +65,7 @@ def run_check(
     verdict = "the data are complete" if is_complete else "training cannot run on these data as they are"
     number = f"{sum(map(len, lists.values()))} images" if problems else "every image"
     depth = f"{number} decoded" if full else f"header and end of {number} read"
-    print(*first_lines, *problems, *lines, f"{verdict} ({depth if lists else 'no image read'})", sep="\n", flush=True)
+    print(*first_lines, *problems, *lines, f"{verdict} ({depth if lists else 'no image was read'})", sep="\n", flush=True)
     if is_complete:
         return
     if not lists:

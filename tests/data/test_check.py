@@ -36,8 +36,7 @@ def find(root: Path):
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize(("kind", "mode"), [("JPEG", "CMYK"), ("PNG", "P"), ("GIF", "P"), ("WEBP", "RGB")])
 def test_sound_images(tmp_path, kind, mode, full):
-    """A data set would be refused for images that can be read, whatever format the name claims; many photos of the web
-    have a few bytes after the end mark."""
+    """A data set would be refused for sound images of odd formats, names, or bytes after the end mark."""
     content = save(tmp_path / "photo.jpg", kind, mode)
     assert verdict(tmp_path / "photo.jpg", full) == ""
     (tmp_path / "photo.jpg").write_bytes(content + b"\0" * 100)
@@ -59,8 +58,7 @@ def test_broken_files_are_found_by_a_look_at_their_ends(tmp_path, kind, end, exp
 
 
 def test_only_full_sees_damage_in_the_middle(tmp_path):
-    """`full` would decode every image and find no more than the quick look; --skip_bad_images would leave in what ends
-    the run, which sends the user to it."""
+    """`full` would cost a decoding of every image and find no more than the quick look."""
     path = tmp_path / "photo.jpg"
     content = bytearray(save(path, "PNG"))
     start = content.index(b"IDAT") + 4
@@ -87,8 +85,7 @@ def damaged(tmp_path) -> Path:
 
 
 def test_complete_data_pass(tmp_path, capsys):
-    """`--check_data` would exit with an error on a good data folder, say nothing of how its classes are filled, or, for
-    class folders, crash without line numbers; and silence the warnings of the whole training run."""
+    """`--check_data` would exit with an error on a good data folder, or say nothing of its classes."""
     filters = list(warnings.filters)
     lists, problems = find(make_clothing1M(tmp_path, 14, 14, 15, sides=(8, 8)))
     run_check(lists, problems, ["classes: 0 to 13"], full=True)
@@ -134,12 +131,11 @@ def test_nothing_to_check_is_not_enough(tmp_path, capsys):
         run_check(*find(tmp_path), skip=True)
     out = capsys.readouterr().out
     assert out.count("is missing") == str(caught.value).count("is missing") == 5 and "\n" not in str(caught.value)
-    assert "no image read" in out
+    assert "no image was read" in out
 
 
 def test_bad_images_alone_can_be_skipped(damaged, capsys, monkeypatch):
-    """The user would not learn how many images `--skip_bad_images` leaves, or be told that it can train where a list
-    has none left; a job that waits for `--check_data && train` would start on damaged data."""
+    """A job that waits for `--check_data && train` would start on damaged data, or not know the way out."""
     with pytest.raises(DivideMixError, match=r"cannot run on these data.* --skip_bad_images"):
         run_check(*find(damaged))
     run_check(*find(damaged), skip=True)
@@ -159,8 +155,7 @@ def test_bad_images_alone_can_be_skipped(damaged, capsys, monkeypatch):
 
 
 def test_bad_images_are_left_out_of_each_list(damaged):
-    """A million photos would be refused for one; the labels of those left would move to their neighbours; or the
-    network would never see one of the classes that it is tested on, without a word."""
+    """The labels of the images left would move to their neighbours, or a class vanish without a word."""
     lists, _ = find(damaged)
     rows, bad = sound_rows(lists, check(lists)), check(lists)
     assert rows["train"].tolist() == [i for i in range(28) if i not in (3, 20)]
@@ -179,8 +174,7 @@ def test_bad_images_are_left_out_of_each_list(damaged):
 
 
 def test_usable_looks_once_and_stays_with_it(damaged, tmp_path):
-    """Else each start of a run looks at a million files again, or trains on other images than the start before; and
-    people would not learn which images a run was trained without."""
+    """Each start would look at a million files again, or train on other images than the start before."""
     lists, file = find(damaged)[0], tmp_path / "skipped.json"
     index, lines = usable(lists, None, file, Ranks())
     assert [len(rows) for rows in index.values()] == [28, 14, 14] and not lines and not file.exists()
@@ -220,8 +214,7 @@ RECORDS = {  # each with a word of what is wrong
 @pytest.mark.parametrize("depth", ["quick", None])
 @pytest.mark.parametrize(("content", "word"), RECORDS.values(), ids=RECORDS)
 def test_a_record_that_is_damaged_or_of_other_data_is_refused(damaged, tmp_path, content, word, depth):
-    """Taken for empty, it would put images into the run that it was to leave out; of other data, it would leave out the
-    wrong images, and mix up which sample is which."""
+    """The run would leave out the wrong images, and mix up which sample is which."""
     file = tmp_path / "skipped.json"
     os.mkfifo(file) if content is None else file.write_text(content)
     with pytest.raises(DivideMixError) as caught:

@@ -47,8 +47,7 @@ def test_crop_and_flip_equal_torchvision_for_the_same_draws():
 
 
 def test_draws_are_uniform_and_independent_per_image():
-    """Offsets that miss an edge, a coin that is not fair, or one draw for a whole batch, weaken the augmentation; and
-    a mirrored 2 is no digit."""
+    """Offsets that miss an edge, an unfair coin, or one draw for a whole batch weaken the augmentation."""
     crops = draw_crops(np.random.default_rng(0), 20_000, flip=True)
     for column, values in zip(crops.T, (9, 9, 2), strict=True):
         counts = np.bincount(column, minlength=values)
@@ -98,8 +97,7 @@ def test_a_pass_shows_every_labeled_sample_once(n, labeled, batch_size, seed):
 
 
 def test_each_pass_has_a_new_order_and_two_independent_views():
-    """An epoch in file order would train class after class; an unlabeled set that restarts in the same order would
-    meet the same labeled images; one crop for both views would make the guess an average of one prediction."""
+    """The same images would meet all epoch long; one crop for both views would guess from one prediction."""
     data = dataset(60)
     orders = [tuple(u.tolist()) for _, u, *_ in data.mixmatch_batches(half(60, 50), 10, np.random.default_rng(0))]
     assert len(orders) == 5 and len(set(orders)) > 1
@@ -126,8 +124,7 @@ def test_the_generator_alone_decides_the_draws():
 
 
 def test_evaluation_shows_all_images_in_order_as_they_are():
-    """A tail that is dropped, or a shift by the padding, would change every accuracy; the report would show a black
-    frame, or another image beside a label."""
+    """A tail that is dropped, or a shift by the padding, would change every accuracy."""
     images = random_images(50)
     data = DeviceImages(images, np.arange(50), (0.0,) * 3, (1 / 255,) * 3, True)
     for batch_size in (7, 50, 1000):

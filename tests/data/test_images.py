@@ -66,8 +66,7 @@ def test_evaluation_views_are_torchvisions(width, height):
 @pytest.mark.parametrize("views", [CROP, RESIZED], ids=lambda views: views.kind)
 @pytest.mark.parametrize("size", [(63, 170), (64, 64), (500, 30)])
 def test_training_views_are_torchvisions_for_the_same_box(views, size):
-    """Training on pixels that are resized or cut otherwise than in the paper, at the edges first of all; without flips
-    (mirrored digits are other digits) or in a worker process, on other boxes."""
+    """Training would see pixels that are resized or cut otherwise than in the paper."""
     image, unpickled = photo(*size), pickle.loads(pickle.dumps(views))
     resized, array = transforms.Resize(views.resize)(image), views.resized(image)
     without_flips = Views(views.resize, views.crop, views.kind, flip=False)
@@ -97,8 +96,7 @@ def test_crops_are_spread_evenly():
 
 
 def test_resized_crops_are_spread_as_torchvisions():
-    """Another mixture of near and far views than the paper's; or, of a narrow image, in which no box fits, a view that
-    is distorted beyond what torchvision makes of it."""
+    """Near and far views would be mixed otherwise than the paper's, or narrow images be distorted."""
     n, (height, width) = 2500, (80, 120)
     boxes = np.array([RESIZED.draw(height, width, seed)[:4] for seed in range(n)], float)
     torch.manual_seed(0)
@@ -215,14 +213,11 @@ KEY = b"tRNS"
 SHOWN = {
     # modes without transparency
     "RGB PNG": (saved(of([(1, 2, 3), (250, 0, 9)], "RGB"), "PNG"), [(1, 2, 3), (250, 0, 9)]),
-    "RGB PPM": (b"P6 2 1 255\n" + bytes([1, 2, 3, 250, 0, 9]), [(1, 2, 3), (250, 0, 9)]),
     "L PNG of 4 bits": (png(4, 0, bytes([0x0F, 0x70]), 3), [0, 255, 119]),
     "1 TIFF, white is zero": (tiff(0, [1], bytes([0b01000000]), 2), [255, 0]),
     "L TIFF, white is zero": (tiff(0, [8], bytes([0, 7, 255]), 3), [255, 248, 0]),
-    "P GIF": (saved(palette(of([0, 1], "P"), [9, 8, 7, 1, 2, 3]), "GIF"), [(9, 8, 7), (1, 2, 3)]),
     "P TIFF": (tiff(3, [8], bytes([0, 9]), 2, t320=RAMP), [0, 9]),
     "CMYK TIFF": (saved(of([(255, 0, 0, 0), (0, 0, 0, 255)], "CMYK"), "TIFF"), [(0, 255, 255), (0, 0, 0)]),
-    "YCbCr TIFF": (tiff(6, [8] * 3, bytes([90, 128, 128]), 1, t530=[1, 1]), [90]),
     "LX TIFF": (tiff(1, [8, 8], bytes([7, 0]), 1, t338=[0]), [7]),
     "first frame": (saved(of([0, 255], "L"), "GIF", save_all=True, append_images=[of([255, 0], "L")]), [0, 255]),
     # transparency, on white
@@ -236,9 +231,7 @@ SHOWN = {
         png(8, 3, bytes([0, 1, 2]), 3, (b"PLTE", bytes([0, 0, 0, 100, 100, 100, 9, 9, 9])), (KEY, bytes([0, 51]))),
         [255, 224, 9],
     ),
-    "P PNG of 1 bit": (png(1, 3, b"\x40", 2, (b"PLTE", bytes([0, 0, 0, 9, 9, 9])), (KEY, b"\0")), [255, 9]),
     "P GIF, one colour": (saved(palette(of([0, 1], "P"), [0, 0, 0, 1, 2, 3]), "GIF", transparency=0), [255, (1, 2, 3)]),
-    "L GIF, one colour": (saved(of([0, 1, 2], "L"), "GIF", transparency=0), [255, 1, 2]),
     "1 PNG, white": (png(1, 0, b"\x40", 2, (KEY, u16(1))), [0, 255]),
     "L PNG of 2 bits, a colour": (png(2, 0, bytes([0b00011011]), 4, (KEY, u16(1))), [0, 255, 170, 255]),
     "L PNG, a colour": (png(8, 0, bytes([0, 1, 2]), 3, (KEY, u16(0))), [255, 1, 2]),
@@ -251,7 +244,6 @@ SHOWN = {
     "RGB PNG of 16 bits": (png(16, 2, u16(0x1234, 0xFF00, 0), 1), [(0x12, 0xFF, 0)]),
     "RGBA PNG of 16 bits": (png(16, 6, u16(0, 0, 0, 0, 0x1234, 0, 0, 65535), 2), [255, (0x12, 0, 0)]),
     "RGB PPM of 16 bits": (b"P6 1 1 65535\n" + u16(0x1234, 0xFFFF, 0), [(0x12, 0xFF, 0)]),
-    "CMYK TIFF of 16 bits": (tiff(5, [16] * 4, u16(65535, 0, 0, 0, order="<"), 1), [(0, 255, 255)]),
     # 16-bit grey: by its largest value
     "8 bits in 16": (png(16, 0, u16(0, 100, 255), 3), [0, 100, 255]),
     "9 bits in 16": (png(16, 0, u16(0, 256, 511), 3), [0, 64, 127]),
@@ -282,8 +274,7 @@ SHOWN = {
 
 @pytest.mark.parametrize(("content", "expected"), SHOWN.values(), ids=SHOWN)
 def test_images_are_read_as_a_viewer_shows_them(tmp_path, content, expected):
-    """A black drawing on a transparent ground would be black all over, a scan of 12 bits all but black, and nobody
-    would be told."""
+    """A black drawing on a transparent ground would be black all over, a scan of 12 bits all but black."""
     (tmp_path / "x.png").write_bytes(content)
     pixels = read_image(tmp_path / "x.png")
     values = [(value,) * 3 if isinstance(value, int) else value for value in expected]
@@ -346,8 +337,7 @@ def test_a_sound_image_with_damaged_exif_data(tmp_path, exif):
 
 
 def test_what_was_done_is_counted(tmp_path):
-    """The user would not hear that scans of one set were scaled each by its own bits, or that photos were turned; or
-    would hear of every screenshot, which has an alpha channel with nothing to see through."""
+    """The user would not hear that photos were turned, or would hear of every screenshot's alpha channel."""
     [line] = describe_changes(np.array([0, 0, TURNED, TURNED | COMPOSITED, SCALED, TURNED], np.uint8))
     assert re.findall(r"\d+ \w+", line)[:3] == ["3 turned", "1 with", "1 of"]
     assert describe_changes(np.zeros(9, np.uint8)) == describe_changes(np.array([], np.uint8)) == []
@@ -394,8 +384,7 @@ BAD = {  # name: (its bytes, or how it is made, what is wrong with it)
 @pytest.mark.parametrize("as_shown", [False, True], ids=["published", "as shown"])
 @pytest.mark.parametrize(("content", "reason"), BAD.values(), ids=BAD)
 def test_what_is_wrong_is_said(tmp_path, content, reason, as_shown):
-    """A traceback of Pillow's that does not tell what to mend; a worker's memory filled by a small file, or a file from
-    elsewhere that is read or run."""
+    """The user would see a traceback of Pillow's, or a file from elsewhere fill the memory or be run."""
     (tmp_path / "data").mkdir()
     photo(60, 50).save(tmp_path / "outside.jpg")
     path = tmp_path / "data/photo.jpg"
@@ -426,8 +415,7 @@ def test_the_longest_image_that_is_read_takes_little_memory(tmp_path):
 
 @pytest.mark.slow
 def test_pillow_is_silent_and_others_are_not(tmp_path):
-    """A run would end in a screen of remarks on metadata; or the warning of a mixture that is fitted in a thread, while
-    images are read, would be lost."""
+    """A run would end in a screen of remarks on metadata, or the warnings of other threads be lost."""
     palette(of([0, 1], "P"), [9, 8, 7, 1, 2, 3]).save(tmp_path / "x.png", transparency=b"\0\1")
     code = f"""
 import warnings

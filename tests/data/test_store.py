@@ -68,8 +68,7 @@ def test_views_on_a_card_are_those_on_the_host(seeds):
     ids=["no limit", "the job's limit", "files count as free", "beyond the limit"],
 )
 def test_memory_that_is_free(tmp_path, limits, expected):
-    """In a container or a batch job a run would be killed for memory that the machine has and the job has not; on a
-    system that does not tell, it would end with an error."""
+    """In a container or a batch job the run would be killed for memory that only the machine has."""
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text(f"MemTotal:  99999999 kB\nMemAvailable:   {(1 << 30) // 1024} kB\n")
     (tmp_path / "proc/self/cgroup").write_text("0::/job/step\n")
@@ -196,8 +195,7 @@ def test_one_builds_at_a_time(path):
 
 
 def test_a_lock_ends_with_its_block_whatever_was_started_in_it(path):
-    """Workers start while the cache is built and live as long as the run: a second run, or another machine's rank,
-    would wait for the end of the first."""
+    """Workers that start while the cache is built would hold the lock as long as the run."""
     with locked(path):
         worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         worker.start()
