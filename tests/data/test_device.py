@@ -105,6 +105,9 @@ def test_each_pass_has_a_new_order_and_two_independent_views():
     assert [len(rows) for rows in first] == [16, 16, 16, 12]
     assert sorted(chain.from_iterable(first)) == sorted(chain.from_iterable(second)) == list(range(60))
     assert first != second
+    index, crops = next(iter(data.warmup_batches(16, np.random.default_rng(0))))
+    views, labels = data.warmup_views(index, crops)
+    assert shown(views) == labels.tolist() == first[0]
     data = DeviceImages(random_images(40), np.zeros(40, np.int64), (0.5,) * 3, (0.5,) * 3, True)
     (batch, *_) = data.mixmatch_batches(half(40), 20, np.random.default_rng(0))
     x1, x2, _, _, u1, u2 = data.mixmatch_views(*batch)

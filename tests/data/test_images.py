@@ -22,6 +22,7 @@ from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 from dividemix import DivideMixError
+from dividemix.data.check import problem
 from dividemix.data.images import (
     COMPOSITED,
     MAX_RATIO,
@@ -365,7 +366,8 @@ BAD = {  # name: (its bytes, or how it is made, what is wrong with it)
     "missing": (lambda path: None, "missing"),
     "empty": (b"", "empty"),
     "text": (b"<html>404 not found</html>", "not an image"),
-    "truncated": (saved(photo(60, 50), "JPEG")[:-400], "truncated"),
+    "truncated": (saved(photo(60, 50), "JPEG")[:-40], "truncated"),
+    "truncated PNG": (saved(photo(60, 50), "PNG")[:-40], "truncated"),
     "a folder": (Path.mkdir, "not a file"),
     "a pipe, which would be waited for": (os.mkfifo, "not a file"),
     "a link to itself": (lambda path: path.symlink_to(path), "levels of symbolic links"),
@@ -394,7 +396,9 @@ def test_what_is_wrong_is_said(tmp_path, content, reason, as_shown):
         content(path)
     with pytest.raises(BadImage, match=reason) as caught:
         read_image(path, Boundary(tmp_path / "data"), as_shown)
-    assert str(caught.value) and str(path) not in str(caught.value)
+    assert str(path) not in str(caught.value)
+    for full in (False, True):  # --check_data says it in the same words
+        assert problem(str(path), Boundary(tmp_path / "data"), full, as_shown) == str(caught.value)
 
 
 def test_8_bits_with_a_sign_are_refused(tmp_path):

@@ -46,6 +46,11 @@ def test_paths_labels_and_lines_of_an_image_list():
     images = image_list([b"a", b"bb", b"", b"dddd"], [0, 1, 2, 3], numbers=[1, 2, 3, 9]).select(np.array([3, 0]), 4)
     assert [images.path(i) for i in range(len(images))] == ["/d/images/dddd", "/d/images/a"]
     assert images.labels.tolist() == [3, 0] and images.where(0).endswith("line 9") and images.num_class == 4
+    digests = [
+        ImageList("/d/list.txt", root, "", [b"a", b"b"], labels, 5, numbers).digest()
+        for root, labels, numbers in (("/d", [0, 1], [1, 2]), ("/moved", [0, 1], [3, 9]), ("/d", [1, 0], [1, 2]))
+    ]
+    assert digests[0] == digests[1] != digests[2]
     assert len(images.select(np.array([], int))) == 0
 
 

@@ -6,6 +6,7 @@ import weakref
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -186,7 +187,10 @@ def test_three_ranks_have_the_rows_of_one(clothing):
         data = made.images("train")
         evaluated = list(data.eval_batches(10))
         for rank in range(3):
-            with pipeline(clothing, ranks=Ranks(rank, 3)) as of_rank:
+            with (
+                pytest.warns(DivideMixWarning, match="--keep_images"),
+                pipeline(clothing, ranks=Ranks(rank, 3)) as of_rank,
+            ):
                 share = of_rank.images("train", keep=True)
                 assert share.memory is None
                 for batch, expected in zip(share.eval_batches(10), evaluated[rank::3], strict=True):
@@ -274,6 +278,9 @@ def test_where_images_are_kept(clothing, monkeypatch):
     for keep, memory in (("no", None), ("host", CPU), ("device", CPU)):
         with pipeline(clothing, keep=keep) as made:
             assert made.images("train", keep=True).memory == memory
+    monkeypatch.setattr(store.KeptImages, "add", mock.Mock(side_effect=torch.OutOfMemoryError))
+    with pipeline(clothing) as made, pytest.raises(DivideMixError, match="--keep_images"):
+        list(made.images("train", keep=True).eval_batches(8))
 
 
 # ---- Cached ----

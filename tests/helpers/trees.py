@@ -1,9 +1,8 @@
-"""Small folders of images in the published formats of Clothing1M and WebVision, and of one's own, drawn from
-handwritten digits.
+"""Makes small folders of images in the formats of Clothing1M and WebVision, and of own images, drawn from handwritten
+digits.
 
-Every maker returns the data folder. The
-images vary in size and in shape, and class c looks like the digit c % 10 in the c // 10-th colour, so that a net can
-learn it. Nothing here needs pytest.
+Every maker returns the data folder. The images vary in size and in shape, and class c looks like the digit c % 10 in
+the c // 10-th colour, so that a net can learn it. Nothing here needs pytest.
 """
 
 import functools
@@ -26,7 +25,7 @@ def _grey_by_digit() -> list[np.ndarray]:
 
 
 class Artist:
-    """Draws images of the wanted classes, each time another digit in another size. One seed, one sequence."""
+    """Draws images of given classes, each of another digit and size. The same seed gives the same sequence."""
 
     def __init__(self, seed: int, sides: tuple[int, int] = (24, 48)):
         self.rng = np.random.default_rng(seed)
@@ -45,7 +44,7 @@ class Artist:
         self.image(c).save(path, "JPEG", quality=90)
 
     def noisy(self, labels: np.ndarray, noise: float, num_class: int) -> np.ndarray:
-        """A part `noise` of the labels, at random, becomes another class."""
+        """Each label becomes another class with probability `noise`."""
         wrong = self.rng.random(len(labels)) < noise
         return np.where(wrong, (labels + self.rng.integers(1, num_class, len(labels))) % num_class, labels)
 
@@ -68,22 +67,22 @@ def make_clothing1M(
 ) -> Path:
     """Key lists as published, paths like images/7/17/0000000017,1000000017.jpg. Classes in turn, 0, 1, ... 13, 0, ...
 
-    images_folder: the images are below images/; otherwise directly in the folder, and the lists are the same.
-    As in the published files, the label files hold more than the key lists ask for.
+    images_folder: whether the images are below images/ or directly in the folder; the lists are the same. As in the
+    published files, the label files hold more images than the key lists.
     """
     root, artist = Path(root), Artist(seed, sides)
     n = n_train + n_val + n_test
     keys = [f"images/{i % 10}/{i % 100:02}/{i:010},{10**9 + i}.jpg" for i in range(n)]
-    parts = np.split(np.arange(n), [n_train, n_train + n_val])
-    labels = np.concatenate([np.arange(len(part)) % num_class for part in parts])
+    splits = np.split(np.arange(n), [n_train, n_train + n_val])
+    labels = np.concatenate([np.arange(len(rows)) % num_class for rows in splits])
     for key, label in zip(keys, labels, strict=True):
         artist.draw(root / (key if images_folder else key.removeprefix("images/")), label)
-    for name, part in zip(("noisy_train", "clean_val", "clean_test"), parts, strict=True):
-        _write(root / f"{name}_key_list.txt", [keys[i] for i in part])
-    given = artist.noisy(labels, noise, num_class)
+    for name, rows in zip(("noisy_train", "clean_val", "clean_test"), splits, strict=True):
+        _write(root / f"{name}_key_list.txt", [keys[i] for i in rows])
+    noisy_labels = artist.noisy(labels, noise, num_class)
     noisy_label_kv = range(n_train + n_val // 2)
     clean_label_kv = [*range(0, n_train, 4), *range(n_train, n)]
-    _write(root / "noisy_label_kv.txt", [f"{keys[i]} {given[i]}" for i in noisy_label_kv])
+    _write(root / "noisy_label_kv.txt", [f"{keys[i]} {noisy_labels[i]}" for i in noisy_label_kv])
     _write(root / "clean_label_kv.txt", [f"{keys[i]} {labels[i]}" for i in clean_label_kv])
     return root
 
@@ -101,8 +100,8 @@ def make_webvision(
 ) -> Path:
     """info/, google/, val_images_256/ and imagenet/val/ with `num_class` classes in turn; up to 50 can be drawn.
 
-    After every tenth line the lists name an image of a later class, which is not there: who asks for the first
-    `num_class` classes needs none of those. wnid_folders: imagenet/val/n01440764/ instead of imagenet/val/0/.
+    After every tenth line the lists name an image of a later class, whose file is missing: the first `num_class`
+    classes do not need it. wnid_folders: imagenet/val/n01440764/ instead of imagenet/val/0/.
     """
     root, artist = Path(root), Artist(seed, sides)
 
@@ -122,8 +121,8 @@ def make_webvision(
         _write(path, lines)
 
     names, labels = draw_all(n_train, lambda i, c: f"google/q{c + 1:04}/images{i % 3 + 1:06}/Zx_{i}-9Q.jpg")
-    given = artist.noisy(labels, noise, num_class)
-    write_list(root / "info/train_filelist_google.txt", names, given, "google/q1632/images000001/%d.jpg")
+    noisy_labels = artist.noisy(labels, noise, num_class)
+    write_list(root / "info/train_filelist_google.txt", names, noisy_labels, "google/q1632/images000001/%d.jpg")
     names, labels = draw_all(n_val, lambda i, c: f"val_images_256/val{i:06}.jpg")
     names = [name.removeprefix("val_images_256/") for name in names]
     write_list(root / "info/val_filelist.txt", names, labels, "val9%05d.jpg")
@@ -136,7 +135,7 @@ def make_webvision(
 def make_folder(
     root: str | Path, n: int = 24, num_class: int = 4, parts: tuple[str, ...] = (), sides=(16, 24), seed: int = 0
 ) -> Path:
-    """n images in class folders c0, c1, ..., in turn; with `parts` ("train", "test", ...) so many in each of them."""
+    """n images in class folders c0, c1, ..., in turn; with `parts` ("train", "test", ...) n images in each of these."""
     root, artist = Path(root), Artist(seed, sides)
     for part in parts or ("",):
         for i in range(n):
@@ -145,13 +144,13 @@ def make_folder(
 
 
 def make_digits(root: str | Path, wrong: float, seed: int = 0) -> tuple[Path, np.ndarray]:
-    """scikit-learn's 1,797 digits, 8x8, as grey PNGs in class folders 0 to 9, named by their number; a part `wrong` of
-    them, at random, in another digit's folder. -> (the folder, the true labels)."""
+    """scikit-learn's 1,797 digits, 8x8, as grey PNGs in class folders 0 to 9, named by their row; each is in another
+    digit's folder with probability `wrong`. -> (the folder, the true labels)."""
     root, rng = Path(root), np.random.default_rng(seed)
     images, labels = grey_digits(1797)
     is_wrong = rng.random(len(labels)) < wrong
-    given = np.where(is_wrong, (labels + rng.integers(1, 10, len(labels))) % 10, labels)
-    for i, (image, label) in enumerate(zip(images, given, strict=True)):
+    noisy_labels = np.where(is_wrong, (labels + rng.integers(1, 10, len(labels))) % 10, labels)
+    for i, (image, label) in enumerate(zip(images, noisy_labels, strict=True)):
         (root / str(label)).mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(root / str(label) / f"{i:04}.png")
     return root, labels
