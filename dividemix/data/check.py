@@ -37,10 +37,9 @@ def check(lists: Lists, full: bool = False) -> dict[str, Bad]:
     threads = min(4 * available_cores(), 64)  # most of the time is waiting for the disk
     with ThreadPoolExecutor(threads) as pool:
         for name, images in lists.items():
-            check_chunk = partial(_check_chunk, images, Boundary(images.root), full)
             rows = range(len(images))
             chunks = [rows[start : start + _CHUNK] for start in rows[::_CHUNK]]
-            results = pool.map(check_chunk, chunks)
+            results = pool.map(partial(_check_chunk, images, Boundary(images.root), full), chunks)
             for of_chunk in tqdm(results, name, len(chunks), leave=False, disable=None, unit_scale=_CHUNK):
                 bad[name] |= of_chunk
     return bad
@@ -59,17 +58,18 @@ def run_check(
     DivideMixError where training could not run."""
     if from_environment()[0] != 0:
         return
+    if not lists:
+        print(*problems, "no image was read", sep="\n", flush=True)
+        raise DivideMixError(f"training cannot run on these data: {'; '.join(problems)}")
     bad = check(lists, full)
     lines = [line for name, images in lists.items() for line in describe(name, images, bad[name])]
-    is_complete = bool(lists) and not problems and not any(bad.values())
+    is_complete = not problems and not any(bad.values())
     verdict = "the data are complete" if is_complete else "training cannot run on these data as they are"
     number = f"{sum(map(len, lists.values()))} images" if problems else "every image"
     depth = f"{number} decoded" if full else f"header and end of {number} read"
-    print(*first_lines, *problems, *lines, f"{verdict} ({depth if lists else 'no image was read'})", sep="\n", flush=True)
+    print(*first_lines, *problems, *lines, f"{verdict} ({depth})", sep="\n", flush=True)
     if is_complete:
         return
-    if not lists:
-        raise DivideMixError(f"training cannot run on these data: {'; '.join(problems)}")
     if problems or not skip:  # --skip_bad_images helps only where bad images are all that is wrong
         advice = "mend the data folder" + ("" if problems else ", or leave the bad images out by --skip_bad_images")
         raise DivideMixError(f"training cannot run on these data, for what the report names: {advice}")

@@ -26,9 +26,8 @@ _FORMAT = 2  # of the cache; another number makes another file
 
 
 class TaskResult(NamedTuple):
-    """What a worker gives for a task: the images `index` (n,) of the list `name`. pixels uint8: their views
-    (V, n, S, S, 3), or the uncut resized images, flattened one after the other; sizes int32 (n, 2): their resized
-    height and width; changes uint8 (n,): of `images.Shown`."""
+    """The images `index` (n,) of the list `name`. pixels uint8: their views (V, n, S, S, 3), or the uncut images one
+    after the other, flattened; sizes int32 (n, 2): resized height, width; changes uint8 (n,): of `images.Shown`."""
 
     name: str
     index: NDArray[np.int64]

@@ -122,8 +122,8 @@ class Pipeline:
             yield result
 
     def describe_changes(self) -> list[str]:
-        """How many of the images read so far were turned, put on white, or scaled to eight bits: one line, the first
-        time that images have been read. All ranks must call it together, since each has read its share."""
+        """A line, if there is something to say, on how many images were turned, put on white, or scaled to eight bits;
+        given once, after the first images are read. All ranks must call it together: each has read its share."""
         changes = torch.from_numpy(np.concatenate([*self._changes.values()])).to(self.device)
         changes = self.ranks.maximum(changes).cpu().numpy()
         if self._are_changes_described or not changes.any():
@@ -151,7 +151,7 @@ class Pipeline:
 
 
 class Normalise:
-    """Normalises views on the device. A pipeline has one for all its data sets, which a captured step may keep."""
+    """Normalises views on the device. All data sets of a pipeline share one, which a captured step may keep."""
 
     def __init__(self, mean: tuple, std: tuple, device: torch.device):
         self.mean = torch.tensor(mean, dtype=torch.float32, device=device)

@@ -21,8 +21,8 @@ from dividemix.data import images
 from dividemix.data.lists import Boundary, ImageList
 from dividemix.data.store import Cache, TaskResult
 
-# Images of a task. Few, so that the results on their way take few megabytes: containers often have 64 MB of shared
-# memory for them. And a step need not wait until one worker has read a whole batch.
+# Images of a task. Few: the results on their way share 64 MB of memory in many containers, and a step need not wait
+# until one worker has read a whole batch.
 TASK_SIZE = 8
 
 
@@ -82,8 +82,7 @@ class Reader:
         else:
             pixels = self.views.batch(resized, task.seeds)
         if get_worker_info() is not None:
-            # Not left to the queue that sends it: where shared memory is short, the queue would lose the result, and
-            # the main process would wait for it forever.
+            # The queue would do this too, but lose the result where shared memory is short: a wait without end.
             pixels.share_memory_()
         sizes = np.array([image.shape[:2] for image in resized], np.int32)
         return TaskResult(task.name, task.index, pixels, sizes, np.array(changes, np.uint8))
