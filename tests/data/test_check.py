@@ -32,7 +32,7 @@ def find(root: Path):
 
 
 @pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize(("kind", "mode"), [("JPEG", "CMYK"), ("PNG", "P"), ("GIF", "P"), ("WEBP", "RGB")])
+@pytest.mark.parametrize(("kind", "mode"), [("JPEG", "CMYK"), ("PNG", "P"), ("GIF", "P"), ("WEBP", "L"), ("BMP", "L")])
 def test_sound_images(tmp_path, kind, mode, full):
     """A data set would be refused for sound images of odd formats, names, or bytes after the end mark."""
     content = save(tmp_path / "photo.jpg", kind, mode)

@@ -117,6 +117,7 @@ def test_views_that_do_not_fit_in_are_refused(crop):
     """It would end in the middle of a run, with an error of numpy's."""
     with pytest.raises(DivideMixError, match="--image_size"):
         Views(32, crop)
+    assert Views(32, 32).crop == 32 and Views(1, 1).crop == 1
 
 
 # ---- Files: the published pixels ----
@@ -124,13 +125,8 @@ def test_views_that_do_not_fit_in_are_refused(crop):
 KINDS = {
     "grey JPEG": ("JPEG", "L", {}),
     "CMYK JPEG": ("JPEG", "CMYK", {}),
-    "progressive JPEG": ("JPEG", "RGB", {"progressive": True}),
     "palette PNG, colours half transparent": ("PNG", "P", {"transparency": bytes(range(0, 256, 2))}),
-    "GIF": ("GIF", "P", {}),
     "RGBA PNG": ("PNG", "RGBA", {}),
-    "black and white PNG": ("PNG", "1", {}),
-    "WebP": ("WEBP", "RGB", {}),
-    "BMP": ("BMP", "RGB", {}),
     "JPEG lying on its side": ("JPEG", "RGB", {"exif": exif_of(6)}),
 }
 
@@ -219,7 +215,6 @@ SHOWN = {
     "L TIFF, white is zero": (tiff(0, [8], bytes([0, 7, 255]), 3), [255, 248, 0]),
     "P TIFF": (tiff(3, [8], bytes([0, 9]), 2, t320=RAMP), [0, 9]),
     "CMYK TIFF": (saved(of([(255, 0, 0, 0), (0, 0, 0, 255)], "CMYK"), "TIFF"), [(0, 255, 255), (0, 0, 0)]),
-    "LX TIFF": (tiff(1, [8, 8], bytes([7, 0]), 1, t338=[0]), [7]),
     "first frame": (saved(of([0, 255], "L"), "GIF", save_all=True, append_images=[of([255, 0], "L")]), [0, 255]),
     # transparency, on white
     "RGBA PNG": (saved(of([(0, 0, 0, 0), (200, 100, 0, 51)], "RGBA"), "PNG"), [255, (244, 224, 204)]),
@@ -243,8 +238,6 @@ SHOWN = {
     ),
     # 16 bits a channel
     "RGB PNG of 16 bits": (png(16, 2, u16(0x1234, 0xFF00, 0), 1), [(0x12, 0xFF, 0)]),
-    "RGBA PNG of 16 bits": (png(16, 6, u16(0, 0, 0, 0, 0x1234, 0, 0, 65535), 2), [255, (0x12, 0, 0)]),
-    "RGB PPM of 16 bits": (b"P6 1 1 65535\n" + u16(0x1234, 0xFFFF, 0), [(0x12, 0xFF, 0)]),
     # 16-bit grey: by its largest value
     "8 bits in 16": (png(16, 0, u16(0, 100, 255), 3), [0, 100, 255]),
     "9 bits in 16": (png(16, 0, u16(0, 256, 511), 3), [0, 64, 127]),

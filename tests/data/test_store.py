@@ -162,6 +162,7 @@ def test_the_name_follows_from_the_files(tmp_path):
 
 def test_a_disk_without_room_or_that_refuses(tmp_path, monkeypatch):
     """The disk would be full after minutes, for other users as well; a mistyped folder would end in a traceback."""
+    assert store.estimate(10**6, 256) == 275_251_200_000
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda folder: namedtuple("Usage", "free")(10**9))
         check_space(tmp_path / "new" / "folder", 10**9)
