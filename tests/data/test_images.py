@@ -257,6 +257,7 @@ SHOWN = {
     # 16-bit grey: by the bits that the file names
     "10 bits, sBIT 12": (png(16, 0, u16(0, 1023), 2, (b"sBIT", b"\x0c")), [0, 64]),
     "9 bits, sBIT 9": (png(16, 0, u16(0, 511), 2, (b"sBIT", b"\x09")), [0, 255]),
+    "10 bits, sBIT 9": (png(16, 0, u16(0, 600), 2, (b"sBIT", b"\x09")), [0, 150]),
     "12 bits, sBIT 16": (png(16, 0, u16(0, 4112), 2, (b"sBIT", b"\x10")), [0, 16]),
     "12 bits stretched to 16, sBIT 12": (png(16, 0, u16(0, 0x1010, 0xFFF0), 3, (b"sBIT", b"\x0c")), [0, 16, 255]),
     "10 bits with alpha, sBIT 12": (png(16, 4, u16(1023, 65535), 1, (b"sBIT", b"\x0c\x10")), [64]),
