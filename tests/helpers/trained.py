@@ -1,10 +1,9 @@
-"""Run folders, made by hand in a moment or by the real scripts, for tests of what is done with a trained run.
-
-Nothing here needs pytest.
-"""
+"""Run folders, made by hand in a moment or by the real scripts, and the commands that use a trained run."""
 
 import functools
 import json
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import Train_cifar
 import Train_clothing1M
 import Train_folder
 import Train_webvision
-from dividemix import networks
+from dividemix import DivideMixWarning, networks
 from dividemix.data.device import to_float
 from dividemix.data.images import Views
 from dividemix.data.lists import ImageList
@@ -28,7 +27,7 @@ from dividemix.run import checkpoint, description
 from dividemix.run.description import Preparation
 from helpers.data import make_cifar10, make_cifar100, make_fashionmnist
 from helpers.nets import golden_weights
-from helpers.scripts import SMALL_NET, tiny
+from helpers.scripts import SMALL_NET, end_of, tiny
 from helpers.trees import make_clothing1M, make_folder, make_webvision
 
 COLOUR = Preparation((0.5, 0.45, 0.4), (0.25, 0.2, 0.3), image_size=16, resize=20)
@@ -93,6 +92,21 @@ def draw_photos(folder: Path, n: int = 7, seed: int = 0, sides: tuple[int, int] 
         paths.append(folder / f"photo_{i:02d}.png")
         Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(paths[-1])
     return paths
+
+
+def command(module, folder: Path, monkeypatch, capsys, *flags: str) -> Callable[..., tuple[int, str, str]]:
+    """A module's `main`, started in `folder` with its arguments and these flags. -> (exit status, stdout, stderr)"""
+    monkeypatch.chdir(folder)
+
+    def start(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with warnings.catch_warnings(record=True) as caught:
+            status = end_of(module, [*map(str, arguments), *flags], monkeypatch)
+        out, error = capsys.readouterr()
+        shown = [each.message for each in caught if each.category is DivideMixWarning]
+        return status, out, "".join(f"warning: {message}\n" for message in shown) + error
+
+    return start
 
 
 # ---- By the scripts ----
