@@ -11,18 +11,16 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from helpers.pages import refused, rows_of
 from helpers.scripts import ROOT
-from helpers.trained import COLOUR, GREY, KINDS, NAMES, command, draw_photos, make_trained, train
+from helpers.trained import COLOUR, GREY, NAMES, command, draw_photos, make_trained
 from torch.export.passes import move_to_device_pass
 
 from dividemix import deploy, networks
-from dividemix.data.images import READING, shown
+from dividemix.data.images import READING
 from dividemix.deploy import export, predict
-from dividemix.report import report
 from dividemix.run.description import Preparation, read_description
 
 
@@ -33,10 +31,10 @@ def load(path: Path) -> tuple[torch.export.ExportedProgram, dict]:
     return exported, json.loads(extra["metadata.json"])
 
 
-def assert_same(exported, run: Path, weights: str = "best", sizes: tuple[int, ...] = (1, 2, 3, 17)) -> None:
+def assert_same(exported, run: Path, sizes: tuple[int, ...] = (1, 2, 3, 17)) -> None:
     """The program's answers are the run's ensemble's, for batches of any size."""
     description, program = read_description(run), exported.module()
-    ensemble, p = deploy.load_ensemble(run, description, weights), description.preparation
+    ensemble, p = deploy.load_ensemble(run, description), description.preparation
     for n in sizes:
         x = torch.rand(n, p.channels, p.image_size, p.image_size)
         with torch.no_grad():
@@ -73,25 +71,6 @@ def test_the_export_equals_the_ensemble(done):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_export_of_every_kind_of_run_has_its_accuracy(kind, start, tmp_path, monkeypatch):
-    """Else one kind of run trains for days and cannot be deployed."""
-    monkeypatch.setattr(report, "draw", lambda *_: [])
-    run = train(kind, tmp_path)
-    status, _, error = start(run.folder, "model.pt2")
-    assert (status, error) == (0, "")
-    description, (exported, metadata) = read_description(run.folder), load(tmp_path / "model.pt2")
-    assert_same(exported, run.folder)
-    assert metadata["classes"] == description.classes
-    pixels = [description.preparation.view(shown(path).image) for path in run.images]
-    with torch.no_grad():
-        labels = exported.module()(deploy.to_images(torch.from_numpy(np.stack(pixels)))).argmax(dim=1)
-    assert len(labels.unique()) > 1
-    right = (labels == torch.tensor(run.labels)).double().mean().item()
-    assert 100 * right == pytest.approx(run.best, abs=1e-9)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("arch", [*networks.ARCHITECTURES, "regnet_y_400mf"])  # one of torchvision's that is odd
 def test_every_network_can_be_exported(arch, start, tmp_path):
     """Else it is found out after the training."""
@@ -102,16 +81,6 @@ def test_every_network_can_be_exported(arch, start, tmp_path):
     status, _, error = start(run, "model.pt2")
     assert (status, error) == (0, "")
     assert_same(load(tmp_path / "model.pt2")[0], run, sizes=(1, 3))
-
-
-@pytest.mark.slow
-def test_weights_last(start, tmp_path):
-    """Else the best epoch's networks are deployed as the last one's."""
-    run = make_trained(tmp_path / "run", COLOUR)
-    assert start(run, "model.pt2", "--weights", "last")[0] == 0
-    exported, metadata = load(tmp_path / "model.pt2")
-    assert_same(exported, run, "last")
-    assert metadata["run"] == {"name": "run", "weights": "last", "epochs": [2, 2]}
 
 
 # ---- What is in the file ----
@@ -201,6 +170,19 @@ def test_a_program_that_differs_is_not_written(done, start, monkeypatch, tmp_pat
     refused(ended, "model.pt2: not written")
     assert re.search(f"by [^ ]*{difference} of", ended[2])
     assert Path("model.pt2").read_bytes() == b"before" and sorted(os.listdir()) == ["model.pt2", "run"]
+
+
+def test_weights_last(done, start, monkeypatch):
+    """Else the best epoch's networks are deployed as the last one's."""
+    monkeypatch.setattr(export, "export", lambda *arguments: exported.append(arguments) or b"")
+    monkeypatch.setattr(export, "relative_difference", lambda *_: 0.0)
+    exported: list = []
+    assert start(done.run, "model.pt2", "--weights", "last")[0] == 0
+    [(ensemble, _, metadata)] = exported
+    assert metadata["run"] == {"name": "a run", "weights": "last", "epochs": ensemble.epochs} and ensemble.epochs == [
+        2,
+        2,
+    ]
 
 
 def test_what_cannot_be_exported_is_one_line(done, start, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import struct
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -34,8 +35,7 @@ DIVIDED = ALWAYS | {"labeled", "losses_net1", "losses_net2", "transition"}
 
 
 def test_the_figures_are_pictures_whatever_the_names(tmp_path):
-    """Else the page shows broken images, or a class or folder called `$\\frac{$`, or by what is not Unicode, fails the
-    report. Nor does a script that the font lacks print a page of warnings."""
+    """Else a class called `$\\frac{$`, or by what is not Unicode or not in the font, fails the report, or warns."""
     classes = ["$\\frac{$", "_x\n\0\ud800", "\u732b" * 40]
     run = read_run(make_run(tmp_path / "_$x_{\udce9", classes=classes))
     with warnings.catch_warnings():
@@ -59,7 +59,7 @@ def test_the_figures_are_pictures_whatever_the_names(tmp_path):
     ids=["truth unknown", "cross-entropy", "one epoch"],
 )
 def test_every_kind_of_run_has_its_figures(tmp_path, monkeypatch, kind, expected):
-    """Else the run ends with a warning instead of its report, for a kind of run that nobody had tried."""
+    """Else a run of this kind ends with a warning instead of its report."""
     monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: file.write(b"\x89PNG"))
     run = read_run(make_run(tmp_path / "run", **kind))
     assert figures.draw_all(run, label_issues.find(run), tmp_path / "figures").keys() == expected
@@ -67,8 +67,9 @@ def test_every_kind_of_run_has_its_figures(tmp_path, monkeypatch, kind, expected
 
 
 def test_accuracy_has_each_net_both_and_the_last_ten(tmp_path, axes):
-    """Else a curve carries another's name, or the paper's second number is drawn over other epochs."""
-    figures.draw_accuracy(axes, read_run(make_run(tmp_path / "run", epochs=12)))
+    """Else a curve carries another's name, "last 10" is drawn over other epochs, or warm-up has a precision of 0."""
+    run = read_run(make_run(tmp_path / "run", epochs=12))
+    figures.draw_accuracy(axes, run)
     drawn = curves(axes)
     assert drawn["both networks"] == [50.0 + e for e in range(12)]
     assert drawn["net 1"] == [49.0 + e for e in range(12)] and drawn["net 2"] == [48.0 + e for e in range(12)]
@@ -76,6 +77,11 @@ def test_accuracy_has_each_net_both_and_the_last_ten(tmp_path, axes):
     at = {line.get_label(): list(line.get_xdata()) for line in axes.get_lines()}
     assert at["mean of the last 10: 55.50"] == [2, 11] and at["best 61.00"] == [11]
     assert at["end of warm-up"][0] == 0.5 and axes.get_title() == "test accuracy"
+    axes = Figure().subplots()
+    figures.draw_nets(axes, run, ["clean_precision", "clean_recall"], "title")
+    drawn = curves(axes)
+    assert drawn.keys() == {f"{m}, net {k}" for m in ("precision", "recall") for k in (1, 2)} | {"end of warm-up"}
+    assert np.isnan(drawn["precision, net 1"][0]) and drawn["precision, net 1"][1:] == [0.75] * 11
 
 
 def test_runs_on_validation_sets(tmp_path, axes):
@@ -90,15 +96,6 @@ def test_runs_on_validation_sets(tmp_path, axes):
     axes = Figure().subplots()
     figures.draw_accuracy(axes, webvision)
     assert curves(axes)["both networks, ImageNet"] == [65] * 3 and curves(axes)["validation accuracy"] == [60] * 3
-
-
-def test_metrics_of_both_nets_have_gaps_where_they_have_no_value(tmp_path, axes):
-    """Else the warm-up's epochs are drawn as a precision of 0."""
-    run = read_run(make_run(tmp_path / "run"))
-    figures.draw_nets(axes, run, ["clean_precision", "clean_recall"], "title")
-    drawn = curves(axes)
-    assert drawn.keys() == {f"{m}, net {k}" for m in ("precision", "recall") for k in (1, 2)} | {"end of warm-up"}
-    assert np.isnan(drawn["precision, net 1"][0]) and drawn["precision, net 1"][1:] == [0.75, 0.75]
 
 
 def test_losses_are_coloured_by_truth_and_are_densities(axes):
@@ -125,19 +122,16 @@ def test_losses_are_coloured_by_truth_and_are_densities(axes):
     ],
 )
 def test_the_transition_matrix_is_true_where_the_truth_is_known(tmp_path, axes, truth, label, matrix):
-    """Else the estimate is shown as the truth. Here all samples of class 0 were given 1; two of four are corrected."""
-    figures.draw_transition(axes, label_issues.find(read_run(make_run(tmp_path / "run", truth=truth))))
+    """Else the estimate is shown as the truth. Here all samples of class 0 were given 1; two of four are corrected. The
+    names of a hundred classes would be a black bar."""
+    issues = label_issues.find(read_run(make_run(tmp_path / "run", truth=truth)))
+    figures.draw_transition(axes, issues)
     assert [text.get_text() for text in axes.get_xticklabels()] == ["cat", "dog", "bird"]
     assert axes.get_ylabel() == label
     np.testing.assert_allclose(axes.images[0].get_array().filled(np.nan), matrix)
-
-
-def test_many_classes_are_drawn_without_their_names(tmp_path, axes):
-    """A hundred names on one axis are a black bar."""
-    run = read_run(make_run(tmp_path / "run", classes=[f"class number {c}" for c in range(100)]))
-    figures.draw_transition(axes, label_issues.find(run))
-    assert axes.images[0].get_array().shape == (100, 100)
-    assert not any("class" in label.get_text() for label in axes.get_xticklabels()) and not axes.texts
+    many = Figure().subplots()
+    figures.draw_transition(many, replace(issues, class_names=[f"class {c}" for c in range(100)]))
+    assert not any("class" in label.get_text() for label in many.get_xticklabels()) and not many.texts
 
 
 def test_time_is_stacked_and_complete(tmp_path, axes):

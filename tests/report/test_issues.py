@@ -27,9 +27,8 @@ def rows_of(content: bytes) -> list[dict[str, str]]:
 
 
 def test_an_issue_is_doubted_and_has_another_suggestion(tmp_path):
-    """Else the list names labels that nobody would change, or leaves out those that both networks doubt. Sample 1 is
-    doubted, but its own class is suggested; a quality that equals the threshold is not below it. Worst first: issues
-    before sample 1, and of equal qualities the larger loss."""
+    """Else the list names labels that nobody would change: sample 1 is doubted, but its own class is suggested, and a
+    quality that equals the threshold is not below it. Worst first: issues, then low quality, then large loss."""
     issues = issues_of(tmp_path)
     assert issues.is_issue.tolist() == [i in (0, 3, 6) for i in range(N)]
     np.testing.assert_allclose(issues.quality, P_CLEAN - 0.005)
@@ -40,8 +39,7 @@ def test_an_issue_is_doubted_and_has_another_suggestion(tmp_path):
 
 
 def test_cross_entropy_is_judged_by_the_probability_of_the_given_label(tmp_path):
-    """Else the baseline has no list, or one by a clean probability that it does not have; or what reads the one list
-    fails on the other."""
+    """Else the baseline has no list, or one that what reads the others cannot read."""
     issues = issues_of(tmp_path, method="ce")
     assert issues.p_clean == []
     assert issues.quality.tolist() == [0.75 if SUGGESTED[i] == GIVEN[i] else 0.125 for i in range(N)]
@@ -64,8 +62,7 @@ def test_against_the_truth_by_hand(tmp_path):
 
 
 def test_what_is_missing(tmp_path):
-    """Else the report of an unfinished run ends in a stack trace; or the truth is another sample's, since a run that
-    continues without damaged images has other samples than its scores."""
+    """Else an unfinished run ends in a stack trace, or truth is another sample's after damaged images are left out."""
     assert issues_of(tmp_path / "a", scored=False) is None
     assert label_issues.against_truth(issues_of(tmp_path / "b", truth=False)) is None
     folder = make_run(tmp_path / "run")
@@ -87,8 +84,7 @@ def test_the_summary_says_how_many_where_and_how_well(tmp_path):
 
 
 def test_classes_that_were_not_learned_are_named_in_one_line(tmp_path):
-    """All 503 shirts of Fashion-MNIST were listed in a run: whoever drops what is listed has no such class left. Four
-    labels are too few to say so, and 19 of 21 not nearly all."""
+    """All 503 shirts of Fashion-MNIST were listed in a run: whoever drops what is listed has no such class left."""
     issues = issues_of(tmp_path)
     for listed, named in ((2, [0]), (20, [0, 1])):
         given = np.repeat([0, 1, 2], [20, 21, 4])
@@ -115,8 +111,7 @@ HOSTILE = [b'a,"b"\n.jpg', b"\r.jpg", b"caf\xe9.jpg", "=1+1 \u732b.jpg".encode()
 
 
 def test_the_files_come_back_to_the_bit(tmp_path):
-    """Else whoever works with the lists reads other numbers than the run's, or trains on other labels. A comma, quote,
-    line end or byte that is no text in a file or class name must not shift the columns; no line is a comment."""
+    """Else whoever works with the lists reads other numbers than the run's, or an odd name shifts the columns."""
     classes = ['c,a"t', "d\nog", ""]
     paths = HOSTILE + [b"%d.jpg" % i for i in range(N - len(HOSTILE))]
     issues = issues_of(tmp_path, paths=paths, classes=classes)
@@ -145,8 +140,7 @@ NAMES = ["a,b", 'a"b', "a\nb", "a\rb", "a\r\nb", "\r", "\n", " a ", "", "'=1+1",
 
 
 def test_every_name_comes_back():
-    """Else a file name with a line end shifts all rows below it, the class 01 is the class 1, or NA is no class. Plain
-    rows are plain lines, which `diff` compares; what is no text can be escaped for people, or keep its bytes."""
+    """Else a file name with a line end shifts all rows below it, the class 01 is the class 1, or NA is no class."""
     content = csv_bytes(pandas.DataFrame({"name": label_issues.texts(NAMES), "number": range(len(NAMES))}))
     rows = [[name, str(i)] for i, name in enumerate(NAMES)]
     assert list(csv.reader(io.StringIO(content.decode(), newline=""), strict=True)) == [["name", "number"], *rows]
@@ -159,8 +153,7 @@ def test_every_name_comes_back():
 
 
 def test_the_list_is_what_cleanlab_takes(tmp_path):
-    """docs/own-images.md says so: CleanLearning.fit takes a frame with is_label_issue, which it uses as a mask with ~,
-    and with given_label, which must be the labels; one row a sample, in their order."""
+    """docs/own-images.md says so."""
     classification = pytest.importorskip("cleanlab.classification")
     from sklearn.linear_model import LogisticRegression
 
