@@ -245,7 +245,7 @@ def test_what_cannot_be_is_refused_at_the_start(run, start, tmp_path):
     refused(start(run, "empty"), "no image below empty", ".jpg")
     refused(start(run, "nowhere"), "nowhere")
     refused(start("nowhere", "photos"), "nowhere is not a run folder")
-    refused(start(run, "photos", "--out", "photos/photo_00.png"), "photos/photo_00.png", ".csv")
+    refused(start(run, "photos", "--out", "photos/photo_00.png"), "photos/photo_00.png")
     refused(start(run, "list.csv", "--out", "list.csv"), "--out list.csv")
     status, _, error = start(run, "photos", "--workers", "9999")
     assert status == 2 and "--workers" in error
