@@ -10,7 +10,6 @@ from helpers.pages import HOSTILE, Reader, assert_self_contained
 from helpers.run_folder import N, make_run
 from PIL import Image
 
-from dividemix import recipes
 from dividemix.report import figures, page
 from dividemix.report import issues as label_issues
 from dividemix.run.folder import read_run
@@ -131,8 +130,6 @@ def test_the_papers_numbers_are_those_of_the_setting(tmp_path):
 def test_the_setting_differences_are_those_of_the_console(tmp_path):
     """Else a run of another setting stands beside the paper's number without a word."""
     import Train_cifar
-    import Train_clothing1M
-    import Train_webvision
     from dividemix.run import options
 
     for flags in (["--lambda_u", "25", "--warm_up", "3", "--T", "0.9"], []):
@@ -141,11 +138,6 @@ def test_the_setting_differences_are_those_of_the_console(tmp_path):
         text = text_of(make_run(tmp_path / f"run{len(flags)}", **vars(args)))
         differences = "--T 0.9 (paper: 0.5), --lambda_u 25 (paper: 0), --warm_up 3 (paper: 10)"
         assert (differences in console) == (differences in text) == ("differs from" in text) == bool(flags)
-    for script, paper in ((Train_clothing1M, recipes.CLOTHING1M), (Train_webvision, recipes.WEBVISION)):
-        args = script.parse_args(["--lr", "0.5", "--num_epochs", str(paper.setting["num_epochs"])])
-        options.resolve_images(args, paper)
-        folder = make_run(tmp_path / paper.name, command=f"{script.__name__}.py", **vars(args))
-        assert f"--lr 0.5 (paper: {paper.setting['lr']})" in text_of(folder)
 
 
 def test_an_accuracy_is_called_what_it_is(tmp_path):
