@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         windows = args.loss_window or 1, blind.HISTORY if setting.blind else 1
         mixtures = [Mixture(args.p_threshold, *windows) for _ in nets]
         warm_up = math.inf if args.method == "ce" else args.warm_up
-        part = {"refine": ablation.refine, "views": ablation.M}
+        part = {"refine": ablation.refine, "views": ablation.views}
         mixmatch = options.mixmatch(args, warm_up=warm_up, conf_penalty=setting.conf_penalty, **part)
         model = description.describe(*shape, images.class_names, images.preparation, len(nets))
         run.start(argv, nets, optimizers, mixtures, mixmatch, data=about, model=model, lines=[*lines, *setting.lines])
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             if epoch >= mixmatch.warm_up:
                 divisions = co_divide(nets, [train] * len(nets), mixtures, run.phase)
                 if choice:
-                    mixmatch = choice.by(divisions, mixmatch)
+                    mixmatch = choice.update(divisions, mixmatch)
 
             # Net 1 learns from net 2's division, then net 2 from net 1's with the updated net 1 as its peer. Without
             # co-training a network has its own division, and is its own peer.

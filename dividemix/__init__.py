@@ -1,4 +1,4 @@
-"""DivideMix (Li, Socher, Hoi, ICLR 2020): what the training scripts share.
+"""DivideMix (Li, Socher, Hoi, ICLR 2020): what the training scripts have in common.
 
 Reading order: `algorithm` (the equations), `codivide` (loss -> clean probability), `engine` (a step and a phase), then
 `Train_cifar.py` (Algorithm 1). Beside them are `recipes` and `blind` (the paper's settings, or those chosen from the
@@ -11,15 +11,15 @@ import warnings
 
 
 class DivideMixError(Exception):
-    """Something the user can mend: the message is one line that names the file, flag or value, and what to do."""
+    """An error that the user can correct. Its message is one line: the file, flag or value, and what to do."""
 
 
 class Diverged(DivideMixError):
-    """Losses, gradients or weights that nothing can be learnt from; `Run.phase` adds the epoch."""
+    """Losses, gradients or weights are not finite; `Run.phase` adds the epoch to the message."""
 
 
 class DivideMixWarning(UserWarning):
-    """Training goes on, but not quite as the user may think. Shown each time, not once."""
+    """Training continues, but not quite as the user may expect. Shown every time."""
 
 
 def warn(message: str) -> None:

@@ -1,11 +1,11 @@
-"""The command line beside the scripts: what comes after training, and the paper's tables."""
+"""`python -m dividemix COMMAND`: what comes after training, and the paper's tables."""
 
 import importlib
 import sys
 
 from dividemix.run import Parser, command_line
 
-COMMANDS = {  # name -> (the module whose `main` it is, what a user who stops it is told)
+COMMANDS = {  # name -> (module with its `main`, what Ctrl-C means for the user)
     "report": ("dividemix.report.report", "the same command makes the report"),
     "predict": ("dividemix.deploy.predict", "nothing is written"),
     "export": ("dividemix.deploy.export", "nothing is written"),
@@ -14,7 +14,7 @@ COMMANDS = {  # name -> (the module whose `main` it is, what a user who stops it
 
 if __name__ == "__main__":
     parser = Parser(prog="python -m dividemix", description=__doc__)
-    parser.add_argument("command", choices=COMMANDS, help="its own --help lists its flags")
+    parser.add_argument("command", choices=COMMANDS, help="COMMAND --help lists its flags")
     module, stopped_means = COMMANDS[parser.parse_args(sys.argv[1:2]).command]
     del sys.argv[1]
     command_line(importlib.import_module(module).main, stopped_means)

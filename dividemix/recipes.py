@@ -1,8 +1,8 @@
-"""The paper's hyper-parameters and results as data, and what Train_folder.py starts from for own images.
+"""The paper's hyper-parameters and results as data, and the values from which Train_folder.py chooses for own images.
 
 Source: Li, Socher, Hoi, ICLR 2020: Table 7 and Sec. 4.1 (settings), Tables 1 to 5 (results); for Clothing1M and
-WebVision the flags' defaults are those of the authors' scripts. Test accuracies are in per cent: best = the peak over
-all epochs, last = the mean of the last 10."""
+WebVision the flags' defaults are those of the authors' scripts. Test accuracies are in per cent: best = the highest of
+all epochs, last = the mean of the last 10 epochs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ class Recipe:
     best: float | None = None
     last: float | None = None
     ce_best: float | None = None  # plain cross-entropy, one network
-    ablations: Mapping[str, float] = field(default_factory=dict)  # Table 5: `--ablation` -> best, if it has a source
+    ablations: Mapping[str, float] = field(default_factory=dict)  # Table 5: `--ablation` -> best, where a source has it
 
     @property
     def name(self) -> str:
@@ -30,7 +30,7 @@ class Recipe:
 
     @property
     def wrong(self) -> float:
-        """The share of labels that are wrong where the mode is sym: a drawn label may be the true one."""
+        """The share of wrong labels under symmetric noise: a label that is drawn at random may be the true one."""
         return self.r * (1 - 1 / (100 if self.dataset == "cifar100" else 10))
 
 
@@ -46,16 +46,16 @@ ROWS = (
     Recipe("cifar100", "sym", 0.9, lambda_u=150, p_threshold=0.6, loss_window=5, best=31.5, last=31.0, ce_best=10.1),
 )
 
-# What these results were made with, beside the rows: flags of Train_cifar.py
+# The other flags of Train_cifar.py that these results were made with
 CIFAR_SETTING = {"num_epochs": 300, "arch": "preresnet18", "width": 64, "batch_size": 64, "limit_train": None}
 CIFAR_SETTING |= {"recipe": "paper", "lr": 0.02, "lr_drop": 150, "val_fraction": 0.0}
 CIFAR_WEIGHT_DECAY = 5e-4
-# Where a recipe says nothing, the method's defaults hold: a flag that is a new field of MixMatch is compared, too.
+# A row leaves the other settings of the method at their defaults: a new field of MixMatch is compared, too.
 METHOD_SETTING = {name: item.default for name, item in MixMatch.__dataclass_fields__.items() if name != "num_class"}
 
 
 def setting(row: Recipe, method: str = "dividemix") -> dict[str, Any]:
-    """All flags that a row's result was made with; of cross-entropy those that it has a use for."""
+    """All flags that a row's result was made with; for cross-entropy only those that it uses."""
     if method == "ce":
         return CIFAR_SETTING | {"conf_penalty": "auto"}
     of_row = {name: getattr(row, name) for name in ("lambda_u", "p_threshold", "loss_window")}
@@ -64,8 +64,8 @@ def setting(row: Recipe, method: str = "dividemix") -> dict[str, Any]:
 
 
 def setting_differences(args: Mapping[str, Any], setting: Mapping[str, Any], whose: str = "paper") -> list[str]:
-    """The flags of a run that differ from `setting`, as '--lambda_u 25 (paper: 0)'. A flag that the script lacks does
-    not differ; nor does one that `--recipe blind`, which is said, leaves open."""
+    """The flags of a run that differ from `setting`, as '--lambda_u 25 (paper: 0)'. Flags that the script does not have
+    do not differ; nor do those that `--recipe blind` chooses."""
     return [
         f"--{name} {flag_text(args[name])} ({whose}: {flag_text(value)})"
         for name, value in setting.items()
@@ -78,14 +78,14 @@ def flag_text(value: Any) -> str:
 
 
 def warm_up(dataset: str) -> int:
-    """Epochs, of a set of small images."""
+    """Warm-up epochs of a data set of Train_cifar.py."""
     return 30 if dataset == "cifar100" else 10
 
 
 def nearest(dataset: str, mode: str, r: float | None, wrong: float | None = None) -> tuple[Recipe, bool]:
-    """The row for this setting and True, or else the nearest and False: of CIFAR-100's rows for CIFAR-100, CIFAR-10's
-    for every other set, the same mode where there is one, and the closest rate, the lower of two as close. For noise
-    whose r is not the paper's, `wrong` is the share of wrong labels: the symmetric row with the closest such share."""
+    """The row for this setting and True, or the nearest row and False: a row of CIFAR-100 for CIFAR-100, of CIFAR-10
+    for every other set, of the same mode where there is one, with the closest rate (the lower one of two equally
+    close). wrong: share of wrong labels of noise without an r: the symmetric row with the closest share."""
     rows = [row for row in ROWS if row.dataset == (dataset if dataset == "cifar100" else "cifar10")]
     if wrong is not None:
         symmetric = [row for row in rows if row.mode == "sym"]
@@ -100,10 +100,10 @@ class Ablation:
     """What a row of the paper's Table 5 leaves out (`--ablation`)."""
 
     paper_name: str
-    reading: str  # what it is here
-    nets: int = 2  # 1: no peer, the network divides and guesses for itself
-    refine: bool = True  # whether labels of the labeled set are co-refined, or stay as given
-    M: int = 2  # views of an image in guesses, refinement and the mixed batch
+    reading: str  # what this code leaves out
+    nets: int = 2  # 1: without a peer, the network divides and guesses for itself
+    refine: bool = True  # co-refine the labels of the labeled set
+    views: int = 2  # M in the paper: augmented views of an image in guesses, refinement and the mixed batch
 
 
 _ALONE = "one network, which divides and guesses for itself"
@@ -113,14 +113,14 @@ ABLATIONS = {
     "none": Ablation("DivideMix", "nothing is left out"),
     "no_cotraining": Ablation("DivideMix w/o co-training", _ALONE, nets=1),
     "no_refinement": Ablation("DivideMix w/o label refinement", _AS_GIVEN, refine=False),
-    "one_view": Ablation("DivideMix w/o augmentation", _ONE_VIEW, M=1),
+    "one_view": Ablation("DivideMix w/o augmentation", _ONE_VIEW, views=1),
     "divide_mixmatch": Ablation("Divide and MixMatch", f"{_ALONE}; {_AS_GIVEN}", nets=1, refine=False),
 }
 
 
 def paper_results(row: Recipe, method: str = "dividemix", ablation: str = "none") -> dict[str, float]:
-    """What the paper reports of a row: best and last of the method itself; of cross-entropy (one network) and of an
-    ablation best alone, if it has that."""
+    """What the paper reports of a row: best and last of the method; only best of cross-entropy (one network) and, where
+    Table 5 has it, of an ablation."""
     if method == "ce":
         return {"best": row.ce_best}
     if ablation == "none":
@@ -131,26 +131,26 @@ def paper_results(row: Recipe, method: str = "dividemix", ablation: str = "none"
 @dataclass(frozen=True)
 class ImageRecipe:
     """A set of large images with real noise. method, images: defaults of the flags of `options.add_method` and
-    `add_images`. results: the paper's, by the names of an epoch's record."""
+    `options.add_images`. results: the paper's, by their names in an epoch's record."""
 
     name: str
     method: dict[str, Any]
     images: dict[str, Any]
     weight_decay: float
-    resize: int  # short side of the image that the crop of images["image_size"] is taken from
+    resize: int  # short side of the image before the crop of images["image_size"]
     conf_penalty: bool  # in warm-up
     results: dict[str, float]
-    results_with: dict[str, Any] = field(default_factory=dict)  # the paper's flags for these, where no defaults
+    results_with: dict[str, Any] = field(default_factory=dict)  # flags of these results that are not the defaults
 
     @property
     def setting(self) -> dict[str, Any]:
-        """All flags that the paper's results were made with, but for lambda_u, which has no effect here."""
+        """All flags that the paper's results were made with, except lambda_u, which has no effect here."""
         flags = METHOD_SETTING | {"unlabeled_loss": False, "conf_penalty": self.conf_penalty, "val_fraction": 0.0}
         flags |= self.method | self.images | self.results_with
         return {name: value for name, value in flags.items() if name != "lambda_u"}
 
     def resize_for(self, image_size: int) -> int:
-        """The short side for another crop, in the same proportion."""
+        """`resize` for another crop size, in the same proportion."""
         return round(image_size * self.resize / self.images["image_size"])
 
 
@@ -178,8 +178,8 @@ WEBVISION = ImageRecipe(
 
 
 def in_paper(script: str, args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
-    """What the paper has for the data and noise of a run of `script`: the flags that its results were made with, and
-    the results by their names. Both empty where it has none."""
+    """The paper's row for the data and noise of a run of `script`: its flags, and its results by name. Both are empty
+    where the paper has no such row."""
     images = {"Train_clothing1M.py": CLOTHING1M, "Train_webvision.py": WEBVISION}.get(script)
     if images:
         return images.setting, images.results
@@ -191,8 +191,8 @@ def in_paper(script: str, args: Mapping[str, Any]) -> tuple[dict[str, Any], dict
     return (setting(row, method), paper_results(row, method, args.get("ablation", "none"))) if exact else ({}, {})
 
 
-# Runs of minutes to hours on a CPU, for `reproduce.py --table here`: no paper has results for them. Flags of
-# Train_cifar.py, and the noise
+# For `reproduce.py --table here`, minutes to hours on a CPU, without results in the paper: flags of Train_cifar.py,
+# and the noise
 SMALL_SETS = {
     "digits": (
         {"width": 16, "warm_up": 8, "num_epochs": 40},
@@ -204,16 +204,16 @@ SMALL_SETS = {
 
 @dataclass(frozen=True)
 class OwnRecipe:
-    """Own images of one kind: the values of the nearest of the paper's sets, of which `defaults.choose` makes flags."""
+    """Own images of one kind: the values of the paper's most similar set, from which `defaults.choose` sets flags."""
 
     name: str
     batch_size: int
     lr: float
     alpha: float
     weight_decay: float
-    unlabeled_loss: bool  # whether unlabeled images have a loss of their own, or are mix partners only
-    warm_up_images: int  # as many as the nearest set's warm-up goes through, or what a new classifier takes
-    train_images: int  # the same for the whole run, for sets of 10,000 images and more
+    unlabeled_loss: bool  # False: unlabeled images are only mixed in
+    warm_up_images: int  # images in all warm-up epochs together
+    train_images: int  # images in all epochs together, for sets of 10,000 images and more
     max_epochs: int
 
 

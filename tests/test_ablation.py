@@ -59,7 +59,7 @@ def test_the_recipes_are_the_papers_table():
 def ablated(name: str, peer):
     """What an ablation trains with: (peer, fields of MixMatch)."""
     found = recipes.ABLATIONS[name]
-    return (peer if found.nets == 2 else None), {"refine": found.refine, "views": found.M}
+    return (peer if found.nets == 2 else None), {"refine": found.refine, "views": found.views}
 
 
 def train(name: str, net, other, optimizer, data, labeled: int = 13):

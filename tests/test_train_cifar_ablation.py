@@ -273,7 +273,7 @@ def test_the_report_of_one_network(done, tmp_path):
     report.main([str(run), "--out", str(tmp_path / "report")])
     page = " ".join(html.unescape((tmp_path / "report" / "report.html").read_text()).split())
     assert "net 2" not in page and "net 1/2" not in page and "two networks" not in page
-    assert "their quality, the network's clean probability" in page
+    assert "the network's clean probability" in page
     assert "AUC, net 1" in page and "net 1, epoch 2" in page
 
 

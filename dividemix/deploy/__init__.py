@@ -1,5 +1,5 @@
-"""A trained run, used: `ensemble` makes one network of its networks, `predict` classifies images, and `export` writes
-one file that needs PyTorch alone."""
+"""What uses a trained run: `ensemble` makes one network of its networks, `predict` classifies images, `export` writes a
+file that needs only PyTorch."""
 
 from dividemix.deploy.ensemble import Ensemble, load_ensemble, probabilities, to_images
 

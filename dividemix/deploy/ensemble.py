@@ -1,5 +1,5 @@
-"""A trained run as one network, for `predict` and `export`: args.json describes it, best.pt or the last checkpoint has
-its weights. `load_ensemble(run, read_description(run))(images)` are the logits."""
+"""A trained run as one network: args.json describes it, best.pt or the last checkpoint has its weights.
+`load_ensemble(run, read_description(run))(images)` gives the logits."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,17 +17,17 @@ WEIGHTS = ("best", "last")
 
 
 def check_output(path: Path, suffix: str) -> None:
-    """Before hours of work, not after them. Raises DivideMixError."""
+    """Raises DivideMixError for an output file that could not be written; called before the work begins."""
     if path.suffix != suffix or path.is_dir() or not path.absolute().parent.is_dir():
-        raise DivideMixError(f"{path}: expected a name that ends in {suffix}, in a folder that exists")
+        raise DivideMixError(f"{path}: expected a file name that ends in {suffix}, in a folder that exists")
 
 
 # ---- The networks as one ----
 
 
 class Ensemble(nn.Module):
-    """Images (B, channels, S, S), float32 in [0, 1] -> the sum of the networks' logits (B, num_class): what the paper
-    tests. S is the preparation's image_size. epochs: after which one the weights of each network were saved."""
+    """Images (B, channels, S, S), float32 in [0, 1] -> the sum of the networks' logits (B, num_class), as the paper
+    tests them (Sec. 4.1). S is the preparation's image_size. epochs: the epoch of each network's weights."""
 
     def __init__(self, nets: list[nn.Module], preparation: Preparation, epochs: Sequence[int] = ()):
         super().__init__()
@@ -40,44 +40,43 @@ class Ensemble(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if self.border:
             images = F.pad(images, [self.border] * 4)
-        x = (images.expand(-1, 3, -1, -1) - self.mean) / self.std  # bit for bit as `to_float` of the data
+        x = (images.expand(-1, 3, -1, -1) - self.mean) / self.std  # bit for bit as `to_float` in dividemix.data
         return sum(net(x) for net in self.nets)
 
 
 def epochs_used(weights: str, epochs: Sequence[int]) -> str:
-    """'weights of the best epoch 17', or 'epochs 5 and 7' where each network has its own."""
+    """'weights of the best epoch 17', or 'weights of the best epochs 5 and 7' where the networks' epochs differ."""
     numbers = dict.fromkeys(epochs)
     return f"weights of the {weights} epoch{'s' * (len(numbers) > 1)} {' and '.join(map(str, numbers))}"
 
 
 def to_images(pixels: Tensor) -> Tensor:
-    """uint8 (B, S, S, channels), as `Preparation.view` stacked -> float32 (B, channels, S, S) in [0, 1]."""
+    """Stacked results of `Preparation.view`, uint8 (B, S, S, channels) -> float32 (B, channels, S, S) in [0, 1]."""
     return pixels.permute(0, 3, 1, 2).float() / 255
 
 
 def probabilities(logits: Tensor, nets: int = 2) -> Tensor:
-    """Of the classes, float64 (B, C), from the sum of the logits of so many networks: the softmax of their mean. The
-    softmax of the sum would take two networks that agree for twice as sure."""
+    """Sum of the logits (B, C) of so many networks -> class probabilities, float64 (B, C): the softmax of the mean of
+    the logits. The softmax of their sum would be too confident."""
     return (logits.double() / nets).softmax(dim=1)
 
 
 def load_ensemble(run: Path, description: Description, weights: str = "best") -> Ensemble:
-    """In eval mode, on the host. weights: of the 'best' epoch of each network (best.pt) or of the 'last' checkpoint.
-
-    Raises DivideMixError where they are missing, damaged, or not of the networks that are described.
-    """
+    """The networks of a run folder, in eval mode, on the CPU. weights: 'best' (best.pt, the best epoch of each network)
+    or 'last' (the last checkpoint). Raises DivideMixError for weights that are missing or damaged, or that do not fit
+    the description."""
     path = run / "best.pt"
     if weights == "last":
         state = load_last(run)
         if not state:
-            raise DivideMixError(f"{run} has no checkpoint yet: not one epoch is finished")
+            raise DivideMixError(f"{run} has no checkpoint yet: no epoch is finished")
         epochs = [state["records"][-1]["epoch"]] * description.count
     elif path.exists():
         state = load_file(path)
         epochs = state["epochs"]
     else:
-        raise DivideMixError(f"{path} is missing: --weights last takes the run's last checkpoint, if it has one")
-    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced at once
+        raise DivideMixError(f"{path} is missing: --weights last uses the last checkpoint of the run, if there is one")
+    with torch.random.fork_rng(devices=[]):  # the initial weights are replaced at once
         shape = description.arch, description.num_class, description.width
         nets = [networks.build(*shape) for _ in range(description.count)]
     load_weights(nets, state["nets"], str(path) if weights == "best" else f"the last checkpoint of {run}")

@@ -1,8 +1,9 @@
-"""A trained run as one file that needs PyTorch alone: both networks, and in its metadata how to prepare an image.
+"""A trained run as one file that needs only PyTorch: both networks, and metadata that say how to prepare an image.
 
-    python -m dividemix export RUN model.pt2        # --weights last: not those of the best epoch
+    python -m dividemix export RUN model.pt2        # --weights last: of the last epoch, not of the best one
 
-It takes float32 (B, channels, S, S) in [0, 1], for any B, and gives the sum of both networks' logits (B, classes).
+Its program takes images, float32 (B, channels, S, S) in [0, 1], for any B, and gives the sum of the networks' logits
+(B, num_class).
 """
 
 import argparse
@@ -22,20 +23,20 @@ from dividemix.deploy.ensemble import WEIGHTS, Ensemble, check_output, epochs_us
 from dividemix.files import write_atomically
 from dividemix.run import Description, Preparation, commit, describe, options, read_description, versions
 
-METADATA = "metadata.json"  # among the file's extra files
-TOLERANCE = 1e-4  # largest difference from the networks, as a part of their largest |logit|
-_BATCHES = (1, 2, 5)  # compared; traced with 2
+METADATA = "metadata.json"  # the name among the extra files of the .pt2 file
+TOLERANCE = 1e-4  # largest allowed difference from the networks, relative to their largest |logit|
+_BATCH_SIZES = (1, 2, 5)  # for the comparison; the program is traced with 2
 
 
-def export(ensemble: Ensemble, preparation: Preparation, about: dict[str, Any]) -> bytes:
-    """The content of a .pt2 file: the ensemble for batches of any size, and its metadata. Raises DivideMixError for
-    networks that torch.export cannot trace."""
+def export(ensemble: Ensemble, preparation: Preparation, usage: dict[str, Any]) -> bytes:
+    """The content of a .pt2 file: the ensemble for batches of any size, with `usage` as its metadata. Raises
+    DivideMixError for networks that torch.export cannot trace."""
     content, batch = io.BytesIO(), {"images": {0: Dim("batch", min=1)}}
     try:
         with torch.no_grad():
-            program = torch.export.export(ensemble, (noise(2, preparation),), dynamic_shapes=batch)
-            program = program.run_decompositions({})  # without regions of no autocast, which name the device
-            torch.export.save(program, content, extra_files={METADATA: json.dumps(about, indent=1)})
+            program = torch.export.export(ensemble, (random_images(2, preparation),), dynamic_shapes=batch)
+            program = program.run_decompositions({})  # removes the no-autocast regions, which name the device
+            torch.export.save(program, content, extra_files={METADATA: json.dumps(usage, indent=1)})
     except Exception as error:  # torch's tracer has no error class of its own
         reason = " ".join(str(error).split())[:200]
         raise DivideMixError(f"torch.export cannot trace this network ({type(error).__name__}: {reason})") from error
@@ -43,7 +44,7 @@ def export(ensemble: Ensemble, preparation: Preparation, about: dict[str, Any]) 
 
 
 def metadata(run: Path, weights: str, epochs: Sequence[int], description: Description) -> dict[str, Any]:
-    """What somebody needs who has the file alone."""
+    """How to use the exported file without this project: input, preprocessing, output, classes, and its origin."""
     p, side = description.preparation, description.preparation.image_size
     steps = [
         *READING,
@@ -74,17 +75,17 @@ def metadata(run: Path, weights: str, epochs: Sequence[int], description: Descri
 
 
 @torch.no_grad()
-def difference(content: bytes, ensemble: Ensemble, preparation: Preparation) -> float:
-    """The largest difference between a loaded .pt2 file's outputs and the ensemble's, as a part of the largest
-    |logit|, over batches of several sizes. NaN where either is not finite."""
+def relative_difference(content: bytes, ensemble: Ensemble, preparation: Preparation) -> float:
+    """The largest difference between the outputs of a .pt2 file and of the ensemble, relative to the largest |logit|,
+    over batches of several sizes. NaN where an output is not finite."""
     program = torch.export.load(io.BytesIO(content)).module()
-    batches = [noise(n, preparation) for n in _BATCHES]
+    batches = [random_images(n, preparation) for n in _BATCH_SIZES]
     exported, expected = (torch.cat([net(x) for x in batches]) for net in (program, ensemble))
     return float((exported - expected).abs().max() / expected.abs().max())
 
 
-def noise(n: int, preparation: Preparation) -> Tensor:
-    """n images of random pixels, the same each time."""
+def random_images(n: int, preparation: Preparation) -> Tensor:
+    """Float32 (n, channels, S, S) in [0, 1], the same in every call."""
     shape = (n, preparation.channels, preparation.image_size, preparation.image_size)
     return torch.rand(shape, generator=torch.Generator().manual_seed(n))
 
@@ -93,8 +94,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = options.Parser(prog="python -m dividemix export", description="Write a trained run as one .pt2 file.")
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run folder")
-    add("file", type=Path, metavar="FILE", help="the file to write, model.pt2 say")
-    add("--weights", choices=WEIGHTS, default="best", help="of the best epoch, or of the last one")
+    add("file", type=Path, metavar="FILE", help="the file to write, for example model.pt2")
+    add("--weights", choices=WEIGHTS, default="best", help="of the best or of the last epoch")
     return parser.parse_args(argv)
 
 
@@ -104,19 +105,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     description = read_description(args.run)
     preparation = description.preparation
     ensemble = load_ensemble(args.run, description, args.weights)
-    about = metadata(args.run, args.weights, ensemble.epochs, description)
-    content = export(ensemble, preparation, about)
-    largest = difference(content, ensemble, preparation)
-    if not largest <= TOLERANCE:
+    usage = metadata(args.run, args.weights, ensemble.epochs, description)
+    content = export(ensemble, preparation, usage)
+    difference = relative_difference(content, ensemble, preparation)
+    if not difference <= TOLERANCE:
         raise DivideMixError(
-            f"{args.file}: not written, the exported program differs from the networks by {largest:.1e} of their "
+            f"{args.file}: not written, the exported program differs from the networks by {difference:.1e} of their "
             f"largest |logit| (allowed: {TOLERANCE:.0e}); are the weights finite?"
         )
     write_atomically(args.file, content)
     epochs = epochs_used(args.weights, ensemble.epochs)
     print(
         f"{args.file}: {description}; {epochs}; {len(content) / 1e6:.1f} MB\n"
-        f"loaded and compared with the networks, batches of {', '.join(map(str, _BATCHES))}: largest difference "
-        f"{largest:.1e} of the largest |logit| (allowed: {TOLERANCE:.0e})\n"
-        f"input: images float32 {about['input']['shape']} in [0, 1]; {METADATA} in the file says how to prepare them"
+        f"compared with the networks, for batches of {', '.join(map(str, _BATCH_SIZES))} images: largest difference "
+        f"{difference:.1e} of the largest |logit| (allowed: {TOLERANCE:.0e})\n"
+        f"input: images float32 {usage['input']['shape']} in [0, 1]; {METADATA} in the file says how to prepare them"
     )

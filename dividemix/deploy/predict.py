@@ -1,9 +1,9 @@
-"""What a trained run says of your images: the networks of a run folder, and files in, predictions.csv out.
+"""Classes of your images, predicted by a trained run: a run folder and image files in, predictions.csv out.
 
     python -m dividemix predict RUN DIR                           # all images below DIR
     python -m dividemix predict RUN list.csv --weights last       # the files in the column `path` of a CSV; or one file
 
-A row has path, label, class, confidence (the class's probability), then the same of the next four classes."""
+A row has path, label, class, confidence (the probability of the class), then the next four classes with theirs."""
 
 import argparse
 import io
@@ -34,15 +34,15 @@ from dividemix.run import Description, options, read_description
 from dividemix.runtime import Runtime, available_cores, start
 
 TOP = 5  # classes in a row
-_SHOWN = 10  # images that are warned of
+_WARNINGS = 10  # at most, one an image
 
-Answer = list[tuple[int, float]]  # (label, probability) of the likeliest classes of an image, likeliest first
+Prediction = list[tuple[int, float]]  # (label, probability) of an image's most probable classes, in falling order
 
 
 def find_images(source: Path) -> tuple[list[str], list[str], Boundary | None]:
-    """All images below a folder, or the files in the column `path` of a .csv (relative ones start at its folder), or
-    one file. -> as predictions.csv names them; where they are; what symbolic links may not lead out of, None for files
-    that are named one by one. Raises DivideMixError where there are none."""
+    """All images below a folder, or the files in the column `path` of a .csv (relative to its folder), or one file.
+    -> their names in predictions.csv; their paths; for a folder the boundary that symbolic links may not cross. Raises
+    DivideMixError where there are none."""
     if source.is_dir():
         paths = [os.path.join(source, os.fsdecode(name)) for name in images_below(source)[0]]
         if not paths:
@@ -66,30 +66,30 @@ def find_images(source: Path) -> tuple[list[str], list[str], Boundary | None]:
 
 
 @torch.inference_mode()
-def classify(ensemble: Ensemble, runtime: Runtime, images: Sequence[NDArray | None]) -> list[Answer]:
-    """Of images uint8 (S, S, channels); an empty answer for None."""
-    sound = [image for image in images if image is not None]
-    if not sound:
+def classify(ensemble: Ensemble, runtime: Runtime, images: Sequence[NDArray | None]) -> list[Prediction]:
+    """Predictions of images uint8 (S, S, channels); an empty one for None."""
+    readable = [image for image in images if image is not None]
+    if not readable:
         return [[] for _ in images]
-    pixels = torch.from_numpy(np.stack(sound)).to(runtime.device)
+    pixels = torch.from_numpy(np.stack(readable)).to(runtime.device)
     [logits] = runtime.forward(ensemble, to_images(pixels))
     logits = logits.cpu()
     if not logits.isfinite().all():
-        raise DivideMixError("the networks' outputs are not finite numbers: their weights are damaged or diverged")
-    # A stable order: of equals the first, as argmax, which counts the ensemble's accuracy, takes it
+        raise DivideMixError("the networks' outputs are not finite numbers: weights are damaged, or training diverged")
+    # Stable, so that of equal classes the first comes first, as in the argmax that measures the accuracy
     ordered, labels = probabilities(logits, len(ensemble.nets)).sort(dim=1, descending=True, stable=True)
     rows = zip(labels[:, :TOP].tolist(), ordered[:, :TOP].tolist(), strict=True)
     return [[] if image is None else list(zip(*next(rows), strict=True)) for image in images]
 
 
-def table(names: Sequence[str], answers: Sequence[Answer], description: Description) -> pandas.DataFrame:
-    """predictions.csv: a row for each image, empty but for the path where the answer is."""
+def to_table(names: Sequence[str], predictions: Sequence[Prediction], description: Description) -> pandas.DataFrame:
+    """predictions.csv, one row an image; only the path where the prediction is empty."""
     columns, classes = ["path", "label", "class", "confidence"], description.classes or range(description.num_class)
     for k in range(2, min(TOP, description.num_class) + 1):
         columns += [f"label_{k}", f"class_{k}", f"probability_{k}"]
     rows = []
-    for name, answer in zip(names, answers, strict=True):
-        cells = [cell for label, p in answer for cell in (label, classes[label], f"{p:.6g}")]
+    for name, prediction in zip(names, predictions, strict=True):
+        cells = [cell for label, p in prediction for cell in (label, classes[label], f"{p:.6g}")]
         rows.append([name, *cells] if cells else [name] + [""] * (len(columns) - 1))
     return pandas.DataFrame(rows, columns=columns, dtype=object)
 
@@ -100,9 +100,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("run", type=Path, metavar="RUN", help="run folder")
     add("images", type=Path, metavar="DIR", help="folder of images, one image, or a .csv with `path`")
     add("--out", type=Path, default=Path("predictions.csv"), help="the file to write")
-    add("--weights", choices=WEIGHTS, default="best", help="of the best epoch, or of the last one")
-    add("--strict", action="store_true", help="an image that cannot be read is an error")
-    add("--batch_size", type=options.positive_int, default=100, help="images at once; fewer take less memory")
+    add("--weights", choices=WEIGHTS, default="best", help="of the best or of the last epoch")
+    add("--strict", action="store_true", help="stop at an image that cannot be read")
+    add("--batch_size", type=options.positive_int, default=100, help="images at once; fewer need less memory")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="as in training")
     add("--workers", type=options.processes, default=min(16, available_cores()), help="threads that read images")
     return parser.parse_args(argv)
@@ -113,9 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     names, paths, boundary = find_images(args.images)
     check_output(args.out, ".csv")
     if args.out.exists() and args.out.samefile(args.images):
-        raise DivideMixError(f"--out {args.out} is the list that is read: give another name")
+        raise DivideMixError(f"--out {args.out} is also the list of images: choose another name")
     description = read_description(args.run)
-    # In float32, as in the exported program
+    # In float32, as the exported program
     runtime = start(args.device, precision="fp32", width=description.width, compile=False, graph=False)
     ensemble = runtime.prepare(load_ensemble(args.run, description, args.weights))
     print(f"{args.run}: {description}; {epochs_used(args.weights, ensemble.epochs)}; {runtime.describe()}")
@@ -131,22 +131,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         except (BadImage, MemoryError) as error:
             problem = f"{path if path.isprintable() else repr(path)}: {str(error) or type(error).__name__}"
             if args.strict:
-                raise DivideMixError(f"{problem}: nothing is written; without --strict it is left empty") from error
+                raise DivideMixError(f"{problem}: nothing is written; without --strict its row is empty") from error
             bad.append(problem)
             return None
 
-    answers: list[Answer] = []
+    predictions: list[Prediction] = []
     bar = tqdm(total=len(paths), desc="images", disable=None)
     with bar, ThreadPoolExecutor(max(1, args.workers)) as pool:
         for first in range(0, len(paths), args.batch_size):
             images = list(pool.map(read, paths[first : first + args.batch_size]))
-            answers += classify(ensemble, runtime, images)
+            predictions += classify(ensemble, runtime, images)
             bar.update(len(images))
-    more = [f"{len(bad) - _SHOWN} more images cannot be read"] if len(bad) > _SHOWN else []
-    for problem in bad[:_SHOWN] + more:
+    for problem in bad[:_WARNINGS]:
         warn(problem)
-    if len(bad) == len(answers):
-        raise DivideMixError(f"{args.images}: not one of {len(bad)} images can be read; nothing is written")
-    write_atomically(args.out, csv_bytes(table(names, answers, description)))
-    left = f", of which {len(bad)} cannot be read and are left empty" if bad else ""
-    print(*describe_changes(np.array(changes)), f"{args.out}: {len(answers)} images{left}", sep="\n")
+    if len(bad) > _WARNINGS:
+        warn(f"{len(bad) - _WARNINGS} more images cannot be read")
+    if len(bad) == len(predictions):
+        raise DivideMixError(f"{args.images}: none of the {len(bad)} images can be read; nothing is written")
+    write_atomically(args.out, csv_bytes(to_table(names, predictions, description)))
+    empty = f", {len(bad)} of them cannot be read and have empty rows" if bad else ""
+    print(*describe_changes(np.array(changes)), f"{args.out}: {len(predictions)} images{empty}", sep="\n")

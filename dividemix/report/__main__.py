@@ -1,4 +1,4 @@
-"""The report's command line, with `-m dividemix.report`."""
+"""The command `python -m dividemix.report`."""
 
 from dividemix.report.report import main
 from dividemix.run import command_line

@@ -1,5 +1,5 @@
-"""The report's figures: one small panel each, so that a page can set them side by side or, on a phone, below each
-other. `draw_all` and `draw_comparison` write them as PNG files; the panels draw on any matplotlib axes."""
+"""The report's figures, one small panel each. `draw_all` (one run) and `draw_comparison` (several) write them as PNG
+files; the other draw functions draw one panel on matplotlib axes."""
 
 import io
 import warnings
@@ -19,10 +19,10 @@ from dividemix.report.compare import Group
 from dividemix.report.issues import LabelIssues, transition
 from dividemix.run import Histogram, RunFolder, histograms
 
-CLEAN, WRONG, ALL, LINE = "#0072b2", "#d55e00", "#999999", "#333333"  # told apart by the colour-blind, too
-NET = {1: "#0072b2", 2: "#d55e00"}
+CLEAN, WRONG, ALL, LINE = "#0072b2", "#d55e00", "#999999", "#333333"  # safe for colour-blind readers
+NET_COLORS = {1: "#0072b2", 2: "#d55e00"}
 STYLES = [("#009e73", "-"), ("#cc79a7", "--"), ("#e69f00", "-."), ("#56b4e9", ":"), ("#d55e00", "-"), ("#0072b2", "--")]
-PHASES = {  # phases that belong together -> colour
+PHASE_COLORS = {  # phases that are drawn as one -> colour
     ("warmup1", "warmup2"): "#e69f00",
     ("train1", "train2"): "#009e73",
     ("loss",): "#56b4e9",
@@ -31,16 +31,16 @@ PHASES = {  # phases that belong together -> colour
     ("val",): "#f0e442",
     ("save",): "#d55e00",
 }
-_NAMED = 12  # classes up to which a heat map names them and writes its numbers
-_DRAWN = 1000  # classes up to which there is a heat map
+_MAX_NAMED = 12  # with more classes a heat map has no class names and no numbers
+_MAX_DRAWN = 1000  # with more classes there is no heat map
 
 Draw = Callable[[Axes], None]
 
 
 def draw_all(run: RunFolder, issues: LabelIssues | None, folder: Path) -> dict[str, Path]:
-    """Write what can be drawn of a run. -> the files by the name of the figure"""
+    """Write the figures of a run, as far as it has their data. -> file by name of the figure"""
     panels: dict[str, Draw] = {"accuracy": partial(draw_accuracy, run=run)}
-    epochs = numbers(run)
+    epochs = metric_table(run)
     for name, metrics, title in (
         ("auc", ["auc"], "AUC of the clean probability"),
         ("labeled", ["labeled"], "size of the labeled set"),
@@ -52,19 +52,19 @@ def draw_all(run: RunFolder, issues: LabelIssues | None, folder: Path) -> dict[s
         if divided := [entry for entry in run.histograms if name in entry]:
             title = f"net {name[-1]}, division of epoch {divided[-1]['epoch']}"
             panels[f"losses_{name}"] = partial(draw_losses, histogram=divided[-1][name], title=title)
-    if issues is not None and len(issues.class_names) <= _DRAWN:
+    if issues is not None and len(issues.class_names) <= _MAX_DRAWN:
         panels["transition"] = partial(draw_transition, issues=issues)
     return write_panels(panels | {"seconds": partial(draw_seconds, run=run)}, folder)
 
 
 def draw_comparison(groups: Sequence[Group], folder: Path) -> dict[str, Path]:
-    """Write the curves of several runs, those of one group in one colour: groups of runs with their names."""
-    panels: dict[str, Draw] = {"accuracy": partial(overlay, groups=groups, metric=None)}
+    """Write the curves of several runs, one colour for each group. -> file by name of the figure"""
+    panels: dict[str, Draw] = {"accuracy": partial(draw_overlay, groups=groups, metric=None)}
     names = {"auc": "AUC of the clean probability", "labeled": "size of the labeled set"}
-    names |= {"clean_precision": "labeled set: part that is right", "clean_recall": "right labels: part labeled"}
+    names |= {"clean_precision": "precision of the labeled set", "clean_recall": "recall of the labeled set"}
     for name, title in names.items():
         if any(mean_of_nets(run, name).notna().any() for _, runs in groups for run in runs):
-            panels[name] = partial(overlay, groups=groups, metric=name, title=title)
+            panels[name] = partial(draw_overlay, groups=groups, metric=name, title=title)
     return write_panels(panels, folder)
 
 
@@ -77,7 +77,7 @@ def write_panels(panels: dict[str, Draw], folder: Path) -> dict[str, Path]:
 
 
 def png(draw: Draw) -> bytes:
-    """A panel as a PNG. Names from the data are text, never formulas; a script that the font lacks is no warning."""
+    """A panel as a PNG. Names from the data are never parsed as formulas; missing glyphs give no warning."""
     style = {"text.parse_math": False, "axes.titlesize": 11, "legend.fontsize": 8}
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
@@ -88,8 +88,8 @@ def png(draw: Draw) -> bytes:
     return content.getvalue()
 
 
-def numbers(run: RunFolder) -> pd.DataFrame:
-    """The metrics over the epochs (the index), NaN where an epoch lacks one; those that no epoch has are left out."""
+def metric_table(run: RunFolder) -> pd.DataFrame:
+    """One row an epoch (the index), one column a metric that has numbers, NaN where one is missing."""
     return pd.DataFrame(run.records).set_index("epoch").select_dtypes("number")
 
 
@@ -98,34 +98,35 @@ def numbers(run: RunFolder) -> pd.DataFrame:
 
 
 def draw_accuracy(axes: Axes, run: RunFolder) -> None:
-    """Accuracy of both networks together and of each over the epochs: on the test set where epochs are tested, else on
-    the validation set; the best epoch is marked. ImageNet's beside WebVision's."""
-    epochs, is_tested, several = numbers(run), run.measured == "test_acc", len(run.nets) > 1
-    kind, both = "test" if is_tested else "validation", epochs[run.measured]
+    """Accuracy over the epochs, of both networks together and of each, with the best epoch marked. It is that on the
+    test set, or on the validation set where epochs are not tested. WebVision's runs have a curve for ImageNet, too."""
+    epochs, is_tested, has_two_nets = metric_table(run), run.measured == "test_acc", len(run.nets) > 1
+    kind, ensemble = "test" if is_tested else "validation", epochs[run.measured]
     for k in run.nets:
-        if several and (name := f"{run.measured}_net{k}") in epochs:
-            axes.plot(epochs[name], color=NET[k], linewidth=0.9, alpha=0.8, label=f"net {k}")
-    axes.plot(both, color="#009e73", linewidth=2.2, label="both networks" if several else "the network")
+        if has_two_nets and (name := f"{run.measured}_net{k}") in epochs:
+            axes.plot(epochs[name], color=NET_COLORS[k], linewidth=0.9, alpha=0.8, label=f"net {k}")
+    axes.plot(ensemble, color="#009e73", linewidth=2.2, label="both networks" if has_two_nets else "the network")
     if is_tested and "val_acc" in epochs:
-        axes.plot(epochs["val_acc"], color=LINE, linewidth=0.9, linestyle=":", label="held-out part")
+        axes.plot(epochs["val_acc"], color=LINE, linewidth=0.9, linestyle=":", label="validation accuracy")
     if "imagenet_acc" in epochs:
-        axes.plot(epochs["imagenet_acc"], color="#cc79a7", linewidth=1.2, label="both, ImageNet")
-    axes.plot(both.idxmax(), both.max(), "o", color="#009e73", markersize=7, label=f"peak {both.max():.2f}")
-    if is_tested and len(both) >= 10:
+        axes.plot(epochs["imagenet_acc"], color="#cc79a7", linewidth=1.2, label="both networks, ImageNet")
+    label = f"best {ensemble.max():.2f}"
+    axes.plot(ensemble.idxmax(), ensemble.max(), "o", color="#009e73", markersize=7, label=label)
+    if is_tested and len(ensemble) >= 10:
         last10 = epochs["last10_acc"].iloc[-1]
         label = f"mean of the last 10: {last10:.2f}"
-        axes.plot(both.index[[-10, -1]], [last10, last10], color=LINE, linewidth=1.5, label=label)
-    finish_curves(axes, run, f"{kind} accuracy", f"{kind} accuracy, %")
+        axes.plot(ensemble.index[[-10, -1]], [last10, last10], color=LINE, linewidth=1.5, label=label)
+    finish_curves(axes, run, f"{kind} accuracy", f"{kind} accuracy (%)")
 
 
 def draw_nets(axes: Axes, run: RunFolder, metrics: Sequence[str], title: str) -> None:
-    """Metrics that each network has, over the epochs: colours tell the networks, line styles the metrics."""
-    epochs = numbers(run)
+    """Metrics of each network over the epochs: a colour for each network, a line style for each metric."""
+    epochs = metric_table(run)
     for metric, style in zip(metrics, ("-", "--"), strict=False):
         for k in run.nets:
             label = f"net {k}" if len(metrics) == 1 else f"{metric.removeprefix('clean_')}, net {k}"
             if (name := f"{metric}_net{k}") in epochs:
-                axes.plot(epochs[name], style, color=NET[k], label=label)
+                axes.plot(epochs[name], style, color=NET_COLORS[k], label=label)
     finish_curves(axes, run, title, "samples" if metrics[0] == "labeled" else "")
 
 
@@ -143,14 +144,14 @@ def finish_axes(axes: Axes, title: str, unit: str) -> None:
     axes.legend()
 
 
-def overlay(axes: Axes, groups: Sequence[Group], metric: str | None, title: str = "accuracy") -> None:
-    """One curve a run, one style a group; metric: one that each network has, whose mean is drawn; None: the accuracy
-    of both networks together."""
+def draw_overlay(axes: Axes, groups: Sequence[Group], metric: str | None, title: str = "accuracy") -> None:
+    """One curve a run, one style a group. metric: of each network, the mean is drawn; None: the accuracy of both
+    networks together."""
     for i, (name, runs) in enumerate(groups):
         color, style = STYLES[i % len(STYLES)]
         label = visible(name if len(runs) == 1 else f"{name} ({len(runs)} seeds)")
         for run in runs:
-            y = numbers(run)[run.measured] if metric is None else mean_of_nets(run, metric)
+            y = metric_table(run)[run.measured] if metric is None else mean_of_nets(run, metric)
             if y.notna().any():
                 marker = "." if len(y) < 30 else ""
                 axes.plot(y, style, marker=marker, color=color, linewidth=1.6, label=label)
@@ -158,29 +159,29 @@ def overlay(axes: Axes, groups: Sequence[Group], metric: str | None, title: str 
     if metric is None:
         runs = [run for _, group in groups for run in group]
         measured = sorted({{"test_acc": "test", "val_acc": "validation"}[run.measured] for run in runs})
-        alone = any(len(run.nets) == 1 for run in runs)
-        title = f"{' or '.join(measured)} accuracy{'' if alone else ', both networks'}"
+        has_single_net = any(len(run.nets) == 1 for run in runs)
+        title = f"{' or '.join(measured)} accuracy{'' if has_single_net else ', both networks'}"
     finish_axes(axes, title, "%" if metric is None else "")
 
 
 def mean_of_nets(run: RunFolder, metric: str) -> pd.Series:
-    return numbers(run).reindex(columns=[f"{metric}_net{k}" for k in run.nets]).mean(axis=1, skipna=False)
+    return metric_table(run).reindex(columns=[f"{metric}_net{k}" for k in run.nets]).mean(axis=1, skipna=False)
 
 
 def visible(name: str) -> str:
-    """A legend leaves out names that begin with an underscore; a font takes none that are no text."""
+    """A name that matplotlib shows: legends leave out names that begin with an underscore, and text must be Unicode."""
     name = name.encode("utf-8", "backslashreplace").decode()
     return f" {name}" if name.startswith("_") else name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Other panels
+# Losses, noise, time
 
 
 def draw_losses(axes: Axes, histogram: Histogram, title: str) -> None:
-    """A network's normalised loss as a density, the mixture's two Gaussians, and where p = threshold."""
+    """Density of a network's normalised losses, the fitted mixture's two Gaussians, and the threshold."""
     edges = np.linspace(0, 1, histograms.BINS + 1)
-    styles = {"all": ("samples", ALL), "clean": ("label truly clean", CLEAN), "wrong": ("label truly wrong", WRONG)}
+    styles = {"all": ("samples", ALL), "clean": ("right labels", CLEAN), "wrong": ("wrong labels", WRONG)}
     below = np.zeros(histograms.BINS)
     for name, density in histograms.densities(histogram).items():
         label, color = f"{styles[name][0]} ({sum(histogram[name])})", styles[name][1]
@@ -193,48 +194,48 @@ def draw_losses(axes: Axes, histogram: Histogram, title: str) -> None:
     for i, boundary in enumerate(histograms.boundaries(histogram)):
         label = f"clean probability = {histogram['threshold']:g}" if i == 0 else None
         axes.axvline(boundary, color=LINE, linestyle="--", linewidth=1.5, label=label)
-    # The clean peak is often ten times as high as everything else: a root scale shows both.
+    # The clean peak is often ten times as high as the rest: a square root scale shows both.
     axes.set_yscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
     axes.set(xlabel="normalised loss", ylabel="density (root scale)", title=title)
     axes.legend()
 
 
 def draw_transition(axes: Axes, issues: LabelIssues) -> None:
-    """Noise transition matrix, as it is where the truth is known, else as the suggestions estimate it: a heat map of
-    parts from 0 to 1, rows by the true or corrected label; a class without samples is an empty row."""
-    actual, kind = (issues.cleaned, "corrected") if issues.true is None else (issues.true, "true")
-    n = len(issues.class_names)
-    matrix = transition(actual, issues.given, n)[1]
+    """Noise transition matrix as a heat map: a row for each true label, or corrected label where the truth is unknown,
+    with the share of its samples that has each given label. A class without samples is an empty row."""
+    kind = "corrected" if issues.true_labels is None else "true"
+    row_labels, n = {"corrected": issues.cleaned_labels, "true": issues.true_labels}[kind], len(issues.class_names)
+    matrix = transition(row_labels, issues.given_labels, n)[1]
     image = axes.imshow(matrix, vmin=0, vmax=1, cmap="Blues", interpolation="nearest", aspect="auto")
     axes.figure.colorbar(image, ax=axes)
-    if n <= _NAMED:
-        names = list(map(shorter, issues.class_names))
-        long = max(map(len, names)) > 3
-        axes.set_xticks(range(n), names, rotation=60 if long else 0, ha="right" if long else "center", fontsize=8)
+    if n <= _MAX_NAMED:
+        names = list(map(shortened, issues.class_names))
+        turn = {"rotation": 60, "ha": "right"} if max(map(len, names)) > 3 else {}
+        axes.set_xticks(range(n), names, fontsize=8, **turn)
         axes.set_yticks(range(n), names, fontsize=8)
         for i, j in zip(*np.nonzero(matrix >= 0.005), strict=True):
             color = "white" if matrix[i, j] > 0.5 else "black"
             text = f"{matrix[i, j]:.2f}".removeprefix("0")
             axes.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
-    title = "noise: estimated" if kind == "corrected" else "noise: as it is"
+    title = f"noise transition matrix{', estimated' if kind == 'corrected' else ''}"
     axes.set(xlabel="given label", ylabel=f"{kind} label", title=title)
 
 
-def shorter(name: str, limit: int = 14) -> str:
+def shortened(name: str, limit: int = 14) -> str:
     name = " ".join(visible(name).split())
     return name if len(name) <= limit else f"{name[: limit - 1]}…"
 
 
 def draw_seconds(axes: Axes, run: RunFolder) -> None:
-    """Where the time of each epoch went, stacked."""
-    seconds = numbers(run).filter(like="seconds_").rename(columns=lambda name: name.removeprefix("seconds_"))
-    others = tuple(name for name in seconds if not any(name in phases for phases in PHASES))
+    """Seconds of each phase in each epoch, as stacked bars."""
+    seconds = metric_table(run).filter(like="seconds_").rename(columns=lambda name: name.removeprefix("seconds_"))
+    others = tuple(name for name in seconds if not any(name in phases for phases in PHASE_COLORS))
     x, below = seconds.index, np.zeros(len(seconds))
-    for phases, color in {**PHASES, others: "#000000"}.items():
+    for phases, color in {**PHASE_COLORS, others: "#000000"}.items():
         stack = seconds[[name for name in phases if name in seconds]]
         height = stack.sum(axis=1).to_numpy()
         if height.any():
-            label = {"warmup1": "warm-up", "train1": "training"}.get(phases[0], ", ".join(stack))
+            label = {"warmup1": "warm-up", "train1": "training", "gmm": "mixture fit"}.get(phases[0], ", ".join(stack))
             axes.bar(x, height, 1.0 if len(x) > 30 else 0.8, bottom=below, color=color, label=label)
             below = below + height
     finish_axes(axes, "time per phase", "seconds")

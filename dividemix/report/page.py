@@ -1,5 +1,5 @@
-"""report.html: what the page of a run says, for report.html.jinja, which says how. The page is one file that needs no
-network and no other file: its images are in it. `compare` has the values of the page of several runs."""
+"""report.html of one run: the values for report.html.jinja. The page is one file that contains its images and needs no
+network. `compare` has the values for the page of several runs."""
 
 import base64
 import hashlib
@@ -14,18 +14,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dividemix import blind, recipes
-from dividemix.report.issues import IN_SAMPLE, LabelIssues, against_truth, by_class, lost_classes, percent
+from dividemix.report.issues import IN_SAMPLE, LabelIssues, against_truth, by_class, percent, unlearned_classes
 from dividemix.run import RunFolder, histograms
 
-MEASURES = {  # the paper's results -> their names on the page
+RESULT_NAMES = {  # of the paper's results, on the page
     **{"best": "best", "last": "mean of the last 10", "test_acc": "test accuracy", "test_acc_top5": "top-5"},
     **{"imagenet_acc": "ILSVRC12", "imagenet_acc_top5": "ILSVRC12, top-5"},
 }
+DATA_NAMES = {"train": "training images", "val": "validation images", "test": "test images"}
 
 
 def render(figures: dict[str, Path], **values: Any) -> bytes:
-    """The HTML file, in which all `values` are text. figures: PNG files by name. A content security policy admits the
-    template's own script alone."""
+    """The HTML file; all `values` are escaped. figures: PNG files by name. The page's content security policy allows no
+    script but the template's."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(Path(__file__).parent)
@@ -56,35 +57,35 @@ def number(value: float | None, form: str = ".2f") -> str:
 
 
 def auc_of_nets(run: RunFolder) -> str:
-    """'0.995/0.996' after the last epoch; '-' where no network has one."""
+    """'0.995/0.996', of the last epoch; '-' where no network has an AUC."""
     values = [run.records[-1].get(f"auc_net{k}") for k in run.nets]
     return "/".join(number(value, ".3f") for value in values) if set(values) != {None} else "-"
 
 
 def beside_paper(run: RunFolder) -> tuple[dict[str, float], list[str]]:
-    """The paper's results for the run's data and noise, and the run's flags that differ from the paper's."""
+    """The paper's results for the run's data and noise, and the setting differences."""
     setting, results = recipes.in_paper(run.script, run.args)
     return results, recipes.setting_differences(run.args, setting)
 
 
 def run_page(run: RunFolder, issues: LabelIssues | None, figures: dict[str, Path]) -> bytes:
-    """The whole HTML file. figures: the PNG files that `figures.draw_all` wrote, by name."""
+    """The HTML file of one run. figures: the PNG files of `figures.draw_all`, by name."""
     results, differences = beside_paper(run)
     values = run.records[-1] | run.result
     values |= {"best": values.get("best_acc"), "last": values.get("last10_acc")}
-    data = {f"images to {name}": run.data[name] for name in ("train", "val", "test") if name in run.data}
+    data = {title: run.data[name] for name, title in DATA_NAMES.items() if name in run.data}
     return render(
         figures,
-        **{"run": run, "issues": issues, "agreement": against_truth(issues), "name_of_all": run.name},
+        **{"run": run, "issues": issues, "agreement": against_truth(issues), "title": run.name},
         **{"auc": auc_of_nets(run), "accuracies": accuracies(run), "differences": differences},
-        paper=[(f"{MEASURES[name]}, %", number(values.get(name)), f"{result:g}") for name, result in results.items()],
+        paper=[(RESULT_NAMES[name], number(values.get(name)), f"{result:g}") for name, result in results.items()],
         paper_name="paper" if run.ablation is recipes.ABLATIONS["none"] else f"paper, {run.ablation.paper_name}",
         chosen_by_blind=blind.NAMES,
         svg_paths=histograms.paths,
         top=histograms.peak(entry[name] for entry in run.histograms for name in ("net1", "net2") if name in entry),
         in_sample=IN_SAMPLE,
         classes=[(*row, percent(row[1] / row[2])) for row in by_class(issues)] if issues else [],
-        lost_classes=lost_classes(issues) if issues else [],
+        unlearned=unlearned_classes(issues) if issues else "",
         thumbnails=thumbnails(run, issues) if issues and run.thumbnails else [],
         command=shlex.join(run.about["command"]),
         settings={"machine": run.about["machine"], "commit": run.about["commit"] or "-"} | run.about["versions"] | data,
@@ -92,7 +93,7 @@ def run_page(run: RunFolder, issues: LabelIssues | None, figures: dict[str, Path
 
 
 def accuracies(run: RunFolder) -> list[tuple[str, ...]]:
-    """Peak, mean of the last 10 and last one of both networks together and of each by itself, or of the one network."""
+    """Rows (name, best, mean of the last 10 epochs, last epoch) of both networks together and of each network."""
     nets = {f"net {k}": f"_net{k}" for k in run.nets}
     names = {"both networks": "", **nets} if len(nets) > 1 else {"the network": ""}
     columns = {name: run.numbers(f"{run.measured}{suffix}") for name, suffix in names.items()}
@@ -104,7 +105,7 @@ def accuracies(run: RunFolder) -> list[tuple[str, ...]]:
 
 
 def thumbnails(run: RunFolder, issues: LabelIssues) -> list[tuple[int, str]]:
-    """(row of `issues`, data URI) of the small images that the run has kept, the worst label first."""
+    """(row of `issues`, data URI) of the small images in the run folder, the most doubtful label first."""
     return [
         (row, picture(pixels[:height, :width]))
         for index, pixels, (height, width) in zip(*map(run.thumbnails.get, ("index", "pixels", "sizes")), strict=True)

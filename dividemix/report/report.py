@@ -1,7 +1,7 @@
-"""What a run did, for people: report.html, figures and lists of doubtful labels in each run folder.
+"""The report of a run: report.html, figures and lists of labels that look wrong, in its run folder.
 
 python -m dividemix report RUN                              # RUN/report.html, figures/, *.csv
-python -m dividemix report RUN RUN RUN --out seeds          # the same of each, and seeds/report.html of all
+python -m dividemix report RUN RUN RUN --out seeds          # the same for each run, and seeds/report.html of all runs
 python -m dividemix report RUN --export_clean my-labels     # a corrected copy of the labels
 """
 
@@ -19,17 +19,17 @@ PAGE = "report.html"
 
 
 def of_finished(run: Run) -> None:
-    """The report of a run that has just come to its end. The run is saved: what goes wrong here is a warning."""
+    """Write the report of a run that has just ended. An error here is a warning only: the run is saved."""
     if run.ranks.first:
         try:
             run.say(*draw(run.folder))
         except Exception as error:
-            warn(f"no report: {error}")
+            warn(f"the report could not be written: {error}")
 
 
 def draw(path: Path, out: Path | None = None) -> list[str]:
-    """Make the report of the run folder `path`, in it or in `out`. -> lines for the terminal."""
-    from dividemix.report import figures  # matplotlib, which a script that trains does not wait for
+    """Write the report of the run folder `path` into `out`, by default the run folder. -> lines for the terminal"""
+    from dividemix.report import figures  # imports matplotlib, which a training script need not wait for
 
     run, out = read_run(path), out or path
     out.mkdir(parents=True, exist_ok=True)
@@ -47,31 +47,31 @@ def draw(path: Path, out: Path | None = None) -> list[str]:
 
 
 def draw_comparison(runs: Sequence[RunFolder], agreements: compare.Agreements, out: Path) -> list[str]:
-    """Make the page of several runs in `out`. -> lines for the terminal."""
+    """Write the page of several runs into `out`. -> lines for the terminal"""
     from dividemix.report import figures
 
     out.mkdir(parents=True, exist_ok=True)
     groups = compare.group_by_setting(runs)
     drawn = figures.draw_comparison(groups, out / "figures")
     write_atomically(out / PAGE, compare.comparison_page(groups, agreements, drawn))
-    seeds = any(len(group) > 1 for _, group in groups)
-    lines = ["", compare.aligned(compare.spread_table(groups, agreements))] if seeds else []
+    has_seeds = any(len(group) > 1 for _, group in groups)
+    lines = ["", compare.console_table(compare.spread_table(groups, agreements))] if has_seeds else []
     return [*lines, f"all runs: {out / PAGE}"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="python -m dividemix report", description="Make report.html of each run, and one of several.")
+    parser = Parser(prog="python -m dividemix report", description="Write report.html of each run, and one of several.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
-    place = "folder of the report, instead of the run folder; of several runs, of the page of all (default: ./report)"
-    parser.add_argument("--out", type=Path, metavar="DIR", help=place)
-    clean = "write a corrected copy of the run's labels into a new folder"
-    parser.add_argument("--export_clean", type=Path, metavar="DIR", help=clean)
+    out_help = "write the report here, not into the run folder; for several runs, the page of all (default: ./report)"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=out_help)
+    clean_help = "write a corrected copy of the run's labels into a new folder"
+    parser.add_argument("--export_clean", type=Path, metavar="DIR", help=clean_help)
     args = parser.parse_args(argv)
     if args.export_clean and len(args.runs) > 1:
-        raise DivideMixError("--export_clean: expected one run, whose labels are written; give the others apart")
+        raise DivideMixError("--export_clean takes one run: start the command once for each run")
     runs = [read_run(path) for path in {path.resolve(): path for path in args.runs}.values()]  # each once
     agreements = {run.path: label_issues.against_truth(label_issues.find(run)) for run in runs}
-    print(compare.aligned(compare.run_table(runs, agreements)))
+    print(compare.console_table(compare.run_table(runs, agreements)))
     several = len(runs) > 1
     try:
         for run in runs:
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             except OSError as error:
                 if not several:
                     raise
-                warn(f"{run.path}: no report of its own is written there ({error.strerror})")
+                warn(f"{run.path}: the report of this run cannot be written there ({error.strerror})")
         if several:
             print(*draw_comparison(runs, agreements, args.out or Path("report")), sep="\n")
     except OSError as error:
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         issues = label_issues.find(runs[0])
         if issues is None:
             raise DivideMixError(
-                f"--export_clean: {runs[0].path} has no scores of its labels yet: finish it, with the same training "
-                "command and without --no_label_scores"
+                f"--export_clean: {runs[0].path} has no scores of its labels yet: finish it with the same training "
+                "command, without --no_label_scores"
             )
         print(*clean_labels.export(runs[0], issues, args.export_clean), sep="\n")

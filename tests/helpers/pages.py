@@ -1,6 +1,8 @@
-"""HTML pages and CSV files, read back."""
+"""HTML pages, CSV files and error messages, read back."""
 
+import base64
 import csv
+import hashlib
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,8 +21,6 @@ def refused(ended: tuple[int, str, str], *expected: object) -> None:
 
 
 HOSTILE = '"><script>alert(1)</script>'
-
-
 VOID = {"meta", "img", "input", "br"}
 
 
@@ -57,9 +57,14 @@ class Reader(HTMLParser):
 
 
 def assert_self_contained(content: str) -> Reader:
-    """No address outside the file but its neighbours, each image a data URI, no script but the page's own."""
+    """No address outside the file but its neighbours, each image a data URI, no script but the page's own, and a policy
+    that admits no other."""
     read = Reader(content)
-    assert len(read.all("script")) == 1 and read.all("script") == [{}]
+    [policy] = [each["content"] for each in read.all("meta") if "http-equiv" in each]
+    [script] = re.findall(r"<script>(.*?)</script>", content, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert "default-src 'none'" in policy and f"script-src 'sha256-{digest}'" in policy and "img-src data:;" in policy
+    assert read.all("script") == [{}]
     assert read.all("img") and all(each["src"].startswith("data:image/") for each in read.all("img"))
     addresses = [v for _, attributes in read.elements for k, v in attributes.items() if k in ("src", "href")]
     names = {"label_issues.csv", "cleaned_labels.csv", "metrics.jsonl"}

@@ -1,10 +1,9 @@
-"""Run folders, made by hand in a moment or by the real scripts, for tests of what is done with a trained run.
-
-Nothing here needs pytest.
-"""
+"""Run folders, made by hand in a moment or by the real scripts, and the commands that use a trained run."""
 
 import functools
 import json
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,15 +19,15 @@ import Train_cifar
 import Train_clothing1M
 import Train_folder
 import Train_webvision
-from dividemix import networks
+from dividemix import DivideMixWarning, networks
 from dividemix.data.device import to_float
 from dividemix.data.images import Views
 from dividemix.data.lists import ImageList
 from dividemix.run import checkpoint, description
 from dividemix.run.description import Preparation
-from helpers.data import make_cifar10, make_cifar100, make_fashionmnist
+from helpers.data import make_cifar10, make_fashionmnist
 from helpers.nets import golden_weights
-from helpers.scripts import SMALL_NET, tiny
+from helpers.scripts import SMALL_NET, end_of, tiny
 from helpers.trees import make_clothing1M, make_folder, make_webvision
 
 COLOUR = Preparation((0.5, 0.45, 0.4), (0.25, 0.2, 0.3), image_size=16, resize=20)
@@ -49,13 +48,12 @@ def make_trained(
     there is one, holds other nets than best.pt."""
     folder.mkdir(parents=True)
     model = description.describe(arch, num_class, width, classes, preparation)
-    about = {"command": ["Train_cifar.py", "--r", "0.5", "--id", "a b"], "args": {"warm_up": 1}, "model": model}
-    (folder / "args.json").write_text(json.dumps(about))
-
+    args = {"command": ["Train_cifar.py", "--r", "0.5", "--id", "a b"], "args": {"warm_up": 1}, "model": model}
+    (folder / "args.json").write_text(json.dumps(args))
     torch.save({**pair(arch, num_class, width, 0), "epochs": [1, 1]}, folder / "best.pt")
     if last:
-        about = {"records": [{"epoch": 2}], "format": checkpoint.FORMAT}
-        checkpoint.save_last(folder, 2, pair(arch, num_class, width, 10) | about)
+        state = {"records": [{"epoch": 2}], "format": checkpoint.FORMAT}
+        checkpoint.save_last(folder, 2, pair(arch, num_class, width, 10) | state)
     return folder
 
 
@@ -95,6 +93,21 @@ def draw_photos(folder: Path, n: int = 7, seed: int = 0, sides: tuple[int, int] 
     return paths
 
 
+def command(module, folder: Path, monkeypatch, capsys, *flags: str) -> Callable[..., tuple[int, str, str]]:
+    """A module's `main`, started in `folder` with its arguments and these flags. -> (exit status, stdout, stderr)"""
+    monkeypatch.chdir(folder)
+
+    def start(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with warnings.catch_warnings(record=True) as caught:
+            status = end_of(module, [*map(str, arguments), *flags], monkeypatch)
+        out, error = capsys.readouterr()
+        shown = [each.message for each in caught if each.category is DivideMixWarning]
+        return status, out, "".join(f"warning: {message}\n" for message in shown) + error
+
+    return start
+
+
 # ---- By the scripts ----
 
 
@@ -112,13 +125,13 @@ class Trained:
 # Of own images: flags, the network
 FOLDERS = {
     "folder": (["--image_size", "24", "--data_mode", "device"], "preresnet18"),
-    "folder_ce": (["--image_size", "24", "--data_mode", "stream", "--method", "ce"], "preresnet18"),
+    "folder_stream": (["--image_size", "24", "--data_mode", "stream"], "preresnet18"),
     "folder_torchvision": (
         ["--image_size", "64", "--arch", "shufflenet_v2_x0_5", "--width", "64"],
         "shufflenet_v2_x0_5",
     ),
 }
-KINDS = ("fashionmnist", "digits", "digits_ce", "cifar10", "cifar100", "clothing1M", "webvision", *FOLDERS)
+KINDS = ("fashionmnist", "digits", "cifar10", "clothing1M", "webvision", *FOLDERS)
 QUICK = ("fashionmnist", "folder")  # of these kinds
 
 
@@ -127,7 +140,7 @@ def train(kind: str, root: Path) -> Trained:
     with answers that differ from image to image, which so few steps would not teach them."""
     make = _own if kind in FOLDERS else _large if kind in ("clothing1M", "webvision") else _small
     run, images, labels, x = make(kind, root)
-    num_class = {"cifar100": 100, "clothing1M": 14}.get(kind, 4 if kind in FOLDERS else 10)
+    num_class = 14 if kind == "clothing1M" else 4 if kind in FOLDERS else 10
     arch = FOLDERS.get(kind, ([], "preresnet18"))[1]
     nets = [lively(arch, num_class, 4, k, x) for k in range(2)]
     torch.save({"nets": [net.state_dict() for net in nets]}, root / "start.pt")
@@ -138,15 +151,13 @@ def train(kind: str, root: Path) -> Trained:
 
 def _small(kind: str, root: Path):
     """-> the script, test images as files, their labels, and the images as the networks see them."""
-    dataset, _, method = kind.partition("_")
-    make = {"cifar10": make_cifar10, "cifar100": make_cifar100, "fashionmnist": make_fashionmnist}.get(dataset)
-    if make:
-        make(root / "data")
-    data = dataloader_cifar.load(dataset, root / "data")
+    if kind != "digits":
+        {"cifar10": make_cifar10, "fashionmnist": make_fashionmnist}[kind](root / "data")
+    data = dataloader_cifar.load(kind, root / "data")
     pixels = data.test_images
-    if dataset == "fashionmnist":
+    if kind == "fashionmnist":
         pixels = pixels[:, 2:-2, 2:-2, 0]  # as published: grey, without a border
-    elif dataset == "digits":
+    elif kind == "digits":
         pixels = pixels[..., 0]
     paths = [root / "test" / f"{i:04d}.png" for i in range(len(pixels))]
     (root / "test").mkdir()
@@ -154,8 +165,7 @@ def _small(kind: str, root: Path):
         Image.fromarray(np.ascontiguousarray(image)).save(path)
 
     def run(*flags: str) -> dict:
-        more = ["--method", method] if method else []
-        return Train_cifar.main(tiny(root, "--dataset", dataset, "--data_path", str(root / "data"), *flags, *more))
+        return Train_cifar.main(tiny(root, "--dataset", kind, "--data_path", str(root / "data"), *flags))
 
     x = to_float(torch.from_numpy(data.test_images[:60]), torch.tensor(data.mean), torch.tensor(data.std))
     return run, paths, data.test_labels.tolist(), x
@@ -183,16 +193,16 @@ def _own(kind: str, root: Path):
     return _starter(Train_folder, root, ["--warm_up", "1", "--weights", "none", *flags]), paths, labels, x
 
 
-def _starter(script, root: Path, more: list[str]):
+def _starter(script, root: Path, size: list[str]):
     def run(*flags: str) -> dict:
         common = ["--data_path", str(root / "data"), *SMALL_NET, "--num_epochs", "2", "--workers", "0"]
-        return script.main([*common, *more, *flags])
+        return script.main([*common, *size, *flags])
 
     return run
 
 
 def _test_images(images: ImageList, views: Views, mean: tuple, std: tuple):
-    """-> their files, their labels, and they as a network sees them."""
+    """-> their files, their labels, and the images as a network sees them."""
     paths = [Path(images.path(i)) for i in range(len(images))]
     pixels = [views.eval(views.resized(Image.open(path))) for path in paths]
     x = to_float(torch.from_numpy(np.stack(pixels)), torch.tensor(mean), torch.tensor(std))
