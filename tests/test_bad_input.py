@@ -335,6 +335,7 @@ def test_too_little_memory_anywhere_is_one_line(start, tmp_path, monkeypatch, er
 # ---- How a script ends ----
 
 
+@pytest.mark.slow
 def test_bad_input_of_the_real_script(tmp_path):
     """Else what the tests above check in-process is not what the user sees: a stack trace, more lines, status 0."""
     done = run_script(cwd=tmp_path)
