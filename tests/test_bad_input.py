@@ -80,50 +80,22 @@ def begun(start, one_epoch, tmp_path):
 
 # ---- Flags ----
 
-NO_NUMBERS = ["nan", "inf", "-inf", "1e999", "text", "", "0x10", "1,5"]
-OUTSIDE = {  # values outside each type's range, which its message states
-    options.positive_int: ["0", "-1", "1.5", "2147483648"],
-    options.count: ["-1", "1.5", "2147483648"],
-    options.processes: ["-1", "1.5", "257", "100000"],
-    options.seed: ["-1", "1.5", "4294967296"],
-    options.positive: ["0", "-0.1"],
-    options.non_negative: ["-0.1"],
-    options.rate: ["-0.1", "1.1"],
-    options.open_unit: ["0", "1", "-0.5", "1.5"],
-    options.part: ["-0.1", "1", "1.5"],
-}
-
-
-class Parsing(Exception):
-    """Carries the parser."""
-
-
-def number_flags(script, monkeypatch) -> dict[str, list[str]]:
-    """The script's flags that take a number, each with values that are to be refused."""
-
-    def stop(parser, *_):
-        raise Parsing(parser)
-
-    with monkeypatch.context() as patch, pytest.raises(Parsing) as stopped:
-        patch.setattr(options.Parser, "parse_args", stop)
-        script.parse_args([])
-    texts = (None, options.run_id, options.architecture)
-    typed = [action for action in stopped.value.args[0]._actions if action.type not in texts]
-    return {action.option_strings[0]: [*NO_NUMBERS, *OUTSIDE[action.type]] for action in typed}
+TEXTS = {None, options.run_id, options.architecture}
+NUMBERS = {options.positive_int, options.count, options.processes, options.seed, options.positive}
+NUMBERS |= {options.non_negative, options.rate, options.open_unit, options.part}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_every_number_is_checked(script, monkeypatch, capsys):
-    """A flag of another type than these, without a range: nan or -1 trains for hours, on something nobody wanted."""
-    flags = number_flags(script, monkeypatch)
-    assert {"--lr", "--batch_size", "--seed", "--lambda_u", "--p_threshold", "--T", "--workers"} <= flags.keys()
-    for flag, values in flags.items():
-        for value in values:
-            with pytest.raises(SystemExit) as ended:
-                script.parse_args([f"{flag}={value}"])
-            error = capsys.readouterr().err
-            assert ended.value.code == 2 and error.count("\n") == 1, (flag, value)
-            assert flag in error and "expected" in error and f"'{value}'" in error
+def test_every_number_has_a_range(script, monkeypatch):
+    """A flag of another type, like int or float: nan or -1 trains for hours, on something nobody wanted."""
+    parse = mock.Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(options.Parser, "parse_args", lambda parser, argv: parse(parser))
+    with pytest.raises(KeyboardInterrupt):
+        script.parse_args([])
+    kind_of = {action.option_strings[0]: action.type for action in parse.call_args[0][0]._actions}
+    assert set(kind_of.values()) <= TEXTS | NUMBERS
+    numbers = {flag for flag, kind in kind_of.items() if kind in NUMBERS}
+    assert {"--lr", "--batch_size", "--seed", "--lambda_u", "--p_threshold", "--T", "--workers"} <= numbers
 
 
 REFUSED = [  # flags, exit status, what the line names
@@ -131,6 +103,8 @@ REFUSED = [  # flags, exit status, what the line names
     ("--warm-up 1", 2, "--warm-up"),
     ("cifar10", 2, "cifar10"),
     ("--r 1.1", 2, "--r"),
+    ("--lr nan", 2, "--lr"),
+    ("--workers 257", 2, "--workers"),  # thousands stop the computer
     ("--dataset cifar", 2, "--dataset"),
     ("--noise_mode human", 2, "worse_label"),
     ("--noise_mode human --dataset cifar100", 2, "noisy_label"),
@@ -145,7 +119,6 @@ REFUSED = [  # flags, exit status, what the line names
     ("--num_class 14", 1, "--num_class 14"),
     ("--limit_train 1451", 1, "--limit_train 1451"),
     ("--limit_train 1", 1, "at least 2"),  # a mixture of two is not fitted to one loss
-    ("--dataset cifar10 --data_path nowhere", 1, "nowhere"),
     ("--dataset cifar10 --data_path damaged", 1, "damaged/data_batch_3"),
     ("--run_dir text.pt", 1, "run folder text.pt"),
     ("--run_dir text.pt/below", 1, "text.pt/below"),
@@ -179,25 +152,10 @@ def test_a_card_that_is_not_there(start, monkeypatch, tmp_path):
 
 
 def test_a_sample_of_one_image(tmp_path, monkeypatch, capsys):
-    """Clothing1M's samples, whose size is a flag: the data need not be there to tell that nothing can be divided."""
+    """The size of Clothing1M's samples is a flag: else the run ends when the first one is to be divided."""
     argv = ["--num_batches", "1", "--batch_size", "1", "--out_dir", str(tmp_path), "--device", "cpu"]
     assert end_of(Train_clothing1M, argv, monkeypatch) == 1
     assert "--num_batches 1 --batch_size 1: " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("flags", "r", "definition"),
-    [
-        ([], 0.5, "with_self"),
-        (["--r", "0"], 0, "with_self"),
-        (["--noise_mode", "idn"], 0.5, None),
-        (["--noise_mode", "human", "--noise_key", "worse_label"], None, None),
-    ],
-)
-def test_noise_flags_that_are_not_given_are_filled_in(flags, r, definition):
-    """Else args.json says of a run what it did not do, or the default rate of 50 % is another."""
-    args = Train_cifar.parse_args(flags)
-    assert (args.r, args.noise_definition, args.noise_seed, args.noise_file) == (r, definition, 123, None)
 
 
 # ---- Rates, and sets that a division makes small ----
@@ -236,8 +194,8 @@ def test_rates_0_and_1(start, tmp_path, mode, r):
     ids=["labeled empty", "labeled empty at first", "unlabeled empty, one labeled", "one unlabeled, one over"],
 )
 def test_sets_that_are_empty_or_of_one_sample(start, tmp_path, monkeypatch, recwarn, clean, labeled, warned):
-    """The labeled or the unlabeled set empty or of one image, and batches of one image, at the end of a pass of 33
-    (warm-up, loss) or 17: a run would crash at whichever epoch comes to it, and again whenever it is continued."""
+    """A run would crash in the epoch that comes to it: a labeled or unlabeled set that is empty or of one image, and
+    the last batch of one image of a pass over 33 (warm-up, loss) or 17."""
     epochs = iter(np.repeat(clean, 2))  # two networks
 
     def predict_proba(gmm, loss):
@@ -290,8 +248,7 @@ def test_a_run_stopped_before_its_first_checkpoint_does_not_keep_its_labels(star
 
 
 def test_a_folder_that_another_process_trains_in(begun, tmp_path):
-    """Else two processes write one run's checkpoints in turn; --fresh would move the folder away under the other one,
-    which then goes on writing into the new run."""
+    """Else two processes write one run's checkpoints in turn, or --fresh moves the folder away under the other one."""
     with Run(tmp_path / "run", args_of(tmp_path / "run")):
         for fresh in ([], ["--fresh"]):
             status, [line] = begun(*fresh)
@@ -315,8 +272,7 @@ HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAll
     ids=["train", "evaluate", "build"],
 )
 def test_out_of_memory_names_the_flags_and_loses_nothing(begun, monkeypatch, owner, function, error, flags):
-    """A card that another job fills up in the night: the epochs before must stay, and the user learn what to make
-    smaller."""
+    """A card that another job fills: the epochs before must stay, and the user learn what to make smaller."""
     with monkeypatch.context() as patch:
         patch.setattr(owner, function, mock.Mock(side_effect=error))
         status, [line] = begun("--eval_batch_size", "1")
