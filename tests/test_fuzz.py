@@ -61,31 +61,34 @@ def cifar(root: Path) -> Target:
     return Target(sound, read)
 
 
+TRUTH = np.arange(40) % 5
+
+
+def assert_labels(labels: np.ndarray) -> None:
+    assert labels.dtype == np.int64 and labels.shape == (40,) and 0 <= labels.min() <= labels.max() < 5
+
+
 def noise_json(root: Path) -> Target:
     """40 labels of 5 classes, 20 % of them redrawn: a changed one may pass, as other noise would."""
-    truth = np.arange(40) % 5
     spec = noise_file.NoiseSpec("digits", "sym", 0.2, 0, 5, noise.synthetic.next_class(5))
-    labels = noise.inject(truth.tolist(), "sym", 0.2, 5, 0)
+    labels = noise.inject(TRUTH.tolist(), "sym", 0.2, 5, 0)
 
     def read(content: bytes, _: int) -> None:
         (root / "noise.json").write_bytes(content)
-        noisy = noise_file.read(root / "noise.json", truth, spec)
-        assert noisy.dtype == np.int64 and noisy.shape == (40,) and 0 <= noisy.min() <= noisy.max() < 5
+        assert_labels(noise_file.read(root / "noise.json", TRUTH, spec))
 
     return Target([json.dumps(labels).encode(), json.dumps(labels, indent=1).encode("utf-16")], read)
 
 
 def human_labels(root: Path) -> Target:
-    """The labels that people gave to 40 images of 5 classes: the content of the archive, as numpy 1 and 2 write it, and
-    the archive itself. A changed label may pass, as other people's would; a changed true one may not."""
-    truth = np.arange(40) % 5
-    arrays = {"clean_label": truth, "worse_label": truth[::-1].copy()}
+    """The labels that people gave to 40 images: what is in the archive, as numpy 1 and 2 write it, and the archive
+    itself. A changed label may pass, as other people's would."""
+    arrays = {"clean_label": TRUTH, "worse_label": TRUTH[::-1].copy()}
     pickles = [pickled(arrays, numpy1=numpy1) for numpy1 in (False, True)]
 
     def read(content: bytes, k: int) -> None:
         (root / "human.pt").write_bytes(torch_archive(content) if k < 2 else content)
-        noisy = noise_human.read(root / "human.pt", "worse_label", truth, 5)
-        assert noisy.dtype == np.int64 and noisy.shape == (40,) and 0 <= noisy.min() <= noisy.max() < 5
+        assert_labels(noise_human.read(root / "human.pt", "worse_label", TRUTH, 5))
 
     return Target([*pickles, torch_archive(pickles[0])], read)
 

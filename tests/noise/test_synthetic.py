@@ -12,14 +12,7 @@ from scipy import stats  # scikit-learn needs it, the project does not
 
 from dividemix import DivideMixError
 from dividemix.noise import synthetic
-from dividemix.noise.synthetic import (
-    CIFAR100_SUPERCLASSES,
-    asym_transition,
-    inject,
-    inject_instance_dependent,
-    mean_flip_rate,
-    next_class,
-)
+from dividemix.noise.synthetic import asym_transition, inject, inject_instance_dependent, next_class
 from dividemix.seeds import draws
 
 GOLDEN_NOISE = json.loads((GOLDEN / "noise.json").read_text())
@@ -68,7 +61,7 @@ def test_asymmetric_maps():
     assert asym_transition(10, "digits")[0] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
     transition = asym_transition(100)[0]
     assert sorted(transition) == list(range(100))
-    for five in CIFAR100_SUPERCLASSES:
+    for five in synthetic.CIFAR100_SUPERCLASSES:
         assert list(five) == sorted(five)
         assert [transition[c] for c in five] == [*five[1:], five[0]]
 
@@ -124,7 +117,7 @@ def test_instance_dependent_noise_is_the_papers_algorithm(monkeypatch, r):
 def test_the_share_of_wrong_labels_is_as_expected(r):
     """Else our own file would be refused, or another rate's accepted. Near 0 and 1 the flip rates are truncated."""
     mean = stats.truncnorm(-r / 0.1, (1 - r) / 0.1, loc=r, scale=0.1).mean()
-    assert mean_flip_rate(r) == pytest.approx(mean, abs=1e-9)
+    assert synthetic.mean_flip_rate(r) == pytest.approx(mean, abs=1e-9)
     labels = np.arange(10_000) % 10
     wrong = (inject_instance_dependent(random_images(10_000, side=1), labels, r, 10, 0) != labels).mean()
     assert wrong == pytest.approx(mean, abs=0.025)  # five standard deviations
