@@ -5,8 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from dataloader_folder import balance, class_order, find, load, mean_std, survey
@@ -117,19 +115,9 @@ def test_a_table_round_trips_the_class_folders(tmp_path):
     assert again.train.digest() == data.train.digest()
 
 
-NAMES = st.one_of(st.integers(-99, 10**30).map(str), st.text("a1 -é", max_size=4))
-
-
-@given(st.lists(NAMES, min_size=1, max_size=9))
-def test_class_order_is_a_sorted_set(names):
-    """Another order in another process would exchange the classes of a continued run."""
-    order = class_order(names)
-    assert sorted(order) == sorted(set(names)) and order == class_order(reversed(names))
-
-
 def test_class_order_of_numbers():
-    """Class 10 would come before class 9, and every figure of a class be another's than the user thinks."""
-    assert class_order(["10", "9", "9", "100"]) == ["9", "10", "100"]
+    """Class 10 would come before class 9, or another order in another process exchange a continued run's classes."""
+    assert class_order(["10", "9", "-1", "9", "100"]) == ["-1", "9", "10", "100"]
     assert class_order(["10", "9", "x"]) == ["10", "9", "x"]
     assert class_order(["1" * 5000, "2"]) == ["1" * 5000, "2"]  # no number that int() takes
 

@@ -88,7 +88,7 @@ class _Recorded:
 
 
 _NAMES = "ndarray", "dtype", "_core.multiarray._reconstruct", "core.multiarray._reconstruct"  # of numpy 2 and numpy 1
-_ALLOWED = [(_Recorded, f"numpy.{name}") for name in _NAMES]
+_ALLOWED: list[Any] = [(_Recorded, f"numpy.{name}") for name in _NAMES]
 
 
 def _load(path: Path, n: int) -> dict[Any, Any]:
