@@ -62,7 +62,7 @@ def read(path: Path, key: str, truth: NDArray[np.int64], num_class: int) -> NDAr
             raise DivideMixError(f"noise file {path}: it has no {name!r}, only {names}: {advice}")
     clean, noisy = (_labels(path, name, arrays[name], len(truth), num_class) for name in (TRUTH, key))
     if count := int((clean != truth).sum()):
-        raise _invalid(path, f"its {TRUTH} differs from the data set's labels for {count} of {len(truth)} samples")
+        raise _invalid(path, f"its {TRUTH} is not the data set's label for {count} of {len(truth)} samples")
     return noisy
 
 
