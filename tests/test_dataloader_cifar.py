@@ -104,6 +104,7 @@ def test_every_protocol_of_python_3(tmp_path, protocol, numpy1):
     entries += [batch(labels=[np.int64(label) for label in labels]), batch(data=np.asfortranarray(rows))]
     entries += [{key.encode(): value for key, value in batch().items()}]
     entries += [batch(a=b"", b=bytearray(b"\xff\x00"), c=bytearray(), d=[(1, None), {"a": 2.5}])]
+    entries += [batch(a=np.zeros((2, 3, 4)).transpose(1, 0, 2))]  # order "K" in protocol 5
     for entry in entries:
         for name in ("data_batch_1", "test_batch"):
             path = write_pickle(tmp_path / name, entry, protocol, numpy1=numpy1)
