@@ -108,9 +108,10 @@ def one_by_one(labels: np.ndarray, n: int, num_class: int, rng: np.random.Genera
     return taken
 
 
-@given(
-    st.lists(st.integers(0, 4), max_size=60), st.integers(0, 70), st.sampled_from([5, 7, 300]), st.integers(0, 2**32)
-)
+NUMBERS = st.one_of(st.integers(0, 70), st.sampled_from([5, 10, 15]))  # the latter: a whole number for each class
+
+
+@given(st.lists(st.integers(0, 4), max_size=60), NUMBERS, st.sampled_from([5, 7, 300]), st.integers(0, 2**32))
 def test_samples_are_those_of_drawing_one_by_one(labels, n, num_class, seed):
     """Frequent classes would crowd out the others, or training see other images or another order than the rule says."""
     labels = np.array(labels, np.int64)
