@@ -57,8 +57,8 @@ def test_the_order_of_the_classes_is_that_of_the_synsets(tmp_path):
     data = load(root, 10)
     assert data.imagenet.name(0).startswith(WNIDS[9]) and data.imagenet.labels[0] == 0
     assert data.class_names[1] == f"{WNIDS[8]} thing 8, other name"
-    (root / "info/synsets.txt").write_text(lines[0])
-    refused(root, "info/synsets.txt", "1 lines, 10 are needed")
+    (root / "info/synsets.txt").write_text("\n".join(lines[:9]))
+    refused(root, "info/synsets.txt", "9 lines, 10 are needed")
     for wnid in WNIDS[:10]:
         (root / "imagenet/val" / wnid).rename(root / "imagenet/val" / str(WNIDS.index(wnid)))
     (root / "info/synsets.txt").unlink()
