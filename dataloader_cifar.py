@@ -1,7 +1,7 @@
 """The data sets of Train_cifar.py, read into memory once per run: cifar10, cifar100, fashionmnist, digits.
 
-CIFAR's files are pickles, and reading a pickle can run any code; the unpickler here knows plain values and number
-arrays, and refuses everything else. What is wrong with a file ends in a `DivideMixError` of one line that names it.
+CIFAR's files are pickles, and reading a pickle can run any code. The unpickler here reads plain values and number
+arrays, and refuses everything else. A wrong file raises a `DivideMixError`, one line that names the file.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ from dividemix.noise import NoiseSpec, noisy_labels
 from dividemix.run import Preparation, Run
 from dividemix.seeds import draws, hold_out
 
-# torchvision's classes hold the published file names, md5s and addresses
+# torchvision's classes hold the published file names, md5s and addresses.
 _CIFAR = {"cifar10": (CIFAR10, "labels"), "cifar100": (CIFAR100, "fine_labels")}
-_MEAN_STD = {  # of pixel values in [0, 1]; for CIFAR the authors' figures
+_MEAN_STD = {  # of pixel values in [0, 1]; for CIFAR the authors' numbers
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),
     "fashionmnist": ((0.2860,) * 3, (0.3530,) * 3),
@@ -54,8 +54,8 @@ class ImageData:
     mean: tuple[float, float, float]  # of pixel values in [0, 1]
     std: tuple[float, float, float]
     flip: bool  # a mirrored image keeps its class (not so for digits)
-    folder: Path | None  # where the noise file belongs: beside CIFAR's batches, FashionMNIST's root; None for digits
-    official: bool  # CIFAR: every file has the published md5; for printing, decides nothing
+    folder: Path | None  # for the noise file: the folder of CIFAR's batches, FashionMNIST's root; None for digits
+    official: bool  # CIFAR: every file has the published md5; only printed
 
     @property
     def num_class(self) -> int:
@@ -63,16 +63,16 @@ class ImageData:
 
     @property
     def preparation(self) -> Preparation:
-        """What makes such an image of a file: as published, CIFAR's are 32x32, Fashion-MNIST's 28x28 and grey."""
+        """How to make such an image from a file: published CIFAR images are 32x32, Fashion-MNIST's 28x28 and grey."""
         border = _BORDER if self.name == "fashionmnist" else 0
         side, channels = self.train_images.shape[1] - 2 * border, 1 if self.name in _GREY else 3
         return Preparation(self.mean, self.std, side, side, channels, border)
 
 
 def load(dataset: str, data_path: str | Path, download: bool = False) -> ImageData:
-    """Reads `dataset` from `data_path` (digits come with scikit-learn: no path, no download). `download` fetches what
-    is not there through torchvision, which verifies the md5; it never overwrites a file that is not the published one,
-    be it own data or damaged. Raises DivideMixError."""
+    """Reads `dataset` from `data_path` (digits come with scikit-learn: no path, no download). `download` gets missing
+    files through torchvision, which verifies the md5; it never overwrites a file that differs from the published one,
+    since it may be the user's own data. Raises DivideMixError for a missing or wrong file."""
     if dataset == "digits":
         train, test, class_names, folder, official = _load_digits()
     elif dataset == "fashionmnist":
@@ -80,7 +80,7 @@ def load(dataset: str, data_path: str | Path, download: bool = False) -> ImageDa
     else:
         train, test, class_names, folder, official = _load_cifar(dataset, absolute(data_path), download)
     if len(class_names) < 2:
-        raise DivideMixError(f"{dataset} in {folder} has one class alone, expected 2 or more to tell apart")
+        raise DivideMixError(f"{dataset} in {folder} has only one class, expected 2 or more")
     mean, std = _MEAN_STD.get(dataset) or [(float(value / 255),) * 3 for value in (train[0].mean(), train[0].std())]
     return ImageData(dataset, *train, *test, class_names, mean, std, dataset != "digits", folder, official)
 
@@ -88,59 +88,59 @@ def load(dataset: str, data_path: str | Path, download: bool = False) -> ImageDa
 def noisy_sets(
     images: ImageData, spec: NoiseSpec, run: Run, limit: int | None, val_fraction: float, noise_file: Path | None
 ) -> tuple[DeviceImages, dict[str, DeviceImages], dict[str, Any], list[str]]:
-    """The images with noisy labels (`noise.noisy_labels`) on the run's device. limit: a seeded subset of so many
-    is trained on; val_fraction: of these held out, with their noisy labels, to select the best epoch.
+    """The images with noisy labels (`noise.noisy_labels`) on the run's device. limit: train on a seeded subset of this
+    size; val_fraction: the fraction of it that is held out, with its noisy labels, to select the best epoch.
 
-    -> training set; 'test' and, where some are held out, 'val'; what args.json and the first lines say of the data.
+    -> training set; test sets 'test' and, if images are held out, 'val'; data for args.json; lines to print.
     """
     truth, seed = images.train_labels, run.args.seed
-    state = {"begun": run.begun, "images": images.train_images}
-    given, origin = noisy_labels(truth, spec, images.folder, run.folder, noise_file, **state)
-    labels_sha256 = hashlib.sha256(given.tobytes() + truth.tobytes()).hexdigest()
+    sources = images.folder, run.folder, noise_file
+    noisy, origin = noisy_labels(truth, spec, *sources, begun=run.begun, images=images.train_images)
+    labels_sha256 = hashlib.sha256(noisy.tobytes() + truth.tobytes()).hexdigest()
     run.pin("labels_sha256", labels_sha256, f"the labels ({origin}) are not those that {run.folder} began with")
-    index = np.arange(len(given))
+    index = np.arange(len(noisy))
     if limit:
         index = np.sort(draws(seed, "subset").permutation(index)[:limit])
     index, held_out = hold_out(index, val_fraction, seed)
     shared = images.mean, images.std, images.flip, run.runtime
-    train = DeviceImages(images.train_images[index], given[index], *shared, given[index] == truth[index])
+    train = DeviceImages(images.train_images[index], noisy[index], *shared, noisy[index] == truth[index])
     tests = {"test": DeviceImages(images.test_images, images.test_labels, *shared)}
     if len(held_out):
-        tests["val"] = DeviceImages(images.train_images[held_out], given[held_out], *shared)
-    run.save_labels(index=index, given=given[index], true=truth[index], list_given=given)
-    about = {"classes": images.class_names, "train": len(index), "test": len(images.test_labels)}
-    about["wrong"] = float((given[index] != truth[index]).mean())
+        tests["val"] = DeviceImages(images.train_images[held_out], noisy[held_out], *shared)
+    run.save_labels(index=index, given=noisy[index], true=truth[index], list_given=noisy)
+    wrong = float((noisy[index] != truth[index]).mean())
     lines = [
         f"{images.name}: {len(index)} training, {len(images.test_labels)} test images, {images.num_class} classes"
         + (f", {len(held_out)} held out with their noisy labels to select the best epoch" if len(held_out) else "")
         + (f" (official {images.name})" if images.official else ""),
-        f"noise {spec.name}: {about['wrong']:.1%} of the training labels are wrong; {origin}",
+        f"noise {spec.name}: {wrong:.1%} of the training labels are wrong; {origin}",
     ]
     if spec.mode == "asym":
         lines.append(f"asymmetric map: {noise.asym_transition(images.num_class, images.name)[1]}")
-    return train, tests, about | {"lines": lines}, lines
+    description = {"classes": images.class_names, "train": len(index), "test": len(images.test_labels)}
+    return train, tests, description | {"wrong": wrong, "lines": lines}, lines
 
 
 _Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 (n, H, W, 3), labels int64 (n,)
 
 
-def _find(dataset: str, places: list[Path], names: Iterable[str], download: bool) -> Path:
-    """The first of the places that has a file of the data set."""
-    present = [place for place in places if any((place / name).is_file() for name in names)]
+def _find_folder(dataset: str, folders: list[Path], names: Iterable[str], download: bool) -> Path:
+    """The first of the folders that has a file of the data set; to download into, the first of all."""
+    present = [folder for folder in folders if any((folder / name).is_file() for name in names)]
     if not present and not download:
-        looked = " and ".join(dict.fromkeys(map(str, places)))
-        how = "give the right --data_path, add --download to fetch it, or try --dataset digits (nothing to download)"
-        raise DivideMixError(f"{dataset} not found, looked in {looked}: {how}")
-    return [*present, places[0]][0]
+        searched = " and ".join(dict.fromkeys(map(str, folders)))
+        advice = "correct --data_path, add --download to fetch it, or try --dataset digits (nothing to download)"
+        raise DivideMixError(f"{dataset} not found, looked in {searched}: {advice}")
+    return [*present, folders[0]][0]
 
 
-def _fetch(source: type, root: Path, url: str, folder: Path) -> None:
+def _download(source: type, root: Path, url: str, folder: Path) -> None:
     try:
-        source(str(root), train=False, download=True)  # fetches every file; the test set is the quicker one to build
+        source(str(root), train=False, download=True)  # fetches all files; train=False is quicker to build
     except Exception as error:  # network, disk, archive or md5: torchvision has no error type of its own
-        failed = f"download of {source.__name__} to {root} failed ({error!r:.300})"
-        how = f"fetch {url} yourself, unpack its files into {folder}, and run without --download"
-        raise DivideMixError(f"{failed}: {how}") from error
+        problem = f"download of {source.__name__} to {root} failed ({error!r:.300})"
+        advice = f"fetch {url} yourself, unpack its files into {folder}, and run without --download"
+        raise DivideMixError(f"{problem}: {advice}") from error
 
 
 def _existing(path: Path) -> Path:
@@ -157,32 +157,32 @@ def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
     except (DivideMixError, OSError):
         raise
     except Exception as error:  # damage can end in anything: EOFError, AssertionError, MemoryError, RecursionError ...
-        raise _bad(path, f"damaged or of another format ({error!r:.300})") from error
+        raise _invalid(path, f"damaged or of another format ({error!r:.300})") from error
 
 
-def _bad(path: Path, what: str) -> DivideMixError:
-    return DivideMixError(f"{path}: {what}: use a good copy (published data: delete it, run again with --download)")
+def _invalid(path: Path, problem: str) -> DivideMixError:
+    return DivideMixError(f"{path}: {problem}: use a good copy (published data: delete it, run again with --download)")
 
 
 def _check_labels(path: Path, labels: np.ndarray, count: int, num_class: int) -> None:
     if len(labels) != count:
-        raise _bad(path, f"{len(labels)} labels for {count} images")
+        raise _invalid(path, f"{len(labels)} labels for {count} images")
     wrong = np.flatnonzero((labels < 0) | (labels >= num_class))
     if len(wrong):
-        raise _bad(path, f"label {labels[wrong[0]]} of sample {wrong[0]}, expected 0 to {num_class - 1}")
+        raise _invalid(path, f"label {labels[wrong[0]]} of sample {wrong[0]}, expected 0 to {num_class - 1}")
 
 
-# ---- CIFAR, and whatever else is in the format of its "python version" ----
+# ---- CIFAR, and own data in the format of its "python version" ----
 def _load_cifar(dataset: str, root: Path, download: bool) -> tuple[_Arrays, _Arrays, list[str], Path, bool]:
     source, label_key = _CIFAR[dataset]
     md5s = dict([*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])])
-    home = root if root.name == source.base_folder else root / source.base_folder
-    folder = _find(dataset, [home, root], md5s, download)
+    published = root if root.name == source.base_folder else root / source.base_folder
+    folder = _find_folder(dataset, [published, root], md5s, download)
     present = [name for name in md5s if (folder / name).is_file()]
     intact = [name for name in present if check_integrity(folder / name, md5s[name])]
-    if download and intact == present != [*md5s]:  # nothing is there, or a part of the published files
-        _fetch(source, home.parent, source.url, home)
-        folder, intact = home, [*md5s]
+    if download and intact == present != [*md5s]:  # some published files are missing, and there are no others
+        _download(source, published.parent, source.url, published)
+        folder, intact = published, [*md5s]
 
     if dataset == "cifar100":
         paths = [_existing(folder / "train")]
@@ -190,19 +190,19 @@ def _load_cifar(dataset: str, root: Path, download: bool) -> tuple[_Arrays, _Arr
         numbers = [int(path.name[11:]) for path in folder.glob("data_batch_*") if path.name[11:].isdecimal()] or [1]
         paths = [_existing(folder / f"data_batch_{n}") for n in range(min(1, *numbers), max(numbers) + 1)]
     if len(paths) < len(source.train_list) and all(path.name in intact for path in paths):
-        _existing(folder / source.train_list[len(paths)][0])  # published batches only, but not all of them
+        _existing(folder / source.train_list[len(paths)][0])  # all are published batches, and some are missing
     paths.append(_existing(folder / source.test_list[0][0]))
     batches = [_read_batch(path, label_key) for path in paths]
     meta, largest = folder / source.meta["filename"], max(labels.max(initial=0) for _, labels in batches)
-    class_names = [str(c) for c in range(min(int(largest), 10**6) + 1)]  # beyond a million it is damage, not a class
+    class_names = [str(c) for c in range(min(int(largest), 10**6) + 1)]  # a label above a million is damage
     if meta.is_file():
         class_names = _read(meta, _read_pickle).get(source.meta["key"])
         if not isinstance(class_names, list) or not class_names or {str} != {*map(type, class_names)}:
-            raise _bad(meta, f"no list of class names {source.meta['key']!r}")
+            raise _invalid(meta, f"no list of class names {source.meta['key']!r}")
     for path, (images, labels) in zip(paths, batches, strict=True):
         _check_labels(path, labels, len(images), len(class_names))
         if images.shape[1:] != batches[0][0].shape[1:]:
-            raise _bad(path, f"its images differ in size from those in {paths[0].name}")
+            raise _invalid(path, f"its images differ in size from those in {paths[0].name}")
     images, labels = zip(*batches[:-1], strict=True)  # the last is the test set
     official = len(intact) == len(md5s) == len(paths) + 1  # + 1: the file with the class names
     return (np.concatenate(images), np.concatenate(labels)), batches[-1], class_names, folder, official
@@ -213,22 +213,22 @@ def _read_batch(path: Path, label_key: str) -> _Arrays:
     entry = _read(path, _read_pickle)
     rows, labels = entry.get("data"), entry.get(label_key)
     if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.ndim != 2 or len(rows) == 0:
-        given = getattr(rows, "dtype", type(rows).__name__), getattr(rows, "shape", None)
-        raise _bad(path, "'data' is {} {}, expected uint8 (n, 3 * side * side) with n > 0".format(*given))
+        kind, shape = getattr(rows, "dtype", type(rows).__name__), getattr(rows, "shape", None)
+        raise _invalid(path, f"'data' is {kind} {shape}, expected uint8 (n, 3 * side * side) with n > 0")
     side = math.isqrt(rows.shape[1] // 3)
     if rows.shape[1] != 3 * side * side or side < _MIN_SIDE:
-        raise _bad(path, f"{rows.shape[1]} values per image, expected 3 * side * side with side >= {_MIN_SIDE}")
-    # Each type is looked at, as np.array() would unfold lists that contain each other until memory ends.
+        raise _invalid(path, f"{rows.shape[1]} values per image, expected 3 * side * side with side >= {_MIN_SIDE}")
+    # The types are checked first: of lists that contain each other, np.array() would fill all memory.
     if isinstance(labels, list) and all(type(label) is int and abs(label) < 2**62 for label in labels):
         labels = np.array(labels, dtype=np.int64)
     if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or labels.ndim != 1:
-        raise _bad(path, f"{label_key!r} is not a list of class numbers")
+        raise _invalid(path, f"{label_key!r} is not a list of class numbers")
     images = rows.reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), labels.astype(np.int64)
 
 
 # ---- Pickles: number arrays and plain values; no code is run ----
-_ADMITTED = re.compile(  # what number arrays need, from numpy 1 and 2 and Python 2 and 3, in all protocols
+_ALLOWED = re.compile(  # the names that number arrays need, from numpy 1 and 2 and Python 2 and 3, in all protocols
     r"numpy\.(ndarray|dtype|_?core\.(multiarray\.(_reconstruct|scalar)|numeric\._frombuffer))"
     r"|_codecs\.encode|(builtins|__builtin__)\.(bytes|bytearray)"
 )
@@ -236,7 +236,7 @@ _ADMITTED = re.compile(  # what number arrays need, from numpy 1 and 2 and Pytho
 
 @dataclass(eq=False)
 class _Call:
-    """Record of a call that a pickle asks for. None is made while reading; `_value` then works out the result."""
+    """Record of a function call in a pickle. Reading calls no function; `_value` works out the result afterwards."""
 
     function: str
     args: tuple
@@ -247,21 +247,21 @@ class _Call:
 
 
 class _Unpickler(pickle._Unpickler):
-    """Imports nothing: an admitted name becomes a recorder of calls, any other is refused. Extends pickle's Python
-    version, since the C version fills a table as long as any number in the file (LONG_BINPUT; 64 GB for one damaged
-    byte)."""
+    """Imports nothing: calls of an allowed name are recorded, any other name is refused. Extends pickle's Python
+    version, since the C version allocates a table of a size that the file names (LONG_BINPUT): 64 GB for one damaged
+    byte."""
 
     def __init__(self, path: Path):
-        super().__init__(io.BytesIO(path.read_bytes()), encoding="bytes")  # what Python 2 called str stays bytes
+        super().__init__(io.BytesIO(path.read_bytes()), encoding="bytes")  # str of Python 2 stays bytes
         self.path = path
         self.dispatch = {**self.dispatch, pickle.BYTEARRAY8[0]: _Unpickler.load_bytearray8}
 
     def find_class(self, module: str, name: str) -> Any:
-        if not _ADMITTED.fullmatch(f"{module}.{name}"):
-            raise _bad(self.path, f"it asks to run code ({module[:40]!r}, {name[:40]!r}), refused and nothing run")
+        if not _ALLOWED.fullmatch(f"{module}.{name}"):
+            raise _invalid(self.path, f"it asks to run code ({module[:40]!r}, {name[:40]!r}), which is not allowed")
         return lambda *args: _Call(name, args)
 
-    def load_bytearray8(self) -> None:  # pickle's own fills the length that the file claims before it reads
+    def load_bytearray8(self) -> None:  # pickle's own allocates the length in the file before it reads
         self.append(self.read(struct.unpack("<Q", self.read(8))[0]))
 
 
@@ -272,16 +272,16 @@ def _read_pickle(path: Path) -> dict[Any, Any]:
 
 
 def _value(item: Any) -> Any:
-    """What a recorded call would have returned: a number, a number array, or text. Anything else stays as it is."""
+    """The result of a recorded call: a number, a number array, or text. Other items are returned unchanged."""
     if isinstance(item, bytes):
         return item.decode("latin1")
     if not isinstance(item, _Call):
         return item
-    if item.function in ("encode", "bytes", "bytearray"):  # encode("...", "latin1"), bytes(), or bytes(10**12), say
+    if item.function in ("encode", "bytes", "bytearray"):  # encode("...", "latin1"), bytes(), or even bytes(10**12)
         return item.args[0] if item.args else ""
     if item.function == "_frombuffer":
         data, dtype, shape, order, *axes = item.args
-    elif item.function == "_reconstruct":  # BUILD then gave it its contents
+    elif item.function == "_reconstruct":  # the opcode BUILD has set its state
         _, shape, dtype, is_fortran, data = item.state
         order, axes = "F" if is_fortran else "C", []
     else:
@@ -299,21 +299,21 @@ def _value(item: Any) -> Any:
 
 # ---- Fashion-MNIST and the digits ----
 def _load_fashionmnist(root: Path, download: bool) -> tuple[_Arrays, _Arrays, list[str], Path, bool]:
-    """torchvision's raw IDX files: 28x28 grey, given a black border and three equal channels."""
+    """torchvision's raw IDX files: 28x28 grey images, which get a black border and three equal channels."""
     archives = [name for name, _ in FashionMNIST.resources]
     names = [name.removesuffix(".gz") for name in archives]
-    raw = _find("fashionmnist", [root / "FashionMNIST" / "raw", root / "raw", root], names + archives, download)
+    raw = _find_folder("fashionmnist", [root / "FashionMNIST" / "raw", root / "raw", root], names + archives, download)
     above = {"raw": root.parent.parent, "FashionMNIST": root.parent}.get(root.name, root)
     if download and not all((raw / name).is_file() for name in names):
         raw = above / "FashionMNIST" / "raw"
-        _fetch(FashionMNIST, above, FashionMNIST.mirrors[0], raw)
+        _download(FashionMNIST, above, FashionMNIST.mirrors[0], raw)
 
     splits = []
-    for part in ("train", "t10k"):
-        images_path, labels_path = raw / f"{part}-images-idx3-ubyte", raw / f"{part}-labels-idx1-ubyte"
+    for split in ("train", "t10k"):
+        images_path, labels_path = raw / f"{split}-images-idx3-ubyte", raw / f"{split}-labels-idx1-ubyte"
         images, labels = _read(images_path, read_image_file).numpy(), _read(labels_path, read_label_file).numpy()
         if images.shape[1:] != (28, 28):
-            raise _bad(images_path, f"images of {images.shape[1:]} pixels, expected (28, 28)")
+            raise _invalid(images_path, f"images of {images.shape[1:]} pixels, expected (28, 28)")
         _check_labels(labels_path, labels, len(images), len(FashionMNIST.classes))
         padded = np.pad(images, ((0, 0), (_BORDER, _BORDER), (_BORDER, _BORDER)))
         splits.append((np.repeat(padded[..., None], 3, axis=3), labels))
@@ -322,7 +322,7 @@ def _load_fashionmnist(root: Path, download: bool) -> tuple[_Arrays, _Arrays, li
 
 
 def _load_digits() -> tuple[_Arrays, _Arrays, list[str], None, bool]:
-    """scikit-learn's 1,797 digits, 8x8 with values 0 to 16, scaled up to 32x32; 1,450 of them to train on."""
+    """scikit-learn's 1,797 digits, 8x8 with values 0 to 16, scaled up to 32x32; 1,450 of them for training."""
     digits = load_digits()
     grey = F.interpolate(torch.from_numpy(digits.images)[:, None], (32, 32), mode="bilinear", align_corners=False)
     grey = (grey[:, 0] * (255 / 16)).round().to(torch.uint8).numpy()

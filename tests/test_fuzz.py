@@ -1,9 +1,6 @@
 """Damaged and hostile files of every kind that the scripts read: each is read, or refused by a DivideMixError of one
-line. No traceback, no crash, no hang.
-
-`make test` tries a few files of each kind, always the same; `make test-slow` 1,000 of each kind, others each time, or
-as many as the environment variable FUZZ says.
-"""
+line. No traceback, no crash, no hang. `make test` tries 40 files of each kind, always the same; `make test-slow` others
+each time, 1,000 of each kind or as many as the environment variable FUZZ says."""
 
 import contextlib
 import io
@@ -17,7 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers.data import Pickler, Python2Pickler, batch, colour_digits, make_cifar10, pickled, rows_of, torch_archive
+from helpers.data import batch, colour_digits, make_cifar10, pickled, rows_of, torch_archive
 from helpers.trained import COLOUR, draw_photos
 from helpers.trees import make_clothing1M, make_webvision
 from hypothesis import given, settings
@@ -38,10 +35,8 @@ CASES = int(os.environ.get("FUZZ", "1000"))  # of each kind
 
 
 class Target(NamedTuple):
-    """wholes: what the files hold when they are sound. read(content, k): reads it in the place of the k-th of them."""
-
-    wholes: list[bytes]
-    read: Callable[[bytes, int], None]
+    sound: list[bytes]  # the contents of sound files
+    read: Callable[[bytes, int], None]  # read(content, k): reads `content` in the place of the k-th of them
 
     def __repr__(self) -> str:  # hypothesis prints it: not all the bytes
         return self.read.__qualname__
@@ -54,12 +49,8 @@ def cifar(root: Path) -> Target:
     """A batch of two images of 16x16 pixels, as Python 2 and 3 write it."""
     folder = make_cifar10(root, n_train=2, n_test=2, batches=1, side=16)
     entry = batch(2, data=rows_of(colour_digits(2, side=16)[0]))
-    wholes = []
-    for protocol, pickler in ((0, Pickler), (2, Pickler), (4, Pickler), (5, Pickler), (0, Python2Pickler)):
-        file = io.BytesIO()
-        pickler(file, protocol).dump(entry)
-        wholes.append(file.getvalue())
-    wholes.append((folder / "data_batch_1").read_bytes())
+    sound = [pickled(entry, protocol) for protocol in (0, 2, 4, 5)] + [pickled(entry, 0, python2=True)]
+    sound.append((folder / "data_batch_1").read_bytes())
 
     def read(content: bytes, _: int) -> None:
         (folder / "data_batch_1").write_bytes(content)
@@ -67,62 +58,63 @@ def cifar(root: Path) -> Target:
         assert images.train_images.dtype == np.uint8 and len(images.train_images) == len(images.train_labels)
         assert 0 <= images.train_labels.min() <= images.train_labels.max() < images.num_class
 
-    return Target(wholes, read)
+    return Target(sound, read)
+
+
+TRUTH = np.arange(40) % 5
+
+
+def assert_labels(labels: np.ndarray) -> None:
+    assert labels.dtype == np.int64 and labels.shape == (40,) and 0 <= labels.min() <= labels.max() < 5
 
 
 def noise_json(root: Path) -> Target:
     """40 labels of 5 classes, 20 % of them redrawn: a changed one may pass, as other noise would."""
-    truth = np.arange(40) % 5
     spec = noise_file.NoiseSpec("digits", "sym", 0.2, 0, 5, noise.synthetic.next_class(5))
-    labels = noise.inject(truth.tolist(), "sym", 0.2, 5, 0)
+    labels = noise.inject(TRUTH.tolist(), "sym", 0.2, 5, 0)
 
     def read(content: bytes, _: int) -> None:
         (root / "noise.json").write_bytes(content)
-        given = noise_file.read(root / "noise.json", truth, spec)
-        assert given.dtype == np.int64 and given.shape == (40,) and 0 <= given.min() <= given.max() < 5
+        assert_labels(noise_file.read(root / "noise.json", TRUTH, spec))
 
     return Target([json.dumps(labels).encode(), json.dumps(labels, indent=1).encode("utf-16")], read)
 
 
 def human_labels(root: Path) -> Target:
-    """The labels that people gave to 40 images of 5 classes: what is in the archive, as numpy 1 and 2 write it, and the
-    archive itself. A changed label may pass, as other people's would; a changed true one may not."""
-    truth = np.arange(40) % 5
-    arrays = {"clean_label": truth, "worse_label": truth[::-1].copy()}
+    """The labels that people gave to 40 images: what is in the archive, as numpy 1 and 2 write it, and the archive
+    itself. A changed label may pass, as other people's would."""
+    arrays = {"clean_label": TRUTH, "worse_label": TRUTH[::-1].copy()}
     pickles = [pickled(arrays, numpy1=numpy1) for numpy1 in (False, True)]
-    wholes = [*pickles, torch_archive(pickles[0])]
 
     def read(content: bytes, k: int) -> None:
         (root / "human.pt").write_bytes(torch_archive(content) if k < 2 else content)
-        given = noise_human.read(root / "human.pt", "worse_label", truth, 5)
-        assert given.dtype == np.int64 and given.shape == (40,) and 0 <= given.min() <= given.max() < 5
+        assert_labels(noise_human.read(root / "human.pt", "worse_label", TRUTH, 5))
 
-    return Target(wholes, read)
+    return Target([*pickles, torch_archive(pickles[0])], read)
 
 
 def lists(root: Path, names: list[str], find: Callable[[], tuple[dict, list[str]]]) -> Target:
-    """The list files of a data folder, one of which is damaged. What `find` says of it, it says in one line."""
-    wholes = [(root / name).read_bytes() for name in names]
+    """The list files of a data folder, one of which is damaged. The problems that `find` returns are of one line."""
+    sound = [(root / name).read_bytes() for name in names]
 
     def read(content: bytes, k: int) -> None:
         (root / names[k]).write_bytes(content)
         try:
-            found, problems = find()
+            image_lists, problems = find()
         finally:
-            (root / names[k]).write_bytes(wholes[k])
-        for images in found.values():
+            (root / names[k]).write_bytes(sound[k])
+        for images in image_lists.values():
             paths = [os.path.normpath(images.path(i)) for i in range(len(images))]
             assert paths and all(path.startswith(f"{root}/") for path in paths) and len(set(paths)) == len(paths)
             assert 0 <= images.labels.min() <= images.labels.max() < images.num_class
         if problems:
             raise DivideMixError("; ".join(problems))
 
-    return Target(wholes, read)
+    return Target(sound, read)
 
 
 def clothing1m(root: Path) -> Target:
-    names = [f"{name}_key_list.txt" for name in ("noisy_train", "clean_val")]
-    names += ["noisy_label_kv.txt", "clean_label_kv.txt"]
+    names = ["noisy_train_key_list.txt", "clean_val_key_list.txt", "noisy_label_kv.txt", "clean_label_kv.txt"]
     make_clothing1M(root, 6, 3, 3)
     return lists(root, names, lambda: dataloader_clothing1M.find(root))
 
@@ -134,14 +126,18 @@ def webvision(root: Path) -> Target:
 
 
 def tiny_state() -> dict:
-    """What a checkpoint holds, of two networks of one layer."""
+    """The content of a checkpoint of two networks of one layer."""
     nets = [torch.nn.Linear(2, 2) for _ in range(2)]
-    optimizers = [Runtime().optimizer(net, 0.1, 0.0) for net in nets]
-    histories = [[torch.tensor([0.0, 0.1, 0.2, 0.9, 1.0])] for _ in nets]
-    records = [{"epoch": 0, "phase": "train", "lr": 0.1, "test_acc": 50.0, "auc_net1": None}]
-    more = {"records": records, "best_epochs": [0, 0], "config": {"r": 0.5, "id": ""}, "pins": {"labels_sha256": "0"}}
-    states = {"nets": [net.state_dict() for net in nets], "optimizers": [each.state_dict() for each in optimizers]}
-    return {"format": checkpoint.FORMAT, **states, "histories": histories, **more}
+    return {
+        "format": checkpoint.FORMAT,
+        "nets": [net.state_dict() for net in nets],
+        "optimizers": [Runtime().optimizer(net, 0.1, 0.0).state_dict() for net in nets],
+        "histories": [[torch.tensor([0.0, 0.1, 0.2, 0.9, 1.0])] for _ in nets],
+        "records": [{"epoch": 0, "phase": "train", "lr": 0.1, "test_acc": 50.0, "auc_net1": None}],
+        "best_epochs": [0, 0],
+        "config": {"r": 0.5, "id": ""},
+        "pins": {"labels_sha256": "0"},
+    }
 
 
 def checkpoint_file(root: Path) -> Target:
@@ -173,7 +169,7 @@ def last_checkpoint(root: Path) -> Target:
 
 
 def prediction_list(root: Path) -> Target:
-    """The list that `predict` takes; what it names is looked at, and may be nothing."""
+    """The list that `predict` takes. The images that it names are opened, and may be missing."""
     [photo] = draw_photos(root, 1)
 
     def read(content: bytes, _: int) -> None:
@@ -184,56 +180,39 @@ def prediction_list(root: Path) -> Target:
             with contextlib.suppress(BadImage):
                 assert COLOUR.view(shown(path, boundary).image).shape == (16, 16, 3)
 
-    names = [photo.name, str(photo), "a,b", 'c"d', "é\n"]
-    wholes = [f"path,label\n{photo.name},1\n".encode(), b"\xef\xbb\xbfid;x,path\r\n1,none.png\r\n"]
-    quoted = "".join('"' + name.replace('"', '""') + '"\n' for name in names)
-    return Target([*wholes, f"path\n{quoted}".encode()], read)
+    quoted = "".join(f'"{name}"\n' for name in (photo.name, photo, "a,b", 'c""d', "é\n"))
+    tables = [f"path,label\n{photo.name},1\n", "\ufeffid;x,path\r\n1,none.png\r\n", f"path\n{quoted}"]
+    return Target([content.encode() for content in tables], read)
 
 
-TARGETS = [cifar, noise_json, human_labels, clothing1m, webvision, checkpoint_file, last_checkpoint]
-TARGETS += [prediction_list]
+TARGETS = [cifar, noise_json, human_labels, clothing1m, webvision, checkpoint_file, last_checkpoint, prediction_list]
 
 # ---- Damage ----
 
-TOKENS = [
-    b"\n",
-    b" ",
-    b"/",
-    b"..",
-    b"../",
-    b"/etc/passwd 0",
-    b"\0",
-    b"\xff",
-    b"\r",
-    b"-1",
-    b"1e9",
-    b"NaN",
-    b"null",
-    b"{",
-]
-TOKENS += [b"[" * 3000, b"9" * 5000, b"\x1c", "\u3000".encode(), b"images/", b"a" * 300, b"\x80\x02.", b"PK\x03\x04"]
+TEXTS = ["\n", " ", "/", "..", "../", "/etc/passwd 0", "images/", "\0", "\r", "\x1c", "\u3000", "-1", "1e9", "NaN", "{"]
+TOKENS = [*map(str.encode, TEXTS), b"[" * 3000, b"9" * 5000, b"a" * 300, b"\xff", b"\x80\x02.", b"PK\x03\x04"]
 
 
 @st.composite
-def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
-    """The content of a sound file, changed in up to six places; or bytes that were never a file."""
+def damaged(draw: st.DrawFn, sound: bytes) -> bytes:
+    """The content of a sound file, changed in up to six positions; or bytes that were never a file."""
     if draw(st.integers(0, 9)) == 0:
         return draw(st.one_of(st.binary(max_size=200), st.lists(st.sampled_from(TOKENS), max_size=8).map(b"".join)))
-    content = bytearray(whole)
-    change = st.sampled_from(["set", "set", "set", "insert", "delete", "cut", "repeat"])
-    # Most of a file is numbers that say nothing: strike near both ends, where the structure is.
-    place = st.one_of(st.integers(0, 300), st.integers(-300, -1), st.integers(0, len(content) - 1))
-    for at, how in draw(st.lists(st.tuples(place, change), max_size=6)):
-        if how == "insert":
-            content[at:at] = draw(st.sampled_from(TOKENS))
-        elif how == "cut":
-            del content[at:]
-        elif how == "delete":
-            del content[at : at + draw(st.integers(1, 20))]
-        elif how == "repeat":
-            content[at:at] = content[at : at + 40]
-        elif -len(content) <= at < len(content):
-            content[at] = draw(st.integers(0, 255))
+    content = bytearray(sound)
+    changes = st.sampled_from(["set", "set", "set", "insert", "delete", "cut", "repeat"])
+    # Most of a file is numbers without meaning: strike near both ends, where the structure is.
+    positions = st.one_of(st.integers(0, 300), st.integers(-300, -1), st.integers(0, len(content) - 1))
+    for i, change in draw(st.lists(st.tuples(positions, changes), max_size=6)):
+        if change == "insert":
+            content[i:i] = draw(st.sampled_from(TOKENS))
+        elif change == "cut":
+            del content[i:]
+        elif change == "delete":
+            del content[i : i + draw(st.integers(1, 20))]
+        elif change == "repeat":
+            content[i:i] = content[i : i + 40]
+        elif -len(content) <= i < len(content):
+            content[i] = draw(st.integers(0, 255))
     return bytes(content)
 
 
@@ -243,8 +222,8 @@ def target(request, tmp_path_factory) -> Target:
 
 
 def attack(target: Target, data: st.DataObject) -> None:
-    k = data.draw(st.integers(0, len(target.wholes) - 1))
-    content = data.draw(damaged(target.wholes[k]))
+    k = data.draw(st.integers(0, len(target.sound) - 1))
+    content = data.draw(damaged(target.sound[k]))
     try:
         target.read(content, k)
     except DivideMixError as error:
@@ -252,7 +231,7 @@ def attack(target: Target, data: st.DataObject) -> None:
 
 
 ignored = pytest.mark.filterwarnings(
-    "ignore::dividemix.DivideMixWarning",  # a checkpoint that is passed over
+    "ignore::dividemix.DivideMixWarning",  # a checkpoint that cannot be read
     "ignore:invalid escape",  # of codecs.escape_decode, in Python 2 strings
     "ignore::UserWarning:torch",
 )
@@ -260,8 +239,8 @@ ignored = pytest.mark.filterwarnings(
 
 def test_sound_files_are_read(target):
     """Nothing would be tested if the files were refused before they are damaged."""
-    for k, whole in enumerate(target.wholes):
-        target.read(whole, k)
+    for k, content in enumerate(target.sound):
+        target.read(content, k)
 
 
 @ignored

@@ -1,4 +1,4 @@
-"""Noisy labels: `synthetic` makes them, `human` reads those that people gave, and `file` keeps them in a file that
+"""Noisy labels: `synthetic` makes them, `human` reads those that people gave, and `file` saves them in a file that
 several runs share."""
 
 from dividemix.noise import human

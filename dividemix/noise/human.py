@@ -1,7 +1,7 @@
-"""Human label noise: CIFAR-10N and CIFAR-100N, the labels that people on the Internet gave to CIFAR's training images.
+"""Human label noise: CIFAR-10N and CIFAR-100N, labels that people gave to CIFAR's training images.
 
 Source: Wei, Zhu, Cheng, Liu, Niu, Liu, "Learning with Noisy Labels Revisited: A Study Using Real-World Human
-Annotations", ICLR 2022. A file of torch.save with a dict of int64 arrays (N,): `clean_label` and the noisy ones.
+Annotations", ICLR 2022. The file is written by torch.save: a dict of int64 arrays (N,), `clean_label` and noisy ones.
 """
 
 import io
@@ -19,7 +19,7 @@ from dividemix import DivideMixError
 from dividemix.files import read_file
 
 TRUTH = "clean_label"
-_KEYS = {  # three labels an image (random), their majority, and one that is wrong where any of them is (worse)
+_KEYS = {  # random: three people's labels; aggre: their majority; worse: a wrong one of the three, if there is one
     "cifar10": ("worse_label", "aggre_label", "random_label1", "random_label2", "random_label3"),
     "cifar100": ("noisy_label",),
 }
@@ -29,55 +29,55 @@ _PUBLISHED = "https://github.com/UCSC-REAL/cifar-10-100n, folder data"
 
 
 def keys(dataset: str) -> tuple[str, ...]:
-    """The noisy labels that this data set's file has; of a set without a published file, all names."""
+    """The names of the noisy labels in this data set's file; for a data set without a published file, all names."""
     return _KEYS.get(dataset, KEYS)
 
 
 def find(dataset: str, data_folder: Path | None) -> Path | None:
-    """The published file beside the data: in the folder of CIFAR's batches or the one above; None where it is not."""
-    places = [data_folder, data_folder.parent] if data_folder and dataset in _FILES else []
-    return next((place / _FILES[dataset] for place in places if (place / _FILES[dataset]).is_file()), None)
+    """The published file, in the folder of CIFAR's batches or the folder above; None if it is in neither."""
+    folders = [data_folder, data_folder.parent] if data_folder and dataset in _FILES else []
+    return next((folder / _FILES[dataset] for folder in folders if (folder / _FILES[dataset]).is_file()), None)
 
 
 def missing(dataset: str, data_folder: Path | None) -> DivideMixError:
-    """The error where there is no file and none is named."""
+    """The error when no file was found and --noise_file names none."""
     if dataset not in _FILES or data_folder is None:
         return DivideMixError(f"--noise_mode human: {dataset} has no published file, name one with --noise_file")
-    places = f"{data_folder} or {data_folder.parent}"
-    how = f"get it from {_PUBLISHED}, or name it with --noise_file"
-    return DivideMixError(f"--noise_mode human: {_FILES[dataset]} is not in {places}: {how}")
+    problem = f"{_FILES[dataset]} is not in {data_folder} or {data_folder.parent}"
+    advice = f"get it from {_PUBLISHED}, or name it with --noise_file"
+    return DivideMixError(f"--noise_mode human: {problem}: {advice}")
 
 
 def read(path: Path, key: str, truth: NDArray[np.int64], num_class: int) -> NDArray[np.int64]:
-    """The labels `key` (N,) int64 of a file whose `clean_label` is the truth (N,).
+    """The labels `key`, (N,) int64, of a file whose `clean_label` equals the true labels, `truth` (N,).
 
-    Raises DivideMixError naming the file and what is wrong with it; whatever it holds, no code of it is run.
+    Raises DivideMixError naming the file and what is wrong with it. No code in the file is run.
     """
     arrays = _load(path, len(truth))
     for name in (TRUTH, key):
         if name not in arrays:
-            plain = [name for name in arrays if isinstance(name, str) and re.fullmatch(r"\w{1,40}", name)]
-            there = ", ".join(plain[:12]) or "others"
-            how = "choose one of these with --noise_key, or another --noise_file"
-            raise DivideMixError(f"noise file {path}: it has no {name!r}, only {there}: {how}")
-    clean, given = (_labels(path, name, arrays[name], len(truth), num_class) for name in (TRUTH, key))
-    if differ := int((clean != truth).sum()):
-        raise _bad(path, f"its {TRUTH} is not the data set's label for {differ} of {len(truth)} samples")
-    return given
+            printable = [name for name in arrays if isinstance(name, str) and re.fullmatch(r"\w{1,40}", name)]
+            names = ", ".join(printable[:12]) or "others"
+            advice = "choose one of these with --noise_key, or another --noise_file"
+            raise DivideMixError(f"noise file {path}: it has no {name!r}, only {names}: {advice}")
+    clean, noisy = (_labels(path, name, arrays[name], len(truth), num_class) for name in (TRUTH, key))
+    if count := int((clean != truth).sum()):
+        raise _invalid(path, f"its {TRUTH} is not the data set's label for {count} of {len(truth)} samples")
+    return noisy
 
 
-def _bad(path: Path, what: str) -> DivideMixError:
-    return DivideMixError(f"noise file {path}: {what}: name a good copy with --noise_file ({_PUBLISHED})")
+def _invalid(path: Path, problem: str) -> DivideMixError:
+    return DivideMixError(f"noise file {path}: {problem}: name a good copy with --noise_file ({_PUBLISHED})")
 
 
-# ---- The file: torch.load with weights_only, and the names admitted that arrays need ----
+# ---- The file: torch.load with weights_only, which accepts the names that arrays need and no others ----
 
 
 class _Recorded:
-    """Stands for each of these names while a file is read: it keeps what the file says of an array, and makes none.
+    """Takes the place of numpy's classes and functions while a file is read: it records their arguments, no more.
 
-    Numpy's own would let a file crash the process: ndarray takes bytes for pointers where its type is "O", and an array
-    of numbers that is filled twice frees the memory of a tensor that was made of it in between.
+    Numpy's own would let a file crash the process: an ndarray of type "O" takes the file's bytes for pointers, and an
+    array whose contents are set twice frees the memory of a tensor that was made from it in between.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -88,35 +88,35 @@ class _Recorded:
 
 
 _NAMES = "ndarray", "dtype", "_core.multiarray._reconstruct", "core.multiarray._reconstruct"  # of numpy 2 and numpy 1
-_ADMITTED = [(_Recorded, f"numpy.{name}") for name in _NAMES]
+_ALLOWED: list[Any] = [(_Recorded, f"numpy.{name}") for name in _NAMES]
 
 
 def _load(path: Path, n: int) -> dict[Any, Any]:
-    """The dict in the file, of any entries. `n`: how many labels an array should have, for a limit on what is read."""
+    """The dict in the file, with any entries. `n`: the number of labels in an array, for a limit on the file's size."""
     try:
         content = read_file(path)
         with zipfile.ZipFile(io.BytesIO(content)) as archive:  # what torch.save writes
             # The published files have 48 bytes a sample.
             if sum(entry.file_size for entry in archive.infolist()) > 2**20 + 256 * n:
-                raise _bad(path, f"far too large for {n} labels once unpacked")
-        with torch.serialization.safe_globals(_ADMITTED), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an unusual pickle protocol: it is read, or the error says what failed
+                raise _invalid(path, f"far too large for {n} labels once unpacked")
+        with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about an unusual pickle protocol: the file is read, or an error is raised
             arrays = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except DivideMixError:
         raise
     except OSError as error:
         raise DivideMixError(f"noise file {path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # damage can end in anything: BadZipFile, UnpicklingError, KeyError, MemoryError ...
-        if asked := re.search(r"GLOBAL ([\w.]{1,60})", str(error)):
-            raise _bad(path, f"it asks for {asked[1]!r}, refused and nothing run") from error
-        raise _bad(path, "damaged, or not a file of int64 arrays that torch.save wrote") from error
+        if refused := re.search(r"GLOBAL ([\w.]{1,60})", str(error)):
+            raise _invalid(path, f"it asks for {refused[1]!r}, which is not allowed; no code was run") from error
+        raise _invalid(path, "damaged, or not a file of int64 arrays that torch.save wrote") from error
     if not isinstance(arrays, dict):
-        raise _bad(path, "it should hold one dict of arrays, and holds something else")
+        raise _invalid(path, "expected one dict of arrays, found something else")
     return arrays
 
 
 def _labels(path: Path, name: str, array: Any, n: int, num_class: int) -> NDArray[np.int64]:
-    """(n,) int64 from what the file says of an array, checked: type, length, range."""
+    """(n,) int64 from the recorded arguments of an array, checked: type, length, range."""
     try:
         _version, shape, dtype, _fortran, data = array.state
         code, order = dtype.args[0], dtype.state[1]
@@ -124,9 +124,9 @@ def _labels(path: Path, name: str, array: Any, n: int, num_class: int) -> NDArra
         if code != "i8" or order not in ("<", ">") or shape != labels.shape:
             raise TypeError
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
-        raise _bad(path, f"{name!r} is not an array (N,) of int64 numbers") from error
+        raise _invalid(path, f"{name!r} is not an array (N,) of int64 numbers") from error
     if len(labels) != n:
-        raise _bad(path, f"{name!r} has {len(labels)} labels, the data set {n} training samples")
+        raise _invalid(path, f"{name!r} has {len(labels)} labels, the data set {n} training samples")
     if n and not 0 <= labels.min() <= labels.max() < num_class:
-        raise _bad(path, f"{name!r} has labels outside 0..{num_class - 1}")
+        raise _invalid(path, f"{name!r} has labels outside 0..{num_class - 1}")
     return labels

@@ -1,7 +1,6 @@
 """Tiny data sets in the published file formats, made of real images (scikit-learn's handwritten digits).
 
-Every maker returns the folder that holds the files; as
-`--data_path` both that folder and `root` do. Nothing here needs pytest.
+Every maker returns the folder of the files; that folder and `root` both serve as --data_path. Nothing needs pytest.
 """
 
 import functools
@@ -86,20 +85,17 @@ class Python2Pickler(Pickler):
     dispatch[str] = dispatch[bytes] = save_string
 
 
-def write_pickle(path: Path, entry: object, protocol: int = 2, python2: bool = False, numpy1: bool = False) -> Path:
-    with open(path, "wb") as file:
-        pickler = (Python2Pickler if python2 else Pickler)(file, protocol)
-        pickler.numpy1 = pickler.numpy1 or numpy1
-        pickler.dump(entry)
-    return path
-
-
-def pickled(entry: object, protocol: int = 2, numpy1: bool = False) -> bytes:
+def pickled(entry: object, protocol: int = 2, python2: bool = False, numpy1: bool = False) -> bytes:
     file = io.BytesIO()
-    pickler = Pickler(file, protocol)
-    pickler.numpy1 = numpy1
+    pickler = (Python2Pickler if python2 else Pickler)(file, protocol)
+    pickler.numpy1 = pickler.numpy1 or numpy1
     pickler.dump(entry)
     return file.getvalue()
+
+
+def write_pickle(path: Path, *arguments, **keywords) -> Path:
+    path.write_bytes(pickled(*arguments, **keywords))
+    return path
 
 
 def torch_archive(content: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
@@ -112,7 +108,7 @@ def torch_archive(content: bytes, compression: int = zipfile.ZIP_STORED) -> byte
 
 
 def make_human(path: str | Path, arrays: dict[str, np.ndarray], numpy1: bool = True) -> Path:
-    """CIFAR-10_human.pt and the like, of these labels; as published with numpy 1's names."""
+    """A file like CIFAR-10_human.pt, with these labels; with numpy 1's names, as published."""
     Path(path).write_bytes(torch_archive(pickled(arrays, numpy1=numpy1)))
     return Path(path)
 
@@ -137,19 +133,19 @@ def make_cifar10(
     """CIFAR-10's "python version": up to protocol 2 byte for byte as Python 2 writes it, above it as Python 3 does."""
     folder = _folder(root, "cifar-10-batches-py", subfolder)
     images, labels = colour_digits(n_train + n_test, seed, side)
-    parts = [*np.array_split(np.arange(n_train), batches), np.arange(n_train, n_train + n_test)]
-    for number, part in enumerate(parts, start=1):
+    indices = [*np.array_split(np.arange(n_train), batches), np.arange(n_train, n_train + n_test)]
+    for number, index in enumerate(indices, start=1):
         is_test = number > batches
         title = "testing batch 1 of 1" if is_test else f"training batch {number} of {batches}"
         entry = {
             b"batch_label": title.encode(),
-            b"labels": labels[part].tolist(),
-            b"data": rows_of(images[part]),
-            b"filenames": [b"%s_s_%06d.png" % (DIGIT_NAMES[labels[i]], i) for i in part],
+            b"labels": labels[index].tolist(),
+            b"data": rows_of(images[index]),
+            b"filenames": [b"%s_s_%06d.png" % (DIGIT_NAMES[labels[i]], i) for i in index],
         }
         write_pickle(folder / ("test_batch" if is_test else f"data_batch_{number}"), entry, protocol, protocol <= 2)
     if meta:
-        entry = {b"num_cases_per_batch": len(parts[0]), b"label_names": DIGIT_NAMES, b"num_vis": 3 * side * side}
+        entry = {b"num_cases_per_batch": len(indices[0]), b"label_names": DIGIT_NAMES, b"num_vis": 3 * side * side}
         write_pickle(folder / "batches.meta", entry, protocol, protocol <= 2)
     return folder
 
@@ -163,18 +159,18 @@ def make_cifar100(
     subfolder: bool = True,
     meta: bool = True,
 ) -> Path:
-    """CIFAR-100's "python version"; a digit stands for ten fine classes in turn, five of them for a coarse one."""
+    """CIFAR-100's "python version"; each digit is ten fine classes in turn, and five of these are a coarse class."""
     folder = _folder(root, "cifar-100-python", subfolder)
     images, digits = colour_digits(n_train + n_test, seed)
     turn = np.array([np.count_nonzero(digits[:i] == digit) % 10 for i, digit in enumerate(digits)])
     fine = 10 * digits + turn
-    for name, part in (("train", np.arange(n_train)), ("test", np.arange(n_train, n_train + n_test))):
+    for name, index in (("train", np.arange(n_train)), ("test", np.arange(n_train, n_train + n_test))):
         entry = {
-            b"filenames": [b"class_%d_s_%06d.png" % (fine[i], i) for i in part],
+            b"filenames": [b"class_%d_s_%06d.png" % (fine[i], i) for i in index],
             b"batch_label": b"training batch 1 of 1" if name == "train" else b"testing batch 1 of 1",
-            b"fine_labels": fine[part].tolist(),
-            b"coarse_labels": (fine[part] // 5).tolist(),
-            b"data": rows_of(images[part]),
+            b"fine_labels": fine[index].tolist(),
+            b"coarse_labels": (fine[index] // 5).tolist(),
+            b"data": rows_of(images[index]),
         }
         write_pickle(folder / name, entry, protocol, protocol <= 2)
     if meta:
@@ -191,25 +187,25 @@ def make_fashionmnist(root: str | Path, n_train: int = 200, n_test: int = 60, se
     folder = _folder(root, "FashionMNIST/raw", True)
     grey, labels = grey_digits(n_train + n_test, seed)
     images = np.pad(grey.repeat(3, axis=1).repeat(3, axis=2), ((0, 0), (2, 2), (2, 2)))
-    for part, index in (("train", slice(n_train)), ("t10k", slice(n_train, None))):
+    for split, index in (("train", slice(n_train)), ("t10k", slice(n_train, None))):
         pixels, classes = images[index], labels[index].astype(np.uint8)
         header = struct.pack(">iiii", 0x803, len(pixels), 28, 28)
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 0x801, len(classes)) + classes.tobytes())
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 0x801, len(classes)) + classes.tobytes())
     return folder
 
 
-class Evil:
-    """Pickles as the call of a function."""
+class Call:
+    """Asks, when it is read from a pickle, for function(*args), and then to set the state."""
 
-    def __init__(self, function, *args):
-        self.call = function, args
+    def __init__(self, function, *args, state=None):
+        self.reduced = (function, args) if state is None else (function, args, state)
 
     def __reduce__(self):
-        return self.call
+        return self.reduced
 
 
 def batch(n: int = 4, **changes: object) -> dict:
-    """What a CIFAR-10 batch file holds, with str keys."""
+    """The content of a CIFAR-10 batch file, with str keys."""
     images, labels = colour_digits(n)
     return {"batch_label": "b", "labels": labels.tolist(), "data": rows_of(images), "filenames": ["f"] * n} | changes
