@@ -1,5 +1,5 @@
 """Faults of the folders that Train_clothing1M.py and Train_webvision.py read, as the user meets them: lists, class
-folders, odd sizes, a worker that is killed. Damaged images, and more of lists, are in test_train_images.py."""
+folders, odd sizes, a worker that is killed. Damaged images, and more of lists, are in test_scripts.py."""
 
 import multiprocessing
 
