@@ -59,8 +59,8 @@ def start(script, tree, tmp_path, monkeypatch, capsys):
 
     def run(*flags: str) -> tuple[int, str, str]:
         capsys.readouterr()
-        status = end_of(script.main, small_run(script, tree, tmp_path / "out", *flags), monkeypatch)
-        return status, *capsys.readouterr()
+        argv = small_run(script, tree, tmp_path / "out", "--no_label_scores", *flags)
+        return end_of(script.main, argv, monkeypatch), *capsys.readouterr()
 
     return run
 
@@ -88,13 +88,7 @@ SIZES = {  # images of each list, as args.json says it
     "webvision": {"train": 40, "val": 20, "imagenet": 20},
     "folder": {"train": 24, "val": 24, "test": 24},
 }
-RESULT = {  # how the last line begins, and the paper's result in it
-    "cifar": ("best ", None),
-    "clothing1M": ("test ", "74.76"),
-    "webvision": ("best epoch ", "77.32 (91.64)"),
-    "folder": ("best epoch ", None),
-}
-PAPER = {
+PAPER = {  # the paper's results, by their names in result.json
     "clothing1M": {"test_acc": 74.76},
     "webvision": {"test_acc": 77.32, "test_acc_top5": 91.64, "imagenet_acc": 75.20, "imagenet_acc_top5": 90.84},
 }
@@ -149,12 +143,10 @@ def test_output_is_one_line_an_epoch_without_bars(done):
     assert not re.search(r"[\r█▏]|it/s|\d%\|", done.out + done.err)
     assert all(line.startswith("warning: ") for line in done.err.splitlines()), done.err
     assert f"run folder {done.folder}" in lines
-    beginning, paper = RESULT[done.script.id]
-    [result] = [line for line in lines if line.startswith(beginning)]
-    if paper:
-        assert paper in result and "--batch_size 8 (paper: 32)" in result
-    else:
-        assert "paper" not in result
+    [result] = [line for line in lines if line.startswith(("best ", "test "))]
+    paper = PAPER.get(done.script.id, {})
+    assert all(f"{value:.2f}" in result.partition("; paper: ")[2] for value in paper.values())
+    assert ("paper" in result) == ("--batch_size 8 (paper: 32)" in result) == bool(paper)
 
 
 def test_files_of_a_run(done):
@@ -306,8 +298,8 @@ def test_an_epoch_is_divided_at_its_start_and_the_networks_swap(script, start, f
     assert [event["what"] for event in events] == ["test", *divided, *divided]
     assert fits == ["net 2", "net 1"] * 2
 
-    scores, labels = scores_of(folder), np.load(folder / "label_scores.npz")
-    assert [*scores] == [1, 2] and labels["epochs"] == 3
+    scores = scores_of(folder)
+    assert [*scores] == [1, 2]
     assert ["seconds_loss" in record for record in read_records(folder)] == [False, True, True]
     for epoch, begin in ((1, 0), (2, 5)):
         tested, *of_epoch = events[begin : begin + 5]
@@ -400,25 +392,25 @@ def test_flags_reach_the_training(script, start, monkeypatch):
     for call in calls:
         assert {name: getattr(call["mixmatch"], name) for name in values} == values
         assert call["division"].threshold == 0.4
-    assert ("--lambda_u 11: accepted, has no effect" in out) == (script in (CLOTHING1M, WEBVISION))
+    assert ("has no effect" in out) == (script in (CLOTHING1M, WEBVISION)) and "lambda_u 11" in out
 
 
 # ---- Stopped and continued ----
 
 
-@each(CLOTHING1M, WEBVISION, FOLDER, STREAMED)  # the first script: tests/run/test_run.py
+@each(CLOTHING1M, WEBVISION, FOLDER, STREAMED)  # Train_cifar.py: in tests/run/test_run.py
 def test_interrupted_is_uninterrupted_bit_for_bit(script, start, tmp_path):
-    """Stopped after warm-up, in the middle and where the learning rate drops: weights, momentum, samples, scores, best
-    epochs and all logs. A run that a stop changes cannot be reproduced."""
-    for name, stops in (("straight", ["4"]), ("stopped", ["1", "2", "4"])):
+    """Weights, momentum, samples, scores, best epochs and all logs: a run that a stop changes cannot be reproduced.
+    Stops in each epoch are in test_resume.py."""
+    for name, stops in (("straight", ["3"]), ("stopped", ["2", "3"])):
         for epochs in stops:
             folder = tmp_path / name
-            status, out, error = start("--lr_drop", "3", "--num_epochs", epochs, "--run_dir", str(folder))
+            status, out, error = start("--lr_drop", "2", "--num_epochs", epochs, "--run_dir", str(folder))
             assert status == 0, error
-    assert f"continuing {folder} with epoch 2 (of 0..3)" in out
-    assert re.findall(r"^epoch (\d)/3", out, re.MULTILINE) == ["2", "3"]
+    assert f"continuing {folder} with epoch 2 (of 0..2)" in out
+    assert re.findall(r"^epoch (\d)/2", out, re.MULTILINE) == ["2"]
     assert_same_run(folder, tmp_path / "straight")
-    assert [record["lr"] for record in read_records(folder)] == pytest.approx([script.lr] * 3 + [script.lr / 10])
+    assert [record["lr"] for record in read_records(folder)] == pytest.approx([script.lr] * 2 + [script.lr / 10])
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("straight", "stopped")]
     straight, stopped = (without_times(result) | {"run_dir": ""} for result in results)
     assert straight == stopped
@@ -512,7 +504,7 @@ def test_a_bad_image_is_refused_with_file_and_line(script, start, tree, folder, 
 def test_skip_bad_images_leaves_them_out_counts_them_and_stays_with_it(script, start, tree, folder, monkeypatch):
     """Else one bad file in a million ends a run of days, or the images of a continued run are others than its rows."""
     calls = note_phases(monkeypatch, script.main)
-    total = {name: len(images) for name, images in script.read(tree).items()}["train"]
+    total = len(script.read(tree)["train"])
     bad = [image_of(script, tree, i) for i in (0, 2, 5, 8)]  # of images that the lists name
     for image, kind in zip(bad, ("truncated", "empty", "html", "missing"), strict=True):
         damage(image, kind)
@@ -520,9 +512,6 @@ def test_skip_bad_images_leaves_them_out_counts_them_and_stays_with_it(script, s
     assert status == 0, error
     line = f"train: 4 of {total} images left out (1 missing, 3 unreadable)\n"
     assert line in out and all(f"\n{name}: 0 of " in out for name in script.lists[1:])
-    skipped = json.loads((folder / "skipped.json").read_text())["lists"]["train"]["bad"]
-    below = tree / "images" if script is CLOTHING1M else tree
-    assert {below / name for name in skipped} == {*bad}
     labels, data = np.load(folder / "labels.npz"), json.loads((folder / "args.json").read_text())["data"]
     used = {tree / name.decode() for name in labels["list_path"][labels["index"]]}
     assert len(used) == data["train"] and not used & {*bad}
@@ -586,6 +575,6 @@ def test_check_data_reports_and_ends_with_a_status(script, depth, tree, tmp_path
     status, out, _ = check("--skip_bad_images")
     total = len(lists["train"])
     assert status == 0 and f"train: {total - 1} of {total} images" in out
-    (tree / script.labels).write_text("nonsense\n")  # and a list that cannot be read, in the same report
-    status, out, _ = check("--skip_bad_images")
-    assert status == 1 and f"{tree / script.labels}" in out and not (tmp_path / "out").exists()
+    (tree / script.labels).write_text("nonsense\n")  # and a list that cannot be read
+    status, out, error = check("--skip_bad_images")
+    assert status == 1 and f"{tree / script.labels}" in out + error and not (tmp_path / "out").exists()

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from helpers.data import make_cifar10, make_cifar100, make_fashionmnist, make_human
-from helpers.nets import same, snapshot
+from helpers.nets import same
 from helpers.runs import assert_equal, assert_same_run, last_state, read_records
-from helpers.scripts import end_of, note_phases, tiny
+from helpers.scripts import assert_co_divided, end_of, note_co_division, note_phases, tiny
 
 import dataloader_cifar
 import Train_cifar
-from dividemix import DivideMixError, codivide, deploy, engine, files, networks, noise
+from dividemix import DivideMixError, deploy, engine, files, noise
 from dividemix.data.device import DeviceImages
 from dividemix.deploy import export
 from dividemix.noise import synthetic
@@ -35,6 +35,13 @@ pytestmark = pytest.mark.usefixtures("no_figures")
 
 @pytest.fixture
 def phases(monkeypatch) -> list[dict]:
+    """The phases of a run that neither trains nor tests."""
+
+    def test(nets, sets, phase):
+        accuracy = {f"{name}_acc": 50.0 for name in sets}
+        return accuracy | {f"{name}_net{k}": 40.0 + k for name in accuracy for k in range(1, len(nets) + 1)}
+
+    monkeypatch.setattr(Train_cifar, "test", test)
     return note_phases(monkeypatch, Train_cifar)
 
 
@@ -211,7 +218,7 @@ def test_mixtures_fitted_in_the_background_are_those_fitted_in_place(tmp_path, m
     would make the run another one, and another one each time."""
     states = []
     for name in ("in place", "background"):
-        Train_cifar.main(tiny(tmp_path / name, "--num_epochs", "3"))
+        Train_cifar.main(tiny(tmp_path / name))
         states.append(last_state(tmp_path / name / "digits_0.5_sym"))
         monkeypatch.setattr(Runtime, "background", lambda self, work, *args: self._worker.submit(work, *args).result)
     assert_equal(*states)
@@ -293,30 +300,22 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(
-    ("flags", "official", "expected"),
-    [
-        ([], True, "; paper: 94.6 / 94.4"),
-        (["--width", "16"], True, "; paper: 94.6 / 94.4 (but this run: --width 16 (paper: 64))"),
-        (["--lambda_u", "0"], True, "; paper: 94.6 / 94.4 (but this run: --lambda_u 0 (paper: 25))"),
-        ([], False, "; paper: 94.6 / 94.4 (but this run: not the official cifar10)"),
-        (["--ablation", "one_view"], True, ""),  # no number with a source
-        (["--ablation", "divide_mixmatch", "--dataset", "cifar100"], True, ""),
-        (
-            ["--ablation", "divide_mixmatch", "--num_epochs", "9", "--r", "0.2"],
-            True,
-            "; paper's Divide and MixMatch (Table 5): best 94.1 (but this run: --num_epochs 9 (paper: 300))",
-        ),
-    ],
-)
-def test_the_papers_number_stands_alone_only_beside_the_papers_setting(flags, official, expected):
+def test_the_papers_number_stands_alone_only_beside_the_papers_setting():
     """A short run of a narrow net beside "94.6" without a word, or one network without co-training: its user looks for
     a mistake that is not there."""
-    args = Train_cifar.parse_args(flags)
-    options.resolve_recipe(args)
-    line, paper = options.small_result(args, [{"best_acc": 94.0, "last10_acc": 93.0}], 3, official)
-    assert line == f"best 94.00 (epoch 3), mean of the last 10 93.00{expected}"
-    assert [*paper.values()] == [float(text) for text in re.findall(r"9\d\.\d", expected.partition(" (but")[0])]
+    divide_mixmatch = ["--ablation", "divide_mixmatch"]
+    for flags, official, results, expected in (
+        ([], True, [94.6, 94.4], "; paper: 94.6 / 94.4"),
+        (["--width", "16"], True, [94.6, 94.4], "94.4 (but this run: --width 16 (paper: 64))"),
+        (["--lambda_u", "0"], False, [94.6, 94.4], "(paper: 25), not the official cifar10)"),
+        ([*divide_mixmatch, "--r", "0.2"], True, [94.1], "Divide and MixMatch (Table 5): best 94.1"),
+        ([*divide_mixmatch, "--dataset", "cifar100"], True, [], "mean of the last 10 93.00"),  # none with a source
+    ):
+        args = Train_cifar.parse_args(flags)
+        options.resolve_recipe(args)
+        line, paper = options.small_result(args, [{"best_acc": 94.0, "last10_acc": 93.0}], 3, official)
+        assert line.startswith("best 94.00 (epoch 3), mean of the last 10 93.00") and line.endswith(expected)
+        assert [*paper.values()] == results
 
 
 # ---- Ablations, in whole runs ----
@@ -344,59 +343,35 @@ def runs(tmp_path_factory) -> dict[str, SimpleNamespace]:
     for name in ABLATIONS:
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
             patch.setattr(report, "draw", lambda *_: [])
-            events = note(patch)
+            events = note_co_division(patch, Train_cifar)
             final = Train_cifar.main(ablated(out_dir, name))
         folder = Path(final["run_dir"])
         run = {"final": final, "folder": folder, "records": read_records(folder), "out": out.getvalue().splitlines()}
-        finished[name] = SimpleNamespace(**run, **events)
+        finished[name] = SimpleNamespace(**run, events=events)
     return finished
-
-
-def note(patch) -> dict[str, list]:
-    """From now on, note each network that is built, each division with its network's name, and each training phase."""
-    events: dict[str, list] = {"built": [], "divided": [], "trained": []}
-    build, train, divide = networks.build, Train_cifar.train_epoch, codivide.Mixture.divide
-
-    def spy_build(*args):
-        events["built"].append(build(*args))
-        return events["built"][-1]
-
-    def spy_train(net, peer, optimizer, data, division, mixmatch, phase):
-        arguments = {"net": net, "peer": peer, "division": division, "mixmatch": mixmatch}
-        events["trained"].append(SimpleNamespace(before=snapshot(net), **arguments))
-        return train(net, peer, optimizer, data, division, mixmatch, phase)
-
-    def spy_divide(self, loss, *arguments):
-        events["divided"].append((arguments[-1], divide(self, loss, *arguments)))
-        return events["divided"][-1][1]
-
-    patch.setattr(networks, "build", spy_build)
-    patch.setattr(Train_cifar, "train_epoch", spy_train)
-    patch.setattr(codivide.Mixture, "divide", spy_divide)
-    return events
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_who_trains_on_whose_division_with_which_peer(runs, name):
-    """Without co-training no other network may be made or asked, and the division is its own; with it all stays as in
-    Algorithm 1. A hidden second network, an exchanged division, another start than the whole method's, or a flag that
-    does nothing, makes the ablation measure nothing."""
-    run, (nets, refine, views) = runs[name], ABLATIONS[name]
-    assert len(run.built) == nets
-    assert len(run.trained) == len(run.divided) == nets * (EPOCHS - 1)
-    assert {(phase.mixmatch.refine, phase.mixmatch.views) for phase in run.trained} == {(refine, views)}
-    for i, phase in enumerate(run.trained):
-        k, epoch = i % nets, i // nets
-        divisions = dict(run.divided[nets * epoch : nets * (epoch + 1)])
-        assert phase.net is run.built[k]
-        if nets == 1:
-            assert phase.peer is phase.net and [*divisions] == ["net 1"] and phase.division is divisions["net 1"]
+    """Without co-training the division is the network's own, and so is the peer; with it all stays as in Algorithm 1.
+    A second network, another division, another start than the whole method's, or a flag that does nothing, makes the
+    ablation measure nothing."""
+    run, (count, refine, views) = runs[name], ABLATIONS[name]
+    epoch = ["score"] * count + ["train"] * count + ["test"]
+    assert [event["what"] for event in run.events] == ["test", *epoch, *epoch]
+    for begin in (1, 1 + len(epoch)):
+        *scored_and_trained, _ = run.events[begin : begin + len(epoch)]
+        if count == 2:
+            assert_co_divided(*scored_and_trained)
         else:
-            assert phase.peer is run.built[1 - k] and phase.division is divisions[f"net {2 - k}"]
-    assert run.records[0]["test_acc_net1"] == runs["none"].records[0]["test_acc_net1"]
-    assert same(run.trained[0].before, runs["none"].trained[0].before)
-    weights = [last_state(runs[each].folder)["nets"][0] for each in ("none", name)]
-    assert same(*weights) == (name == "none")
+            scored, trained = scored_and_trained
+            assert same(trained["net"], scored["net"]) and same(trained["peer"], scored["net"])
+            np.testing.assert_allclose(trained["loss"], scored["loss"], rtol=1e-5, atol=1e-6)
+        mixmatch = scored_and_trained[-1]["mixmatch"]
+        assert (mixmatch.refine, mixmatch.views) == (refine, views)
+    assert same(run.events[0]["nets"][0], runs["none"].events[0]["nets"][0])  # after warm-up
+    nets, of_whole_method = (last_state(folder)["nets"] for folder in (run.folder, runs["none"].folder))
+    assert len(nets) == count and same(nets[0], of_whole_method[0]) == (name == "none")
 
 
 @pytest.mark.parametrize("name", ALONE)

@@ -4,7 +4,6 @@ test_dataloader_folder.py."""
 
 import csv
 import json
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,9 +18,7 @@ from PIL import ExifTags, Image
 import dataloader_folder
 import Train_folder
 from dividemix import DivideMixWarning, networks
-from dividemix.report import issues as label_issues
 from dividemix.report import report
-from dividemix.run.folder import read_run
 
 EPOCHS = 3  # one of warm-up
 MODES = ["device", "stream"]
@@ -92,24 +89,6 @@ def test_output_says_what_was_chosen_and_what_accuracy_means(done):
     last = done.records[-1]  # without a truth there is no AUC; epoch 0 is of warm-up, and not the best
     stats = "".join(f"Numer of labeled samples:{last[f'labeled_net{k}']}   AUC:null\n" for k in (2, 1))
     assert (done.folder / "stats.txt").read_text() == stats and last["best_val_acc"] == last["val_acc"]
-
-
-def test_corrected_labels_are_taken_by_the_next_training(done, tmp_path):
-    """A corrected copy of the labels, given back as --labels, would be of other images or of other classes."""
-    report.main([str(done.folder), "--export_clean", str(tmp_path / "clean")])
-    label_issues.write(label_issues.find(read_run(done.folder)), done.folder)
-    before, after = (classes_of(done.tree, table) for table in (None, tmp_path / "clean/labels.csv"))
-    with open(done.folder / "label_issues.csv", newline="") as file:
-        issues = [row for row in csv.DictReader(file) if row["is_label_issue"] == "True"]
-    assert after == before | {row["path"]: row["suggested_class"] for row in issues}
-    assert len(before) == 40
-
-
-def classes_of(tree: Path, table: Path | None) -> dict[str, str]:
-    """Path -> class of the training images."""
-    data = dataloader_folder.load(tree, table)
-    names = [name.decode() for name in data.train.names()]
-    return dict(zip(names, (data.class_names[label] for label in data.train.labels), strict=True))
 
 
 # ---- Its own flags and parts ----
@@ -212,16 +191,14 @@ def test_an_imbalance_is_reported(tmp_path, start, monkeypatch):
     """A class of four among hundreds loses half of its right labels, and nobody knows why."""
     note_phases(monkeypatch, Train_folder)
     tree = make_folder(tmp_path / "data", 40, num_class=2, parts=("train", "test"))
-    for image in sorted((tree / "train/c1").iterdir())[2:]:
+    for image in sorted((tree / "train/c1").iterdir())[1:]:
         image.unlink()
-    status, out, error = start(tree)
-    assert status == 0 and "images of a class: 2 (c1) to 20 (c0), 10.0 times\n" in out and error == ""
-    next((tree / "train/c1").iterdir()).unlink()
     with pytest.warns(DivideMixWarning, match="20 times as many images"):
-        assert start(tree, "--fresh")[0] == 0
+        status, out, _ = start(tree)
+    assert status == 0 and "images of a class: 1 (c1) to 20 (c0), 20.0 times\n" in out
 
 
-# ---- Stopped and continued, and where images are kept ----
+# ---- Stopped and continued ----
 
 
 def test_a_network_with_dropout_continues_bit_for_bit(tree, tmp_path):
@@ -246,39 +223,9 @@ def test_the_mean_of_a_begun_run_stays(tmp_path, start, monkeypatch):
     assert not torch.equal(calls[0]["data"].padded, calls[-1]["data"].padded)
 
 
-KEPT = [["--keep_images", "no"], ["--workers", "1"], ["--cache_dir", "cache"]]
-
-
-@pytest.mark.parametrize("keep", [KEPT[0], *(pytest.param(flags, marks=pytest.mark.slow) for flags in KEPT[1:])])
-def test_where_streamed_images_are_kept_changes_nothing(tree, tmp_path, monkeypatch, keep):
-    """Runs on machines of other memory would train on other pixels."""
-    monkeypatch.chdir(tmp_path)
-    for name, flags in (("default", []), ("kept", keep)):
-        Train_folder.main(tiny(tree, tmp_path / name, "--data_mode", "stream", "--num_epochs", "2", *flags))
-    assert_same_run(tmp_path / "default", tmp_path / "kept")
-
-
 # ---- Images of all kinds, and faults ----
 
 CACHED = pytest.param(["stream", "--cache_dir", "cache"], marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_all_kinds_of_images(tmp_path, start, mode):
-    """One grey scan among the photos, or one with a transparent corner, would end the run."""
-    tree = make_folder(tmp_path / "data")
-    for k, kind in enumerate(("L", "LA", "RGBA", "P", "1", "CMYK", "I;16")):
-        path = tree / f"c{k % 4}/{k:04}.jpg"
-        with Image.open(path) as image:
-            image = image.convert("L" if kind == "I;16" else kind)
-        if kind == "I;16":
-            image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
-        image.save(path, "JPEG" if kind == "CMYK" else "PNG")
-    status, out, error = start(tree, "--data_mode", mode)
-    assert status == 0 and "colour images, " in out, error
-    [line] = re.findall(r"images read: .*", out)  # once, not in each pass
-    assert line.startswith("images read: 24, of which 1 of 16-bit grey")
-    assert np.isfinite(read_records(tmp_path / "run")[-1]["loss_x"])
 
 
 @pytest.mark.parametrize("flags", [["device"], ["stream"], CACHED], ids=["device", "stream", "cached"])

@@ -186,9 +186,10 @@ def note_co_division(monkeypatch, script) -> list[dict]:
         return scored
 
     def spy_train(net, peer, optimizer, data, division, mixmatch, phase):
-        event = {"what": "train", "net": snapshot(net), "peer": snapshot(peer), "loss": division.loss}
+        event = {"what": "train", "net": snapshot(net), "peer": snapshot(peer), "mixmatch": mixmatch}
         terms = train(net, peer, optimizer, data, division, mixmatch, phase)
-        events.append(event | {"rows": getattr(data, "index", ()), "after": snapshot(net)})
+        event |= {"rows": getattr(data, "index", ()), "loss": division.loss, "after": snapshot(net)}
+        events.append(event)
         return terms
 
     def spy_test(nets, sets, *arguments, **settings):
