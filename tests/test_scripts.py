@@ -447,7 +447,7 @@ def test_other_images_than_the_run_began_with_are_refused(script, start, tree, t
     path, label = lines[script.header].rsplit(script.separator, 1)
     other_label = "c1" if script is FOLDER else (int(label) + 1) % 10
     changed = [*lines[: script.header], f"{path}{script.separator}{other_label}", *lines[script.header + 1 :]]
-    renamed = [line.replace(",c0", ",cat") for line in lines]  # a class of own images has another name
+    renamed = [line.replace(",c0", ",b0") for line in lines]  # a class of own images, of the same number
     for texts in (changed, renamed) if script is FOLDER else (changed,):
         (moved / script.labels).write_text("\n".join(texts))
         status, _, error = start("--data_path", str(moved), "--num_epochs", "3")
