@@ -6,12 +6,12 @@
     python Train_cifar.py --noise_mode human --noise_key worse_label              # CIFAR-10N; --noise_mode idn, too
     python Train_cifar.py --dataset digits --width 16 --warm_up 8 --num_epochs 20 # no download, minutes on a CPU
     python Train_cifar.py ... --method ce                                         # plain cross-entropy, to compare
-    python Train_cifar.py ... --recipe blind                                      # chosen from the data
-    python Train_cifar.py ... --ablation no_refinement                            # a part left out (Table 5)
+    python Train_cifar.py ... --recipe blind                                      # settings chosen from the data
+    python Train_cifar.py ... --ablation no_refinement                            # without label refinement (Table 5)
 
-The same command again continues the run. lambda_u, p_threshold and the loss window are the paper's for the setting
-(`dividemix/recipes.py`), unless given, or chosen from the data (`dividemix/blind.py`). `main` reads from top to bottom:
-data, two networks, Algorithm 1.
+The same command again continues the run. The defaults of lambda_u, p_threshold and loss_window are the paper's for this
+noise (`dividemix/recipes.py`); with --recipe blind they are chosen from the data (`dividemix/blind.py`). `main` reads
+from top to bottom: data, two networks, Algorithm 1.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import dataloader_cifar
-from dividemix import blind, networks, recipes, report
+from dividemix import blind, recipes, report
 from dividemix.codivide import Mixture
 from dividemix.engine import co_divide, set_learning_rate, test, train_epoch, warmup_epoch
 from dividemix.run import Run, description, logs, options
@@ -39,8 +39,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train, or continue. -> the last epoch's metrics, with `run_dir` and, where the paper has this row, `paper_best`
-    and `paper_last`."""
+    """Train, or continue a run. Returns the last epoch's metrics with `run_dir` and, where the paper has a result for
+    this setting, `paper_best` and `paper_last`."""
     args = parse_args(argv)
     options.refuse_ranks("Train_cifar.py")
     runtime = options.start_runtime(args)
@@ -49,22 +49,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     ablation = setting.ablation
 
     with Run(setting.folder, args, runtime, logs.CIFAR) as run:
-        parts = {"limit": args.limit_train, "val_fraction": args.val_fraction, "noise_file": args.noise_file}
-        train, tests, about, lines = dataloader_cifar.noisy_sets(images, setting.noise, run, **parts)
-        weights = {"init_from": args.init_from, "seed": args.seed, "begun": run.begun}
-        shape = args.arch, args.num_class, args.width
-        nets = networks.pair(*shape, "none", runtime=runtime, count=ablation.nets, **weights)
+        train, tests, summary, lines = dataloader_cifar.noisy_sets(
+            images, setting.noise, run, args.limit_train, args.val_fraction, args.noise_file
+        )
+        nets = options.build_networks(args, runtime, run.begun, count=ablation.nets)
         optimizers = [runtime.optimizer(net, args.lr, recipes.CIFAR_WEIGHT_DECAY) for net in nets]
-        windows = args.loss_window or 1, blind.HISTORY if setting.blind else 1
-        mixtures = [Mixture(args.p_threshold, *windows) for _ in nets]
+        loss_window, largest_window = args.loss_window or 1, blind.HISTORY if setting.blind else 1
+        mixtures = [Mixture(args.p_threshold, loss_window, largest_window) for _ in nets]
         warm_up = math.inf if args.method == "ce" else args.warm_up
-        part = {"refine": ablation.refine, "views": ablation.views}
-        mixmatch = options.mixmatch(args, warm_up=warm_up, conf_penalty=setting.conf_penalty, **part)
+        ablated = {"refine": ablation.refine, "views": ablation.views}
+        mixmatch = options.mixmatch(args, warm_up=warm_up, conf_penalty=setting.conf_penalty, **ablated)
+        shape = args.arch, args.num_class, args.width
         model = description.describe(*shape, images.class_names, images.preparation, len(nets))
-        run.start(argv, nets, optimizers, mixtures, mixmatch, data=about, model=model, lines=[*lines, *setting.lines])
-        flags = {name: getattr(args, name) for name in blind.NAMES}
-        about_noise = (run.labels["given"], args.num_class, flags, run.say)
-        choice = blind.Choice(run.records, mixtures, *about_noise) if setting.blind else None
+        run.start(argv, nets, optimizers, mixtures, mixmatch, data=summary, model=model, lines=[*lines, *setting.lines])
+        choice = None
+        if setting.blind:
+            flags = {name: getattr(args, name) for name in blind.NAMES}
+            choice = blind.Choice(run.records, mixtures, run.labels["given"], args.num_class, flags, run.say)
 
         for epoch in run.epochs(args.num_epochs):
             lr = set_learning_rate(optimizers, args.lr if epoch < args.lr_drop else args.lr / 10)
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     mixmatch = choice.update(divisions, mixmatch)
 
             # Net 1 learns from net 2's division, then net 2 from net 1's with the updated net 1 as its peer. Without
-            # co-training a network has its own division, and is its own peer.
+            # co-training there is one network: it learns from its own division, and is its own peer.
             losses = []
             for k, net in enumerate(nets):
                 division, peer = divisions[-1 - k], nets[-1 - k]

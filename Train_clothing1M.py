@@ -3,8 +3,8 @@
     python Train_clothing1M.py --data_path ../../Clothing1M/data                # the paper's setting: 74.76 %
     python Train_clothing1M.py --data_path ../../Clothing1M/data --check_data   # is everything there?
 
-The same command again continues the run. An epoch is no pass over the million: each network draws its own
-class-balanced sample, scores it and divides it, and the other learns from that.
+The same command again continues the run. An epoch is not a pass over all images: each network draws a class-balanced
+sample, scores it and divides it, and the other network learns from that.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any
 
 import dataloader_clothing1M
 from dataloader_clothing1M import balanced_sample
-from dividemix import DivideMixError, networks, recipes, report
+from dividemix import DivideMixError, recipes, report
 from dividemix.codivide import Mixture
 from dividemix.data import Pipeline, StreamedImages, Views, check
 from dividemix.engine import Phase, co_divide, set_learning_rate, test, train_epoch, warmup_epoch
@@ -32,8 +32,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train, or continue. -> the last epoch's metrics with test_acc, test_acc_net1 and _net2, `run_dir` and
-    `paper_test_acc`. After --check_data: {}."""
+    """Train, or continue a run. Returns the last epoch's metrics with `test_acc`, `test_acc_net1`, `test_acc_net2`,
+    `run_dir` and `paper_test_acc`; {} after --check_data."""
     args = parse_args(argv)
     notes = options.resolve_images(args, PAPER)
     if args.num_class != dataloader_clothing1M.NUM_CLASS:
@@ -41,32 +41,29 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.num_batches * args.batch_size < 2:
         raise DivideMixError("--num_batches 1 --batch_size 1: a sample of 1 image; a division needs 2 or more")
     if args.check_data:
-        found = dataloader_clothing1M.find(args.data_path)
-        check.run_check(*found, full=args.check_data == "full", skip=bool(args.skip_bad_images))
+        lists_and_problems = dataloader_clothing1M.find(args.data_path)
+        check.run_check(*lists_and_problems, full=args.check_data == "full", skip=bool(args.skip_bad_images))
         return {}
     runtime = options.start_runtime(args)
     data = dataloader_clothing1M.load(args.data_path)
     views = Views(PAPER.resize_for(args.image_size), args.image_size, "crop")
-    size = args.num_batches * args.batch_size  # of an epoch's sample; that of a warm-up epoch is twice as large
+    sample_size = args.num_batches * args.batch_size  # twice as large in a warm-up epoch
 
     with Run(options.folder_for(args), args, runtime, logs.CLOTHING1M) as run:
         lists = {"train": data.train, "val": data.val, "test": data.test}
         split = splits.split(lists, run, args.skip_bad_images)
-        streams = {"workers": args.workers, "keep": args.keep_images}
-        with Pipeline(split.lists, views, data.mean, data.std, runtime, **streams) as pipeline:
+        reading = {"workers": args.workers, "keep": args.keep_images}
+        with Pipeline(split.lists, views, data.mean, data.std, runtime, **reading) as pipeline:
             val, tests = {"val": pipeline.images("val")}, {"test": pipeline.images("test")}
-            weights = {"init_from": args.init_from, "seed": args.seed, "begun": run.begun}
-            shape = args.arch, args.num_class, args.width
-            nets = networks.pair(*shape, args.weights, runtime=runtime, **weights)
+            nets = options.build_networks(args, runtime, run.begun)
             optimizers = [runtime.optimizer(net, args.lr, PAPER.weight_decay) for net in nets]
             mixtures = [Mixture(args.p_threshold) for _ in nets]
             mixmatch = options.mixmatch(args, unlabeled_loss=False, conf_penalty=PAPER.conf_penalty)
-            whole = {"list_given": data.train.labels, "list_path": data.train.names()}
-            run.save_labels(index=split.index, given=split.lists["train"].labels, **whole)
-            about = {"classes": data.class_names, **{name: len(images) for name, images in split.lists.items()}}
+            summary = {"classes": data.class_names, **{name: len(images) for name, images in split.lists.items()}}
             preparation = Preparation(data.mean, data.std, views.crop, views.resize)
-            model = description.describe(*shape, data.class_names, preparation)
-            run.start(argv, nets, optimizers, mixtures, mixmatch, data=about, model=model, lines=[*split.lines, *notes])
+            model = description.describe(args.arch, args.num_class, args.width, data.class_names, preparation)
+            lines = [*split.lines, *notes]
+            run.start(argv, nets, optimizers, mixtures, mixmatch, data=summary, model=model, lines=lines)
 
             for epoch in run.epochs(args.num_epochs):
                 lr = set_learning_rate(optimizers, args.lr if epoch < args.lr_drop else args.lr / 10)
@@ -74,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 # W = GMM(X, Y, theta): each network draws and divides a sample of its own before either is trained.
                 divisions, samples = [None, None], [None, None]
                 if epoch >= mixmatch.warm_up:
-                    samples = [draw(pipeline, size, run.phase("sample", k), keep=True) for k in range(2)]
+                    samples = [draw(pipeline, sample_size, run.phase("sample", k), keep=True) for k in range(2)]
                     divisions = co_divide(nets, samples, mixtures, run.phase)
 
                 # Net 1 learns from net 2's sample and division, then net 2 from net 1's with the updated net 1 as peer.
@@ -82,28 +79,28 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 for k, net in enumerate(nets):
                     division, peer = divisions[1 - k], nets[1 - k]
                     if division is None:
-                        sample = draw(pipeline, 2 * size, run.phase("warmup sample", k))
+                        sample = draw(pipeline, 2 * sample_size, run.phase("warmup sample", k))
                         losses.append(warmup_epoch(net, optimizers[k], sample, mixmatch, run.phase("warmup", k)))
                     else:
                         phase = run.phase("train", k)  # no name for the sample: it would outlive the epoch
                         losses.append(train_epoch(net, peer, optimizers[k], samples[1 - k], division, mixmatch, phase))
 
-                index = [sample and split.index[sample.index] for sample in samples]
-                run.end_epoch(lr, divisions, losses, test(nets, val, run.phase), index)
+                rows = [split.index[sample.index] if sample else None for sample in samples]
+                run.end_epoch(lr, divisions, losses, test(nets, val, run.phase), rows)
 
-            # Each network as it was at its own best epoch on the validation set
+            # The test is of each network as it was at its best epoch on the validation set.
             load_weights(nets, run.best_networks(), "best.pt")
             return finish(run, args, test(nets, tests, run.phase), pipeline.images("train"))
 
 
 def draw(pipeline: Pipeline, n: int, phase: Phase, keep: bool = False) -> StreamedImages:
-    """About n training images, class-balanced: one network's sample for an epoch."""
+    """One network's sample for an epoch: n training images, or fewer, with the classes balanced (Sec. 4.2)."""
     images = pipeline.lists["train"]
     return pipeline.images("train", balanced_sample(images.labels, n, images.num_class, phase.rng), keep=keep)
 
 
 def finish(run: Run, args: argparse.Namespace, accuracy: dict[str, float], train: StreamedImages) -> dict[str, Any]:
-    """Print the test accuracy beside the paper's, score the labels, and return the final metrics."""
+    """Print the test accuracy and the paper's, score the labels, and return the final metrics."""
     paper, epochs = PAPER.results["test_acc"], " and ".join(map(str, run.best_epochs))
     line = (
         f"test {accuracy['test_acc']:.2f} (nets {logs.pair(accuracy, 'test_acc', '.2f')}, of epochs {epochs}, chosen "

@@ -8,8 +8,8 @@
     python Train_folder.py --data_path ./flowers --check_data           # is everything there?
     torchrun --nproc_per_node=2 Train_folder.py --data_path ./flowers   # the same batch on two GPUs
 
-The same command again continues the run. What is not given is chosen from the data (`dividemix/run/defaults.py`) and
-printed. No true labels are needed: without a test part, accuracies are against labels that may be wrong themselves.
+The same command again continues the run. Flags that are not given are chosen from the data and printed
+(`dividemix/run/defaults.py`). Without a test part, accuracies are measured on labels that may be wrong.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 
 import dataloader_folder
 from dataloader_folder import IMAGENET_MEAN, IMAGENET_STD, Folder, balance, mean_std
-from dividemix import DivideMixError, networks, report, warn
+from dividemix import DivideMixError, report, warn
 from dividemix.codivide import Mixture
 from dividemix.data import DeviceImages, Pipeline, Views, check, some
 from dividemix.engine import DataSet, co_divide, set_learning_rate, test, train_epoch, warmup_epoch
@@ -39,7 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train, or continue. -> the last epoch's metrics with `run_dir`. After --check_data: {}."""
+    """Train, or continue a run. Returns the last epoch's metrics with `run_dir`; {} after --check_data."""
     args = parse_args(argv)
     if args.check_data:
         lists, problems, lines = dataloader_folder.find(args.data_path, args.labels)
@@ -47,38 +47,35 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         check.run_check(lists, problems, lines, **depth)
         return {}
     data = dataloader_folder.load(args.data_path, args.labels)
-    look = dataloader_folder.survey(data.train)
-    recipe, chosen = defaults.choose(args, len(data.train), look.side, data.lists)
+    survey = dataloader_folder.survey(data.train)
+    recipe, lines = defaults.choose(args, len(data.train), survey.side, data.lists)
     args.num_class = data.num_class
     runtime = options.start_runtime(args)
     folder = options.folder_for(args, "folder", data.name, "ce" if args.method == "ce" else "")
     views = Views(defaults.resize(args.data_mode, args.image_size), args.image_size, flip=not args.no_flip)
 
     with Run(folder, args, runtime, logs.FOLDER) as run:
-        classes = {"classes": hashlib.sha256(json.dumps(data.class_names).encode()).hexdigest()}
-        held_out = {"val_fraction": args.val_fraction, "by_class": True, "digests": classes}
-        split = splits.split(data.lists, run, args.skip_bad_images, **held_out)
-        streams = {"workers": args.workers, "keep": args.keep_images, "cache_dir": args.cache_dir}
-        with Pipeline(split.lists, views, IMAGENET_MEAN, IMAGENET_STD, runtime, **streams) as pipeline:
+        digests = {"classes": hashlib.sha256(json.dumps(data.class_names).encode()).hexdigest()}
+        hold_out = {"val_fraction": args.val_fraction, "by_class": True}
+        split = splits.split(data.lists, run, args.skip_bad_images, **hold_out, digests=digests)
+        reading = {"workers": args.workers, "keep": args.keep_images, "cache_dir": args.cache_dir}
+        with Pipeline(split.lists, views, IMAGENET_MEAN, IMAGENET_STD, runtime, **reading) as pipeline:
             train, tests, mean, std = read(args, split, run, pipeline)
-            weights = {"init_from": args.init_from, "seed": args.seed, "begun": run.begun}
-            shape = args.arch, args.num_class, args.width
-            nets = networks.pair(*shape, args.weights, runtime=runtime, **weights)
+            nets = options.build_networks(args, runtime, run.begun)
             optimizers = [runtime.optimizer(net, args.lr, recipe.weight_decay) for net in nets]
             mixtures = [Mixture(args.p_threshold) for _ in nets]
-            warm_up = math.inf if args.method == "ce" else args.warm_up
-            part = {"conf_penalty": args.conf_penalty == "on", "warm_up": warm_up}
-            mixmatch = options.mixmatch(args, unlabeled_loss=recipe.unlabeled_loss or args.lambda_u > 0, **part)
-            whole = {"list_given": data.train.labels, "list_path": data.train.names()}
-            run.save_labels(index=split.index, given=data.train.labels[split.index], **whole)
-            about = {"classes": data.class_names, "train": len(train)}
-            about |= {name: len(images) for name, images in tests.items()}
-            about |= {"mean": mean, "std": std, "resize": views.resize, "crop": views.crop}
+            unlabeled_loss = recipe.unlabeled_loss or args.lambda_u > 0
+            loss_terms = {"unlabeled_loss": unlabeled_loss, "conf_penalty": args.conf_penalty == "on"}
+            mixmatch = options.mixmatch(args, warm_up=math.inf if args.method == "ce" else args.warm_up, **loss_terms)
+            summary = {"classes": data.class_names, "train": len(train)}
+            summary |= {name: len(images) for name, images in tests.items()}
+            summary |= {"mean": mean, "std": std, "resize": views.resize, "crop": views.crop}
             preparation = Preparation(tuple(mean), tuple(std), views.crop, views.resize)
-            model = description.describe(*shape, data.class_names, preparation)
-            lines = [*data.lines, str(look), *describe(args, data, split, tests, mean, std), *chosen]
-            lines += pipeline.describe_changes() if args.data_mode == "device" else []  # else not all are read yet
-            run.start(argv, nets, optimizers, mixtures, mixmatch, data=about, model=model, lines=lines)
+            model = description.describe(args.arch, args.num_class, args.width, data.class_names, preparation)
+            lines = [*data.lines, str(survey), *describe(args, data, split, tests, mean, std), *lines]
+            if args.data_mode == "device":  # streamed images have not all been read yet
+                lines += pipeline.describe_changes()
+            run.start(argv, nets, optimizers, mixtures, mixmatch, data=summary, model=model, lines=lines)
 
             for epoch in run.epochs(args.num_epochs):
                 lr = set_learning_rate(optimizers, args.lr if epoch < args.lr_drop else args.lr / 10)
@@ -99,65 +96,69 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                         losses.append(train_epoch(net, peer, optimizers[k], train, division, mixmatch, phase))
 
                 accuracy = test(nets, tests, run.phase)
-                run.say(*pipeline.describe_changes())  # of images that are read in each pass
+                run.say(*pipeline.describe_changes())  # what was changed in streamed images while reading them
                 run.end_epoch(lr, divisions, losses, accuracy)
 
-            best = run.records[run.best_epochs[0]]
-            names = {"val": "validation", "test": "test"}
-            accuracies = ", ".join(f"{names[part]} {best[f'{part}_acc']:.2f}" for part in names if part in tests)
-            by = "the validation images" if "val" in tests else "the test set"
-            final = run.finish(f"best epoch {best['epoch']}, chosen on {by}: {accuracies}", train)
-            report.of_finished(run)
-            return final
+            return finish(run, train, tests)
 
 
 def read(args: argparse.Namespace, split: Split, run: Run, pipeline: Pipeline):
-    """The images as the engine takes them: on the device, or read when they are needed. -> training set, 'val' and
-    'test' as far as there are such, mean, std"""
-    parts = {name: (name, range(len(images))) for name, images in split.lists.items()}
-    parts["train"] = "train", split.train
+    """The data sets, on the device or streamed. Returns the training set, the sets to evaluate on ("val" and "test",
+    those that there are), mean and std. Raises DivideMixError where there is nothing to evaluate on, or no memory."""
+    rows_of = {name: (name, range(len(images))) for name, images in split.lists.items()}  # set -> list, rows in it
+    rows_of["train"] = "train", split.train
     if len(split.held_out):
-        parts["val"] = ("train", split.held_out)
-    if parts.keys() == {"train"}:
-        raise DivideMixError("no image is left to select the best epoch by: a larger --val_fraction, or a val part")
+        rows_of["val"] = "train", split.held_out
+    if rows_of.keys() == {"train"}:
+        raise DivideMixError("no images to select the best epoch on: give a larger --val_fraction, or a val part")
     sets: dict[str, DataSet] = {}
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if args.data_mode == "stream":
         if args.cache_dir:
             with run.phase("cache") as phase:
                 pipeline.build_cache(phase.bar)
-        sets = {part: pipeline.images(*rows, keep=not args.cache_dir) for part, rows in parts.items()}
+        sets = {name: pipeline.images(*source, keep=not args.cache_dir) for name, source in rows_of.items()}
         return sets.pop("train"), sets, mean, std
     try:
-        for part, (name, rows) in parts.items():  # the training set is the first
-            with run.phase(f"read {part}") as phase:
-                pixels = pipeline.pixels(name, rows, phase.bar)
-            if part == "train" and args.weights == "none":  # a run goes on with the values that it began with
+        for name, (list_name, rows) in rows_of.items():  # the training set is the first
+            with run.phase(f"read {name}") as phase:
+                pixels = pipeline.pixels(list_name, rows, phase.bar)
+            if name == "train" and args.weights == "none":  # a continued run keeps the values that it began with
                 mean, std = run.keep("mean_std", [list(values) for values in mean_std(pixels)])
-            labels = pipeline.lists[name].labels[rows]
-            sets[part] = DeviceImages(pixels, labels, mean, std, not args.no_flip, run.runtime)
+            labels = pipeline.lists[list_name].labels[rows]
+            sets[name] = DeviceImages(pixels, labels, mean, std, not args.no_flip, run.runtime)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        short = f"{run.runtime.device}: no memory for {len(rows)} images; try --data_mode stream"
-        raise DivideMixError(short) from error
+        problem = f"{run.runtime.device}: not enough memory for {len(rows)} images; try --data_mode stream"
+        raise DivideMixError(problem) from error
     pipeline.close()
     return sets.pop("train"), sets, mean, std
 
 
 def describe(args: argparse.Namespace, data: Folder, split: Split, tests: dict[str, DataSet], mean, std) -> list[str]:
-    """What the first lines say of the data."""
+    """The lines that a run prints about its data. Warns of classes with very few images."""
     labels = data.train.labels[split.index]
     line, warning = balance(labels, data.class_names, defaults.IMBALANCE)
     if warning:
         warn(warning)
-    train = f"{len(labels)} images to train on, {data.num_class} classes: {some(data.class_names)}"
-    lines = [train, line, *split.lines]
+    lines = [f"{len(labels)} images to train on, {data.num_class} classes: {some(data.class_names)}"]
+    lines += [line, *split.lines]
     if "test" not in tests:
-        lines.append("no test part: accuracies are against the validation images' own labels, which may be wrong too")
-    lines.append(f"flip {'off (given)' if args.no_flip else 'on (--no_flip leaves it out)'}")
+        lines.append("no test part: accuracies are measured on the validation images' labels, which may be wrong too")
+    lines.append(f"flip {'off (given)' if args.no_flip else 'on (--no_flip turns it off)'}")
     source = "ImageNet's" if mean is IMAGENET_MEAN else "of the training images"
     return [*lines, "mean {:.3f} {:.3f} {:.3f}, std {:.3f} {:.3f} {:.3f} ".format(*mean, *std) + f"({source})"]
+
+
+def finish(run: Run, train: DataSet, tests: dict[str, DataSet]) -> dict[str, Any]:
+    """Print the best epoch's accuracies, score the labels, and return the final metrics."""
+    best, titles = run.records[run.best_epochs[0]], {"val": "validation", "test": "test"}
+    accuracies = ", ".join(f"{title} {best[f'{name}_acc']:.2f}" for name, title in titles.items() if name in tests)
+    chosen_on = "the validation images" if "val" in tests else "the test set"
+    final = run.finish(f"best epoch {best['epoch']}, chosen on {chosen_on}: {accuracies}", train)
+    report.of_finished(run)
+    return final
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import dataloader_webvision
-from dividemix import networks, recipes, report
+from dividemix import recipes, report
 from dividemix.codivide import Mixture
 from dividemix.data import Pipeline, StreamedImages, Views, check
 from dividemix.engine import co_divide, set_learning_rate, test, train_epoch, warmup_epoch
@@ -30,13 +30,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train, or continue. -> the last epoch's metrics with `run_dir` and the paper's, paper_<name of the metric>. After
-    --check_data: {}."""
+    """Train, or continue a run. Returns the last epoch's metrics with `run_dir` and the paper's results,
+    `paper_<metric>`; {} after --check_data."""
     args = parse_args(argv)
     notes = options.resolve_images(args, PAPER)
     if args.check_data:
-        found = dataloader_webvision.find(args.data_path, args.num_class)
-        check.run_check(*found, full=args.check_data == "full", skip=bool(args.skip_bad_images))
+        lists_and_problems = dataloader_webvision.find(args.data_path, args.num_class)
+        check.run_check(*lists_and_problems, full=args.check_data == "full", skip=bool(args.skip_bad_images))
         return {}
     runtime = options.start_runtime(args)
     data = dataloader_webvision.load(args.data_path, args.num_class)
@@ -45,26 +45,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with Run(options.folder_for(args, "webvision"), args, runtime, logs.WEBVISION) as run:
         lists = {"train": data.train, "val": data.val, "imagenet": data.imagenet}
         split = splits.split(lists, run, args.skip_bad_images, val_fraction=args.val_fraction)
-        streams = {"workers": args.workers, "cache_dir": args.cache_dir}
-        with Pipeline(split.lists, views, data.mean, data.std, runtime, **streams) as pipeline:
+        reading = {"workers": args.workers, "cache_dir": args.cache_dir}
+        with Pipeline(split.lists, views, data.mean, data.std, runtime, **reading) as pipeline:
             if args.cache_dir:
                 with run.phase("cache") as phase:
                     pipeline.build_cache(phase.bar)
             train = pipeline.images("train", split.train)
             tests = {"test": pipeline.images("val"), "imagenet": pipeline.images("imagenet")}
             held_out = {"val": pipeline.images("train", split.held_out)} if len(split.held_out) else {}
-            weights = {"init_from": args.init_from, "seed": args.seed, "begun": run.begun}
-            shape = args.arch, args.num_class, args.width
-            nets = networks.pair(*shape, args.weights, runtime=runtime, **weights)
+            nets = options.build_networks(args, runtime, run.begun)
             optimizers = [runtime.optimizer(net, args.lr, PAPER.weight_decay) for net in nets]
             mixtures = [Mixture(args.p_threshold) for _ in nets]
             mixmatch = options.mixmatch(args, unlabeled_loss=False, conf_penalty=PAPER.conf_penalty)
-            whole = {"list_given": data.train.labels, "list_path": data.train.names()}
-            run.save_labels(index=split.index, given=train.labels, **whole)
-            about = {"classes": data.class_names, **{name: len(images) for name, images in split.lists.items()}}
+            summary = {"classes": data.class_names, **{name: len(images) for name, images in split.lists.items()}}
             preparation = Preparation(data.mean, data.std, views.crop, views.resize)
-            model = description.describe(*shape, data.class_names, preparation)
-            run.start(argv, nets, optimizers, mixtures, mixmatch, data=about, model=model, lines=[*split.lines, *notes])
+            model = description.describe(args.arch, args.num_class, args.width, data.class_names, preparation)
+            lines = [*split.lines, *notes]
+            run.start(argv, nets, optimizers, mixtures, mixmatch, data=summary, model=model, lines=lines)
 
             for epoch in run.epochs(args.num_epochs):
                 lr = set_learning_rate(optimizers, args.lr if epoch < args.lr_drop else args.lr / 10)
@@ -91,16 +88,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def finish(run: Run, args: argparse.Namespace, train: StreamedImages) -> dict[str, Any]:
-    """Print the best epoch beside the paper's results, score the labels, and return the final metrics."""
+    """Print the best epoch's accuracies and the paper's, score the labels, and return the final metrics."""
     best, paper = run.records[run.best_epochs[0]], PAPER.results
 
-    def line(of: dict[str, float]) -> str:
-        webvision = f"WebVision {of['test_acc']:.2f} ({of['test_acc_top5']:.2f})"
-        return f"{webvision}, ILSVRC12 {of['imagenet_acc']:.2f} ({of['imagenet_acc_top5']:.2f})"
+    def accuracies(record: dict[str, float]) -> str:
+        webvision = f"WebVision {record['test_acc']:.2f} ({record['test_acc_top5']:.2f})"
+        return f"{webvision}, ILSVRC12 {record['imagenet_acc']:.2f} ({record['imagenet_acc_top5']:.2f})"
 
-    last10 = f"mean of the last 10 {run.records[-1]['last10_acc']:.2f}"
-    text = f"best epoch {best['epoch']}: {line(best)}; {last10}; paper: {line(paper)}{options.but(args, PAPER.setting)}"
-    final = run.finish(text, train, **{f"paper_{name}": value for name, value in paper.items()})
+    line = (
+        f"best epoch {best['epoch']}: {accuracies(best)}; mean of the last 10 {run.records[-1]['last10_acc']:.2f}; "
+        f"paper: {accuracies(paper)}{options.but(args, PAPER.setting)}"
+    )
+    final = run.finish(line, train, **{f"paper_{name}": value for name, value in paper.items()})
     report.of_finished(run)
     return final
 

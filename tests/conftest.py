@@ -1,4 +1,4 @@
-"""Shared by the tests: the weights of the golden files, and a tiny device data set."""
+"""What holds for all tests, and the fixtures of several test files."""
 
 import multiprocessing
 
@@ -13,13 +13,8 @@ from dividemix.data.device import DeviceImages
 settings.register_profile("dividemix", deadline=None, derandomize=True)
 settings.load_profile("dividemix")
 
-
-@pytest.fixture
-def start_method():
-    """Sets how processes are started: a patched function is there in forked ones alone."""
-    before = multiprocessing.get_start_method(allow_none=True)
-    yield lambda method: multiprocessing.set_start_method(method, force=True)
-    multiprocessing.set_start_method(before, force=True)
+# The nets of the tests are so small that a second thread costs more than it gives: ten times more on a busy machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -29,19 +24,19 @@ def same_draws() -> None:
 
 
 @pytest.fixture
+def start_method():
+    """Sets how processes are started: a patched function is there in forked ones alone."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    yield lambda method: multiprocessing.set_start_method(method, force=True)
+    multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.fixture
 def tiny_images() -> DeviceImages:
     """24 random 16x16 images of 3 classes."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
     return DeviceImages(images, np.arange(24) % 3, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), flip=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Running a training script, tiny
-
-
-# The nets of the tests are so small that a second thread costs more than it gives: ten times more on a busy machine.
-torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -1,5 +1,9 @@
-"""Train_cifar.py end to end, tiny: the real script on every data set's real format, and the files it leaves."""
+"""Train_cifar.py: its data sets and noise, cross-entropy, selection, the run folder's name, and --ablation in whole
+runs. What it shares with the other scripts is in test_scripts.py."""
 
+import contextlib
+import html
+import io
 import json
 import re
 from pathlib import Path
@@ -8,188 +12,480 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers.data import make_cifar10, make_cifar100, make_fashionmnist
+from helpers.data import make_cifar10, make_cifar100, make_fashionmnist, make_human
 from helpers.nets import same
-from helpers.runs import read_records
-from helpers.scripts import run_script, tiny
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from helpers.runs import assert_equal, assert_same_run, last_state, read_records
+from helpers.scripts import assert_co_divided, end_of, note_co_division, note_phases, tiny
 
 import dataloader_cifar
-import PreResNet
 import Train_cifar
-from dividemix import engine, noise
-from dividemix.codivide import normalise
+from dividemix import DivideMixError, deploy, engine, files, noise
 from dividemix.data.device import DeviceImages
+from dividemix.deploy import export
+from dividemix.noise import synthetic
+from dividemix.report import issues as label_issues
+from dividemix.report import report
+from dividemix.run import options
+from dividemix.run.description import read_description
+from dividemix.run.folder import read_run
+from dividemix.runtime.device import Runtime
+
+pytestmark = pytest.mark.usefixtures("no_figures")
+
+
+@pytest.fixture
+def phases(monkeypatch) -> list[dict]:
+    """The phases of a run that neither trains nor tests."""
+
+    def test(nets, sets, phase):
+        accuracy = {f"{name}_acc": 50.0 for name in sets}
+        return accuracy | {f"{name}_net{k}": 40.0 + k for name in accuracy for k in range(1, len(nets) + 1)}
+
+    monkeypatch.setattr(Train_cifar, "test", test)
+    return note_phases(monkeypatch, Train_cifar)
+
+
+def cifar10(folder: Path, *flags: str) -> list[str]:
+    """Flags for a tiny set in CIFAR-10's format."""
+    make_cifar10(folder, 40, 20)
+    return ["--dataset", "cifar10", "--data_path", str(folder), "--limit_train", "40", "--num_epochs", "1", *flags]
+
+
+def given_labels(final: dict, name: str) -> list[int]:
+    """The run's copy of its noise file, of which it trains on some."""
+    folder = Path(final["run_dir"])
+    given, labels = json.loads((folder / name).read_text()), np.load(folder / "labels.npz")
+    assert labels["given"].tolist() == [given[i] for i in labels["index"]]
+    return given
+
+
+# ---- Data sets and noise ----
+
+
+@pytest.mark.parametrize(
+    ("dataset", "make", "mode", "lambda_u", "paper"),
+    [
+        ("cifar10", make_cifar10, "asym", "0 (paper, Table 7: cifar10 asym 40%)", "93.4 / 92.1"),
+        ("cifar100", make_cifar100, "sym", "150 (not in the paper; nearest row, Table 7: cifar100 sym 50%)", None),
+        (
+            "fashionmnist",
+            make_fashionmnist,
+            "sym",
+            "25 (not in the paper; nearest row, Table 7: cifar10 sym 50%)",
+            None,
+        ),
+    ],
+)
+def test_every_data_set_in_its_published_format(tmp_path, phases, capsys, dataset, make, mode, lambda_u, paper):
+    """Else a data set is read wrong, the settings are another row's, runs that should share their noise do not, or a
+    data folder that holds several data sets mixes up their noise."""
+    batches = make(tmp_path / "data", 64, 20)
+    flags = ["--dataset", dataset, "--data_path", str(tmp_path / "data"), "--limit_train", "64", "--r", "0.4"]
+    final = Train_cifar.main(tiny(tmp_path / "out", *flags, "--noise_mode", mode, "--num_epochs", "1"))
+    out, data = capsys.readouterr().out, dataloader_cifar.load(dataset, tmp_path / "data")
+    assert f"{dataset}: 64 training, 20 test images, {data.num_class} classes\n" in out
+    assert f"lambda_u {lambda_u}\n" in out
+    last = next(line for line in out.splitlines() if line.startswith("best "))
+    assert (f"paper: {paper} (but this run: " in last and "not the official" in last) if paper else "paper" not in last
+    assert final.get("paper_best") == (93.4 if paper else None)
+    assert ("asymmetric map: truck->automobile" in out) == (mode == "asym")
+    assert {call["mixmatch"].conf_penalty for call in phases} == {mode == "asym"}
+    assert final["run_dir"] == str(tmp_path / "out" / f"{dataset}_0.4_{mode}")
+
+    name = f"0.4_{mode}.json" if dataset.startswith("cifar") else f"{dataset}_0.4_{mode}.json"
+    given = given_labels(final, name)
+    transition, _ = noise.asym_transition(data.num_class, dataset)
+    assert given == noise.inject(data.train_labels.tolist(), mode, 0.4, data.num_class, 123, transition)
+    beside = (tmp_path / "data" if dataset == "fashionmnist" else batches) / name
+    assert json.loads(beside.read_text()) == given
+    labels = np.load(Path(final["run_dir"], "labels.npz"), allow_pickle=False)
+    assert sorted(labels) == ["given", "index", "list_given", "true"] and labels["list_given"].tolist() == given
+    assert labels["true"].tolist() == data.train_labels[labels["index"]].tolist()
+
+
+def test_noise_seed_and_noise_file_decide_the_labels(tmp_path, phases, capsys):
+    """Else runs over several seeds do not share the labels, or a shared noise file is not the one that is used."""
+    truth = dataloader_cifar.load("digits", "").train_labels.tolist()
+    final = Train_cifar.main(tiny(tmp_path, "--num_epochs", "1", "--noise_seed", "7"))
+    given = given_labels(final, "digits_0.5_sym.json")
+    assert given == noise.inject(truth, "sym", 0.5, 10, 7)
+    shared = tmp_path / "shared.json"
+    shared.write_text(json.dumps(given))
+    final = Train_cifar.main(tiny(tmp_path, "--num_epochs", "1", "--id", "b", "--noise_file", str(shared)))
+    assert given_labels(final, "digits_0.5_sym.json") == given
+    labels = np.load(Path(final["run_dir"], "labels.npz"))
+    wrong = float((labels["given"] != labels["true"]).mean())  # of the samples that are trained on
+    assert f"noise sym 0.5: {wrong:.1%} of the training labels are wrong; read from {shared}" in capsys.readouterr().out
+
+
+def test_instance_dependent_noise_depends_on_the_images(tmp_path, phases, capsys):
+    """Else it is made without the images, or of other samples' images, and nobody can see it."""
+    digits = dataloader_cifar.load("digits", "")
+    final = Train_cifar.main(tiny(tmp_path, "--num_epochs", "1", "--noise_mode", "idn", "--r", "0.4"))
+    expected = synthetic.inject_instance_dependent(digits.train_images, digits.train_labels, 0.4, 10, 123)
+    assert given_labels(final, "digits_0.4_idn.json") == expected.tolist()
+    assert "lambda_u 25 (not in the paper; nearest row by 40.0% wrong labels, " in capsys.readouterr().out
+
+
+def test_the_definition_of_symmetric_noise(tmp_path, phases):
+    """Else 50 % noise is 45 % wrong labels although the other definition was asked for; the two share a noise file or a
+    run folder; or the paper's number is set beside noise that is not the paper's."""
+    flags = cifar10(tmp_path / "data")
+    truth = dataloader_cifar.load("cifar10", tmp_path / "data").train_labels.tolist()
+    final = Train_cifar.main(tiny(tmp_path, *flags, "--noise_definition", "exclude_self"))
+    given = given_labels(final, "0.5_sym_exclude_self.json")
+    assert given == noise.inject(truth, "sym", 0.5, 10, 123, definition="exclude_self")
+    assert "paper_best" not in final
+    with pytest.raises(DivideMixError, match="--noise_definition was exclude_self, now with_self"):
+        Train_cifar.main(tiny(tmp_path, *flags))
+    assert Train_cifar.main(tiny(tmp_path / "two", *flags))["paper_best"] == 94.6
+    beside = {path.name for path in (tmp_path / "data" / "cifar-10-batches-py").glob("*.json")}
+    assert beside == {"0.5_sym.json", "0.5_sym_exclude_self.json"}
+
+
+def test_human_labels_are_trained_on(tmp_path, phases, capsys):
+    """Else a run called CIFAR-10N trains on injected noise, with the penalty of asymmetric noise or the settings of
+    another rate, or under a name that another noise has."""
+    flags = [*cifar10(tmp_path / "data"), "--noise_mode", "human", "--noise_key", "worse_label"]
+    truth = dataloader_cifar.load("cifar10", tmp_path / "data").train_labels
+    labels = np.where(np.arange(40) % 4, truth, (truth + 1) % 10)  # every fourth image is called the next class
+    file = make_human(tmp_path / "data" / "CIFAR-10_human.pt", {"clean_label": truth, "worse_label": labels})
+    final = Train_cifar.main(tiny(tmp_path / "out", *flags))
+    folder = Path(final["run_dir"])
+    assert folder.name == "cifar10_worse_label" and "paper_best" not in final
+    assert given_labels(final, "worse_label.json") == labels.tolist()
+    assert [call["mixmatch"].conf_penalty for call in phases] == [False] * 2
+    out = capsys.readouterr().out
+    assert f"noise human worse_label: 25.0% of the training labels are wrong; read from {file}\n" in out
+    assert "lambda_u 0 (not in the paper; nearest row by 25.0% wrong labels, " in out
+    arguments = json.loads((folder / "args.json").read_text())["args"]
+    assert (arguments["r"], arguments["noise_key"], arguments["noise_definition"]) == (None, "worse_label", None)
+
+    file.unlink()  # the run has its copy
+    assert Train_cifar.main(tiny(tmp_path / "out", *flags, "--num_epochs", "2"))["epoch"] == 1
+    with pytest.raises(DivideMixError, match=r"CIFAR-10_human\.pt is not in"):
+        Train_cifar.main(tiny(tmp_path / "out", *flags, "--fresh"))
+    assert len(read_records(folder)) == 2  # put back
+
+
+# ---- Method ----
+
+
+def test_cross_entropy_is_the_baseline_of_the_papers_rows(tmp_path, phases, capsys):
+    """Else the comparison that shows what the method brings is with another schedule, other names, or the ensemble's
+    number beside the paper's single network."""
+    flags = cifar10(tmp_path / "data", "--num_epochs", "3", "--method", "ce")
+    final = Train_cifar.main(tiny(tmp_path / "out", *flags))
+    assert [call["kind"] for call in phases] == ["warmup"] * 6  # also after --warm_up
+    assert final["run_dir"] == str(tmp_path / "out" / "cifar10_0.5_sym_ce")
+    records = read_records(final["run_dir"])
+    assert [record["phase"] for record in records] == ["ce"] * 3
+    assert all(record["auc_net1"] is None and record["labeled_net2"] is None for record in records)
+    assert not Path(final["run_dir"], "stats.txt").read_text()
+    assert (final["paper_best"], "paper_last" in final) == (79.4, False)
+    out = capsys.readouterr().out
+    best = max(record["test_acc_net1"] for record in records)
+    assert f"net 1 alone: best {best:.2f}; " in out and "best 79.4 (but this run: " in out
+    assert "lambda_u" not in out  # it has none
+
+
+def test_confidence_penalty_in_warm_up():
+    """Without it the nets fit asymmetric noise within the warm-up; with it under symmetric noise, or in the plain
+    cross-entropy baseline, it is not the paper's method."""
+    for flags, penalised in (
+        (["--noise_mode", "sym"], False),
+        (["--noise_mode", "asym"], True),
+        (["--noise_mode", "sym", "--conf_penalty", "on"], True),
+        (["--noise_mode", "asym", "--conf_penalty", "off"], False),
+        (["--noise_mode", "idn"], False),
+        (["--noise_mode", "asym", "--method", "ce"], False),
+        (["--noise_mode", "asym", "--method", "ce", "--conf_penalty", "on"], True),
+    ):
+        assert options.uses_conf_penalty(Train_cifar.parse_args(flags)) == penalised, flags
+
+
+def test_several_ranks_are_refused(tmp_path, monkeypatch):
+    """Under torchrun each rank would train the whole run by itself, all in one folder."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DivideMixError, match=r"Train_cifar\.py .* torchrun"):
+        Train_cifar.main(tiny(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_mixtures_fitted_in_the_background_are_those_fitted_in_place(tmp_path, monkeypatch):
+    """On a card net 1's mixture is fitted while net 1 already trains: a draw or a loss that it shares with the training
+    would make the run another one, and another one each time."""
+    states = []
+    for name in ("in place", "background"):
+        Train_cifar.main(tiny(tmp_path / name))
+        states.append(last_state(tmp_path / name / "digits_0.5_sym"))
+        monkeypatch.setattr(Runtime, "background", lambda self, work, *args: self._worker.submit(work, *args).result)
+    assert_equal(*states)
+
+
+# ---- Subset and validation ----
+
+
+def test_limit_train_is_a_seeded_subset(tmp_path, phases):
+    """Else two runs of one command train on different images, or always on the first N of a sorted data set."""
+
+    def index(*flags: str) -> np.ndarray:
+        final = Train_cifar.main(tiny(tmp_path, "--num_epochs", "1", "--limit_train", "100", *flags))
+        return np.load(Path(final["run_dir"], "labels.npz"))["index"]
+
+    first = index()
+    assert len(set(first)) == 100 and first.max() > 1000 and (np.diff(first) > 0).all()
+    np.testing.assert_array_equal(index("--id", "again"), first)
+    assert not np.array_equal(index("--seed", "5"), first)
+
+
+def test_val_fraction_selects_the_best_epoch_off_the_test_set(tmp_path, phases, monkeypatch, capsys):
+    """Else 'best' is the peak on the test set although the user asked for an honest selection, the held-out images are
+    trained on, or their clean labels are used."""
+    flags = ["--limit_train", "100", "--num_epochs", "3", "--seed", "5"]
+    subset = np.load(Path(Train_cifar.main(tiny(tmp_path, *flags, "--id", "whole"))["run_dir"], "labels.npz"))
+    accuracy = iter(zip([30.0, 10.0, 40.0], [50.0, 90.0, 60.0], strict=True))
+    held_out = []
+
+    def test(nets, sets, phase):
+        held_out[:] = sets["val"].labels.tolist()
+        assert (len(sets["val"]), len(sets["test"])) == (25, 347)
+        return dict(zip(("val_acc", "test_acc"), next(accuracy), strict=True)) | {"test_acc_net1": 0.0}
+
+    monkeypatch.setattr(Train_cifar, "test", test)
+    final = Train_cifar.main(tiny(tmp_path, *flags, "--val_fraction", "0.25"))
+    assert (final["best_acc"], final["val_acc"], final["test_acc"]) == (60.0, 40.0, 60.0)
+    assert torch.load(Path(final["run_dir"], "best.pt"), weights_only=True)["epochs"] == [2, 2]
+    out = capsys.readouterr().out
+    assert "best 60.00 (epoch 2)" in out and "digits: 75 training" in out and "25 held out" in out
+    trained = np.load(Path(final["run_dir"], "labels.npz"))["index"]
+    rest = np.setdiff1d(subset["index"], trained)
+    assert (len(trained), len(rest)) == (75, 25) and np.isin(trained, subset["index"]).all()
+    given, truth = (subset[name][np.isin(subset["index"], rest)].tolist() for name in ("given", "true"))
+    assert held_out == given != truth
+
+
+# ---- The run folder ----
+
+
+def test_name_of_the_run_folder():
+    """Else two different runs share a folder, or the documented paths do not exist."""
+    for flags, name in (
+        ([], "out/digits_0.5_sym"),
+        (["--r", "0.80", "--noise_mode", "asym"], "out/digits_0.8_asym"),
+        (["--r", "0.45", "--seed", "123", "--id", "try-2"], "out/digits_0.45_sym_try-2"),
+        (["--noise_mode", "idn", "--r", "0.4"], "out/digits_0.4_idn"),
+        (["--method", "ce", "--seed", "7", "--id", "a"], "out/digits_0.5_sym_ce_seed7_a"),
+        (["--ablation", "one_view"], "out/digits_0.5_sym_one_view"),
+        (["--run_dir", "elsewhere/run", "--id", "a"], "elsewhere/run"),
+    ):
+        args = Train_cifar.parse_args(tiny(Path("out"), *flags))
+        assert options.resolve_small(args, np.zeros(1000, np.int64), 10, None).folder == Path(name), flags
+
+
+def test_fresh_moves_the_old_run_aside_whole(tmp_path, phases, capsys):
+    """Else --fresh deletes a run of days, or goes on with its checkpoint or its noise."""
+    folder = Path(Train_cifar.main(tiny(tmp_path, "--num_epochs", "2"))["run_dir"])
+    before = bytes_of(folder)
+    Train_cifar.main(tiny(tmp_path, "--num_epochs", "1", "--fresh", "--lr", "0.05", "--noise_seed", "9"))
+    [aside] = [path for path in tmp_path.iterdir() if path != folder]
+    assert aside.name.startswith(f"{folder.name}.") and bytes_of(aside) == before
+    assert f"{folder} moved to {aside}" in capsys.readouterr().out
+    assert len(read_records(folder)) == 1
+    assert (folder / "digits_0.5_sym.json").read_bytes() != before["digits_0.5_sym.json"]
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_papers_number_stands_alone_only_beside_the_papers_setting():
+    """A short run of a narrow net beside "94.6" without a word, or one network without co-training: its user looks for
+    a mistake that is not there."""
+    divide_mixmatch = ["--ablation", "divide_mixmatch"]
+    for flags, official, results, expected in (
+        ([], True, [94.6, 94.4], "; paper: 94.6 / 94.4"),
+        (["--width", "16"], True, [94.6, 94.4], "94.4 (but this run: --width 16 (paper: 64))"),
+        (["--lambda_u", "0"], False, [94.6, 94.4], "(paper: 25), not the official cifar10)"),
+        ([*divide_mixmatch, "--r", "0.2"], True, [94.1], "Divide and MixMatch (Table 5): best 94.1"),
+        ([*divide_mixmatch, "--dataset", "cifar100"], True, [], "mean of the last 10 93.00"),  # none with a source
+    ):
+        args = Train_cifar.parse_args(flags)
+        options.resolve_recipe(args)
+        line, paper = options.small_result(args, [{"best_acc": 94.0, "last10_acc": 93.0}], 3, official)
+        assert line.startswith("best 94.00 (epoch 3), mean of the last 10 93.00") and line.endswith(expected)
+        assert [*paper.values()] == results
+
+
+# ---- Ablations, in whole runs ----
 
 EPOCHS = 3  # one of warm-up
-SMALL = ["--width", "4", "--num_epochs", str(EPOCHS), "--warm_up", "1", "--batch_size", "16", "--precision", "fp32"]
+# What each is to switch off, typed from docs/reproduce.md and not from recipes.py: networks, refinement, views.
+ABLATIONS = {
+    "none": (2, True, 2),
+    "no_cotraining": (1, True, 2),
+    "no_refinement": (2, False, 2),
+    "one_view": (2, True, 1),
+    "divide_mixmatch": (1, False, 2),
+}
+ALONE = ("no_cotraining", "divide_mixmatch")  # those with one network
 
 
-def noise_name(dataset: str) -> str:
-    return "0.5_sym.json" if dataset.startswith("cifar") else f"{dataset}_0.5_sym.json"
+def ablated(out_dir: Path, name: str, *flags: str) -> list[str]:
+    return tiny(out_dir, "--limit_train", "64", "--num_epochs", str(EPOCHS), "--ablation", name, *flags)
 
 
-@pytest.fixture(scope="module", params=["cifar10", "cifar100", "fashionmnist", "digits"])
-def done(request, tmp_path_factory):
-    """A finished run of a fresh process, in a folder of its own: its output, run folder and data."""
-    dataset, root = request.param, tmp_path_factory.mktemp(request.param)
-    make = {"cifar10": make_cifar10, "cifar100": make_cifar100, "fashionmnist": make_fashionmnist}.get(dataset)
-    if make:
-        flags = ["--data_path", str(root / "data")]
-        batches = make(root / "data", 64, 20)
-        noise_file = (root / "data" if dataset == "fashionmnist" else batches) / noise_name(dataset)
-    else:
-        flags = ["--limit_train", "64"]
-        noise_file = None
-    process = run_script("--dataset", dataset, *flags, *SMALL, cwd=root)
-    assert process.returncode == 0, process.stderr
-    folder = root / "checkpoint" / f"{dataset}_0.5_sym"
-    data = dataloader_cifar.load(dataset, root / "data")
-    return SimpleNamespace(
-        **{"dataset": dataset, "folder": folder, "data": data, "noise_file": noise_file},
-        **{"out": process.stdout, "err": process.stderr, "records": read_records(folder)},
-    )
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, SimpleNamespace]:
+    """A run of each ablation, one warm-up epoch and two divided ones, and what happened in it."""
+    finished, out_dir = {}, tmp_path_factory.mktemp("runs")
+    for name in ABLATIONS:
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+            patch.setattr(report, "draw", lambda *_: [])
+            events = note_co_division(patch, Train_cifar)
+            final = Train_cifar.main(ablated(out_dir, name))
+        folder = Path(final["run_dir"])
+        run = {"final": final, "folder": folder, "records": read_records(folder), "out": out.getvalue().splitlines()}
+        finished[name] = SimpleNamespace(**run, events=events)
+    return finished
 
 
-def test_output_is_one_line_an_epoch_without_bars(done):
-    """Else a log file fills with progress bars, or does not tell what was trained and with which settings."""
-    assert [line.split()[1] for line in done.out.splitlines() if line.startswith("epoch ")] == ["0/2", "1/2", "2/2"]
-    for text in (done.out, done.err):
-        assert not re.search(r"[\r█▏]|it/s|\d%\|", text), text
-    assert all(line.startswith("warning: ") for line in done.err.splitlines()), done.err
-    classes = 100 if done.dataset == "cifar100" else 10
-    train, test = (64, 347) if done.dataset == "digits" else (64, 20)
-    assert f"{done.dataset}: {train} training, {test} test images, {classes} classes\n" in done.out
-    assert re.search(
-        r"noise sym 0.5: \d+\.\d% of the training labels are wrong; made with seed 123, saved as", done.out
-    )
-    lambda_u = 150 if done.dataset == "cifar100" else 25
-    row = f"{done.dataset if done.dataset.startswith('cifar') else 'cifar10'} sym 50%"
-    source = "paper, Table 7" if done.dataset.startswith("cifar") else "not in the paper; nearest row, Table 7"
-    assert f"lambda_u {lambda_u} ({source}: {row})\n" in done.out
-    paper = {"cifar10": "paper: 94.6 / 94.4", "cifar100": "paper: 74.6 / 74.2"}.get(done.dataset)
-    last = next(line for line in done.out.splitlines() if line.startswith("best "))
-    assert f"; {paper} (but this run: --num_epochs" in last if paper else "paper" not in last
-    assert ("not the official" in last) == bool(paper)
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_who_trains_on_whose_division_with_which_peer(runs, name):
+    """Without co-training the division is the network's own, and so is the peer; with it all stays as in Algorithm 1.
+    A second network, another division, another start than the whole method's, or a flag that does nothing, makes the
+    ablation measure nothing."""
+    run, (count, refine, views) = runs[name], ABLATIONS[name]
+    epoch = ["score"] * count + ["train"] * count + ["test"]
+    assert [event["what"] for event in run.events] == ["test", *epoch, *epoch]
+    for begin in (1, 1 + len(epoch)):
+        *scored_and_trained, _ = run.events[begin : begin + len(epoch)]
+        if count == 2:
+            assert_co_divided(*scored_and_trained)
+        else:
+            scored, trained = scored_and_trained
+            assert same(trained["net"], scored["net"]) and same(trained["peer"], scored["net"])
+            np.testing.assert_allclose(trained["loss"], scored["loss"], rtol=1e-5, atol=1e-6)
+        mixmatch = scored_and_trained[-1]["mixmatch"]
+        assert (mixmatch.refine, mixmatch.views) == (refine, views)
+    assert same(run.events[0]["nets"][0], runs["none"].events[0]["nets"][0])  # after warm-up
+    nets, of_whole_method = (last_state(folder)["nets"] for folder in (run.folder, runs["none"].folder))
+    assert len(nets) == count and same(nets[0], of_whole_method[0]) == (name == "none")
 
 
-def test_log_files_have_the_authors_formats(done):
-    """Else every script that people have to plot the authors' logs reads nothing, or exchanges the two networks."""
-    acc = (done.folder / "acc.txt").read_text()
-    assert acc == "".join(f"Epoch:{r['epoch']}   Accuracy:{r['test_acc']:.2f}\n" for r in done.records)
-    lines = (done.folder / "stats.txt").read_text().splitlines()
-    found = [re.fullmatch(r"Numer of labeled samples:(\d+)   AUC:(\d\.\d{3})", line) for line in lines]
-    assert all(found), lines
-    divided = done.records[1:]
-    assert [int(match[1]) for match in found] == [r[f"labeled_net{k}"] for r in divided for k in (2, 1)]
-    assert [match[2] for match in found] == [f"{r[f'auc_net{k}']:.3f}" for r in divided for k in (2, 1)]
+@pytest.mark.parametrize("name", ALONE)
+def test_logs_of_one_network(runs, name):
+    """Else a reader of the logs finds a second network that never was, every tool that reads them stops, or the quality
+    of a label is half of what the network says."""
+    run = runs[name]
+    assert run.records[-1].keys() == {key for key in runs["none"].records[-1] if not key.endswith("2")}
+    assert all(record["test_acc"] == record["test_acc_net1"] for record in run.records)
+    assert [record["labeled_net1"] is None for record in run.records] == [True, False, False]
+    stats = (run.folder / "stats.txt").read_text().splitlines()
+    expected = [f"Numer of labeled samples:{r['labeled_net1']}   AUC:{r['auc_net1']:.3f}" for r in run.records[1:]]
+    assert stats == expected
+    lines = (run.folder / "histograms.jsonl").read_text().splitlines()
+    assert [json.loads(line).keys() for line in lines] == [{"epoch", "net1"}] * 2
+    assert all(key.endswith("_net1") for key in np.load(run.folder / "scores/epoch_002.npz"))
+    best = torch.load(run.folder / "best.pt", weights_only=True)
+    accuracy = [record["test_acc"] for record in run.records]
+    assert len(best["nets"]) == 1 and best["epochs"] == [accuracy.index(max(accuracy))]
+    [line] = [line for line in run.out if line.startswith("epoch 2/2")]
+    assert re.search(r"labeled \d+ unlabeled \d+ \| AUC \d\.\d+ \|", line) and "net" not in line
+    assert any(line.startswith(f"ablation {name}: one network") for line in run.out)
+
+    scores = dict(np.load(run.folder / "label_scores.npz"))
+    assert "p_clean_net2" not in scores and "loss_net2" not in scores
+    issues = label_issues.find(read_run(run.folder))
+    np.testing.assert_array_equal(issues.quality, scores["p_clean_net1"])
+    np.testing.assert_array_equal(issues.loss, scores["loss_net1"])
+    label_issues.write(issues, run.folder)
+    head, first, *_ = (run.folder / "label_issues.csv").read_text().splitlines()
+    row = dict(zip(head.split(","), first.split(","), strict=True))
+    assert float(row["p_clean_net1"]) == float(row["label_quality"]) and row["p_clean_net2"] == ""
 
 
-def test_metrics_are_one_flat_object_an_epoch(done):
-    """Else notebooks that read metrics.jsonl break, or a NaN makes it a file that strict readers refuse."""
-    both = {f"{name}_net{k}" for name in ("test_acc", "auc", "labeled", "unlabeled") for k in (1, 2)}
-    both |= {f"clean_{name}_net{k}" for name in ("precision", "recall") for k in (1, 2)}
-    keys = both | {"epoch", "phase", "lr", "test_acc", "best_acc", "last10_acc", "loss_x", "loss_u", "penalty"}
-    seconds = {"warmup": {"warmup1", "warmup2", "test"}, "train": {"loss", "gmm", "train1", "train2", "test"}}
-    assert [(r["epoch"], r["phase"]) for r in done.records] == [(0, "warmup"), (1, "train"), (2, "train")]
-    for record in done.records:
-        assert record.keys() == keys | {f"seconds_{name}" for name in [*seconds[record["phase"]], "save"]}
-        assert all(value is None or isinstance(value, int | float | str) for value in record.values())
-        divided = record["phase"] == "train"
-        assert all((record[key] is None) != divided for key in (*(both - {"test_acc_net1", "test_acc_net2"}), "loss_u"))
-        for k in (1, 2) if divided else ():
-            assert record[f"labeled_net{k}"] + record[f"unlabeled_net{k}"] == 64
-    accuracy = [r["test_acc"] for r in done.records]
-    assert [r["best_acc"] for r in done.records] == [max(accuracy[: n + 1]) for n in range(EPOCHS)]
-    assert done.records[-1]["last10_acc"] == pytest.approx(np.mean(accuracy))
+@pytest.mark.parametrize(
+    "name", ["no_cotraining", *(pytest.param(name, marks=pytest.mark.slow) for name in [*ABLATIONS][2:])]
+)
+def test_an_interrupted_ablation_is_an_uninterrupted_one(tmp_path, name):
+    """Else a run of one network cannot be continued, or ends as another."""
+    flags = ["--ablation", name, "--save_scores", "--r", "0.9"]  # averages losses over epochs
+    Train_cifar.main(tiny(tmp_path, *flags, "--run_dir", f"{tmp_path}/straight", "--num_epochs", "3"))
+    for epochs in ("2", "3"):
+        Train_cifar.main(tiny(tmp_path, *flags, "--run_dir", f"{tmp_path}/stopped", "--num_epochs", epochs))
+    assert_same_run(tmp_path / "stopped", tmp_path / "straight")
 
 
-def test_args_json_says_what_was_run(done):
-    """Else nobody can tell afterwards which flags, versions and code a number comes from."""
-    about = json.loads((done.folder / "args.json").read_text())
-    args = about["args"]
-    assert (args["dataset"], args["width"], args["T"], args["seed"]) == (done.dataset, 4, 0.5, 123)
-    assert (args["lambda_u"], args["num_class"]) == ((150, 100) if done.dataset == "cifar100" else (25, 10))
-    assert about["versions"]["torch"] == torch.__version__ and about["versions"]["numpy"] == np.__version__
-    assert {"python", "torchvision", "scikit-learn"} <= about["versions"].keys()
-    assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", about["commit"] or "0" * 40)
-    assert about["command"][0] == "Train_cifar.py" and "--num_epochs" in about["command"]
+def test_what_does_not_go_with_an_ablation_is_refused(runs, tmp_path, capsys):
+    """Else half a run has a part of the method and half has not, a cross-entropy run goes by an ablation's name, or two
+    networks begin as one."""
+    for name in ("no_refinement", "no_cotraining"):
+        with pytest.raises(DivideMixError, match=rf"\(--ablation was none, now {name}\)"):
+            Train_cifar.main(ablated(tmp_path, name, "--run_dir", str(runs["none"].folder)))
+    with pytest.raises(SystemExit) as ended:
+        Train_cifar.parse_args(["--method", "ce", "--ablation", "no_refinement"])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1 and "--ablation no_refinement" in error
+    best = runs["no_cotraining"].folder / "best.pt"
+    with pytest.raises(DivideMixError, match=r"--init_from .*best\.pt: .* 2 networks"):
+        Train_cifar.main(ablated(tmp_path, "none", "--init_from", str(best)))
 
 
-def test_checkpoints_are_safe_and_are_the_networks_that_were_tested(done):
-    """Else a published checkpoint needs code to run when it is loaded, or is not the network of the accuracy that it
-    carries, or its best epoch is another."""
-    pointer = json.loads((done.folder / "last.json").read_text())
-    last = torch.load(done.folder / pointer["file"], weights_only=True)
-    best = torch.load(done.folder / "best.pt", weights_only=True)
-    accuracy = [r["test_acc"] for r in done.records]
-    assert pointer["epoch"] == EPOCHS - 1 and best["epochs"] == [accuracy.index(max(accuracy))] * 2
-    data = done.data
+@pytest.mark.parametrize("name", ["none", "no_cotraining"])
+def test_one_network_may_start_from_one_or_the_first_of_two(runs, tmp_path, phases, name):
+    """Else an ablation cannot begin with what the whole method has learned in its warm-up."""
+    file = runs[name].folder / "best.pt"
+    Train_cifar.main(ablated(tmp_path, "no_cotraining", "--num_epochs", "1", "--init_from", str(file)))
+    assert [same(call["state"], files.load_file(file)["nets"][0]) for call in phases] == [True]
+
+
+def test_the_ensemble_of_one_network_is_the_network_that_was_tested(runs, tmp_path):
+    """Else a user of the run gets another classifier than the tested one, or half its confidence."""
+    run = runs["divide_mixmatch"]
+    description = read_description(run.folder)
+    assert description.count == 1 and str(description).startswith("one preresnet18")
+    ensemble = deploy.load_ensemble(run.folder, description)
+    data = dataloader_cifar.load("digits", "")
     images = DeviceImages(data.test_images, data.test_labels, data.mean, data.std, data.flip)
-    for state, epoch in ((last, EPOCHS - 1), (best, best["epochs"][0])):
-        nets = load_nets(state["nets"], data.num_class)
-        record = done.records[epoch]
-        expected = {key: record[key] for key in ("test_acc", "test_acc_net1", "test_acc_net2")}
-        assert engine.test(nets, {"test": images}) == pytest.approx(expected, abs=0.5 * 100 / len(images))
-        assert not same(*state["nets"])  # two networks, not one twice
+    best = dict.fromkeys(("test_acc", "test_acc_net1"), run.final["best_acc"])
+    assert engine.test([*ensemble.nets], {"test": images}) == pytest.approx(best, abs=0.5 * 100 / len(images))
+    (tmp_path / "best.pt").write_bytes((runs["none"].folder / "best.pt").read_bytes())  # of two networks
+    with pytest.raises(DivideMixError, match=r"best\.pt does not fit these networks"):
+        deploy.load_ensemble(tmp_path, description)
 
 
-def load_nets(states, num_class: int) -> list[torch.nn.Module]:
-    nets = [PreResNet.ResNet18(num_class, 4) for _ in states]
-    for net, state in zip(nets, states, strict=True):
-        net.load_state_dict(state)
-    return nets
+@pytest.mark.slow
+def test_blind_recipe_works_with_one_network(tmp_path):
+    """It estimates the noise from both divisions; there may be one."""
+    final = Train_cifar.main(ablated(tmp_path, "no_cotraining", "--recipe", "blind"))
+    assert None not in (final["noise_rate_estimate"], final["lambda_u"], final["concentration"])
 
 
-def test_labels_and_noise_files(done):
-    """Else runs that should share their noise do not, the labels that were used are lost, or a data folder that holds
-    several data sets mixes up their noise."""
-    copy = done.folder / noise_name(done.dataset)
-    given = np.array(json.loads(copy.read_text()))
-    assert len(given) == len(done.data.train_labels)
-    if done.noise_file:
-        assert done.noise_file.read_bytes() == copy.read_bytes()
-    assert given.tolist() == noise.inject(done.data.train_labels.tolist(), "sym", 0.5, done.data.num_class, 123)
-    labels = np.load(done.folder / "labels.npz", allow_pickle=False)
-    assert sorted(labels) == ["given", "index", "list_given", "true"] and len(labels["index"]) == 64
-    np.testing.assert_array_equal(labels["list_given"], given)
-    np.testing.assert_array_equal(labels["given"], given[labels["index"]])
-    np.testing.assert_array_equal(labels["true"], done.data.train_labels[labels["index"]])
+@pytest.mark.slow
+def test_report_and_export_of_one_network(runs, tmp_path, monkeypatch, capsys):
+    """Else the page has an empty second network, ablations cannot be compared with the whole method, or the exported
+    file says of its logits what would make another confidence of them."""
+    monkeypatch.undo()  # the report
+    run = runs["no_cotraining"].folder
+    report.main([str(run), "--out", str(tmp_path / "report")])
+    page = " ".join(html.unescape((tmp_path / "report" / "report.html").read_text()).split())
+    assert "net 2" not in page and "net 1/2" not in page and "two networks" not in page
+    assert "AUC, net 1" in page and "net 1, epoch 2" in page
+    capsys.readouterr()
+    report.main([*(str(runs[name].folder) for name in ("none", *ALONE)), "--out", str(tmp_path)])
+    table = capsys.readouterr().out
+    for name in ALONE:
+        [line] = [line for line in table.splitlines() if line.startswith(runs[name].folder.name)]
+        assert f" {runs[name].final['auc_net1']:.3f} " in line
 
-
-def test_figure_events_and_nothing_else(done):
-    """Else TensorBoard shows an empty page, the figure is missing, or runs litter the disk with old checkpoints."""
-    assert (done.folder / "figures" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
-    board = EventAccumulator(str(done.folder / "tensorboard")).Reload()
-    events = board.Scalars("test_acc")
-    assert [event.step for event in events] == [0, 1, 2]
-    assert [event.value for event in events] == pytest.approx([r["test_acc"] for r in done.records])
-    assert [event.step for event in board.Scalars("auc_net2")] == [1, 2]
-    files = {path.name for path in done.folder.iterdir()} - {".lock", noise_name(done.dataset)}
-    logs = {"acc.txt", "stats.txt", "metrics.jsonl", "histograms.jsonl", "args.json", "tensorboard", "scores"}
-    logs |= {"labels.npz", "label_scores.npz", "thumbnails.npz"}
-    logs |= {"report.html", "figures", "label_issues.csv", "cleaned_labels.csv", "transition.csv"}
-    assert files == logs | {"last.json", "best.pt", "epoch-001.pt", "epoch-002.pt", "result.json"}
-    assert [path.name for path in (done.folder / "scores").iterdir()] == ["epoch_002.npz"]
-
-
-def test_save_scores_keeps_every_divided_epoch_as_of_its_start(tmp_path, no_figures):
-    """Else an analysis of the losses over the epochs has gaps, or is shifted by an epoch against the weights."""
-    final = Train_cifar.main(tiny(tmp_path, "--num_epochs", "4", "--warm_up", "2", "--save_scores"))
-    folder = Path(final["run_dir"])
-    assert [file.name for file in sorted((folder / "scores").iterdir())] == ["epoch_002.npz", "epoch_003.npz"]
-    scores = dict(np.load(folder / "scores/epoch_003.npz", allow_pickle=False))
-    names = ("raw_loss", "prediction", "loss", "clean_probability", "means", "variances", "weights", "threshold")
-    assert scores.keys() == {f"{name}_net{k}" for name in names for k in (1, 2)}
-
-    data, index = dataloader_cifar.load("digits", ""), np.load(folder / "labels.npz")["index"]
-    given = np.load(folder / "labels.npz")["given"]
-    train = DeviceImages(data.train_images[index], given, data.mean, data.std, data.flip)
-    weights = torch.load(folder / "epoch-002.pt", weights_only=True)["nets"]
-    for k, net in enumerate(load_nets(weights, 10), start=1):  # after epoch 2, which is the start of epoch 3
-        scored = engine.per_sample_loss(net, train)
-        np.testing.assert_allclose(scores[f"raw_loss_net{k}"], scored.loss.numpy(), rtol=1e-3, atol=1e-4)
-        assert (scores[f"prediction_net{k}"] == scored.prediction.numpy()).mean() > 0.95
-        np.testing.assert_allclose(scores[f"loss_net{k}"], normalise(scored.loss.numpy()), rtol=1e-2, atol=1e-3)
-        labeled = scores[f"clean_probability_net{k}"] > scores[f"threshold_net{k}"]
-        assert labeled.sum() == final[f"labeled_net{k}"]
+    assert end_of(export, [str(run), str(tmp_path / "model.pt2")], monkeypatch) == 0
+    extra = {"metadata.json": ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=extra).module()
+    about = json.loads(extra["metadata.json"])
+    assert about["networks"]["count"] == 1 and "softmax(logits) " in about["output"]["meaning"]
+    x = torch.rand(3, *about["input"]["shape"][1:])
+    with torch.no_grad():
+        expected = deploy.load_ensemble(run, read_description(run))(x)
+        torch.testing.assert_close(program(x), expected, rtol=1e-4, atol=1e-4)

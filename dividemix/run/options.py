@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import nn
 
 from dividemix import DivideMixError, DivideMixWarning, blind, networks, noise, recipes, runtime
 from dividemix.engine import MixMatch
@@ -354,6 +355,15 @@ def mixmatch(args: argparse.Namespace, *, conf_penalty: bool, **settings: Any) -
     conf_penalty is a word."""
     flags = {name: value for name, value in vars(args).items() if name in MixMatch.__dataclass_fields__}
     return MixMatch(**flags | {"conf_penalty": conf_penalty} | settings)
+
+
+def build_networks(args: argparse.Namespace, runtime: Runtime, begun: bool, count: int = 2) -> list[nn.Module]:
+    """The networks that the flags ask for, on the device. begun: whether the run continues from a checkpoint; then no
+    weights are read. Raises DivideMixError for weights that do not fit."""
+    shape = args.arch, args.num_class, args.width
+    weights = getattr(args, "weights", "none")  # Train_cifar.py has no such flag
+    start = {"init_from": args.init_from, "seed": args.seed, "runtime": runtime, "begun": begun}
+    return networks.pair(*shape, weights, **start, count=count)
 
 
 def refuse_ranks(script: str) -> None:

@@ -32,8 +32,8 @@ def split(
     digests: Mapping[str, str] | None = None,
 ) -> Split:
     """Leave bad images out (`usable`) and hold some training images out to select the best epoch, by_class the same
-    share of each class. digests: of what else, beside the lists, must stay what it was when the run began. Raises
-    DivideMixError for other lists than the run began with, and for too few images."""
+    share of each class. digests: of what else, beside the lists, must stay what it was when the run began. Saves the
+    training labels. Raises DivideMixError for other lists than the run began with, and for too few images."""
     hashes = {name: images.digest() for name, images in lists.items()} | dict(digests or {})
     train = lists["train"]
     run.pin("images_sha256", hashes, f"the images or labels in {train.root} are not those {run.folder} began with")
@@ -45,5 +45,6 @@ def split(
     if len(held_out):
         drawn = f"drawn by seed {run.args.seed}, to select the best epoch"
         lines.append(f"{len(held_out)} training images held out with their labels, {drawn}")
+    run.save_labels(index=index, given=train.labels[index], list_given=train.labels, list_path=train.names())
     places = (np.searchsorted(rows["train"], part) for part in (index, held_out))
     return Split({name: images.select(rows[name]) for name, images in lists.items()}, index, *places, lines)

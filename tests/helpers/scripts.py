@@ -11,6 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import dataloader_clothing1M
+import dataloader_folder
+import dataloader_webvision
+import Train_cifar
 import Train_clothing1M
 import Train_folder
 import Train_webvision
@@ -55,30 +59,55 @@ def torchrun(*arguments, ranks: int = 2) -> subprocess.CompletedProcess:
     return Job(*arguments, ranks=ranks).end()
 
 
+def make_listed_folder(root: Path, n: int = 24, noise: float = 0, sides: tuple[int, int] = (16, 24)) -> Path:
+    """The images of `make_folder`, with a labels.csv that lists them."""
+    make_folder(root, n, sides=sides)
+    rows = [f"{path.relative_to(root)},{path.parent.name}\n" for path in sorted(root.rglob("*.jpg"))]
+    (root / "labels.csv").write_text("path,label\n" + "".join(rows))
+    return root
+
+
+# The scripts and what the tests need to know of each. make: (root, noise, sides) -> its data folder. read: the lists of
+# images of such a folder, by the names that they have in an epoch's record. name: the run folder's. size: flags of a
+# tiny run. lists: as the script calls them. paths, labels: the files that list the training images and their labels,
+# with so many lines before the first. The other values are what trains by default.
+# fmt: off
+CIFAR = SimpleNamespace(
+    id="cifar", main=Train_cifar, make=lambda root, **_: root, name="digits_0.5_sym",
+    weight_decay=5e-4, lr=0.02, alpha=4, conf_penalty=False, num_class=10,
+)
 CLOTHING1M = SimpleNamespace(
-    **{"main": Train_clothing1M, "make": make_clothing1M, "name": "clothing1m", "lists": ("train", "val", "test")},
-    **{"size": ["--num_batches", "4"], "paths": "noisy_train_key_list.txt", "labels": "noisy_label_kv.txt"},
-    **{"weight_decay": 1e-3, "lr": 0.002, "conf_penalty": True, "num_class": 14},
+    id="clothing1M", main=Train_clothing1M, make=make_clothing1M, name="clothing1m", size=["--num_batches", "4"],
+    read=lambda tree: lists_of(dataloader_clothing1M.load(tree), train="train", val="val", test="test"),
+    lists=("train", "val", "test"), paths="noisy_train_key_list.txt", labels="noisy_label_kv.txt", separator=" ",
+    header=0, weight_decay=1e-3, lr=0.002, alpha=0.5, conf_penalty=True, num_class=14,
 )
-
-
 WEBVISION = SimpleNamespace(
-    **{"main": Train_webvision, "make": make_webvision, "name": "webvision", "lists": ("train", "val", "imagenet")},
-    **{"size": ["--num_class", "10"], "paths": "info/train_filelist_google.txt"},
-    **{"labels": "info/train_filelist_google.txt", "weight_decay": 5e-4, "lr": 0.01, "conf_penalty": False},
-    **{"num_class": 10},
+    id="webvision", main=Train_webvision, make=make_webvision, name="webvision", size=["--num_class", "10"],
+    read=lambda tree: lists_of(dataloader_webvision.load(tree, 10), train="train", test="val", imagenet="imagenet"),
+    lists=("train", "val", "imagenet"), paths="info/train_filelist_google.txt",
+    labels="info/train_filelist_google.txt", separator=" ", header=0,
+    weight_decay=5e-4, lr=0.01, alpha=0.5, conf_penalty=False, num_class=10,
 )
-
-
 FOLDER = SimpleNamespace(
-    **{"main": Train_folder, "make": lambda root, noise, sides: make_folder(root, sides=sides)},
-    **{"name": "folder_data", "size": ["--warm_up", "1"]},
+    id="folder", main=Train_folder, make=make_listed_folder, name="folder_data", size=["--warm_up", "1"],
+    read=lambda tree: dataloader_folder.load(tree).lists,
+    lists=("train",), paths="labels.csv", labels="labels.csv", separator=",", header=1,
+    weight_decay=5e-4, lr=0.02, alpha=4, conf_penalty=False, num_class=4,
 )
+# fmt: on
+# The same script, but images are read from their files in each pass
+STREAMED = SimpleNamespace(**vars(FOLDER) | {"size": [*FOLDER.size, "--data_mode", "stream"], "id": "folder-streamed"})
+
+
+def lists_of(data, **names: str) -> dict:
+    return {name: getattr(data, attribute) for name, attribute in names.items()}
 
 
 def image_of(script, tree: Path, i: int) -> Path:
     """Training image i, as its list has it."""
-    return tree / (tree / script.paths).read_text().splitlines()[i].split()[0]
+    lines = (tree / script.paths).read_text().splitlines()[script.header :]
+    return tree / lines[i].rsplit(script.separator, 1)[0]
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,9 +129,15 @@ def tiny(out_dir: Path, *flags: str) -> list[str]:
 
 # Flags of the scripts for large images, the same: a net of width 4 on crops of 16 pixels. Later flags win.
 SMALL_NET = ["--arch", "preresnet18", "--width", "4", "--image_size", "16", "--batch_size", "8"]
-
-
 SMALL_NET += ["--device", "cpu", "--precision", "fp32"]
+
+
+def small_run(script, tree: Path, out_dir: Path, *flags: str) -> list[str]:
+    """Flags of such a run of any of the scripts. Later flags win."""
+    if script is CIFAR:
+        return tiny(out_dir, *flags)
+    data = ["--data_path", str(tree), *SMALL_NET, *script.size, "--num_epochs", "2", "--workers", "0"]
+    return [*data, "--out_dir", str(out_dir), *flags]
 
 
 def end_of(script, argv: list[str], monkeypatch) -> int:
@@ -119,19 +154,19 @@ def note_phases(monkeypatch, script) -> list[dict]:
     net's state, its peer, data and division, the method's settings, the phase, and the optimizer's settings."""
     calls: list[dict] = []
 
-    def note(kind: str, net, optimizer, **given) -> PhaseTerms:
+    def note(kind: str, net, optimizer, **arguments) -> PhaseTerms:
         [group] = optimizer.param_groups
         assert {*map(id, group["params"])} == {*map(id, net.parameters())}, "another net's optimizer"
         settings = {name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")}
-        calls.append({"kind": kind, "net": net, "state": snapshot(net), **settings, **given})
+        calls.append({"kind": kind, "net": net, "state": snapshot(net), **settings, **arguments})
         return PhaseTerms(1.0, 1.0, 0.0, 0.0)
 
     def warmup(net, optimizer, data, mixmatch, phase):
         return note("warmup", net, optimizer, data=data, mixmatch=mixmatch, phase=phase)
 
     def train(net, peer, optimizer, data, division, mixmatch, phase):
-        given = {"peer": peer, "data": data, "division": division, "mixmatch": mixmatch, "phase": phase}
-        return note("train", net, optimizer, **given)
+        arguments = {"peer": peer, "data": data, "division": division, "mixmatch": mixmatch, "phase": phase}
+        return note("train", net, optimizer, **arguments)
 
     monkeypatch.setattr(script, "warmup_epoch", warmup)
     monkeypatch.setattr(script, "train_epoch", train)
@@ -139,33 +174,42 @@ def note_phases(monkeypatch, script) -> list[dict]:
 
 
 def note_co_division(monkeypatch, script) -> list[dict]:
-    """From now on the script's scores and training of divided epochs are noted, with the networks as they are then, in
-    the form that `assert_co_divided` takes. -> the notes, to which more are added as it runs"""
+    """From now on the script's scores, training and tests are noted, with the networks as they are then and, of data
+    that are drawn, the rows, in the form that `assert_co_divided` takes. -> the notes, to which more are added"""
     events: list[dict] = []
-    loss, train = engine.per_sample_loss, script.train_epoch
+    loss, train, test = engine.per_sample_loss, script.train_epoch, script.test
 
     def spy_loss(net, data, phase):
         scored = loss(net, data, phase)
-        events.append({"what": "score", "net": snapshot(net), "loss": normalise(scored.loss.numpy())})
+        event = {"what": "score", "net": snapshot(net), "rows": getattr(data, "index", ())}
+        events.append(event | {"loss": normalise(scored.loss.numpy())})
         return scored
 
     def spy_train(net, peer, optimizer, data, division, mixmatch, phase):
-        about = {"what": "train", "net": snapshot(net), "peer": snapshot(peer), "loss": division.loss}
+        event = {"what": "train", "net": snapshot(net), "peer": snapshot(peer), "mixmatch": mixmatch}
         terms = train(net, peer, optimizer, data, division, mixmatch, phase)
-        events.append({**about, "after": snapshot(net)})
+        event |= {"rows": getattr(data, "index", ()), "loss": division.loss, "after": snapshot(net)}
+        events.append(event)
         return terms
+
+    def spy_test(nets, sets, *arguments, **settings):
+        if not events or events[-1]["what"] != "test":  # on several sets, one after the other: noted once
+            events.append({"what": "test", "nets": [snapshot(net) for net in nets]})
+        return test(nets, sets, *arguments, **settings)
 
     monkeypatch.setattr(engine, "per_sample_loss", spy_loss)
     monkeypatch.setattr(script, "train_epoch", spy_train)
+    monkeypatch.setattr(script, "test", spy_test)
     return events
 
 
 def assert_co_divided(net2, net1, first, second) -> None:
-    """Of one epoch, noted: both networks' scores, then both networks' training. Each learns from the other's division
-    and with the other, as it is then, as its peer."""
+    """Of one epoch, noted: both networks' scores, then both networks' training. Each learns from the other's division,
+    with the other, as it is then, as its peer."""
     assert same(first["net"], net1["net"]) and same(second["net"], net2["net"])
     assert same(first["peer"], net2["net"]), "net 1's peer is not net 2"
     assert same(second["peer"], first["after"]) and not same(first["after"], first["net"]), "a stale peer"
     assert np.abs(net1["loss"] - net2["loss"]).max() > 1e-3  # the two divisions can be told apart
     for trained, divided in ((first, net2), (second, net1)):
         np.testing.assert_allclose(trained["loss"], divided["loss"], rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(trained["rows"], divided["rows"])  # not another sample than was divided
