@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                         phase = run.phase("train", k)  # no name for the sample: it would outlive the epoch
                         losses.append(train_epoch(net, peer, optimizers[k], samples[1 - k], division, mixmatch, phase))
 
-                index = [sample and split.index[sample.index] for sample in samples]
+                index = [None if sample is None else split.index[sample.index] for sample in samples]
                 run.end_epoch(lr, divisions, losses, test(nets, val, run.phase), index)
 
             # Each network as it was at its own best epoch on the validation set

@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def read(args: argparse.Namespace, split: Split, run: Run, pipeline: Pipeline):
     """The images as the engine takes them: on the device, or read when they are needed. -> training set, 'val' and
     'test' as far as there are such, mean, std"""
-    parts = {name: (name, range(len(images))) for name, images in split.lists.items()}
+    parts: dict[str, tuple[str, Any]] = {name: (name, range(len(images))) for name, images in split.lists.items()}
     parts["train"] = "train", split.train
     if len(split.held_out):
         parts["val"] = ("train", split.held_out)

@@ -349,5 +349,5 @@ make nothing
 
 def test_the_hooks_have_the_pinned_ruff():
     """Else a commit is formatted by one version and refused by another."""
-    [version] = re.findall(r"^ruff==(.+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    [version] = re.findall(r"^ruff==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     assert f"rev: v{version}\n" in (ROOT / ".pre-commit-config.yaml").read_text()

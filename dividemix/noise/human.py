@@ -88,7 +88,7 @@ class _Recorded:
 
 
 _NAMES = "ndarray", "dtype", "_core.multiarray._reconstruct", "core.multiarray._reconstruct"  # of numpy 2 and numpy 1
-_ADMITTED = [(_Recorded, f"numpy.{name}") for name in _NAMES]
+_ADMITTED: list[Any] = [(_Recorded, f"numpy.{name}") for name in _NAMES]
 
 
 def _load(path: Path, n: int) -> dict[Any, Any]:

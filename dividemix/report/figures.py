@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -78,7 +79,7 @@ def write_panels(panels: dict[str, Draw], folder: Path) -> dict[str, Path]:
 
 def png(draw: Draw) -> bytes:
     """A panel as a PNG. Names from the data are text, never formulas; a script that the font lacks is no warning."""
-    style = {"text.parse_math": False, "axes.titlesize": 11, "legend.fontsize": 8}
+    style: Any = {"text.parse_math": False, "axes.titlesize": 11, "legend.fontsize": 8}
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         figure = Figure(figsize=(5.2, 3.9), layout="constrained")

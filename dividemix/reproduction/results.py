@@ -85,7 +85,7 @@ def write(chosen: Sequence[Row], out_dir: Path) -> list[Path]:
     groups = dict(list(table.groupby("row")))
     rows = [row for row in all_rows() if row in chosen or row.name in groups]
     drawn = [row for row in rows if row.name in groups and row.name == row.run_name]
-    panels = {row.name: partial(draw, row=row, runs=groups[row.name], out_dir=out_dir) for row in drawn}
+    panels: Any = {row.name: partial(draw, row=row, runs=groups[row.name], out_dir=out_dir) for row in drawn}
     curves = figures.write_panels(panels, out_dir / "curves")
     contents = {"results.csv": table.to_csv(index=False, float_format="%.4f")}
     contents["RESULTS.md"] = markdown(rows, table, curves)

@@ -100,7 +100,7 @@ def all_rows() -> list[Row]:
         rows += [small_images(row, "5", ablation) for ablation in recipes.ABLATIONS if ablation != "none"]
     for dataset, (flags, noises) in recipes.SMALL_SETS.items():
         for mode, r in noises:
-            noise = {"dataset": dataset, "mode": mode, "r": r}
+            noise: dict[str, Any] = {"dataset": dataset, "mode": mode, "r": r}
             row = replace(recipes.nearest(**noise)[0], **noise, best=None, last=None, ce_best=None)
             rows += [small_images(row, "here", variant, flags) for variant in ("ce", "")]
     return sorted(rows, key=lambda row: list(TABLES).index(row.table))

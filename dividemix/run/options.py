@@ -172,7 +172,7 @@ def add_images(
         add("--num_class", type=positive_int, default=paper["num_class"], help="classes")
     if "num_batches" in paper:
         add("--num_batches", type=positive_int, default=paper["num_batches"], help="batches of an epoch's sample")
-    depth = {"nargs": "?", "choices": ["quick", "full"], "const": "quick"}
+    depth: dict[str, Any] = {"nargs": "?", "choices": ["quick", "full"], "const": "quick"}
     add("--check_data", **depth, help="say what is wrong with the data folder, and end; full decodes every image")
     add("--skip_bad_images", **depth, help="leave damaged images out; full decodes every image to find them")
     if keep_images:
