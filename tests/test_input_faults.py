@@ -19,7 +19,7 @@ import Train_cifar
 import Train_clothing1M
 import Train_folder
 import Train_webvision
-from dividemix import DivideMixError, codivide, engine, noise, runtime
+from dividemix import DivideMixError, engine, noise, runtime
 from dividemix.noise import file as noise_file
 from dividemix.report import report
 from dividemix.run import options
@@ -142,7 +142,7 @@ def test_sets_that_are_empty_or_of_one_sample(start, tmp_path, monkeypatch, recw
         clean = np.where(np.arange(len(loss)) < next(epochs), 0.9, 0.1)
         return np.stack([clean, 1 - clean] if gmm.means_[0] < gmm.means_[1] else [1 - clean, clean], axis=1)
 
-    monkeypatch.setattr(codivide.GaussianMixture, "predict_proba", predict_proba)
+    monkeypatch.setattr("sklearn.mixture.GaussianMixture.predict_proba", predict_proba)
     flags = ["--no_label_scores", "--limit_train", "33", "--r", "0.2"]
     flags += ["--eval_batch_size", "32"]  # that of a warm-up batch, too
     assert start(*flags)[0] == 0

@@ -1,10 +1,12 @@
 """The command: with fake_script.py in the place of the training scripts, and once, tiny, with the real ones."""
 
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from helpers.scripts import ROOT
 import reproduce
 from dividemix import DivideMixError
 from dividemix.reproduction import jobs, rows
+from dividemix.run import options
 
 FAKE = ROOT / "tests" / "helpers" / "fake_script.py"
 
@@ -115,6 +118,18 @@ def test_a_wrong_command_line_is_one_line(flags, named, capsys):
         reproduce.parse_args(flags)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and named in error and error.count("\n") == 1
+
+
+def test_a_reader_that_ends_is_no_error(monkeypatch, capsys):
+    """`reproduce.py --list | head` would end in a stack trace."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output, warnings.catch_warnings():
+        monkeypatch.setattr(sys, "stdout", output)
+        monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+        with pytest.raises(SystemExit) as ended:
+            options.command_line(lambda _: print("a row"))
+    assert ended.value.code == 141 and capsys.readouterr().err == ""
 
 
 @pytest.mark.slow
