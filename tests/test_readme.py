@@ -206,7 +206,7 @@ def test_the_readme_can_be_read():
     assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 160, "a line is a paragraph"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+@pytest.mark.parametrize("page", [*PAGES, RESULTS], ids=[*NAMES, "RESULTS.md"])
 def test_tables_have_short_cells_and_no_empty_rows(page):
     """A table with cells like paragraphs, or with rows that wait for a number, is no overview."""
     for cells in tables(page.read_text()):
