@@ -35,11 +35,3 @@ def test_a_list_holds_no_object_per_image():
     figures = bench_scale.lists(bench_scale.Meter(), 20_000)
     assert figures["list_objects"] < 200
     assert figures["list_bytes_per_sample"] == pytest.approx(figures["path_bytes"] + 16, abs=0.01)
-
-
-def test_losses_are_like_real_ones():
-    """Losses that no mixture could mistake, or that it could not divide at all, would hide what a subsample changes."""
-    losses, clean = bench_scale.random_losses(20_000)
-    division = bench_scale.codivide.codivide(losses, 0.5, truly_clean=clean)
-    assert 0.55 < division.labeled.mean() < 0.65 and 0.98 < division.auc < 1
-    assert 0.01 < ((division.clean_probability > 0.01) & (division.clean_probability < 0.99)).mean() < 0.5

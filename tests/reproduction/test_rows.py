@@ -86,12 +86,6 @@ def test_missing_data_are_seen_before_anything_starts(tmp_path, data, file):
     assert DATA[data].find(tmp_path)[1] == ""
 
 
-def test_what_can_be_downloaded_is_not_missing(tmp_path):
-    """`-- --download` on a new machine would run nothing; Clothing1M has no download."""
-    runs = plan("cifar10-sym-50 clothing1m digits-sym-50", extra="--download", root=str(tmp_path))
-    assert {run.row.data: bool(run.missing) for run in runs} == {"clothing1M": True, "cifar10": False, "digits": False}
-
-
 def test_a_run_is_its_scripts_command_and_seeds_share_the_noise():
     """What is copied from --dry_run would be another run; the spread over seeds would be that of the noise, too."""
     [run] = plan("cifar10-sym-50")
@@ -107,21 +101,19 @@ def test_a_run_is_its_scripts_command_and_seeds_share_the_noise():
     assert second.command[2:6] == ("--data_path", "data/Clothing1M/data", "--seed", "124")
 
 
-def test_rows_that_read_the_same_runs_have_them_once():
-    """Table 5's test with one network would train 300 epochs again, in a folder that is in use."""
+def test_runs_have_a_folder_each():
+    """A short run would be continued to the paper's 300 epochs and called the paper's; Table 5's test with one network
+    would train again in a folder that is in use; `-- --download` on a new machine would run nothing."""
     runs = plan("cifar10-sym-50 cifar10-sym-50-one_net", seeds=2)
     assert [run.name for run in runs] == ["cifar10-sym-50_seed123", "cifar10-sym-50_seed124"]
-    assert [run.name for run in plan("cifar10-sym-50-one_net")] == ["cifar10-sym-50_seed123"]
-
-
-def test_other_flags_have_their_folders():
-    """A short run would be continued to the paper's 300 epochs and called the paper's, or refused."""
     [run] = plan("cifar10-sym-50", extra="--width 16 --num_epochs 20 --workers 3 --device cpu --no_label_scores")
     assert run.name == "cifar10-sym-50_seed123_num_epochs-20_width-16" and run.num_epochs == 20
     assert run.command[-5:-2] == ("--device", "cpu", "--no_label_scores")
     assert plan("cifar10-sym-50", extra="--num_epochs=20 --width=16")[0].name == run.name
     [run] = plan("cifar10-sym-50", extra="--noise_file /a/b c.json")
     assert run.name == "cifar10-sym-50_seed123_noise_file--a-b-c.json"
+    runs = plan("cifar10-sym-50 clothing1m digits-sym-50", extra="--download")
+    assert {run.row.data: bool(run.missing) for run in runs} == {"clothing1M": True, "cifar10": False, "digits": False}
 
 
 @pytest.mark.parametrize(
