@@ -117,7 +117,8 @@ def test_a_wrong_command_line_is_one_line(flags, capsys):
     assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_reader_that_ends_is_no_error(monkeypatch, capsys):
+@pytest.mark.parametrize("count", [1, 10_000])  # fewer and more than a buffer holds
+def test_a_reader_that_ends_is_no_error(count, monkeypatch, capsys):
     """`reproduce.py --list | head` would end in a stack trace."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -125,7 +126,7 @@ def test_a_reader_that_ends_is_no_error(monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdout", output)
         monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
         with pytest.raises(SystemExit) as ended:
-            options.command_line(lambda _: print("a row"))
+            options.command_line(lambda _: print("a row\n" * count))
     assert ended.value.code == 141 and capsys.readouterr().err == ""
 
 

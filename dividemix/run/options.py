@@ -439,7 +439,8 @@ def command_line(
         end(f"{who}error: {error}")
     except OSError as error:  # a full disk, a folder that went away
         try:
-            sys.stdout.flush()
+            if isinstance(error, BrokenPipeError):
+                print(flush=True)
         except BrokenPipeError:  # nobody reads the output any more, as in `... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             end("", 141)  # as a program that SIGPIPE ends
