@@ -1,9 +1,9 @@
 # make demo     the environment, then cross-entropy and DivideMix on digits with 50 % wrong labels (about 3 minutes on 2 cores)
-# make test     the environment, then the fast tests (under 10 minutes on 2 cores)
+# make test     the environment, then the fast tests (minutes on 2 cores)
 # make test-slow the long tests (under 35 minutes)
 # make test-all both
 # make gpu      on a machine with a CUDA card, with its own Python: the tests that need one, then the benchmarks and an ablation (gpu*.json)
-# make lint     ruff
+# make lint     ruff, and mypy for types (under a minute)
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -47,6 +47,7 @@ gpu:
 lint: .venv/.installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -78,11 +78,14 @@ class Bottleneck(nn.Module):
         return F.relu(out + self.shortcut(x))
 
 
+Block = PreActBlock | BasicBlock | Bottleneck
+
+
 class ResNet(nn.Module):
     """Images (B, 3, S, S), S >= 16 -> logits (B, num_classes), float32 under autocast too: the head is computed in
     float32."""
 
-    def __init__(self, block: type[nn.Module], num_blocks: list[int], num_classes: int = 10, width: int = 64):
+    def __init__(self, block: type[Block], num_blocks: list[int], num_classes: int = 10, width: int = 64):
         super().__init__()
         self.in_planes = width
         self.conv1 = conv3x3(3, width)
@@ -93,7 +96,7 @@ class ResNet(nn.Module):
         self.layer4 = self._stage(block, 8 * width, num_blocks[3], stride=2)
         self.linear = nn.Linear(8 * width * block.expansion, num_classes)
 
-    def _stage(self, block: type[nn.Module], planes: int, blocks: int, stride: int) -> nn.Sequential:
+    def _stage(self, block: type[Block], planes: int, blocks: int, stride: int) -> nn.Sequential:
         layers = []
         for block_stride in [stride] + [1] * (blocks - 1):
             layers.append(block(self.in_planes, planes, block_stride))

@@ -105,7 +105,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def read(args: argparse.Namespace, split: Split, run: Run, pipeline: Pipeline):
     """The data sets, on the device or streamed. Returns the training set, the sets to evaluate on ("val" and "test",
     those that there are), mean and std. Raises DivideMixError where there is nothing to evaluate on, or no memory."""
-    rows_of = {name: (name, range(len(images))) for name, images in split.lists.items()}  # set -> list, rows in it
+    rows_of: dict[str, tuple[str, Any]] = {
+        name: (name, range(len(images))) for name, images in split.lists.items()
+    }  # set -> list, rows in it
     rows_of["train"] = "train", split.train
     if len(split.held_out):
         rows_of["val"] = "train", split.held_out

@@ -18,10 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
-from torchvision.datasets.mnist import read_image_file, read_label_file
-from torchvision.datasets.utils import check_integrity
 
 from dividemix import DivideMixError, noise
 from dividemix.data import DeviceImages, absolute
@@ -29,8 +25,6 @@ from dividemix.noise import NoiseSpec, noisy_labels
 from dividemix.run import Preparation, Run
 from dividemix.seeds import draws, hold_out
 
-# torchvision's classes hold the published file names, md5s and addresses.
-_CIFAR = {"cifar10": (CIFAR10, "labels"), "cifar100": (CIFAR100, "fine_labels")}
 _MEAN_STD = {  # of pixel values in [0, 1]; for CIFAR the authors' numbers
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),
@@ -174,12 +168,15 @@ def _check_labels(path: Path, labels: np.ndarray, count: int, num_class: int) ->
 
 # ---- CIFAR, and own data in the format of its "python version" ----
 def _load_cifar(dataset: str, root: Path, download: bool) -> tuple[_Arrays, _Arrays, list[str], Path, bool]:
-    source, label_key = _CIFAR[dataset]
+    from torchvision import datasets  # slow to import; its classes hold the published file names, md5s and addresses
+
+    is_cifar10 = dataset == "cifar10"
+    source, label_key = (datasets.CIFAR10, "labels") if is_cifar10 else (datasets.CIFAR100, "fine_labels")
     md5s = dict([*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])])
     published = root if root.name == source.base_folder else root / source.base_folder
     folder = _find_folder(dataset, [published, root], md5s, download)
     present = [name for name in md5s if (folder / name).is_file()]
-    intact = [name for name in present if check_integrity(folder / name, md5s[name])]
+    intact = [name for name in present if datasets.utils.check_integrity(folder / name, md5s[name])]
     if download and intact == present != [*md5s]:  # some published files are missing, and there are no others
         _download(source, published.parent, source.url, published)
         folder, intact = published, [*md5s]
@@ -300,6 +297,9 @@ def _value(item: Any) -> Any:
 # ---- Fashion-MNIST and the digits ----
 def _load_fashionmnist(root: Path, download: bool) -> tuple[_Arrays, _Arrays, list[str], Path, bool]:
     """torchvision's raw IDX files: 28x28 grey images, which get a black border and three equal channels."""
+    from torchvision.datasets import FashionMNIST
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
     archives = [name for name, _ in FashionMNIST.resources]
     names = [name.removesuffix(".gz") for name in archives]
     raw = _find_folder("fashionmnist", [root / "FashionMNIST" / "raw", root / "raw", root], names + archives, download)
@@ -323,6 +323,8 @@ def _load_fashionmnist(root: Path, download: bool) -> tuple[_Arrays, _Arrays, li
 
 def _load_digits() -> tuple[_Arrays, _Arrays, list[str], None, bool]:
     """scikit-learn's 1,797 digits, 8x8 with values 0 to 16, scaled up to 32x32; 1,450 of them for training."""
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     grey = F.interpolate(torch.from_numpy(digits.images)[:, None], (32, 32), mode="bilinear", align_corners=False)
     grey = (grey[:, 0] * (255 / 16)).round().to(torch.uint8).numpy()

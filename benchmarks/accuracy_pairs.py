@@ -1,4 +1,4 @@
-"""Does it cost accuracy? The same runs in two ways, over seeds: unless told otherwise, as fast as the machine can and
+"""Does it cost accuracy? The same runs in two ways, over seeds: unless told otherwise, as fast as the device can and
 in fp32 eager.
 
     python benchmarks/accuracy_pairs.py --seeds 5 --out_dir pairs -- --dataset fashionmnist --data_path ./data
@@ -38,19 +38,19 @@ def way(text: str) -> tuple[str, list[str]]:
 
 
 def summary(pairs: list[dict[str, dict[str, float]]]) -> str:
-    """A table of pairs {way: metrics, other way: metrics}, one a seed, and the mean differences."""
+    """For each number both means and the mean difference. pairs: {way: metrics, other way: metrics} of each seed."""
     lines = []
-    one, other = pairs[0]
+    first_way, second_way = pairs[0]
     for name, key in NUMBERS.items():
-        first, second = ([pair[way][key] for pair in pairs] for way in (one, other))
+        first, second = ([pair[way][key] for pair in pairs] for way in (first_way, second_way))
         differences = [a - b for a, b in zip(first, second, strict=True)]
         mean, n = statistics.mean(differences), len(differences)
         error = statistics.stdev(differences) / n**0.5 if n > 1 else float("nan")
         verdict = "  MORE THAN TWO STANDARD ERRORS" if n > 1 and abs(mean) > 2 * error else ""
-        each = " ".join(f"{difference:+.2f}" for difference in differences)
+        by_seed = " ".join(f"{difference:+.2f}" for difference in differences)
         lines.append(
-            f"{name:8} {one} {statistics.mean(first):.2f}, {other} {statistics.mean(second):.2f}; difference "
-            f"{mean:+.2f} +- {error:.2f} (standard error, n = {n}: {each}){verdict}"
+            f"{name:8} {first_way} {statistics.mean(first):.2f}, {second_way} {statistics.mean(second):.2f}; "
+            f"difference {mean:+.2f} +- {error:.2f} (standard error, n = {n}: {by_seed}){verdict}"
         )
     return "\n".join(lines)
 
@@ -68,10 +68,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    ways, pairs = dict(args.ways), []
+    ways: dict[str, list[str]] = dict(args.ways)
+    pairs: list[dict[str, dict[str, float]]] = []
     for seed in range(1, args.seeds + 1):
         common = [*args.flags, "--noise_seed", "123", "--seed", str(seed)]
-        pairs.append({name: run(args.out_dir / f"{name}_seed{seed}", [*common, *how]) for name, how in ways.items()})
+        pairs.append(
+            {name: run(args.out_dir / f"{name}_seed{seed}", [*common, *way_flags]) for name, way_flags in ways.items()}
+        )
         print(summary(pairs), flush=True)
 
 

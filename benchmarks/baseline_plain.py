@@ -89,8 +89,8 @@ def step(
     return loss.item(), Lx.item(), Lu.item(), penalty.item()  # every step, for the progress line
 
 
-def given(labeled: NDArray[np.bool_]) -> Division:
-    """A division that no mixture made, labeled (N,) with some of each."""
+def division_of(labeled: NDArray[np.bool_]) -> Division:
+    """The division in which these samples are labeled. labeled: (N,), some True and some False."""
     p, two = np.where(labeled, 0.9, 0.1), np.ones(2)
     return Division(p, labeled, p.astype(np.float32), two, two, two, 0.5, None)
 
@@ -130,9 +130,9 @@ class PlainEpoch:
         # torch's TF32 default, whatever ran before in this process: the project's own runtime switches it off
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
             for name, phase in (phases | {"test": self.test}).items():
-                start = self.now()
+                start = self.synchronized_time()
                 phase()
-                seconds[name] = self.now() - start
+                seconds[name] = self.synchronized_time() - start
         return seconds
 
     def losses(self, k: int) -> Tensor:
@@ -155,7 +155,7 @@ class PlainEpoch:
         """One pass of net k over the labeled set, in epoch warm_up + 16: lambda_u has reached its full value."""
         net, peer = self.nets[k].train(), self.nets[1 - k].eval()
         rows = division.labeled
-        images, labels, w = (whole[rows] for whole in (self.images, self.labels, division.clean_probability))
+        images, labels, w = (values[rows] for values in (self.images, self.labels, division.clean_probability))
         labeled = self.loader(Images(images, [TRAIN, TRAIN], labels.tolist(), w.tolist()), self.batch_size)
         unlabeled = self.loader(Images(self.images[~rows], [TRAIN, TRAIN]), self.batch_size)
         unlabeled_iter = iter(unlabeled)
@@ -189,9 +189,9 @@ class PlainEpoch:
         """Logits of each net, labels, and, on the host, the index of every image's row."""
         nets = [net.eval() for net in nets]
         data = Images(images, [EVAL], labels.tolist(), range(len(images)))
-        for x, given, index in self.loader(data, self.eval_batch_size, shuffle=False):
-            x, given = self.to_device(x, given)
-            yield [net(x) for net in nets], given, index
+        for x, batch_labels, index in self.loader(data, self.eval_batch_size, shuffle=False):
+            x, batch_labels = self.to_device(x, batch_labels)
+            yield [net(x) for net in nets], batch_labels, index
 
     def loader(self, data: Dataset, batch_size: int, shuffle: bool = True) -> DataLoader:
         # fork on Linux whatever Python's default is: anything else would send each worker a copy of the images
@@ -202,7 +202,7 @@ class PlainEpoch:
     def to_device(self, *tensors: Tensor) -> list[Tensor]:
         return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
 
-    def now(self) -> float:
+    def synchronized_time(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     labeled = rng.permutation(n) < args.labeled
     options = {name: getattr(args, name) for name in ("device", "width", "batch_size", "workers")}
     plain = PlainEpoch(images[:n], labels[:n], images[n:], labels[n:], **options)
-    epochs = [plain.run([given(labeled)] * 2) for _ in range(args.warmups + args.repeats)][args.warmups :]
+    epochs = [plain.run([division_of(labeled)] * 2) for _ in range(args.warmups + args.repeats)][args.warmups :]
     for name in [*epochs[0], "epoch"]:
         print(f"{name:8}{statistics.median(epoch.get(name, sum(epoch.values())) for epoch in epochs):10.3f} s")
     print(f"medians of {args.repeats} epochs after {args.warmups}; torch {torch.__version__}, {options}")

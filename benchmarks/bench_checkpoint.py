@@ -25,20 +25,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dividemix import runtime
 from dividemix.codivide import Mixture
 from dividemix.engine import MixMatch, PhaseTerms
 from dividemix.files import write_state
 from dividemix.run import Run, to_host
-from dividemix.runtime import Runtime
+from dividemix.runtime import Runtime, start
 from PreResNet import ResNet18
 
 
-def made(machine: Runtime, width: int, samples: int) -> tuple[list, list, list[Mixture]]:
+def random_state(runtime: Runtime, width: int, samples: int) -> tuple[list, list, list[Mixture]]:
     """What a run's state is of, random: networks, optimizers, and mixtures with the losses of a window of five."""
     rng = np.random.default_rng(0)
-    nets = [machine.prepare(ResNet18(10, width)) for _ in range(2)]
-    optimizers = [machine.optimizer(net, 0.02, 5e-4) for net in nets]
+    nets = [runtime.prepare(ResNet18(10, width)) for _ in range(2)]
+    optimizers = [runtime.optimizer(net, 0.02, 5e-4) for net in nets]
     mixtures = [Mixture(0.5, window=5) for _ in nets]
     for mixture in mixtures:
         mixture.history = [rng.random(samples, np.float32) for _ in range(4)]
@@ -61,7 +60,7 @@ def seconds(function: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times)
 
 
-def parts(state: dict[str, Any], folder: Path, repeats: int) -> tuple[dict[str, float], dict[str, int]]:
+def time_parts(state: dict[str, Any], folder: Path, repeats: int) -> tuple[dict[str, float], dict[str, int]]:
     """Seconds of each part of a save, and the bytes of its files."""
     begin = time.perf_counter()
     host = to_host(state)
@@ -72,7 +71,7 @@ def parts(state: dict[str, Any], folder: Path, repeats: int) -> tuple[dict[str, 
         "checkpoint": lambda: write_state(files["checkpoint"], host),
         "best.pt": lambda: write_state(files["best"], {"nets": host["nets"]}),
     }
-    measured = {"copy to new memory": first} | {name: seconds(part, repeats) for name, part in timed.items()}
+    measured = {"copy to new memory": first} | {name: seconds(function, repeats) for name, function in timed.items()}
     return measured, {name: file.stat().st_size for name, file in files.items()}
 
 
@@ -96,11 +95,11 @@ def kept_waiting(function: Callable[[], Any], repeats: int) -> float | None:
     return statistics.median(times)
 
 
-def waited(run_folder: Path, made_of: tuple[list, list, list], epoch_seconds: float, repeats: int) -> float:
+def waited(run_folder: Path, trained: tuple[list, list, list], epoch_seconds: float, repeats: int) -> float:
     """Median seconds_save of a run's epochs but the first; each is the best yet, so best.pt is written too."""
     flags = argparse.Namespace(seed=0, fresh=False, save_scores=False)
     with Run(run_folder, flags) as run:
-        run.start([], *made_of, MixMatch(10), data={}, model={})
+        run.start([], *trained, MixMatch(10), data={}, model={})
         for epoch in run.epochs(1 + repeats):
             time.sleep(epoch_seconds)
             accuracy = {name: float(epoch) for name in ("test_acc", "test_acc_net1", "test_acc_net2")}
@@ -124,28 +123,28 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
-    machine = runtime.start(args.device, width=args.width)
-    made_of = made(machine, args.width, args.samples)
+    runtime = start(args.device, width=args.width)
+    trained = random_state(runtime, args.width, args.samples)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        of_parts, sizes = parts(state_of(*made_of), Path(folder), args.repeats)
-        host = to_host(state_of(*made_of))
+        part_seconds, sizes = time_parts(state_of(*trained), Path(folder), args.repeats)
+        host = to_host(state_of(*trained))
         held = kept_waiting(lambda: write_state(Path(folder, "held.pt"), host), args.repeats)
-        wait = waited(Path(folder, "run"), made_of, args.epoch_seconds, args.repeats)
+        wait = waited(Path(folder, "run"), trained, args.epoch_seconds, args.repeats)
     report = {
-        "part_seconds": of_parts,
-        "save_seconds": sum(of_parts[name] for name in of_parts if not name.startswith("copy")),
+        "part_seconds": part_seconds,
+        "save_seconds": sum(part_seconds[name] for name in part_seconds if not name.startswith("copy")),
         "kept_waiting_seconds": held,
         "bytes": sizes,
         "waited_seconds": wait,
         "share_of_epoch": wait / args.epoch_seconds if args.epoch_seconds else None,
-        "device": machine.describe(),
+        "device": runtime.describe(),
         "date": datetime.date.today().isoformat(),
         "flags": vars(args),
     }
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1))
-    print(machine.describe())
-    for name, value in (*of_parts.items(), ("a save, beside training", report["save_seconds"])):
+    print(runtime.describe())
+    for name, value in (*part_seconds.items(), ("a save, beside training", report["save_seconds"])):
         print(f"{name:<28}{value:>9.3f} s")
     share = f", {wait / args.epoch_seconds:.1%} of an epoch of {args.epoch_seconds:g} s" if args.epoch_seconds else ""
     if held is not None:

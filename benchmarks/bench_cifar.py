@@ -30,12 +30,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from baseline_plain import PlainEpoch, default_workers, given
+from baseline_plain import PlainEpoch, default_workers, division_of
 
-from dividemix import engine, runtime
+from dividemix import engine
 from dividemix.codivide import Division, Mixture
 from dividemix.data import DeviceImages
-from dividemix.runtime import Runtime
+from dividemix.runtime import Runtime, at_once, computes_bf16
+from dividemix.runtime import start as start_runtime
 from PreResNet import ResNet18
 
 FLOOR_RATE = 790e12  # bf16 operations a second of an H100
@@ -63,7 +64,7 @@ class Work:
         """What net 1 and net 2 are trained on in an epoch."""
         rng, spread, n = np.random.default_rng([0, epoch]), self.labeled // 50, len(self.images)
         sizes = np.clip(self.labeled + rng.integers(-spread, spread + 1, 2), 1, n - 1)
-        return [given(rng.permutation(n) < size) for size in sizes]
+        return [division_of(rng.permutation(n) < size) for size in sizes]
 
     def operations(self, width: int) -> tuple[float, float]:
         """Of a divided epoch and of a warm-up epoch, both nets, with the test."""
@@ -79,16 +80,16 @@ class Work:
 class FastEpoch:
     """The engine's epoch as Train_cifar.py runs it, but for the divisions: fitted, and dropped for given ones."""
 
-    def __init__(self, work: Work, machine: Runtime, width: int, batch_size: int, eval_batch_size: int):
-        self.work, self.machine, self.batch_size = work, machine, batch_size
+    def __init__(self, work: Work, runtime: Runtime, width: int, batch_size: int, eval_batch_size: int):
+        self.work, self.runtime, self.batch_size = work, runtime, batch_size
         self.train, self.test = (
-            DeviceImages(images, labels, MEAN, STD, True, machine)
+            DeviceImages(images, labels, MEAN, STD, True, runtime)
             for images, labels in ((work.images, work.labels), (work.test_images, work.test_labels))
         )
         torch.manual_seed(0)
-        self.nets = [machine.prepare(ResNet18(10, width)) for _ in range(2)]
-        self.optimizers = [machine.optimizer(net, 0.02, 5e-4) for net in self.nets]
-        machine.eval_batch_size = eval_batch_size
+        self.nets = [runtime.prepare(ResNet18(10, width)) for _ in range(2)]
+        self.optimizers = [runtime.optimizer(net, 0.02, 5e-4) for net in self.nets]
+        runtime.eval_batch_size = eval_batch_size
         self.mixtures = [Mixture(0.5) for _ in self.nets]
         self.settings = engine.MixMatch(num_class=10, batch_size=batch_size)
         self.rng = np.random.default_rng(0)
@@ -98,7 +99,7 @@ class FastEpoch:
         """An epoch with these divisions, one for each net, or of warm-up. -> seconds of each phase, as `PlainEpoch.run`
         names them, and of all as 'epoch'."""
         self.seconds = {}
-        begin = self.now()
+        begin = self.time()
         if divisions:
             fitted = engine.co_divide(self.nets, [self.train] * 2, self.mixtures, self.phase)
         for k in range(2):
@@ -110,7 +111,7 @@ class FastEpoch:
                     self.nets[k], self.optimizers[k], self.train, self.settings, self.phase("warmup", k)
                 )
         engine.test(self.nets, {"test": self.test}, self.phase)
-        return {**self.seconds, "epoch": self.now() - begin}
+        return {**self.seconds, "epoch": self.time() - begin}
 
     def mixmatch(self, k: int, division: Division) -> engine.PhaseTerms:
         nets, phase = (self.nets[k], self.nets[1 - k]), self.phase("train", k)
@@ -119,8 +120,8 @@ class FastEpoch:
     def phase(self, name: str, k: int = 0) -> engine.Phase:
         return TimedPhase(26, self.rng, clock=self, title=f"{name}{k + 1}" if name in ("warmup", "train") else name)
 
-    def now(self) -> float:
-        return now(self.machine.device)
+    def time(self) -> float:
+        return synchronized_time(self.runtime.device)
 
 
 @dataclasses.dataclass
@@ -131,35 +132,35 @@ class TimedPhase(engine.Phase):
     title: str = ""
 
     def __enter__(self) -> engine.Phase:
-        self.begin = self.clock.now()
+        self.begin = self.clock.time()
         return self
 
     def __exit__(self, *_: object) -> None:
         seconds = self.clock.seconds
-        seconds[self.title] = seconds.get(self.title, 0.0) + self.clock.now() - self.begin
+        seconds[self.title] = seconds.get(self.title, 0.0) + self.clock.time() - self.begin
 
 
-def now(device: torch.device) -> float:
+def synchronized_time(device: torch.device) -> float:
     """Seconds, once the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def check(machine: Runtime, width: int, batch_size: int) -> str:
-    """Train one epoch of four batches on the machine and on the fp32 eager reference, same device and draws; exit if
-    they disagree."""
+def check(runtime: Runtime, width: int, batch_size: int) -> str:
+    """Train one epoch of four batches with this runtime and with the fp32 eager reference, on the same device with the
+    same draws; exit if they disagree."""
     work = Work.random(8 * batch_size, 4 * batch_size, 8)
-    division = given(np.arange(8 * batch_size) < 4 * batch_size)
+    division = division_of(np.arange(8 * batch_size) < 4 * batch_size)
     terms, weights = [], []
-    for one in (Runtime(machine.device), dataclasses.replace(machine, steps={})):
-        epoch = FastEpoch(work, one, width, batch_size, 1000)
+    for checked in (Runtime(runtime.device), dataclasses.replace(runtime, steps={})):
+        epoch = FastEpoch(work, checked, width, batch_size, 1000)
         before = torch.cat([p.detach().flatten().cpu() for p in epoch.nets[0].parameters()])
         terms.append(epoch.mixmatch(0, division))
         weights.append(torch.cat([p.detach().flatten().cpu() for p in epoch.nets[0].parameters()]) - before)
     cosine = torch.nn.functional.cosine_similarity(*weights, dim=0).item()
     loss = abs(terms[1].loss / terms[0].loss - 1)
-    exact = machine.precision == "fp32"
+    exact = runtime.precision == "fp32"
     sound = np.isfinite(terms[1]).all() and loss < (1e-3 if exact else 0.05) and cosine > (0.999 if exact else 0.9)
     line = (
         f"four steps against the fp32 eager reference: loss differs by {loss:.1e}, cosine of the updates {cosine:.4f}"
@@ -169,28 +170,28 @@ def check(machine: Runtime, width: int, batch_size: int) -> str:
     return line
 
 
-def variants(machine: Runtime, eval_batch_size: int) -> dict[str, tuple[Runtime, int]]:
-    """Each optimisation that this machine uses, off: (runtime, evaluation batch)."""
+def variants(runtime: Runtime, eval_batch_size: int) -> dict[str, tuple[Runtime, int]]:
+    """Each optimisation that this runtime uses, off: (runtime, evaluation batch)."""
 
     def without(**changed: Any) -> tuple[Runtime, int]:
-        return dataclasses.replace(machine, steps={}, **changed), eval_batch_size
+        return dataclasses.replace(runtime, steps={}, **changed), eval_batch_size
 
-    off = {}
-    if machine.precision == "bf16":
+    off: dict[str, tuple[Runtime, int]] = {}
+    if runtime.precision == "bf16":
         off["bf16 (fp32 instead)"] = without(precision="fp32")
-    if machine.memory_format == torch.channels_last:
-        where = " outside compiled code" if machine.compile else ""  # Inductor chooses its layouts itself
-        off[f"channels_last{where}"] = without(memory_format=torch.contiguous_format)
+    if runtime.memory_format == torch.channels_last:
+        suffix = " outside compiled code" if runtime.compile else ""  # Inductor chooses its layouts itself
+        off[f"channels_last{suffix}"] = without(memory_format=torch.contiguous_format)
     for field, name in {
         "graph": "CUDA graphs",
         "compile": "torch.compile",
         "merge": "merged forwards",
     }.items():
-        if getattr(machine, field):
+        if getattr(runtime, field):
             off[name] = without(**{field: False})
-    if machine.device.type == "cuda":
+    if runtime.device.type == "cuda":
         off["overlapped GMM"] = without()
-        off["overlapped GMM"][0].background = runtime.at_once
+        off["overlapped GMM"][0].background = at_once
     off["evaluation in large batches (128)"] = (without()[0], 128)
     return off
 
@@ -199,9 +200,9 @@ def timed(epochs: dict[str, Any], count: int, divisions: Callable[[int], Any]) -
     """`run` of each in turn, `count` times, with the epoch's divisions."""
     results: dict[str, list[dict[str, float]]] = {name: [] for name in epochs}
     for number in range(count):
-        given = divisions(number)
+        epoch_divisions = divisions(number)
         for name, epoch in epochs.items():
-            seconds = epoch.run(given)
+            seconds = epoch.run(epoch_divisions)
             results[name].append(seconds | {"epoch": seconds.get("epoch", sum(seconds.values()))})
     return results
 
@@ -217,13 +218,13 @@ def means(results: list[dict[str, float]], warmups: int) -> dict[str, float]:
 def measured_peak(device: torch.device) -> float:
     """Operations a second of a large matrix product of random numbers, in bf16 where the device has units for it."""
     n, runs = (8192, 20) if device.type == "cuda" else (1024, 5)
-    dtype = torch.bfloat16 if runtime.computes_bf16(device) else torch.float32
+    dtype = torch.bfloat16 if computes_bf16(device) else torch.float32
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     times = []
     for _ in range(3 + runs):
-        begin = now(device)
+        begin = synchronized_time(device)
         a @ b
-        times.append(now(device) - begin)
+        times.append(synchronized_time(device) - begin)
     return 2 * n**3 / statistics.median(times[3:])
 
 
@@ -250,38 +251,38 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
-    machine = runtime.start(
+    runtime = start_runtime(
         args.device, precision=args.precision, width=args.width, compile=not args.no_compile, graph=not args.no_graph
     )
-    print(machine.describe())
+    print(runtime.describe())
     begin = time.perf_counter()
-    print(check(machine, args.width, args.batch_size), flush=True)
+    print(check(runtime, args.width, args.batch_size), flush=True)
     set_up = time.perf_counter() - begin
 
     work = Work.random(args.samples, args.labeled, args.test_samples)
     sizes = args.width, args.batch_size
-    epochs: dict[str, Any] = {"": FastEpoch(work, machine, *sizes, args.eval_batch_size)}
+    epochs: dict[str, Any] = {"": FastEpoch(work, runtime, *sizes, args.eval_batch_size)}
     workers = args.plain_workers
     if args.against_plain:
-        workers = default_workers(machine.device.type) if workers is None else workers
+        workers = default_workers(runtime.device.type) if workers is None else workers
         plain = (work.images, work.labels, work.test_images, work.test_labels)
         shape = {"width": args.width, "batch_size": args.batch_size, "workers": workers}
-        epochs["plain"] = PlainEpoch(*plain, device=machine.device, **shape)
+        epochs["plain"] = PlainEpoch(*plain, device=runtime.device, **shape)
     if args.ablate:
-        for name, (other, eval_batch_size) in variants(machine, args.eval_batch_size).items():
-            epochs[name] = FastEpoch(work, other, *sizes, eval_batch_size)
+        for name, (slower, eval_batch_size) in variants(runtime, args.eval_batch_size).items():
+            epochs[name] = FastEpoch(work, slower, *sizes, eval_batch_size)
 
     count = args.warmups + args.repeats
     warm = timed({"": epochs[""]}, count, lambda _: None)[""]
     results = timed(epochs, count, work.divisions)
-    divided, warmup = (medians(each, args.warmups) for each in (results[""], warm))
-    mean, mean_warmup = (means(each, args.warmups) for each in (results[""], warm))
+    divided, warmup = (medians(result, args.warmups) for result in (results[""], warm))
+    mean, mean_warmup = (means(result, args.warmups) for result in (results[""], warm))
     set_up += sum(
-        max(0.0, each[0]["epoch"] - median["epoch"]) for each, median in ((results[""], divided), (warm, warmup))
+        max(0.0, result[0]["epoch"] - median["epoch"]) for result, median in ((results[""], divided), (warm, warmup))
     )
 
     operations, warmup_operations = work.operations(args.width)
-    rate, peak = operations / divided["epoch"], measured_peak(machine.device)
+    rate, peak = operations / divided["epoch"], measured_peak(runtime.device)
     report: dict[str, Any] = {
         "epoch_seconds": divided["epoch"],
         "warmup_epoch_seconds": warmup["epoch"],
@@ -292,8 +293,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "mean_warmup_epoch_seconds": mean_warmup["epoch"],
         "mean_phase_seconds": {name: mean[name] for name in mean if name != "epoch"}
         | {name: mean_warmup[name] for name in ("warmup1", "warmup2")},
-        "labeled_sizes": [[int(one.labeled.sum()) for one in work.divisions(number)] for number in range(count)],
-        "all_epoch_seconds": [each["epoch"] for each in results[""]],
+        "labeled_sizes": [
+            [int(division.labeled.sum()) for division in work.divisions(number)] for number in range(count)
+        ],
+        "all_epoch_seconds": [result["epoch"] for result in results[""]],
         "tflops": rate / 1e12,
         "warmup_tflops": warmup_operations / warmup["epoch"] / 1e12,
         "measured_peak_tflops": peak / 1e12,
@@ -302,7 +305,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "ratio_to_floor": divided["epoch"] / (operations / FLOOR_RATE),
     }
     if args.against_plain:
-        plain_median, plain_mean = (one(results["plain"], args.warmups) for one in (medians, means))
+        plain_median, plain_mean = (average(results["plain"], args.warmups) for average in (medians, means))
         report |= {"mean_plain_epoch_seconds": plain_mean.pop("epoch"), "mean_plain_phase_seconds": plain_mean}
         report |= {"plain_epoch_seconds": plain_median.pop("epoch"), "plain_phase_seconds": plain_median}
         report |= {"ratio": report["plain_epoch_seconds"] / divided["epoch"], "plain_workers": workers}
@@ -310,7 +313,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         names = [name for name in epochs if name not in ("", "plain")]
         report["ablation_epoch_seconds"] = {name: medians(results[name], args.warmups)["epoch"] for name in names}
         report["mean_ablation_epoch_seconds"] = {name: means(results[name], args.warmups)["epoch"] for name in names}
-    report |= {"device": machine.describe(), "date": datetime.date.today().isoformat(), "flags": vars(args)}
+    report |= {"device": runtime.describe(), "date": datetime.date.today().isoformat(), "flags": vars(args)}
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1))
     print_table(report, args)
@@ -323,9 +326,9 @@ def print_table(report: dict[str, Any], args: argparse.Namespace) -> None:
         epochs |= {"epoch (warm-up)": report.get(f"{kind}warmup_epoch_seconds")}
         return report.get(f"{kind}phase_seconds", {}) | {name: value for name, value in epochs.items() if value}
 
-    here, mean, plain, mean_plain = map(rows, ("", "mean_", "plain_", "mean_plain_"))
+    median, mean, plain, mean_plain = map(rows, ("", "mean_", "plain_", "mean_plain_"))
     print(f"\n{'seconds':<38}{'median':>9}{'mean':>9}" + (f"{'plain':>9}{'mean':>9}{'ratio':>7}" if plain else ""))
-    for name, seconds in here.items():
+    for name, seconds in median.items():
         print(f"{name:<38}{seconds:>9.3f}{mean[name]:>9.3f}", end="")
         print(f"{plain[name]:>9.3f}{mean_plain[name]:>9.3f}{plain[name] / seconds:>7.2f}" if name in plain else "")
     for name, seconds in report.get("ablation_epoch_seconds", {}).items():

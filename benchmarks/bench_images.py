@@ -27,7 +27,7 @@ import numpy as np
 import PIL
 import torch
 import torchvision
-from bench_cifar import medians, now, timed
+from bench_cifar import medians, synchronized_time, timed
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import nn
@@ -36,10 +36,11 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataloader_clothing1M import MEAN, STD
-from dividemix import engine, runtime
+from dividemix import engine
 from dividemix.codivide import Division
 from dividemix.data import Batches, ImageList, Pipeline, Views
 from dividemix.runtime import Runtime, available_cores
+from dividemix.runtime import start as start_runtime
 from PreResNet import ResNet18
 
 NUM_CLASS = 14
@@ -52,13 +53,11 @@ def make_photos(folder: Path, n: int, sides: tuple[int, int], seed: int = 0) -> 
     names = []
     for i in range(n):
         photo = photos[rng.integers(len(photos))]
-        short, ratio = int(rng.integers(sides[0], sides[1] + 1)), rng.uniform(1, 1.6)
-        width, height = (short, round(short * ratio)) if rng.random() < 0.5 else (round(short * ratio), short)
+        side, ratio = int(rng.integers(sides[0], sides[1] + 1)), rng.uniform(1, 1.6)
+        width, height = (side, round(side * ratio)) if rng.random() < 0.5 else (round(side * ratio), side)
         scale = rng.uniform(0.5, 1) * min(photo.width / width, photo.height / height)  # of the photo, what is cut out
-        left, top = (
-            rng.uniform(0, whole - scale * part) for whole, part in zip(photo.size, (width, height), strict=True)
-        )
-        box = (left, top, left + scale * width, top + scale * height)
+        x, y = rng.uniform(0, photo.width - scale * width), rng.uniform(0, photo.height - scale * height)
+        box = (x, y, x + scale * width, y + scale * height)
         names.append(f"{i:07}.jpg")
         photo.resize((width, height), Image.Resampling.BICUBIC, box).save(folder / names[-1], quality=85)
     labels = np.arange(n) % NUM_CLASS
@@ -169,8 +168,8 @@ class Loaded:
     def mixmatch_batches(self, division: Division, batch_size: int, rng: np.random.Generator) -> Batches:
         x, n = self._pixels(batch_size), int(division.labeled.sum())
         sizes = [(min(batch_size, n - start),) * 2 for start in range(0, n, batch_size)]
-        ones = torch.ones(batch_size, device=self.device)
-        batches = ((x[:k], x[:k], self.labels[:k], ones[:k], x[:k], x[:k]) for k, _ in sizes)
+        w = torch.ones(batch_size, device=self.device)
+        batches = ((x[:k], x[:k], self.labels[:k], w[:k], x[:k], x[:k]) for k, _ in sizes)
         return Batches(sizes, batches)
 
     mixmatch_views = staticmethod(PlainImages.mixmatch_views)
@@ -181,19 +180,19 @@ class Epoch:
     as each epoch of Clothing1M draws new images."""
 
     def __init__(
-        self, data: Callable[[], Any], division: Division, machine: Runtime, args: argparse.Namespace, nets: bool
+        self, data: Callable[[], Any], division: Division, runtime: Runtime, args: argparse.Namespace, nets: bool
     ):
-        self.data, self.division, self.machine, self.args = data, division, machine, args
-        self.nets = [machine.prepare(make_net(args)) for _ in range(2)] if nets else []
-        self.optimizer = machine.optimizer(self.nets[0], 0.002, 1e-3) if nets else None
+        self.data, self.division, self.runtime, self.args = data, division, runtime, args
+        self.nets = [runtime.prepare(make_net(args)) for _ in range(2)] if nets else []
+        self.optimizer = runtime.optimizer(self.nets[0], 0.002, 1e-3) if nets else None
 
     def run(self, _: None = None) -> dict[str, float]:
-        begin = now(self.machine.device)
+        begin = synchronized_time(self.runtime.device)
         data = self.data()
         self.score(data)
-        middle = now(self.machine.device)
+        middle = synchronized_time(self.runtime.device)
         self.train(data)
-        end = now(self.machine.device)
+        end = synchronized_time(self.runtime.device)
         return {"score": middle - begin, "train": end - middle}
 
     def score(self, data: Any) -> None:
@@ -219,11 +218,11 @@ def make_net(args: argparse.Namespace) -> nn.Module:
     return nn.Sequential(nn.AdaptiveAvgPool2d(32), ResNet18(NUM_CLASS, args.width))
 
 
-def check(here: Any, plain: PlainImages, batch_size: int) -> str:
+def check(ours: Any, plain: PlainImages, batch_size: int) -> str:
     """Exit if the two do not score the same pixels."""
     worst = 0.0
     for (x, labels), (y, plain_labels) in zip(
-        here.eval_batches(batch_size), plain.eval_batches(batch_size), strict=True
+        ours.eval_batches(batch_size), plain.eval_batches(batch_size), strict=True
     ):
         worst = max(worst, float((x - y).abs().max()), float((labels != plain_labels).any()))
     line = f"pixels to score, here and the plain way: largest difference {worst:.1e}"
@@ -252,7 +251,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
-    machine = runtime.start(
+    runtime = start_runtime(
         args.device,
         width=args.width if args.arch == "small" else 64,
         eval_batch_size=args.eval_batch_size,
@@ -260,37 +259,37 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         graph=False,
     )
     division, views = divide(args.images, args.labeled), Views(args.resize, args.image_size)
-    print(f"{machine.describe()}; {available_cores()} cores; Pillow {PIL.__version__}")
+    print(f"{runtime.describe()}; {available_cores()} cores; Pillow {PIL.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         photos = make_photos(Path(folder), args.images, tuple(args.sides))
         options = {"workers": args.workers, "keep": "host"}
-        with Pipeline({"train": photos}, views, MEAN, STD, machine, **options) as pipeline:
+        with Pipeline({"train": photos}, views, MEAN, STD, runtime, **options) as pipeline:
 
-            def here():
+            def ours():
                 return pipeline.images("train", keep=True)
 
             def plain():
-                return PlainImages(photos, views, machine, args.workers)
+                return PlainImages(photos, views, runtime, args.workers)
 
-            print(check(here(), plain(), args.eval_batch_size), flush=True)
-            epochs = {f"decode {name}": Epoch(data, division, machine, args, False) for name, data in ways(here, plain)}
+            print(check(ours(), plain(), args.eval_batch_size), flush=True)
+            epochs = {f"decode {name}": Epoch(data, division, runtime, args, False) for name, data in ways(ours, plain)}
             if args.arch != "none":
-                loaded = Loaded(args.images, views, machine)
-                epochs["compute"] = Epoch(lambda: loaded, division, machine, args, True)
+                loaded = Loaded(args.images, views, runtime)
+                epochs["compute"] = Epoch(lambda: loaded, division, runtime, args, True)
                 epochs |= {
-                    f"joint {name}": Epoch(data, division, machine, args, True) for name, data in ways(here, plain)
+                    f"joint {name}": Epoch(data, division, runtime, args, True) for name, data in ways(ours, plain)
                 }
             results = timed(epochs, args.warmups + args.repeats, lambda number: None)
     report = summary(results, division, args)
-    report |= {"device": machine.describe(), "date": datetime.date.today().isoformat(), "flags": vars(args)}
+    report |= {"device": runtime.describe(), "date": datetime.date.today().isoformat(), "flags": vars(args)}
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1))
     print_table(report, args)
     return report
 
 
-def ways(here: Callable, plain: Callable) -> tuple[tuple[str, Callable], ...]:
-    return ("here", here), ("plain", plain)
+def ways(ours: Callable, plain: Callable) -> tuple[tuple[str, Callable], ...]:
+    return ("here", ours), ("plain", plain)
 
 
 def summary(results: dict[str, list[dict[str, float]]], division: Division, args: argparse.Namespace) -> dict[str, Any]:
@@ -298,15 +297,15 @@ def summary(results: dict[str, list[dict[str, float]]], division: Division, args
     count = args.images + 2 * int(division.labeled.sum())  # scored, and labeled and unlabeled ones trained on
     report: dict[str, Any] = {"images_of_an_epoch": count, "cores": available_cores(), "n": args.repeats}
     report["seconds"] = {name: medians(result, args.warmups) for name, result in results.items()}
-    report["images_per_second"] = {name: count / each["epoch"] for name, each in report["seconds"].items()}
+    report["images_per_second"] = {name: count / seconds["epoch"] for name, seconds in report["seconds"].items()}
     report["ratio"] = {}
-    for what in ("decode", "joint"):
-        if f"{what} here" in results:
-            pairs = list(zip(results[f"{what} plain"], results[f"{what} here"], strict=True))[args.warmups :]
+    for work in ("decode", "joint"):
+        if f"{work} here" in results:
+            pairs = list(zip(results[f"{work} plain"], results[f"{work} here"], strict=True))[args.warmups :]
             for phase in ("score", "train", "epoch"):
-                ratios = [plain[phase] / here[phase] for plain, here in pairs]
-                each = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-                report["ratio"][f"{what}, {phase}"] = each
+                ratios = [plain[phase] / ours[phase] for plain, ours in pairs]
+                spread = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+                report["ratio"][f"{work}, {phase}"] = spread
     return report
 
 

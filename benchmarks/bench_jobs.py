@@ -25,49 +25,49 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where a new pro
 import torch
 from bench_cifar import FastEpoch, Work
 
-from dividemix import runtime
+from dividemix.runtime import available_cores, start
 
 _WAIT = 1800  # seconds for the slowest to be ready: compilation
 
 
 def worker(flags: dict[str, Any], threads: int | None, barrier: Any, results: Any) -> None:
-    """One process: puts (seconds of each epoch, the card's memory in bytes, machine) into `results`."""
+    """Put (seconds of each epoch, bytes on the card or None, runtime's description) into `results`."""
     if threads:
         torch.set_num_threads(threads)
-    machine = runtime.start(flags["device"], width=flags["width"])
+    runtime = start(flags["device"], width=flags["width"])
     work = Work.random(flags["samples"], flags["labeled"], flags["test_samples"])
-    epoch = FastEpoch(work, machine, flags["width"], flags["batch_size"], flags["eval_batch_size"])
+    epoch = FastEpoch(work, runtime, flags["width"], flags["batch_size"], flags["eval_batch_size"])
     for number in range(flags["warmups"]):
         epoch.run(work.divisions(number))
     barrier.wait(_WAIT)
     numbers = range(flags["warmups"], flags["warmups"] + flags["repeats"])
     times = [epoch.run(work.divisions(number))["epoch"] for number in numbers]
-    memory = torch.cuda.max_memory_reserved() if machine.device.type == "cuda" else None
-    results.put((times, memory, machine.describe()))
+    memory = torch.cuda.max_memory_reserved() if runtime.device.type == "cuda" else None
+    results.put((times, memory, runtime.describe()))
 
 
 def at_once(jobs: int, flags: dict[str, Any]) -> dict[str, Any]:
     """K = jobs processes. -> epoch_seconds, epochs_an_hour, memory (bytes of each on the card, or None), device"""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(jobs), context.Queue()
-    threads = None if "OMP_NUM_THREADS" in os.environ else max(1, runtime.available_cores() // jobs)
+    threads = None if "OMP_NUM_THREADS" in os.environ else max(1, available_cores() // jobs)
     processes = [context.Process(target=worker, args=(flags, threads, barrier, results)) for _ in range(jobs)]
     for process in processes:
         process.start()
-    found = []
-    while len(found) < jobs:
+    measured = []
+    while len(measured) < jobs:
         if results.empty() and any(process.exitcode for process in processes):
             for process in processes:
                 process.terminate()
             raise SystemExit(f"K = {jobs}: a process ended early; its error stands above")
         if not results.empty():
-            found.append(results.get())
+            measured.append(results.get())
         processes[0].join(0.2)
     for process in processes:
         process.join()
-    seconds = statistics.median(each for times, _, _ in found for each in times)
+    seconds = statistics.median(time for times, _, _ in measured for time in times)
     report = {"jobs": jobs, "epoch_seconds": seconds, "epochs_an_hour": 3600 * jobs / seconds}
-    return report | {"memory": found[0][1], "device": found[0][2]}
+    return report | {"memory": measured[0][1], "device": measured[0][2]}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -86,17 +86,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
-    found = [at_once(jobs, vars(args)) for jobs in args.jobs]
-    report = {"jobs": found, "device": found[0]["device"], "flags": vars(args)}
+    levels = [at_once(jobs, vars(args)) for jobs in args.jobs]
+    report = {"jobs": levels, "device": levels[0]["device"], "flags": vars(args)}
     report["date"] = datetime.date.today().isoformat()
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1))
     print(f"{report['device']}\n{'K':>3}{'seconds an epoch':>18}{'epochs an hour':>16}{'gain':>7}{'GB each':>9}")
-    for each in found:
-        memory = "-" if each["memory"] is None else f"{each['memory'] / 1e9:.1f}"
-        gain = each["epochs_an_hour"] / found[0]["epochs_an_hour"]
-        numbers = f"{each['epoch_seconds']:>18.3f}{each['epochs_an_hour']:>16.1f}{gain:>7.2f}"
-        print(f"{each['jobs']:>3}{numbers}{memory:>9}")
+    for level in levels:
+        memory = "-" if level["memory"] is None else f"{level['memory'] / 1e9:.1f}"
+        gain = level["epochs_an_hour"] / levels[0]["epochs_an_hour"]
+        numbers = f"{level['epoch_seconds']:>18.3f}{level['epochs_an_hour']:>16.1f}{gain:>7.2f}"
+        print(f"{level['jobs']:>3}{numbers}{memory:>9}")
     print(f"medians of {args.repeats} epochs of each process, after {args.warmups}; {report['date']}")
     return report
 

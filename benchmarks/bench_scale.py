@@ -64,7 +64,7 @@ def write_lists(root: Path, n: int) -> None:
 # ---- One size, in its own process ----
 
 
-class Parts:
+class Meter:
     """What each part took: seconds, and its peak of resident memory beyond what was there before."""
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Parts:
         self.peak_mb: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def measure(self, name: str) -> Iterator[None]:
         with contextlib.suppress(AttributeError, OSError, TypeError):
             ctypes.CDLL(None).malloc_trim(0)  # else a part fills what others have freed, and seems to need nothing
         with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
@@ -92,61 +92,61 @@ def memory_mb(field: str) -> float:
     return 0.0
 
 
-def measure(n: int, batch_size: int, fit_limit: int) -> dict[str, Any]:
+def measure_size(n: int, batch_size: int, fit_limit: int) -> dict[str, Any]:
     """Every part at n samples."""
     codivide.FIT_LIMIT = fit_limit
-    parts, start_mb = Parts(), memory_mb("VmRSS")
-    figures = lists(parts, n) | dividing(parts, n, batch_size)
-    memory = {"start_mb": start_mb, "highest_mb": parts.highest_mb}
-    return {"samples": n, "seconds": parts.seconds, "peak_mb": parts.peak_mb, **memory, **figures}
+    meter, start_mb = Meter(), memory_mb("VmRSS")
+    figures = lists(meter, n) | dividing(meter, n, batch_size)
+    memory = {"start_mb": start_mb, "highest_mb": meter.highest_mb}
+    return {"samples": n, "seconds": meter.seconds, "peak_mb": meter.peak_mb, **memory, **figures}
 
 
-def lists(parts: Parts, n: int) -> dict[str, Any]:
+def lists(meter: Meter, n: int) -> dict[str, Any]:
     """The lists of images, and an epoch's sample of them."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_lists(root, n)
-        with parts.part("read one list with labels"):
+        with meter.measure("read one list with labels"):
             lines = read_lines(root / "noisy_label_kv.txt", NUM_CLASS, drop=b"images/")
         blocks = sys.getallocatedblocks()
-        with parts.part("pack it (ImageList)"):
+        with meter.measure("pack it (ImageList)"):
             images = ImageList(folder, folder, "", lines.paths, lines.labels, NUM_CLASS, lines.numbers)
         objects = sys.getallocatedblocks() - blocks
         del lines
         held = images.paths.nbytes + images.labels.nbytes + images.numbers.nbytes
         del images
-        with parts.part("Clothing1M: keys and labels joined"):
+        with meter.measure("Clothing1M: keys and labels joined"):
             train = dataloader_clothing1M.find(root)[0]["train"]
     rng = np.random.default_rng(2)
     for name, size in ((f"balanced sample of {SAMPLE:,}", SAMPLE), ("balanced sample of a quarter", n // 4)):
-        with parts.part(name):
+        with meter.measure(name):
             index = dataloader_clothing1M.balanced_sample(train.labels, size, NUM_CLASS, rng)
-    with parts.part("that quarter as a list"):
+    with meter.measure("that quarter as a list"):
         train.select(index)
     return {"list_bytes_per_sample": held / n, "list_objects": objects, "path_bytes": train.paths.nbytes / n}
 
 
-def dividing(parts: Parts, n: int, batch_size: int) -> dict[str, Any]:
+def dividing(meter: Meter, n: int, batch_size: int) -> dict[str, Any]:
     """Co-divide of one net, and the batches of one phase."""
     losses, clean = random_losses(n)
     codivide.codivide(losses[:1000], 0.5)  # starts scikit-learn's threads
     mixture = codivide.Mixture(threshold=0.5)
-    with parts.part("co-divide, one net"):
+    with meter.measure("co-divide, one net"):
         division = mixture.divide(losses)
-    with parts.part("AUC"):
+    with meter.measure("AUC"):
         auc = codivide.auc(division.clean_probability, clean)
     figures: dict[str, Any] = {"labeled": int(division.labeled.sum()), "auc": auc}
     if n > codivide.FIT_LIMIT:
-        other = codivide.codivide(losses, 0.5, random_state=1)
-        figures["two_subsamples"] = difference(division, other)
+        second = codivide.codivide(losses, 0.5, random_state=1)
+        figures["two_subsamples"] = difference(division, second)
         codivide.FIT_LIMIT, limit = n, codivide.FIT_LIMIT
-        with parts.part("co-divide fitted to all"):
+        with meter.measure("co-divide fitted to all"):
             full = codivide.codivide(losses, 0.5)
         codivide.FIT_LIMIT = limit
         figures["subsample_or_all"] = difference(division, full)
         figures["auc_all"] = codivide.auc(full.clean_probability, clean)
-        del other, full
-    with parts.part(f"plan of batches of {batch_size}"):
+        del second, full
+    with meter.measure(f"plan of batches of {batch_size}"):
         labeled, _ = plan_mixmatch(division, batch_size, np.random.default_rng(3), Ranks())
     return figures | {"batches": len(labeled)}
 
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for n in args.sizes:
         # Spawned, so that it starts with nothing of the size before
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            sizes.append(pool.apply(measure, (n, args.batch_size, args.fit_limit)))
+            sizes.append(pool.apply(measure_size, (n, args.batch_size, args.fit_limit)))
         print(f"{n:,} samples done", file=sys.stderr, flush=True)
     versions = {m.__name__: m.__version__ for m in (torch, np, sklearn)} | {"python": platform.python_version()}
     report = {"sizes": sizes, "cores": available_cores(), "versions": versions}
@@ -199,26 +199,26 @@ def print_table(report: dict[str, Any]) -> None:
     for name in max((size["seconds"] for size in sizes), key=len):
         cells = []
         for size in sizes:
-            there = name in size["seconds"]
-            cells.append(f"{size['seconds'][name]:.3f} s {size['peak_mb'][name]:6,.0f} MB" if there else "")
+            is_measured = name in size["seconds"]
+            cells.append(f"{size['seconds'][name]:.3f} s {size['peak_mb'][name]:6,.0f} MB" if is_measured else "")
         print(f"{name:<38}" + "".join(f"{cell:>20}" for cell in cells))
-    for field, what in {
+    for field, title in {
         "highest_mb": "MB of the process at its highest",
         "start_mb": "  of which at its start",
         "list_bytes_per_sample": "list: bytes a sample",
         "path_bytes": "  of which the path",
         "list_objects": "list: Python objects, all together",
     }.items():
-        print(f"{what:<38}" + "".join(f"{size[field]:>20,.4g}" for size in sizes))
+        print(f"{title:<38}" + "".join(f"{size[field]:>20,.4g}" for size in sizes))
     for size in sizes:
-        for field, what in {
+        for field, title in {
             "subsample_or_all": "fitted to a subsample or to all",
             "two_subsamples": "two subsamples",
         }.items():
             if field in size:
                 d = size[field]
                 print(
-                    f"{size['samples']:,}, {what}: {d['change_sides']:,} samples change sides, p differs by "
+                    f"{size['samples']:,}, {title}: {d['change_sides']:,} samples change sides, p differs by "
                     f"{d['max_dp']:.2g} at most, {d['mean_dp']:.2g} on average"
                 )
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())

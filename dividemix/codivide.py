@@ -2,19 +2,17 @@
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import roc_auc_score
-from sklearn.mixture import GaussianMixture
 
 from dividemix import Diverged, DivideMixError, warn
 
 FIT_LIMIT = 1_000_000  # losses that a mixture is fitted to at most: more cost time and change next to nothing
 
 # Stopping early is part of the method. Not in `fit_gmm`: it may run in a thread, where catching them is not safe.
-warnings.filterwarnings("ignore", category=ConvergenceWarning, module=r"sklearn\.mixture")
+warnings.filterwarnings("ignore", category=UserWarning, module=r"sklearn\.mixture")
 
 
 @dataclass(frozen=True)
@@ -71,10 +69,12 @@ def smoothed(losses: NDArray, window: int = 1) -> NDArray[np.float64]:
     return normalise(history).mean(axis=0)
 
 
-def fit_gmm(loss: NDArray, random_state: int = 0) -> GaussianMixture:
+def fit_gmm(loss: NDArray, random_state: int = 0) -> Any:
     """The authors' mixture of a normalised loss (N,). Its few EM steps make the k-means initialisation part of the
     method. Unlike theirs, it is fitted to FIT_LIMIT losses at most, drawn without replacement; `benchmarks/RESULTS.md`
     shows what that changes."""
+    from sklearn.mixture import GaussianMixture  # slow to import
+
     if len(loss) > FIT_LIMIT:
         loss = np.random.default_rng(random_state).choice(loss, FIT_LIMIT, replace=False)
     gmm = GaussianMixture(n_components=2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=random_state)
@@ -125,6 +125,8 @@ def auc(probability: NDArray, truly_clean: NDArray[np.bool_] | None) -> float | 
     """Area under the ROC curve of clean probability (N,) against the truth; None if unknown or all of one kind."""
     if truly_clean is None or truly_clean.all() or not truly_clean.any():
         return None
+    from sklearn.metrics import roc_auc_score
+
     return float(roc_auc_score(truly_clean, probability))
 
 

@@ -86,15 +86,19 @@ class DataSet(Protocol):
     """
 
     runtime: Runtime
-    truly_clean: NDArray[np.bool_] | None  # (N,), where the truth is known: for the AUC alone
-    warmup_views: Callable[..., tuple[Tensor, Tensor]]  # (*batch) -> x, labels
-    mixmatch_views: Callable[..., tuple[Tensor, ...]]  # (*batch) -> x1, x2, labels, w, u1, u2
+
+    @property
+    def truly_clean(self) -> NDArray[np.bool_] | None: ...  # (N,), where the truth is known: for the AUC alone
+    @property
+    def warmup_views(self) -> Callable[..., tuple[Tensor, ...]]: ...  # (*batch) -> x, labels
+    @property
+    def mixmatch_views(self) -> Callable[..., tuple[Tensor, ...]]: ...  # (*batch) -> x1, x2, labels, w, u1, u2
 
     def __len__(self) -> int: ...
     def warmup_batches(self, batch_size: int, rng: np.random.Generator) -> Batches: ...
     def mixmatch_batches(self, division: Division, batch_size: int, rng: np.random.Generator) -> Batches: ...
 
-    def eval_batches(self, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
+    def eval_batches(self, batch_size: int) -> Iterable[tuple[Tensor, ...]]:
         """(x, labels) of all images in order, without augmentation."""
 
     def originals(self, rows: NDArray) -> Iterable[NDArray[np.uint8]]:
@@ -272,7 +276,7 @@ def train_epoch(
         index = torch.from_numpy(np.concatenate(index)).to(device).split(rows)
         num_iter = int(division.labeled.sum()) // mixmatch.batch_size + 1  # as the authors count: one too many at times
         t = phase.epoch + torch.arange(len(batches), device=device) / num_iter
-        ramp = linear_rampup(t, mixmatch.warm_up, mixmatch.lambda_u)
+        ramp: Tensor = linear_rampup(t, mixmatch.warm_up, mixmatch.lambda_u)
         peer = None if peer is net else peer
 
         def step(forward: Forward, lam: Tensor, index: Tensor, lambda_u: Tensor, *batch: Tensor) -> StepTerms:

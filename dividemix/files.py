@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from filelock import FileLock
-from numpy.typing import NDArray
 
 from dividemix import DivideMixError, warn
 
@@ -52,7 +51,7 @@ def atomic_file(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
-def write_arrays(path: Path, arrays: dict[str, NDArray]) -> None:
+def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     """An .npz file, as `atomic_file` writes it."""
     with atomic_file(path) as file:
         np.savez(file, **arrays)
@@ -113,7 +112,7 @@ def write_state(path: Path, state: dict[str, Any]) -> str:
     """Write `state` for `load_file`, as `atomic_file` does. -> the SHA-256 of the file. No copy is made in memory: that
     would be done under the GIL, and the thread that trains launches nothing meanwhile."""
     with atomic_file(path) as file:
-        hashing = HashingFile(file)
+        hashing: Any = HashingFile(file)
         torch.save(state, hashing)
         if hashing.error:
             raise hashing.error

@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms import functional as TF
 
 from dividemix import DivideMixError
 from dividemix.data.lists import Boundary
@@ -268,6 +267,8 @@ class Views:
 
     def resized(self, image: Image.Image) -> NDArray[np.uint8]:
         """(H, W, 3): the image with its short side `resize`, bilinear, antialiased."""
+        from torchvision.transforms import functional as TF  # slow to import
+
         return np.asarray(TF.resize(image, self.resize))
 
     def train(self, image: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
@@ -320,6 +321,8 @@ class Views:
         """The view (S, S, 3) of a resized image (H, W, 3)."""
         view = image[box.top : box.top + box.height, box.left : box.left + box.width]
         if view.shape[:2] != (self.crop, self.crop):  # cut first: pixels beside the box must not reach its edge
+            from torchvision.transforms import functional as TF
+
             view = np.asarray(TF.resize(Image.fromarray(np.ascontiguousarray(view)), [self.crop, self.crop]))
         if not box.flip:
             return view

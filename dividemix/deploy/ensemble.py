@@ -29,6 +29,9 @@ class Ensemble(nn.Module):
     """Images (B, channels, S, S), float32 in [0, 1] -> the sum of the networks' logits (B, num_class), as the paper
     tests them (Sec. 4.1). S is the preparation's image_size. epochs: the epoch of each network's weights."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, nets: list[nn.Module], preparation: Preparation, epochs: Sequence[int] = ()):
         super().__init__()
         self.epochs = list(epochs)

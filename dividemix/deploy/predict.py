@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     description = read_description(args.run)
     # In float32, as the exported program
     runtime = start(args.device, precision="fp32", width=description.width, compile=False, graph=False)
-    ensemble = runtime.prepare(load_ensemble(args.run, description, args.weights))
+    ensemble: Ensemble = runtime.prepare(load_ensemble(args.run, description, args.weights))
     print(f"{args.run}: {description}; {epochs_used(args.weights, ensemble.epochs)}; {runtime.describe()}")
 
     changes: list[int] = []

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -78,7 +79,7 @@ def write_panels(panels: dict[str, Draw], folder: Path) -> dict[str, Path]:
 
 def png(draw: Draw) -> bytes:
     """A panel as a PNG. Names from the data are never parsed as formulas; missing glyphs give no warning."""
-    style = {"text.parse_math": False, "axes.titlesize": 11, "legend.fontsize": 8}
+    style: Any = {"text.parse_math": False, "axes.titlesize": 11, "legend.fontsize": 8}
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         figure = Figure(figsize=(5.2, 3.9), layout="constrained")
@@ -210,7 +211,7 @@ def draw_transition(axes: Axes, issues: LabelIssues) -> None:
     axes.figure.colorbar(image, ax=axes)
     if n <= _MAX_NAMED:
         names = list(map(shortened, issues.class_names))
-        turn = {"rotation": 60, "ha": "right"} if max(map(len, names)) > 3 else {}
+        turn: dict[str, Any] = {"rotation": 60, "ha": "right"} if max(map(len, names)) > 3 else {}
         axes.set_xticks(range(n), names, fontsize=8, **turn)
         axes.set_yticks(range(n), names, fontsize=8)
         for i, j in zip(*np.nonzero(matrix >= 0.005), strict=True):

@@ -1,5 +1,4 @@
-"""The paper's tables, by reproduce.py: `rows` says which runs they need, `jobs` starts these, and `results` reads
-them."""
+"""The paper's tables, for reproduce.py: `rows` plans the runs, `jobs` starts them, `results` reads them."""
 
 from dividemix.reproduction import jobs, results, rows
 

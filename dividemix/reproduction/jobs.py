@@ -1,4 +1,4 @@
-"""Runs as jobs: processes on this machine, or jobs of SLURM through submitit. One loop keeps every slot busy."""
+"""Start runs as processes on this machine, or as jobs of a SLURM queue by submitit. One loop keeps all slots busy."""
 
 import contextlib
 import ctypes
@@ -16,17 +16,17 @@ from typing import Any
 from dividemix import DivideMixError
 from dividemix.reproduction.rows import ROOT, PlannedRun
 
-PAUSE, PAUSE_QUEUE = 0.5, 30.0  # seconds between two looks at the jobs
+PAUSE, PAUSE_QUEUE = 0.5, 30.0  # seconds between two checks of the jobs
 
 
 @dataclass
 class Job:
-    """Runs side by side, one process each, whose output is added to its log. On this machine `start` starts them; in a
-    queue submitit calls the job on a node, and gives an object with the same methods to look after it."""
+    """Runs side by side: a process and a log for each. On this machine `start` starts them. In a queue submitit calls
+    the job on a node, and returns an object that has the same methods."""
 
     runs: Sequence[PlannedRun]
     logs: Path
-    env: dict[str, str]  # beside the environment
+    env: dict[str, str]  # added to the environment
     in_queue: bool = False
     processes: list[subprocess.Popen] = field(default_factory=list, init=False)
 
@@ -39,19 +39,19 @@ class Job:
         for run in self.runs:
             with open(self.log(run), "a", errors="backslashreplace") as log:
                 print("$", shlex.join(run.command), file=log, flush=True)
-                streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-                # A session for itself: the terminal's Ctrl-C would be a second signal, which kills.
-                session = {"start_new_session": True, "preexec_fn": self.prepare_signals}
+                streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+                # A session of its own, else the terminal's Ctrl-C is a second signal, which kills.
+                session: dict[str, Any] = {"start_new_session": True, "preexec_fn": self.prepare_signals}
                 self.processes.append(subprocess.Popen(run.command, env=env, **streams, **session))
         return self
 
     def prepare_signals(self) -> None:
-        """In the new process, before the script."""
+        """Called in the new process before the script starts."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where a shell started us in the background
         if self.in_queue:  # SLURM sends its warnings to every process; `checkpoint` alone ends the scripts
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
                 signal.signal(number, signal.SIG_IGN)
-        elif sys.platform == "linux":  # they end with this process, however it ends: PR_SET_PDEATHSIG
+        elif sys.platform == "linux":  # PR_SET_PDEATHSIG: the script gets SIGTERM when this process dies
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
     def __call__(self) -> list[int]:
@@ -61,26 +61,26 @@ class Job:
         return all(process.poll() is not None for process in self.processes)
 
     def exception(self) -> None:
-        """None; of submitit's job where the node was lost, or the job cancelled."""
+        """None. submitit's returns an error if the node was lost or the job was cancelled."""
 
     def result(self) -> list[int]:
-        """Exit statuses, negative for a signal."""
+        """Wait, and return the exit status of each run, negative for a signal."""
         return [process.wait() for process in self.processes]
 
     wait = result
 
     def cancel(self, check: bool = True) -> None:
-        """Tell the scripts to end; they leave runs that can be continued."""
+        """Ask the scripts to stop. Their runs can be continued."""
         for process in self.processes:
             process.send_signal(signal.SIGINT if self.in_queue else signal.SIGTERM)
 
     def checkpoint(self) -> Any:
-        """Called by submitit when the time is up or the node is taken away: the job is queued again, and continues."""
+        """Called by submitit when the time is over or the node is taken away. The job is queued again."""
         from submitit.helpers import DelayedSubmission
 
         self.cancel()
         for process in self.processes:
-            with contextlib.suppress(ChildProcessError):  # `result`, which this interrupts, holds the lock of `wait`
+            with contextlib.suppress(ChildProcessError):  # this interrupts `result`, which holds the lock of `wait`
                 os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(Job(self.runs, self.logs, self.env, self.in_queue))
 
@@ -88,11 +88,12 @@ class Job:
 def launch(
     runs: Sequence[PlannedRun], logs: Path, slots: Sequence[dict[str, str]], size: int = 1, executor: Any = None
 ) -> list[str]:
-    """Run them all: one job at a time on each slot, which is the environment of its jobs; `size` runs are a job.
-    executor: submitit's, None for this machine. -> a line for each run that failed. Raises DivideMixError where no job
-    can be started; whatever is raised, Ctrl-C too, the jobs that run are told to end and waited for."""
+    """Run all of them. -> a line for each run that failed. slots: environments; one job at a time runs in each. size:
+    runs of a job. executor: submitit's, None for this machine. Raises DivideMixError if no job can be started. After
+    any error, or Ctrl-C, it stops the jobs that run and waits for them."""
     waiting = [runs[i : i + size] for i in range(0, len(runs), size)]
-    free, running, failed = list(slots), [], []
+    free, failed = list(slots), []
+    running: list[tuple[Any, Job]] = []
     try:
         while waiting or running:
             while waiting and free:
@@ -101,7 +102,7 @@ def launch(
                     running.append((executor.submit(job) if executor else job.start(), job))
                 except Exception as error:
                     if running:
-                        break  # the queue takes no more jobs of one user: it is asked again at the next look
+                        break  # the queue takes no more jobs of one user: try again after the pause
                     raise DivideMixError(f"no job could be started: {' '.join(str(error).split())[:300]}") from error
                 del waiting[0], free[0]
                 for run in job.runs:
@@ -127,7 +128,7 @@ def launch(
 
 
 def last_line(log: Path, status: int | None) -> str:
-    """Why a run failed: what its log ends with, and a signal, of which the log says nothing."""
+    """Why a run failed: the last line of its log, and the signal that ended it, which the log does not show."""
     lines = log.read_text(errors="replace").split("\n") if log.exists() else []
     last = next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
     if status is None:
@@ -136,13 +137,14 @@ def last_line(log: Path, status: int | None) -> str:
 
 
 def local_slots(jobs_per_gpu: int, cores: int, on_cpu: bool = False) -> list[dict[str, str]]:
-    """jobs_per_gpu slots on each visible card, or on the CPU. A second run comes to a card when all have one."""
+    """jobs_per_gpu slots on each visible card, or on the CPU. No card gets a second run before every card has one."""
     import torch
 
     count = 0 if on_cpu else torch.cuda.device_count()
     cards = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")[:count]
-    places = [{"CUDA_VISIBLE_DEVICES": card} for card in cards] or [{}]
-    return [place | threads(cores // (len(places) * jobs_per_gpu)) for _ in range(jobs_per_gpu) for place in places]
+    devices: list[dict[str, str]] = [{"CUDA_VISIBLE_DEVICES": card} for card in cards] or [{}]
+    thread_limit = threads(cores // (len(devices) * jobs_per_gpu))
+    return [device | thread_limit for _ in range(jobs_per_gpu) for device in devices]
 
 
 def threads(count: int) -> dict[str, str]:
@@ -150,8 +152,8 @@ def threads(count: int) -> dict[str, str]:
 
 
 def slurm_executor(folder: Path, **parameters: Any) -> Any:
-    """submitit's. Raises DivideMixError where submitit is not installed, SLURM not here, or a parameter wrong."""
-    # The job on the node imports this package.
+    """submitit's executor. Raises DivideMixError if submitit or SLURM is not installed, or a parameter is wrong."""
+    # A job imports this package on its node.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         import submitit

@@ -1,6 +1,5 @@
-"""The rows of the paper's tables: their data, the commands that make them, and what is there of their runs. Settings
-and the paper's numbers come from `recipes`. Names: <dataset>-<mode>-<per cent>, then -ce (cross-entropy) or the
-ablation."""
+"""The rows of the paper's tables: the data that they need, their commands, and their run folders. Settings and the
+paper's numbers come from `recipes`. Names: <dataset>-<mode>-<per cent>, then -ce (cross-entropy) or the ablation."""
 
 import fnmatch
 import json
@@ -14,21 +13,21 @@ from typing import Any, NamedTuple
 from dividemix import DivideMixError, recipes
 from dividemix.run import FREE_FLAGS
 
-ROOT = Path(__file__).resolve().parents[2]  # of the scripts
+ROOT = Path(__file__).resolve().parents[2]  # the folder of the scripts
 TABLES = {
     "1": "Table 1: CIFAR-10 and CIFAR-100, symmetric noise",
     "2": "Table 2: CIFAR-10, 40 % asymmetric noise",
     "3": "Table 3: Clothing1M",
     "4": "Table 4: WebVision, and ILSVRC12 with the same networks",
-    "5": "Table 5: parts of the method left out, CIFAR-10",
-    "here": "Small sets, which the paper lacks",
+    "5": "Table 5: ablations, CIFAR-10",
+    "here": "Small sets, not in the paper",
 }
 FIRST_SEED = 123  # the scripts' default
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A set is in `folder` below --data_root, or in --data_root itself, if one of the patterns `files` is there."""
+    """A data set: in `folder` below --data_root, or in --data_root itself, where a pattern of `files` matches."""
 
     title: str
     folder: str = ""
@@ -36,12 +35,12 @@ class DataSet:
     can_download: bool = False
 
     def find(self, data_root: Path) -> tuple[Path, str]:
-        """Where it is, or belongs; and what is missing, '' for nothing."""
-        wanted = data_root / self.folder
-        for folder in (wanted, data_root):
+        """Its folder, or where it should be; and what is missing, '' for nothing."""
+        default = data_root / self.folder
+        for folder in (default, data_root):
             if not self.files or any(any(folder.glob(pattern)) for pattern in self.files):
                 return folder, ""
-        return wanted, f"needs {self.title} in {wanted}"
+        return default, f"needs {self.title} in {default}"
 
 
 _FASHION = ("FashionMNIST/raw/train-images-*", "raw/train-images-*", "train-images-*")
@@ -57,9 +56,9 @@ DATA = {
 
 @dataclass(frozen=True)
 class Row:
-    """flags: of the script, beside data, seed and folder. paper: the numbers that the row is about, None where the
-    paper reports none, or none with a source. setting: flag -> value of everything that a run should have. run_name:
-    the row whose runs are read. column: the accuracy of an epoch that is read, of both networks or of net 1."""
+    """A row of a table. run_name: the row whose runs it reads. flags: of the script, without data, seed and folder.
+    paper: its numbers, None where the paper has none. setting: flag -> value that a run should have. column: the
+    accuracy in metrics.jsonl, of both networks or of net 1."""
 
     name: str
     run_name: str
@@ -73,18 +72,18 @@ class Row:
 
 
 def small_images(row: recipes.Recipe, table: str, variant: str = "", flags: dict[str, Any] | None = None) -> Row:
-    """A row of Train_cifar.py. variant: '', 'ce' or an ablation; flags: of a set that the paper lacks."""
+    """A row of Train_cifar.py. variant: '', 'ce' or an ablation. flags: more flags, of a small set."""
     method, ablation = ("ce", "none") if variant == "ce" else ("dividemix", variant or "none")
     defaults = {"dataset": "cifar10", "noise_mode": "sym", "r": None, "method": "dividemix", "ablation": "none"}
-    asked = dict(zip(defaults, (row.dataset, row.mode, row.r, method, ablation), strict=True)) | (flags or {})
-    setting = recipes.setting(row, method) | asked
-    asked = {name: value for name, value in asked.items() if name not in defaults or defaults[name] != value}
+    values = dict(zip(defaults, (row.dataset, row.mode, row.r, method, ablation), strict=True)) | (flags or {})
+    setting = recipes.setting(row, method) | values
+    flags = {name: value for name, value in values.items() if name not in defaults or defaults[name] != value}
     results = recipes.paper_results(row, method, ablation)
     paper = {name: results.get(name) for name in (("best",) if ablation != "none" else ("best", "last"))}
-    # The paper's cross-entropy is one network; where there is nothing to compare with, it is both, as for DivideMix.
+    # The paper's cross-entropy is one network. Without a number to compare with, it is both, like DivideMix.
     column = "test_acc_net1" if method == "ce" and row.ce_best is not None else "test_acc"
     name = "-".join(filter(None, (row.dataset, row.mode, f"{round(100 * row.r)}", variant)))
-    return Row(name, name, table, "Train_cifar.py", asked, row.dataset, paper, setting, column)
+    return Row(name, name, table, "Train_cifar.py", flags, row.dataset, paper, setting, column)
 
 
 def all_rows() -> list[Row]:
@@ -95,21 +94,21 @@ def all_rows() -> list[Row]:
         name, paper = data.lower(), dict(recipe.results)
         rows.append(Row(name, name, table, f"Train_{data}.py", recipe.results_with, data, paper, recipe.setting))
     for row in (row for row in recipes.ROWS if row.dataset == "cifar10"):
-        # Tested with net 1 alone: another reading of DivideMix's runs, of which no number of the paper's has a source.
+        # Net 1 tested alone reads DivideMix's runs. We have no source for the paper's numbers.
         base = small_images(row, "5")
         rows.append(replace(base, name=f"{base.name}-one_net", paper={"best": None}, column="test_acc_net1"))
         rows += [small_images(row, "5", ablation) for ablation in recipes.ABLATIONS if ablation != "none"]
     for dataset, (flags, noises) in recipes.SMALL_SETS.items():
         for mode, r in noises:
-            noise = {"dataset": dataset, "mode": mode, "r": r}
+            noise: dict[str, Any] = {"dataset": dataset, "mode": mode, "r": r}
             row = replace(recipes.nearest(**noise)[0], **noise, best=None, last=None, ce_best=None)
             rows += [small_images(row, "here", variant, flags) for variant in ("ce", "")]
     return sorted(rows, key=lambda row: list(TABLES).index(row.table))
 
 
 def select(tables: Sequence[str], patterns: Sequence[str]) -> list[Row]:
-    """The rows of these tables ('all': of all) and those whose names match a pattern. Raises DivideMixError for a
-    pattern that matches none."""
+    """The rows of these tables ('all': every table), and rows whose names match a pattern. Raises DivideMixError for a
+    pattern that matches no row."""
     rows = all_rows()
     matches = {pattern: fnmatch.filter([row.name for row in rows], pattern) for pattern in patterns}
     if missed := [pattern for pattern in patterns if not matches[pattern]]:
@@ -120,15 +119,15 @@ def select(tables: Sequence[str], patterns: Sequence[str]) -> list[Row]:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run. missing: why it cannot be started, '' where it can. given: what its folder's name has for flags after
-    --, '' for none."""
+    """One run. missing: why it cannot be started, or ''. extra_name: the end of its folder's name, made from the flags
+    after --, or ''."""
 
     row: Row
     folder: Path
     command: tuple[str, ...]
     num_epochs: int
     missing: str = ""
-    given: str = ""
+    extra_name: str = ""
 
     @property
     def name(self) -> str:
@@ -141,60 +140,62 @@ class PlannedRun:
 
 
 def plan(rows: Sequence[Row], seeds: int, data_root: Path, out_dir: Path, extra: Sequence[str]) -> list[PlannedRun]:
-    """The runs, in the order of the rows, no folder twice. extra: more flags of the scripts, which name the folders
-    where they decide what is computed. Raises DivideMixError for flags that are reproduce.py's to give."""
+    """The runs, in the order of the rows, no folder twice. extra: more flags for the scripts; those that change what is
+    computed are part of the folders' names. Raises DivideMixError for flags that reproduce.py itself sets."""
     flags = grouped(extra)
     for name in flags.keys() & {"seed", "run_dir", "out_dir", "data_path", "fresh"}:
-        raise DivideMixError(f"--{name} after --: --seeds, --out_dir and --data_root of reproduce.py itself say this")
-    end, runs = folder_name(flags), {}
+        raise DivideMixError(f"--{name} after --: use --seeds, --out_dir and --data_root of reproduce.py instead")
+    extra_name = folder_name(flags)
+    runs: dict[Path, PlannedRun] = {}
     for row in rows:
         data = DATA[row.data]
-        place, missing = data.find(data_root)
+        data_path, missing = data.find(data_root)
         missing = "" if data.can_download and "download" in flags else missing
         epochs = int(flags.get("num_epochs", row.setting["num_epochs"]))
         for seed in range(FIRST_SEED, FIRST_SEED + seeds):
-            folder = out_dir / f"{row.run_name}_seed{seed}{end and '_' + end}"
-            asked = ({"data_path": place} if data.folder else {}) | row.flags
+            folder = out_dir / f"{row.run_name}_seed{seed}{extra_name and '_' + extra_name}"
+            run_flags = ({"data_path": data_path} if data.folder else {}) | row.flags
             if seed != FIRST_SEED:  # all seeds have the same noise
-                asked |= {"seed": seed} | ({"noise_seed": FIRST_SEED} if row.script == "Train_cifar.py" else {})
-            words = [word for name, value in asked.items() for word in (f"--{name}", f"{value}")]
+                run_flags |= {"seed": seed} | ({"noise_seed": FIRST_SEED} if row.script == "Train_cifar.py" else {})
+            words = [word for name, value in run_flags.items() for word in (f"--{name}", f"{value}")]
             command = (sys.executable, str(ROOT / row.script), *words, *extra, "--run_dir", str(folder))
-            runs.setdefault(folder, PlannedRun(row, folder, command, epochs, missing, end))
+            runs.setdefault(folder, PlannedRun(row, folder, command, epochs, missing, extra_name))
     return list(runs.values())
 
 
 def grouped(extra: Sequence[str]) -> dict[str, str]:
     """['--lr', '0.1', '--no_graph'] -> {'lr': '0.1', 'no_graph': ''}. Raises DivideMixError for words that belong to no
     flag, and for a --num_epochs that is no number."""
-    first, *rest = " ".join(["", *extra]).split(" --")
+    first, *flag_texts = " ".join(["", *extra]).split(" --")
     if first:
         raise DivideMixError(f"{extra[0]}: expected flags of the training scripts after --, like -- --num_epochs 20")
-    flags = dict(re.fullmatch(r"(\w*)[ =]?(.*)", flag, re.DOTALL).groups() for flag in rest)
+    pairs = [re.split(r"[ =]", text, maxsplit=1) for text in flag_texts]
+    flags = {pair[0]: pair[1] if len(pair) > 1 else "" for pair in pairs}
     if not flags.get("num_epochs", "1").isdecimal():
         raise DivideMixError(f"--num_epochs {flags['num_epochs']}: expected a whole number")
     return flags
 
 
 def folder_name(flags: dict[str, str]) -> str:
-    """'' or 'num_epochs-20_width-16'. Left out are flags that a run may change, but for the three that make it another
-    one: its length and its data (whose labels it keeps)."""
+    """'' or 'num_epochs-20_width-16'. Flags that a run may change when it continues are left out, except the three that
+    make it another experiment: the number of epochs and those for the data."""
     free = FREE_FLAGS - {"num_epochs", "noise_file", "skip_bad_images"}
-    kept = sorted(f"{name}-{value}".removesuffix("-") for name, value in flags.items() if name not in free)
-    return re.sub(r"[^\w.+-]", "-", "_".join(kept))
+    words = sorted(f"{name}-{value}".removesuffix("-") for name, value in flags.items() if name not in free)
+    return re.sub(r"[^\w.+-]", "-", "_".join(words))
 
 
 class RunFiles(NamedTuple):
-    """Of a run folder: args.json, metrics.jsonl (a record per finished epoch), result.json ({} before the end)."""
+    """What a run folder holds: args.json, metrics.jsonl (a record an epoch), result.json ({} before the end)."""
 
-    about: dict[str, Any]
+    info: dict[str, Any]
     records: list[dict[str, Any]]
     result: dict[str, Any]
 
 
 def read(folder: Path) -> RunFiles:
-    """What is missing is empty."""
+    """Of a file that does not exist: empty."""
     paths = [folder / name for name in ("args.json", "metrics.jsonl", "result.json")]
-    about, lines, result = (path.read_text() if path.exists() else "" for path in paths)
-    # Half a line at the end was being written when the run was killed.
+    info, lines, result = (path.read_text() if path.exists() else "" for path in paths)
+    # A run that is killed while it writes leaves half a line at the end.
     records = [json.loads(line) for line in lines.splitlines(keepends=True) if line.endswith("\n")]
-    return RunFiles(json.loads(about or "{}"), records, json.loads(result or "{}"))
+    return RunFiles(json.loads(info or "{}"), records, json.loads(result or "{}"))

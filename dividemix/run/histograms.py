@@ -64,7 +64,7 @@ def paths(histogram: Histogram, top: float) -> list[tuple[str, str]]:
     def up(density: NDArray) -> NDArray:
         return _BASE - np.sqrt(np.clip(density, 0, top) / top) * (_BASE - _TOP)
 
-    def line(x: NDArray, y: NDArray) -> str:
+    def line(x: Iterable, y: Iterable) -> str:
         return "M" + " ".join(f"{a:.4g} {b:.4g}" for a, b in zip(x, y, strict=True))
 
     edges, below = np.repeat(across(np.linspace(0, 1, BINS + 1)), 2), np.zeros(BINS)

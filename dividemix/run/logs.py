@@ -116,7 +116,7 @@ def labeled_lines(record: Record) -> str:
 # One epoch for people, on one line
 
 
-def epoch_line(record: Record, num_epochs: int) -> str:
+def epoch_line(record: Record, num_epochs: float) -> str:
     """Without the newline."""
     parts = [f"epoch {record['epoch']}/{num_epochs - 1} {record['phase']}"]
     if divided(record):

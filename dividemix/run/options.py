@@ -173,7 +173,7 @@ def add_images(
         add("--num_class", type=positive_int, default=paper["num_class"], help="classes")
     if "num_batches" in paper:
         add("--num_batches", type=positive_int, default=paper["num_batches"], help="batches of an epoch's sample")
-    depth = {"nargs": "?", "choices": ["quick", "full"], "const": "quick"}
+    depth: dict[str, Any] = {"nargs": "?", "choices": ["quick", "full"], "const": "quick"}
     add("--check_data", **depth, help="say what is wrong with the data folder, and end; full decodes every image")
     add("--skip_bad_images", **depth, help="leave damaged images out; full decodes every image to find them")
     if keep_images:
@@ -433,8 +433,8 @@ def command_line(
     stopped_means: str = "the same command continues after the last finished epoch",
 ) -> NoReturn:
     """Run a script's main: errors that people can mend are one line and exit status 1, Ctrl-C is 130, SIGTERM 143.
-    Among several ranks (torchrun) each line says whose it is, and a rank that fails ends at once, so that torchrun ends
-    the others."""
+    Where nobody reads the output any more (`| head`), it ends quietly with 141. Among several ranks (torchrun) each
+    line says whose it is, and a rank that fails ends at once, so that torchrun ends the others."""
     who = rank_prefix()
     sys.stdout.reconfigure(errors="backslashreplace")  # a path that is not UTF-8 can be printed
     warnings.formatwarning = lambda message, *_, **__: f"{who}warning: {message}\n"
@@ -443,10 +443,17 @@ def command_line(
     try:
         with stoppable():
             main(None)
+        sys.stdout.flush()
         ranks.leave()
     except DivideMixError as error:
         end(f"{who}error: {error}")
     except OSError as error:  # a full disk, a folder that went away
+        try:
+            if isinstance(error, BrokenPipeError):
+                print(flush=True)
+        except BrokenPipeError:  # nobody reads the output any more, as in `... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            end("", 141)  # as a program that SIGPIPE ends
         # filename2: of two, the one that the user knows, not the temporary one
         end(f"{who}error: {error.filename2 or error.filename or 'input or output'}: {error.strerror or error}")
     except KeyboardInterrupt as stopped:

@@ -60,7 +60,9 @@ class Run:
         self.pins: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self.epoch, self.num_epochs = 0, math.inf
-        self._board = self._lock = self._new = self._aside = self._copy = None
+        self._new = self._aside = self._copy = None
+        self._board: Any = None
+        self._lock: Any = None
         self._writer = ThreadPoolExecutor(1, "save")  # begins with the first epoch's end
         self._writing: Future[list[int]] | None = None  # the last finished epoch
         self.state: dict[str, Any] = self.ranks.broadcast_from_rank0(self._open, args.fresh)

@@ -194,7 +194,7 @@ def at_once(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
     return lambda: result
 
 
-def load_optimizer(optimizer: torch.optim.SGD, state: dict[str, Any]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Restore an optimizer from its state dict, also one that another device wrote: momentum takes its parameter's
     memory layout; which SGD kernel runs, and whether the learning rate is a tensor, stay this machine's choice."""
     fused, lr = (optimizer.param_groups[0][name] for name in ("fused", "lr"))

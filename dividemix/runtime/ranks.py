@@ -122,7 +122,7 @@ def on_this_machine() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def from_environment() -> tuple[int, int, int]:
+def from_environment() -> tuple[int, ...]:
     """(rank, world, local rank) as torchrun sets them; (0, 1, 0) without it."""
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     return tuple(int(os.environ.get(name, alone)) for name, alone in names.items())

@@ -21,22 +21,8 @@ def plan(names: str, seeds: int = 1, extra: str = "", root: str = "data") -> lis
     return rows.plan(select([], names.split()), seeds, Path(root), Path("out"), extra.split())
 
 
-def parsed(row: rows.Row) -> dict:
-    """The flags of a run, as its args.json has them."""
-    [run] = plan(row.run_name)
-    args = SCRIPTS[row.script].parse_args(run.command[2:])
-    if row.script == "Train_cifar.py":
-        options.resolve_recipe(args)
-    else:
-        options.resolve_images(args, SCRIPTS[row.script].PAPER)
-    return vars(args)
-
-
-# ---- The rows ----
-
-
-def test_names_are_the_rows_of_the_papers_tables():
-    """A row that is missing is one that nobody can check us on."""
+def test_the_rows_and_numbers_of_the_papers_tables():
+    """A missing row is one that nobody can check us on; a wrong number is another row's, or one without a source."""
     by_table = {table: [row.name for row in rows.all_rows() if row.table == table] for table in rows.TABLES}
     assert sum(map(len, by_table.values())) == len(ROWS)
     assert len(by_table["1"]) == 16 and {"cifar100-sym-90", "cifar10-sym-20-ce"} < {*by_table["1"]}
@@ -44,10 +30,6 @@ def test_names_are_the_rows_of_the_papers_tables():
     assert (by_table["3"], by_table["4"]) == (["clothing1m"], ["webvision"])
     assert len(by_table["5"]) == 5 * 5 and "cifar10-sym-20-one_view" in by_table["5"]
     assert {"digits-sym-80-ce", "digits-asym-40", "fashionmnist-sym-50"} < {*by_table["here"]}
-
-
-def test_the_papers_numbers_are_those_of_the_recipes():
-    """Ours would be compared with another row's, or with a number that has no source."""
     assert ROWS["cifar10-sym-80"].paper == {"best": 93.2, "last": 92.9}
     assert ROWS["cifar100-sym-50-ce"].paper == {"best": 46.7, "last": None}
     table5 = {name: row.paper["best"] for name, row in ROWS.items() if row.table == "5" and row.paper["best"]}
@@ -62,27 +44,18 @@ def test_the_papers_numbers_are_those_of_the_recipes():
 def test_each_row_is_a_command_of_its_script_and_the_papers_setting(name):
     """The run would end at once, or train something else and be called the paper's."""
     row = ROWS[name]
-    args = parsed(row)
-    assert recipes.setting_differences(args, row.setting) == []
+    [run] = plan(row.run_name)
+    args = SCRIPTS[row.script].parse_args(run.command[2:])
     if row.script == "Train_cifar.py":
-        asked = ("dataset", "noise_mode", "r", "num_epochs")
-        assert [args[flag] for flag in asked] == [row.setting[flag] for flag in asked]
-        end = name.rsplit("-", 1)[1]
-        assert args["method"] == ("ce" if end == "ce" else "dividemix")
-        assert args["ablation"] == (end if end in recipes.ABLATIONS else "none")
-
-
-def test_flags_that_differ_are_named():
-    """A short run of a narrow net would stand in the table as a failed reproduction."""
-    row = ROWS["cifar10-sym-20"]
-    args = parsed(row) | {"lambda_u": 25.0, "num_epochs": 20}
-    assert recipes.setting_differences(args, row.setting) == [
-        "--num_epochs 20 (paper: 300)",
-        "--lambda_u 25 (paper: 0)",
-    ]
-    assert recipes.setting_differences({"num_epochs": 80, "lr_drop": 50}, ROWS["webvision"].setting) == [
-        "--num_epochs 80 (paper: 100)"
-    ]
+        options.resolve_recipe(args)
+        for flag in ("dataset", "noise_mode", "r", "num_epochs"):
+            assert getattr(args, flag) == row.setting[flag]
+        variant = name.rsplit("-", 1)[1]
+        assert args.method == ("ce" if variant == "ce" else "dividemix")
+        assert args.ablation == (variant if variant in recipes.ABLATIONS else "none")
+    else:
+        options.resolve_images(args, SCRIPTS[row.script].PAPER)
+    assert recipes.setting_differences(vars(args), row.setting) == []
 
 
 def test_rows_are_chosen_by_table_and_pattern():
@@ -94,86 +67,62 @@ def test_rows_are_chosen_by_table_and_pattern():
         select(["1"], ["cifar11"])
 
 
-# ---- Their data ----
-
-
 @pytest.mark.parametrize(
-    ("data", "files"),
+    ("data", "file"),
     [
-        ("cifar10", ["cifar-10/cifar-10-batches-py/data_batch_1"]),
-        ("cifar10", ["cifar-10-batches-py/data_batch_3"]),  # torchvision's layout, all sets side by side
-        ("cifar100", ["cifar-100/cifar-100-python/train"]),
-        ("fashionmnist", ["data/FashionMNIST/raw/train-images-idx3-ubyte.gz"]),
-        ("clothing1M", ["Clothing1M/data/noisy_train_key_list.txt"]),
-        ("webvision", ["webvision/info/train_filelist_google.txt"]),
+        ("cifar10", "cifar-10/cifar-10-batches-py/data_batch_1"),
+        ("cifar10", "cifar-10-batches-py/data_batch_3"),  # torchvision's layout, all sets side by side
+        ("cifar100", "cifar-100/cifar-100-python/train"),
+        ("fashionmnist", "data/FashionMNIST/raw/train-images-idx3-ubyte.gz"),
+        ("clothing1M", "Clothing1M/data/noisy_train_key_list.txt"),
+        ("webvision", "webvision/info/train_filelist_google.txt"),
     ],
 )
-def test_missing_data_are_seen_before_anything_starts(tmp_path, data, files):
+def test_missing_data_are_seen_before_anything_starts(tmp_path, data, file):
     """A night's queue ends in 18 errors of which the first told all."""
-    for file in files:
-        assert DATA[data].find(tmp_path)[1].startswith(f"needs {DATA[data].title} in {tmp_path}")
-        path = tmp_path / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+    assert DATA[data].find(tmp_path)[1].startswith(f"needs {DATA[data].title} in {tmp_path}")
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).touch()
     assert DATA[data].find(tmp_path)[1] == ""
 
 
-def test_what_can_be_downloaded_is_not_missing(tmp_path):
-    """`-- --download` on a new machine would run nothing; Clothing1M has no download."""
-    runs = plan("cifar10-sym-50 clothing1m digits-sym-50", extra="--download", root=str(tmp_path))
-    assert {run.row.data: bool(run.missing) for run in runs} == {"clothing1M": True, "cifar10": False, "digits": False}
-
-
-# ---- Their runs ----
-
-
-def test_a_run_is_its_scripts_command():
-    """What is copied from --dry_run would be another run than that which the command makes."""
+def test_a_run_is_its_scripts_command_and_seeds_share_the_noise():
+    """What is copied from --dry_run would be another run; the spread over seeds would be that of the noise, too."""
     [run] = plan("cifar10-sym-50")
     flags = ("--data_path", "data/cifar-10", "--r", "0.5", "--run_dir", "out/cifar10-sym-50_seed123")
     assert run.command == (sys.executable, str(rows.ROOT / "Train_cifar.py"), *flags) and run.num_epochs == 300
     assert run.missing == "needs CIFAR-10 in data/cifar-10"
-    [run] = plan("digits-sym-50-ce")
-    assert "--data_path" not in run.command and run.missing == ""
-
-
-def test_seeds_share_the_noise():
-    """The spread would be that of the noise, too."""
     first, second = plan("digits-sym-50", seeds=2)
-    assert "--seed" not in first.command and second.folder == Path("out/digits-sym-50_seed124")
+    assert not {"--data_path", "--seed"} & {*first.command} and first.missing == ""
+    assert second.folder == Path("out/digits-sym-50_seed124")
     args = Train_cifar.parse_args(second.command[2:])
     assert (args.seed, args.noise_seed) == (124, Train_cifar.parse_args(first.command[2:]).noise_seed)
     _, second = plan("clothing1m", seeds=2)
     assert second.command[2:6] == ("--data_path", "data/Clothing1M/data", "--seed", "124")
 
 
-def test_rows_that_read_the_same_runs_have_them_once():
-    """Table 5's test with one network would train 300 epochs again, in a folder that is in use."""
+def test_runs_have_a_folder_each():
+    """A short run would be continued to the paper's 300 epochs and called the paper's; Table 5's test with one network
+    would train again in a folder that is in use; `-- --download` on a new machine would run nothing."""
     runs = plan("cifar10-sym-50 cifar10-sym-50-one_net", seeds=2)
     assert [run.name for run in runs] == ["cifar10-sym-50_seed123", "cifar10-sym-50_seed124"]
-    assert [run.name for run in plan("cifar10-sym-50-one_net")] == ["cifar10-sym-50_seed123"]
-
-
-def test_other_flags_have_their_folders():
-    """A short run would be continued to the paper's 300 epochs and called the paper's, or refused."""
     [run] = plan("cifar10-sym-50", extra="--width 16 --num_epochs 20 --workers 3 --device cpu --no_label_scores")
     assert run.name == "cifar10-sym-50_seed123_num_epochs-20_width-16" and run.num_epochs == 20
     assert run.command[-5:-2] == ("--device", "cpu", "--no_label_scores")
     assert plan("cifar10-sym-50", extra="--num_epochs=20 --width=16")[0].name == run.name
     [run] = plan("cifar10-sym-50", extra="--noise_file /a/b c.json")
     assert run.name == "cifar10-sym-50_seed123_noise_file--a-b-c.json"
+    runs = plan("cifar10-sym-50 clothing1m digits-sym-50", extra="--download")
+    assert {run.row.data: bool(run.missing) for run in runs} == {"clothing1M": True, "cifar10": False, "digits": False}
 
 
 @pytest.mark.parametrize(
-    ("extra", "named"),
-    [
-        *(("--seed 1", "--seeds"), ("--run_dir=x", "--out_dir"), ("--width 3 --fresh", "--fresh"), ("16", "16")),
-        *(("--data_path x", "--data_root"), ("--num_epochs x", "--num_epochs"), ("--num_epochs", "--num_epochs")),
-    ],
+    ("extra", "flag"),
+    [("--seed 1", "--seeds"), ("--width 3 --fresh", "--fresh"), ("16", "16"), ("--num_epochs x", "--num_epochs x")],
 )
-def test_flags_that_are_not_the_users_to_give_are_refused(extra, named):
+def test_flags_that_are_not_the_users_to_give_are_refused(extra, flag):
     """All runs in one folder, or each start anew: each moves the one before aside."""
-    with pytest.raises(DivideMixError, match=named):
+    with pytest.raises(DivideMixError, match=flag):
         plan("cifar10-sym-50", extra=extra)
 
 
