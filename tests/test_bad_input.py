@@ -55,7 +55,7 @@ def refuse(monkeypatch, capsys, tmp_path):
 # ---- Flags ----
 
 POSITIVE, WHOLE, SEED = "a number above 0", "a whole number of 1 or more", "a whole number from 0 to 2^32 - 1"
-RATE, OPEN, PART = "a rate from 0 to 1", "a number between 0 and 1, both excluded", "a part of at least 0 and less than"
+RATE, OPEN, PART = "a rate from 0 to 1", "a number between 0 and 1, both excluded", "a number of 0 or more and below"
 CASES = [
     *[("--r", value, RATE) for value in ("-0.1", "1.1", "nan", "inf", "-inf", "half", "50%", "")],
     *[(flag, value, POSITIVE) for flag in ("--T", "--alpha", "--lr") for value in ("0", "-1", "nan", "inf", "x")],

@@ -195,11 +195,11 @@ def test_the_paper_number_beside_an_ablation_is_its_own(asked, expected):
     records = [{"best_acc": 94.0, "last10_acc": 93.0}]
     args = Train_cifar.parse_args([*asked, "--r", "0.2"])
     options.resolve_recipe(args)
-    line, paper = options.small_result(args, records, 0, True)
+    line, paper = options.compare_with_paper(args, records, 0, True)
     assert line == f"best 94.00 (epoch 0), mean of the last 10 93.00{expected}"
     assert ("paper_last" in paper) == (not asked)
     args = Train_cifar.parse_args(["--ablation", "divide_mixmatch", "--dataset", "cifar100"])  # which Table 5 lacks
-    assert options.small_result(args, records, 0, True) == ("best 94.00 (epoch 0), mean of the last 10 93.00", {})
+    assert options.compare_with_paper(args, records, 0, True) == ("best 94.00 (epoch 0), mean of the last 10 93.00", {})
 
 
 # ---- Stop, continue, refuse ----

@@ -437,7 +437,7 @@ def test_the_papers_number_stands_alone_only_beside_the_papers_setting():
     ):
         args = Train_cifar.parse_args(flags)
         options.resolve_recipe(args)
-        line, paper = options.small_result(args, records, 3, official)
+        line, paper = options.compare_with_paper(args, records, 3, official)
         assert line == f"best 94.00 (epoch 3), mean of the last 10 93.00{expected}"
         assert paper == {"paper_best": 94.6, "paper_last": 94.4}
 

@@ -100,7 +100,7 @@ def test_what_the_best_epoch_is_chosen_by():
     assert chosen(parts=("train", "test"))[0].val_fraction == 0
     assert chosen(parts=("train", "val"))[0].val_fraction == 0
     assert chosen("--val_fraction", "0.2", parts=("train", "test"))[0].val_fraction == 0.2
-    with pytest.raises(DivideMixError, match=r"--val_fraction 0\.2: the data have a validation part"):
+    with pytest.raises(DivideMixError, match=r"--val_fraction 0\.2: the data have validation"):
         chosen("--val_fraction", "0.2", parts=("train", "val"))
 
 

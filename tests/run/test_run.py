@@ -403,7 +403,7 @@ from pathlib import Path
 from dividemix import DivideMixError, runtime
 from dividemix.run import options
 from dividemix.runtime import ranks
-from test_run import begin, end_epoch, opened, validated
+from helpers.runs import begin, end_epoch, opened, validated
 
 def main(_):
     me = ranks.join(torch.device("cpu"))
