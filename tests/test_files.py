@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import multiprocessing
 import os
 import tracemalloc
 
@@ -90,3 +91,19 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     for path in (tmp_path / "pipe", tmp_path):
         with pytest.raises(OSError, match="not a file"):
             files.read_file(path)
+
+
+def test_a_lock_is_not_held_on_by_workers(tmp_path):
+    """Killed, the main process leaves its workers alive for some seconds: the same command again would be refused, as
+    if another process was still training."""
+    lock, context = files.lock_file(tmp_path / ".lock"), multiprocessing.get_context("fork")
+    running, stop = context.Event(), context.Event()
+    worker = context.Process(target=lambda: running.set() or stop.wait(60))
+    worker.start()
+    assert running.wait(60)
+    try:
+        lock.release()
+        files.lock_file(tmp_path / ".lock").release()
+    finally:
+        stop.set()
+        worker.join()

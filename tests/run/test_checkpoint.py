@@ -38,8 +38,8 @@ def folder(tmp_path):
 
 
 def test_two_checkpoints_are_kept_and_copies_of_the_user(folder):
-    """All of them would fill the disk (180 MB an epoch), one alone could not be fallen back from; and `cp epoch-001.pt
-    epoch-001-mine.pt` must not be undone by the next epoch. The pointer decides which is the last, not a clock."""
+    """All would fill the disk, one alone could not be fallen back from; a user's copy is not ours to delete; and not a
+    clock decides which is the last."""
     shutil.copy(folder / "epoch-001.pt", folder / "epoch-001-mine.pt")
     for epoch in (2, 3):
         save(folder, epoch)
@@ -50,8 +50,7 @@ def test_two_checkpoints_are_kept_and_copies_of_the_user(folder):
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "last byte", "one bit", "gone"])
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(folder, damage):
-    """A disk that lies, a copy that was cut: hours of training end with an error, or go on from damaged weights. The
-    epoch written again must not make the damaged one its fallback."""
+    """Hours of training would end with an error, or go on from damaged weights, at once or when written again."""
     file = folder / "epoch-001.pt"
     content = bytearray(file.read_bytes())
     if damage == "one bit":
@@ -70,8 +69,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(folder, damage):
 
 
 def test_a_checkpoint_of_another_format_is_skipped(folder):
-    """A run under way when the project is updated: it ends in a traceback, or goes on from values that mean another
-    thing."""
+    """A run under way when the project is updated would go on from values that mean another thing."""
     save(folder, 2, format=checkpoint.FORMAT + 1)
     with skipped(r"epoch-002\.pt"):
         assert load(folder) == 1
@@ -79,8 +77,7 @@ def test_a_checkpoint_of_another_format_is_skipped(folder):
 
 @pytest.mark.parametrize("name", ["epoch-001.pt", "epoch-100.pt"])
 def test_a_lost_pointer_is_no_new_start(folder, name):
-    """The run would begin again over its own checkpoints, and delete them with its first epoch. Epoch 0's file alone is
-    of a process that died before the pointer was there."""
+    """The run would begin again, and delete its checkpoints; but epoch 0 alone is of a run that died before it."""
     (folder / "last.json").unlink()
     (folder / "epoch-001.pt").rename(folder / name)
     with pytest.raises(DivideMixError, match=r"last\.json is missing"):
@@ -91,8 +88,7 @@ def test_a_lost_pointer_is_no_new_start(folder, name):
 
 @pytest.mark.parametrize("content", ["", "{}", '{"file": "a"}', "pipe"])
 def test_a_damaged_pointer_is_one_line(folder, content):
-    """last.json is the smallest file and the first to be damaged by hand: a stack trace, or a new start over what could
-    still be saved. A pipe would be waited for until a queue kills the job."""
+    """Else a stack trace, a new start over what could still be saved, or, of a pipe, a job that waits for ever."""
     pointer = folder / "last.json"
     pointer.unlink()
     if content == "pipe":
@@ -105,8 +101,7 @@ def test_a_damaged_pointer_is_one_line(folder, content):
 
 
 def test_no_sound_checkpoint_is_an_error_and_runs_no_code(folder):
-    """Starting anew in silence would overwrite what could still be saved; and a run folder from somebody else must not
-    run its code."""
+    """A new start would overwrite what could still be saved; a folder from somebody else could run its code."""
 
     class Payload:
         def __reduce__(self):

@@ -71,7 +71,7 @@ def test_sizes_of_sets(n, expected):
 @pytest.mark.parametrize(
     ("arch", "side", "expected"),
     [("preresnet18", 8, 32), ("preresnet18", 33, 40), ("preresnet18", 64, 64), ("preresnet18", 500, 64)]
-    + [("resnet50", 28, 128), ("resnet50", 150, 160), ("resnet50", 500, 224), ("inceptionresnetv2", 30, 299)]
+    + [("resnet50", 28, 128), ("resnet50", 150, 160), ("resnet50", 500, 224), ("inceptionresnetv2", 30, 299)],
 )
 def test_image_size(arch, side, expected):
     """Images would lose what they show, or a network be given a size that it cannot take."""

@@ -51,8 +51,7 @@ def resolved(*flags: str) -> tuple[argparse.Namespace, dict[str, float], list[st
 
 @pytest.mark.parametrize("setting", PAPER)
 def test_a_setting_of_the_paper_gets_its_own_values_and_says_so(setting):
-    """Else the first command that anybody runs does not reproduce the paper: the authors' own default costs 5 to 10
-    points at 20 % and at asym 40 %. Or it is compared with a number nobody published."""
+    """Else the first command that anybody runs does not reproduce the paper, or is compared with another number."""
     dataset, mode, r = setting
     lambda_u, p_threshold, loss_window, best, last, ce_best = PAPER[setting]
     args, paper, lines = resolved("--dataset", dataset, "--noise_mode", mode, "--r", str(r))
@@ -112,8 +111,7 @@ def test_noise_that_the_paper_lacks_goes_by_its_wrong_labels(dataset, wrong, nea
 
 
 def test_large_image_recipes_are_the_papers():
-    """Typed from FIDELITY.md, sections 4 and 6. Else the defaults train something else than what the paper reports, or
-    are compared with a number nobody published."""
+    """Else the defaults train something else than the paper's, or are compared with a number nobody published."""
     both = {"batch_size": 32, "lr_drop": 40, "num_epochs": 80, "warm_up": 1}
     both |= {"alpha": 0.5, "lambda_u": 0, "p_threshold": 0.5}
     clothing, web = recipes.CLOTHING1M, recipes.WEBVISION
@@ -171,8 +169,7 @@ def image_parser(recipe: recipes.ImageRecipe, **more) -> options.Parser:
 
 
 def test_the_papers_number_stands_beside_its_own_setting():
-    """WebVision's number is of 100 epochs, the default 80: else the two are compared without a word, or it is said when
-    the 80 are over. And somebody tunes --lambda_u, which has no effect, for a week."""
+    """WebVision's number is of 100 epochs, the default 80; and --lambda_u, which has no effect, is tuned for a week."""
     parser, recipe = image_parser(recipes.WEBVISION), recipes.WEBVISION
     paper = ["--num_epochs", "100", "--lr_drop", "50"]
     for flags, differences in (
@@ -189,24 +186,19 @@ def test_the_papers_number_stands_beside_its_own_setting():
         )
 
 
-@pytest.mark.parametrize(
-    ("flags", "weights"),
-    [([], "imagenet"), (["--arch", "preresnet18"], "none"), (["--weights", "none"], "none"), (["--weights", "x"], "x")],
-)
-def test_weights_follow_the_network_unless_given(flags, weights):
-    """Else every --arch but the paper's is refused until the user finds out about --weights none, or the paper's starts
-    from random weights and ends ten points lower."""
-    args = image_parser(recipes.CLOTHING1M).parse_args(flags)
-    options.resolve_images(args, recipes.CLOTHING1M)
-    assert args.weights == weights
+def test_weights_follow_the_network_unless_given():
+    """Else every --arch but the paper's is refused, or the paper's starts from random weights and ends points lower."""
+    for flags, weights in (([], "imagenet"), (["--arch", "preresnet18"], "none"), (["--weights", "x"], "x")):
+        args = image_parser(recipes.CLOTHING1M).parse_args(flags)
+        options.resolve_images(args, recipes.CLOTHING1M)
+        assert args.weights == weights
 
 
 # ---- A new hyper-parameter ----
 
 
 def test_a_new_hyper_parameter_reaches_the_engine_and_the_comparison(monkeypatch):
-    """Else a fourth place has to be changed for it, which nobody is told of, or a run of a changed method stands beside
-    the paper's number without a word. `views` has no flag yet."""
+    """Else a changed method stands beside the paper's number without a word. `views` has no flag yet."""
     more = dataclasses.make_dataclass("More", [("new", float, 1.0)], bases=(MixMatch,), frozen=True)
     monkeypatch.setattr(options, "MixMatch", more)
     assert options.mixmatch(argparse.Namespace(num_class=10, new=3.0, seed=1), conf_penalty=False) == more(10, new=3.0)
@@ -231,8 +223,7 @@ def test_every_flag_that_is_a_field_of_mixmatch_is_in_it():
 
 
 def test_flags_and_defaults_are_the_documented_ones():
-    """Else a command from the paper's time, or from the README, means something else here. In the authors' script
-    `--seed 123` made other noise than no --seed, since one was a text; `--seed 7` alone changes the noise, too."""
+    """Else a command from the paper's time, or from the README, means something else here."""
     assert vars(Train_cifar.parse_args([])) == vars(Train_cifar.parse_args(["--seed", "123"])) == DEFAULTS
     assert Train_cifar.parse_args(["--learning_rate", "0.1"]).lr == 0.1  # the authors' long name
     assert Train_cifar.parse_args(["--seed", "7"]).noise_seed == 7
@@ -256,8 +247,7 @@ def test_flags_of_the_scripts_for_large_images():
 
 
 def test_help_lists_every_flag_and_each_default_once(capsys):
-    """Else --help crashes or hides a flag, a flag is spelt with dashes, unlike all the others, '(default: None)' sends
-    users to the source, or Clothing1M's sends them to a table of the paper that has no row for it."""
+    """Else --help crashes, hides a flag, or sends its users to the source or to a table without a row for them."""
     for parse, some in (
         (Train_cifar.parse_args, ("(default: the paper's)", "(default: 64)", "which CUDA card (default: 0)")),
         (image_parser(recipes.CLOTHING1M).parse_args, ("(default: resnet50)", "(default: 1)")),

@@ -8,18 +8,17 @@ import numpy as np
 import pytest
 import torch
 from helpers.nets import golden_weights
-from helpers.runs import full, read_records
+from helpers.runs import full
 from helpers.scripts import tiny
 from PIL import Image
 
 import dataloader_cifar
 import PreResNet
 import Train_cifar
-from dividemix import engine
 from dividemix.codivide import Mixture
 from dividemix.engine import Phase, per_sample_loss
 from dividemix.report import figures
-from dividemix.run import histograms, scoring
+from dividemix.run import scoring
 from dividemix.run.run import Run
 from dividemix.runtime.device import Runtime
 from dividemix.seeds import draws
@@ -120,14 +119,6 @@ def copy(done, tmp_path):
     return shutil.copytree(done, tmp_path / "run")
 
 
-def epoch_scores(folder, epoch: int) -> dict[str, np.ndarray]:
-    return dict(np.load(folder / "scores" / f"epoch_{epoch:03d}.npz"))
-
-
-def histogram_lines(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "histograms.jsonl").read_text().splitlines()]
-
-
 def test_clean_probabilities_are_those_of_the_next_division(copy, monkeypatch):
     """By other means: a run that goes on divides first of all, by the same losses."""
     before = scores_of(copy)
@@ -136,69 +127,12 @@ def test_clean_probabilities_are_those_of_the_next_division(copy, monkeypatch):
         again(copy, "--num_epochs", "3")
     assert_same(scores_of(copy), before)  # of the epoch before, until the run has ended anew
     again(copy, "--num_epochs", "3")
-    divided = epoch_scores(copy, 2)
+    divided = np.load(copy / "scores" / "epoch_002.npz")
     for k in (1, 2):
         np.testing.assert_array_equal(before[f"p_clean_net{k}"], divided[f"clean_probability_net{k}"])
         np.testing.assert_array_equal(before[f"loss_net{k}"], divided[f"raw_loss_net{k}"])
     assert before["epochs"] == 2 and before["threshold"] == divided["threshold_net1"]
     assert scores_of(copy)["epochs"] == 3
-
-
-def test_what_is_kept_of_an_epoch_is_what_it_was_divided_by(tmp_path, monkeypatch):
-    """Else a figure of epoch N shows losses of after its training, or one network's under the other's name. Warm-up
-    divides nothing, and after the last epoch nothing is divided."""
-    scored, divided, train, loss = [], [], Train_cifar.train_epoch, engine.per_sample_loss
-
-    def note_scores(*args):
-        scored.append(loss(*args))
-        return scored[-1]
-
-    def note_division(*args):
-        divided.append(args[4])
-        return train(*args)
-
-    monkeypatch.setattr(engine, "per_sample_loss", note_scores)
-    monkeypatch.setattr(Train_cifar, "train_epoch", note_division)
-    folder = tmp_path / "run"
-    again(folder, "--num_epochs", "3", "--loss_window", "2", "--save_scores", "--no_label_scores")
-    assert sorted(path.name for path in (folder / "scores").iterdir()) == ["epoch_001.npz", "epoch_002.npz"]
-    lines, labels = histogram_lines(folder), np.load(folder / "labels.npz")
-    assert [line["epoch"] for line in lines] == [1, 2] and len(scored) == len(divided) == 4  # two networks
-    for line in lines:
-        assert line.keys() == {"epoch", "net1", "net2"}
-        saved = epoch_scores(folder, line["epoch"])
-        for k in (2, 1):  # net 2 is scored first, and divides for net 1, which is trained first
-            scores, division = scored.pop(0), divided.pop(0)
-            np.testing.assert_array_equal(saved[f"raw_loss_net{k}"], scores.loss)
-            np.testing.assert_array_equal(saved[f"prediction_net{k}"], scores.prediction)
-            np.testing.assert_array_equal(saved[f"loss_net{k}"], division.loss)
-            np.testing.assert_array_equal(saved[f"clean_probability_net{k}"], division.clean_probability)
-            assert line[f"net{k}"] == histograms.count(division, labels["given"] == labels["true"])
-
-
-def test_a_network_that_finds_nothing_clean_leaves_no_division(tmp_path, monkeypatch):
-    """Else the division of an epoch before stands in figures and scores as this one's. In epoch 2 net 2 finds nothing
-    clean, in epoch 3 both."""
-    divide, order = Mixture.divide, []
-
-    def nothing(self, *args, **rest):
-        order.append(self)  # net 2 is divided first
-        nth = order.count(self)
-        self.threshold = 1.0 if nth == 3 or (nth == 2 and self is order[0]) else 0.5
-        return divide(self, *args, **rest)
-
-    monkeypatch.setattr(Mixture, "divide", nothing)
-    folder = tmp_path / "run"
-    with pytest.warns(UserWarning, match="finds no sample clean"):
-        again(folder, "--num_epochs", "4", "--save_scores", "--no_label_scores")
-    assert {path.name for path in (folder / "scores").iterdir()} == {"epoch_001.npz", "epoch_002.npz"}
-    assert {name[-4:] for name in epoch_scores(folder, 2)} == {"net1"}
-    lines = {line.pop("epoch"): line.keys() for line in histogram_lines(folder)}
-    assert lines == {1: {"net1", "net2"}, 2: {"net1"}}
-    records = read_records(folder)
-    assert [record["phase"] for record in records] == ["warmup", "train", "train", "warmup"]
-    undivided = [{k for k in (1, 2) if record[f"labeled_net{k}"] is None} for record in records]
-    assert undivided == [{1, 2}, set(), {2}, {1, 2}]
 
 
 def test_a_finished_run_is_not_scored_again(copy, monkeypatch, capsys):

@@ -1,9 +1,7 @@
 """Killed and interrupted: whenever it happens, the same command ends as a run that was left alone."""
 
-import itertools
 import os
 import random
-import resource
 import signal
 import time
 from pathlib import Path
@@ -88,23 +86,6 @@ def test_killed_at_random_moments(tmp_path):
     assert_same_run(folder, tmp_path / "straight")
 
 
-def test_a_disk_that_is_full(straight, tmp_path):
-    """Hours are lost to a quota: the old checkpoint is destroyed by the new one, or a run ends as if it was saved."""
-    folder = tmp_path / "run"
-
-    def fill_up(run):
-        if run.epoch == 1:
-            run._wait()
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-    status, _, err = Forked(tmp_path / "output", lambda _: go_on(folder, ACCURACIES, in_epoch=fill_up)).end()
-    assert status == 1 and err.startswith("error: epoch 1 ") and str(folder) in err and err.count("\n") == 1
-    assert last_epoch(folder) == 0 and not [*folder.rglob("*.tmp")]
-    assert_logs_are_not_ahead(folder)
-    go_on(folder, ACCURACIES)
-    assert_same_run(folder, straight)
-
-
 # ---- SIGTERM and Ctrl-C ----
 
 
@@ -158,24 +139,15 @@ def test_a_second_signal_kills(straight, tmp_path):
     assert_same_run(tmp_path / "run", straight)
 
 
-def test_what_an_interrupted_user_is_told(tmp_path):
-    """The words must not promise a checkpoint that is not there, nor an epoch after the last."""
-
-    def told(done: int) -> str:
-        """A run of two epochs is interrupted after `done` of them."""
-        folder = tmp_path / str(done)
-        with pytest.raises(KeyboardInterrupt) as stopped, opened(folder) as run:
-            begin(run)
-            for epoch in itertools.islice(run.epochs(2), done):
-                end_epoch(run, validated(*ACCURACIES[epoch]))
-            run._wait()
-            raise KeyboardInterrupt
-        [note] = stopped.value.__notes__
-        return note
-
-    assert told(0) == "the same command starts again"
-    assert told(1) == f"the same command continues {tmp_path / '1'} with epoch 1"
-    assert "result" in told(2) and "epoch" not in told(2)
+def test_ctrl_c_while_the_figures_are_drawn(tmp_path):
+    """A run that is done is said to continue with an epoch that there is not."""
+    with pytest.raises(KeyboardInterrupt) as stopped, opened(tmp_path / "run") as run:
+        begin(run)
+        for _ in run.epochs(1):
+            end_epoch(run, validated())
+        raise KeyboardInterrupt
+    [note] = stopped.value.__notes__
+    assert "result" in note and "epoch" not in note
 
 
 def test_signals_that_are_not_ours_are_left_alone(monkeypatch):
