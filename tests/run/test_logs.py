@@ -77,9 +77,10 @@ def test_how_good_the_labeled_sets_are_where_the_truth_is_known():
 def test_the_best_epoch_and_the_numbers_so_far():
     """Else --val_fraction selects on the test set after all, Clothing1M's final test is of the wrong epochs, or the
     paper's second number, the mean of the last 10, is over other epochs."""
-    assert [logs.by_ensemble({"test_acc": 3.0, "val_acc": 5.0}, k) for k in (0, 1)] == [5.0, 5.0]
-    assert logs.by_ensemble({"test_acc": 3.0}, 0) == 3.0
-    assert [logs.by_network(CLOTHING1M, k) for k in (0, 1)] == [73.456, 72.0]
+    for log in (logs.CIFAR, logs.WEBVISION):
+        assert [log.best_by({"test_acc": 3.0, "val_acc": 5.0}, k) for k in (0, 1)] == [5.0, 5.0]
+        assert log.best_by({"test_acc": 3.0}, 0) == 3.0
+    assert [logs.CLOTHING1M.best_by(CLOTHING1M, k) for k in (0, 1)] == [73.456, 72.0]
     tested = [{"test_acc": float(k)} for k in range(13)]
     assert logs.CIFAR.running(tested, [12, 12]) == {"best_acc": 12.0, "last10_acc": np.mean(range(3, 13))}
     assert logs.CIFAR.running(tested[:2], [0, 0]) == {"best_acc": 0.0, "last10_acc": 0.5}
@@ -97,10 +98,9 @@ def test_the_best_epoch_and_the_numbers_so_far():
     ],
 )
 def test_the_best_epoch_of_own_images_is_no_warm_up_epoch(phases, accuracies, best):
-    """The model that is shipped would be one that DivideMix has not trained yet: few held-out labels tie often, and
-    some of them are wrong."""
+    """The model that is shipped would be one that DivideMix has not trained yet: few held-out labels tie often."""
     names = {"w": "warmup", "t": "train", "c": "ce"}
     epochs = enumerate(zip(phases, accuracies, strict=True))
     records = [{"epoch": e, "phase": names[phase], "val_acc": float(value)} for e, (phase, value) in epochs]
-    chosen = [max(records[:n], key=lambda record: logs.by_own_images(record, 0)) for n in range(1, len(records) + 1)]
+    chosen = [max(records[:n], key=lambda record: logs.FOLDER.best_by(record, 0)) for n in range(1, len(records) + 1)]
     assert [record["epoch"] for record in chosen] == best

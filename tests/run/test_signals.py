@@ -52,8 +52,7 @@ def kill_at(folder: Path, moment: str) -> None:
 
 @pytest.mark.parametrize(("moment", "left"), [("epoch-001.pt", 0), ("last.json", 0), ("best.pt", 1), ("logs", 1)])
 def test_killed_while_an_epoch_is_written(straight, tmp_path, moment, left):
-    """The out-of-memory killer or a power cut takes a run at its worst moment: half a file is taken for a checkpoint,
-    best.pt is not of the best epochs, or the run that goes on is another one."""
+    """Else half a file is taken for a checkpoint, best.pt is not of the best epochs, or another run goes on."""
     folder = tmp_path / "run"
 
     def main(_):
@@ -73,10 +72,15 @@ def test_killed_at_random_moments(tmp_path):
     accuracies = [(float(epoch % 7), float(epoch % 5)) for epoch in range(20)]
     go_on(tmp_path / "straight", accuracies)
     folder, moments, seen = tmp_path / "run", random.Random(0), []
+
+    def main(ready):
+        ready()
+        go_on(folder, accuracies)
+
     for _ in range(6):
-        process = Forked(tmp_path / "output", lambda ready: go_on(folder, accuracies, in_epoch=lambda run: ready()))
+        process = Forked(tmp_path / "output", main)
         process.wait()
-        time.sleep(moments.uniform(0, 0.05))
+        time.sleep(moments.uniform(0, 0.3))
         process.send(signal.SIGKILL)
         process.end()
         assert_logs_are_not_ahead(folder)
@@ -113,8 +117,7 @@ def wait_in(folder: Path, where: str, seconds: float):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"])
 @pytest.mark.parametrize(("where", "seconds", "done"), [("epoch", 60, 1), ("save", 1, 2)], ids=["epoch", "save"])
 def test_a_signal_ends_a_run_cleanly(straight, tmp_path, where, seconds, done, number, status):
-    """A queue's time limit, or a user's Ctrl-C: the run is left damaged, or nobody is told that it can go on. What was
-    being written is completed."""
+    """Else the run is left damaged, or nobody is told that it can go on. What was being written is completed."""
     folder = tmp_path / "run"
     process = Forked(tmp_path / "output", wait_in(folder, where, seconds))
     process.wait()
@@ -151,8 +154,7 @@ def test_ctrl_c_while_the_figures_are_drawn(tmp_path):
 
 
 def test_signals_that_are_not_ours_are_left_alone(monkeypatch):
-    """Among several ranks one that waits in a collective would not come to a handler; nohup's commands ignore Ctrl-C;
-    and whoever calls a script's main has handlers of his own afterwards."""
+    """Several ranks wait in collectives, nohup's commands ignore Ctrl-C, and who calls main has handlers of his own."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
     with signals.stoppable():
