@@ -261,8 +261,9 @@ def resolve_small_images(
     if args.limit_train and args.limit_train > len(labels):
         raise DivideMixError(f"--limit_train {args.limit_train}: there are {len(labels)} training samples")
     transition, _ = noise.asym_transition(num_class, args.dataset)
-    mode = args.noise_mode, args.r, args.noise_seed
-    spec = NoiseSpec(args.dataset, *mode, num_class, transition, args.noise_definition or "with_self", args.noise_key)
+    noise_flags = args.noise_mode, args.r, args.noise_seed
+    definition = args.noise_definition or "with_self"
+    spec = NoiseSpec(args.dataset, *noise_flags, num_class, transition, definition, args.noise_key)
     variant = "ce" if args.method == "ce" else "" if args.ablation == "none" else args.ablation
     folder = run_folder(args, args.dataset, *spec.folder_parts, variant)
     lines = resolve_recipe(args, wrong_share(labels, spec, data_folder, folder, args.noise_file))
