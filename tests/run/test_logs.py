@@ -63,7 +63,7 @@ def test_the_line_for_people_says_what_the_script_measures():
 
 
 def test_how_good_the_labeled_sets_are_where_the_truth_is_known():
-    """Else a run on doubtful labels claims to know, a warm-up epoch has a precision, or net 1 has net 2's."""
+    """Else a run on doubtful labels claims to know, a warm-up epoch has a precision, or net 1 has net 2's loss."""
     terms = [PhaseTerms(1.0, 1.0, 0.0, 0.0)] * 2
     clean = np.array([True, True, False, True])
     known = logs.training([half(4, 1), half(4, 3)], terms, clean)
@@ -71,7 +71,11 @@ def test_how_good_the_labeled_sets_are_where_the_truth_is_known():
     assert [known[name] for name in names] == [1.0, 1 / 3, 2 / 3, 2 / 3]
     warm_up = logs.training([None, half(4, 1)], terms, clean)
     assert [warm_up[name] for name in names] == [None, None, 1.0, 1 / 3]
-    assert not set(names) & logs.training([half(4, 1), None], terms).keys()
+    terms = [PhaseTerms(0.0, 1.0, float("nan"), 2.0), PhaseTerms(0.0, 3.0, 7.0, 4.0)]
+    doubtful = logs.training([half(4, 1), None], terms, unlabeled_loss=True)  # net 2 has learned from net 1's
+    assert [doubtful[name] for name in ("loss_x", "loss_u", "penalty")] == [2.0, 7.0, 3.0]
+    assert not set(names) & doubtful.keys()
+    assert logs.training([None, None], terms, unlabeled_loss=True)["loss_u"] is None
 
 
 def test_the_best_epoch_and_the_numbers_so_far():
