@@ -56,7 +56,7 @@ def test_scores_are_of_the_loss_pass_and_of_the_summed_logits(tiny_images):
     assert scores["prediction"].dtype == np.int32 and len(set(scores["prediction"].tolist())) > 1
 
 
-def test_clean_probabilities_are_those_of_the_next_epoch_and_nothing_is_kept():
+def test_clean_probabilities_are_those_of_the_next_epoch_and_nothing_is_kept(monkeypatch):
     """The run may go on afterwards: a loss history with one epoch twice would divide otherwise."""
     rng = np.random.default_rng(0)
     losses = [rng.gamma(1 + 3 * (rng.random(60) < 0.4), 1).astype(np.float32) for _ in range(3)]
@@ -68,6 +68,9 @@ def test_clean_probabilities_are_those_of_the_next_epoch_and_nothing_is_kept():
     assert len(mixture.history) == 2
     expected = reference.divide(losses[2], random_state=int(draws(3, "divide", 2).integers(2**32)))
     np.testing.assert_array_equal(scores["p_clean_net1"], expected.clean_probability)
+    monkeypatch.setattr(scoring, "clean_probability", lambda losses, window, random_state: random_state)
+    states = scoring.clean_probabilities(dict.fromkeys(("loss_net1", "loss_net2"), losses[2]), [mixture] * 2, 3, 2)
+    assert [*states.values()] == [int(draws(3, "divide", 2, k).integers(2**32)) for k in (0, 1)]
 
 
 def test_small_copies_keep_their_shape():
