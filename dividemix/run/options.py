@@ -1,5 +1,4 @@
-"""The command line: the types of flags, the flags that the scripts share, the values of flags that were not given
-(the paper's where it has them), and how a script ends."""
+"""The command line: flags and their types, the paper's values of flags that were not given, and how a script ends."""
 
 import argparse
 import math
@@ -253,17 +252,15 @@ class SmallImageSetting(NamedTuple):
 def resolve_small_images(
     args: argparse.Namespace, labels: NDArray[np.int64], num_class: int, data_folder: Path | None
 ) -> SmallImageSetting:
-    """Fill the flags of Train_cifar.py that were not given. labels: the true ones (N,). Raises DivideMixError for flags
-    that contradict the data."""
+    """Fill the flags that were not given. labels: true ones (N,). Raises DivideMixError for flags against the data."""
     if args.num_class not in (None, num_class):
         raise DivideMixError(f"--num_class {args.num_class}: {args.dataset} has {num_class} classes; leave it out")
     args.num_class = num_class
     if args.limit_train and args.limit_train > len(labels):
         raise DivideMixError(f"--limit_train {args.limit_train}: there are {len(labels)} training samples")
     transition, _ = noise.asym_transition(num_class, args.dataset)
-    noise_flags = args.noise_mode, args.r, args.noise_seed
-    definition = args.noise_definition or "with_self"
-    spec = NoiseSpec(args.dataset, *noise_flags, num_class, transition, definition, args.noise_key)
+    definition = args.noise_definition or "with_self", args.noise_key
+    spec = NoiseSpec(args.dataset, args.noise_mode, args.r, args.noise_seed, num_class, transition, *definition)
     variant = "ce" if args.method == "ce" else "" if args.ablation == "none" else args.ablation
     folder = run_folder(args, args.dataset, *spec.folder_parts, variant)
     lines = resolve_recipe(args, wrong_share(labels, spec, data_folder, folder, args.noise_file))
@@ -275,8 +272,7 @@ def resolve_small_images(
 
 
 def run_folder(args: argparse.Namespace, *names: str) -> Path:
-    """--run_dir, or a folder in --out_dir. Its name: `names` without empty ones, the seed if it is not the default, and
-    --id, joined by '_'."""
+    """--run_dir, or a folder in --out_dir named by `names`, the seed if it is not the default, and --id, with '_'."""
     names = *names, f"seed{args.seed}" if args.seed != 123 else "", args.id
     return Path(args.run_dir) if args.run_dir else Path(args.out_dir) / "_".join(filter(None, names))
 
