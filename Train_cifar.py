@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.refuse_ranks("Train_cifar.py")
     runtime = options.start_runtime(args)
     images = dataloader_cifar.load(args.dataset, args.data_path, args.download)
-    setting = options.resolve_small(args, images.train_labels, images.num_class, images.folder)
+    setting = options.resolve_small_images(args, images.train_labels, images.num_class, images.folder)
     ablation = setting.ablation
 
     with Run(setting.folder, args, runtime, logs.CIFAR) as run:
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             accuracy = test(nets, tests, run.phase)
             run.end_epoch(lr, divisions, losses, accuracy | (choice.record if choice else {}))
 
-        line, paper = options.small_result(args, run.records, run.best_epochs[0], images.official)
+        line, paper = options.compare_with_paper(args, run.records, run.best_epochs[0], images.official)
         final = run.finish(line, train, **paper)
         report.of_finished(run)
         return final

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     views = Views(PAPER.resize_for(args.image_size), args.image_size, "crop")
     sample_size = args.num_batches * args.batch_size  # twice as large in a warm-up epoch
 
-    with Run(options.folder_for(args), args, runtime, logs.CLOTHING1M) as run:
+    with Run(options.run_folder(args), args, runtime, logs.CLOTHING1M) as run:
         lists = {"train": data.train, "val": data.val, "test": data.test}
         split = splits.split(lists, run, args.skip_bad_images)
         reading = {"workers": args.workers, "keep": args.keep_images}
@@ -104,7 +104,7 @@ def finish(run: Run, args: argparse.Namespace, accuracy: dict[str, float], train
     paper, epochs = PAPER.results["test_acc"], " and ".join(map(str, run.best_epochs))
     line = (
         f"test {accuracy['test_acc']:.2f} (nets {logs.pair(accuracy, 'test_acc', '.2f')}, of epochs {epochs}, chosen "
-        f"on the clean validation set); paper: {paper}{options.but(args, PAPER.setting)}"
+        f"on the clean validation set); paper: {paper}{options.difference_note(args, PAPER.setting)}"
     )
     final = run.finish(line, train, paper_test_acc=paper, **accuracy)
     report.of_finished(run)

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     recipe, lines = defaults.choose(args, len(data.train), survey.side, data.lists)
     args.num_class = data.num_class
     runtime = options.start_runtime(args)
-    folder = options.folder_for(args, "folder", data.name, "ce" if args.method == "ce" else "")
+    folder = options.run_folder(args, "folder", data.name, "ce" if args.method == "ce" else "")
     views = Views(defaults.resize(args.data_mode, args.image_size), args.image_size, flip=not args.no_flip)
 
     with Run(folder, args, runtime, logs.FOLDER) as run:

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     data = dataloader_webvision.load(args.data_path, args.num_class)
     views = Views(PAPER.resize_for(args.image_size), args.image_size, "resized_crop")
 
-    with Run(options.folder_for(args, "webvision"), args, runtime, logs.WEBVISION) as run:
+    with Run(options.run_folder(args, "webvision"), args, runtime, logs.WEBVISION) as run:
         lists = {"train": data.train, "val": data.val, "imagenet": data.imagenet}
         split = splits.split(lists, run, args.skip_bad_images, val_fraction=args.val_fraction)
         reading = {"workers": args.workers, "cache_dir": args.cache_dir}
@@ -95,10 +95,9 @@ def finish(run: Run, args: argparse.Namespace, train: StreamedImages) -> dict[st
         webvision = f"WebVision {record['test_acc']:.2f} ({record['test_acc_top5']:.2f})"
         return f"{webvision}, ILSVRC12 {record['imagenet_acc']:.2f} ({record['imagenet_acc_top5']:.2f})"
 
-    line = (
-        f"best epoch {best['epoch']}: {accuracies(best)}; mean of the last 10 {run.records[-1]['last10_acc']:.2f}; "
-        f"paper: {accuracies(paper)}{options.but(args, PAPER.setting)}"
-    )
+    last10 = f"mean of the last 10 {run.records[-1]['last10_acc']:.2f}"
+    differences = options.difference_note(args, PAPER.setting)
+    line = f"best epoch {best['epoch']}: {accuracies(best)}; {last10}; paper: {accuracies(paper)}{differences}"
     final = run.finish(line, train, **{f"paper_{name}": value for name, value in paper.items()})
     report.of_finished(run)
     return final

@@ -281,7 +281,7 @@ def test_name_of_the_run_folder():
         (["--run_dir", "elsewhere/run", "--id", "a"], "elsewhere/run"),
     ):
         args = Train_cifar.parse_args(tiny(Path("out"), *flags))
-        assert options.resolve_small(args, np.zeros(1000, np.int64), 10, None).folder == Path(name), flags
+        assert options.resolve_small_images(args, np.zeros(1000, np.int64), 10, None).folder == Path(name), flags
 
 
 def test_fresh_moves_the_old_run_aside_whole(tmp_path, phases, capsys):
@@ -313,7 +313,7 @@ def test_the_papers_number_stands_alone_only_beside_the_papers_setting():
     ):
         args = Train_cifar.parse_args(flags)
         options.resolve_recipe(args)
-        line, paper = options.small_result(args, [{"best_acc": 94.0, "last10_acc": 93.0}], 3, official)
+        line, paper = options.compare_with_paper(args, [{"best_acc": 94.0, "last10_acc": 93.0}], 3, official)
         assert line.startswith("best 94.00 (epoch 3), mean of the last 10 93.00") and line.endswith(expected)
         assert [*paper.values()] == results
 

@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dividemix.files import csv_bytes, write_atomically
-from dividemix.run import RunFolder, label_quality, of_nets
+from dividemix.run import RunFolder, label_quality, net_arrays
 
 IN_SAMPLE = "scores are in-sample: the networks were trained on these labels"
 _CLASSES_SHOWN = 10
@@ -91,7 +91,7 @@ def find(run: RunFolder) -> LabelIssues | None:
         quality=quality,
         is_issue=is_issue,
         loss=loss,
-        p_clean=of_nets(scores, "p_clean"),
+        p_clean=net_arrays(scores, "p_clean"),
         confidence=scores["confidence"],
         true_labels=labels["true"] if truth_fits else None,
         class_names=run.class_names,

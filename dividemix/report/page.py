@@ -87,8 +87,8 @@ def run_page(run: RunFolder, issues: LabelIssues | None, figures: dict[str, Path
         classes=[(*row, percent(row[1] / row[2])) for row in by_class(issues)] if issues else [],
         unlearned=unlearned_classes(issues) if issues else "",
         thumbnails=thumbnails(run, issues) if issues and run.thumbnails else [],
-        command=shlex.join(run.about["command"]),
-        settings={"machine": run.about["machine"], "commit": run.about["commit"] or "-"} | run.about["versions"] | data,
+        command=shlex.join(run.args_json["command"]),
+        settings={key: run.args_json[key] or "-" for key in ("machine", "commit")} | run.args_json["versions"] | data,
     )
 
 

@@ -1,17 +1,15 @@
-"""One run, from its flags to its folder. `options` has the flags, `defaults` chooses those that own images tell, `run`
-is the open run folder, with its `logs`, `checkpoint`, `histograms` and the `scoring` of the labels; `splits` says which
-images it trains on, `description` what was trained, and `folder` reads a run folder again. `signals` and `provenance`
-serve them."""
+"""One run, from its flags to its folder. `options` has the flags, `defaults` the values of those that depend on own
+images, `splits` the choice of training images. `run` writes the run folder, with `logs`, `checkpoint`, `histograms`,
+`scoring` (of the labels) and `description` (of the model); `folder` reads it. `signals` is about Ctrl-C and SIGTERM."""
 
 from dividemix.run import defaults, description, histograms, logs, options, splits
 from dividemix.run.checkpoint import load_last, to_host
-from dividemix.run.description import Description, Preparation, describe, read_description
+from dividemix.run.description import Description, Preparation, commit, describe, read_description, versions
 from dividemix.run.folder import RunFolder, read_run
 from dividemix.run.histograms import Histogram
 from dividemix.run.options import Parser, command_line
-from dividemix.run.provenance import commit, versions
 from dividemix.run.run import FREE_FLAGS, Run
-from dividemix.run.scoring import label_quality, of_nets
+from dividemix.run.scoring import label_quality, net_arrays
 from dividemix.run.splits import Split
 
 __all__ = [
@@ -32,7 +30,7 @@ __all__ = [
     "label_quality",
     "load_last",
     "logs",
-    "of_nets",
+    "net_arrays",
     "options",
     "read_description",
     "read_run",

@@ -1,8 +1,8 @@
-"""What Train_folder.py chooses for own images where a flag is not given: from their number, their size, the parts.
+"""The values of flags of Train_folder.py that were not given: from the number and size of the images.
 
-No paper has a row for one's own data: these are the values of the nearest of its sets (`recipes`), with as many epochs
-as the number of images allows. lambda_u is 0, the paper's for 20 % and for asymmetric noise: real labels are seldom
-wrong by the half."""
+The paper has no setting for one's own data. These are the values of its most similar data set (`recipes`), and as many
+epochs as the number of images allows. lambda_u is 0, as in the paper for 20 % and for asymmetric noise: in real data
+seldom half of the labels are wrong."""
 
 import argparse
 from collections.abc import Collection
@@ -14,26 +14,27 @@ from dividemix.recipes import OwnRecipe
 from dividemix.run.options import set_default
 from dividemix.runtime import ranks
 
-SMALL = 64  # px: up to this side images are small
-DEVICE_LIMIT = 4 << 30  # bytes of small images that are put on the device
-SHORT = 10_000  # training images below which a run is short
-SHORT_EPOCHS = 8  # after warm-up, of a short run
-MOST_WARM_UP = 10  # epochs: later, networks begin to learn wrong labels by heart
-IMBALANCE = 10  # largest class to smallest, from which on it is warned of
+SMALL = 64  # pixels: images up to this side are small
+DEVICE_LIMIT = 4 << 30  # bytes: up to this size a set of small images is kept on the device
+SHORT = 10_000  # training images: with fewer a run is short
+SHORT_EPOCHS = 8  # of a short run, after warm-up
+MOST_WARM_UP = 10  # epochs: after more, networks begin to memorise wrong labels
+IMBALANCE = 10  # size of the largest class / smallest class from which there is a warning
 
 
-def choose(args: argparse.Namespace, n: int, side: int, parts: Collection[str]) -> tuple[OwnRecipe, list[str]]:
-    """Fill the flags that were not given. n: images of the training list; side: their median short side, px; parts: of
-    'train', 'val', 'test' those that there are. Raises DivideMixError for flags that do not go together."""
+def choose(args: argparse.Namespace, n: int, side: int, lists: Collection[str]) -> tuple[OwnRecipe, list[str]]:
+    """Fill the flags that were not given. n: number of training images; side: their median short side, pixels; lists:
+    the names of the image lists, of 'train', 'val', 'test'. -> the recipe, and a line for each value with its source.
+    Raises DivideMixError for flags that do not go together."""
     lines: list[str] = []
 
     def default(name: str, value: Any, source: str) -> None:
         lines.append(set_default(args, name, value, source))
 
-    if "val" in parts and args.val_fraction:
-        raise DivideMixError(f"--val_fraction {args.val_fraction:g}: the data have a validation part; leave it out")
-    alone = "val" not in parts and "test" not in parts
-    default("val_fraction", 0.1 if alone else 0.0, "no validation or test part" if alone else "there is another part")
+    if "val" in lists and args.val_fraction:
+        raise DivideMixError(f"--val_fraction {args.val_fraction:g}: the data have validation images; leave it out")
+    alone = "val" not in lists and "test" not in lists
+    default("val_fraction", 0.1 if alone else 0.0, f"the data have {'no ' if alone else ''}validation or test images")
     n = max(n - round(args.val_fraction * n), 1)
 
     if (args.image_size or side) <= SMALL:
@@ -43,7 +44,7 @@ def choose(args: argparse.Namespace, n: int, side: int, parts: Collection[str]) 
     if networks.architecture(args.arch).imagenet:
         default("weights", "imagenet", "torchvision's")
     else:
-        default("weights", "none", "there are none for it")
+        default("weights", "none", f"none for {args.arch}")
     default("image_size", image_size(args.arch, side), f"the median short side is {side}")
     networks.check(args.arch, args.width, args.image_size, args.weights)
     lines.append(set_data_mode(args, n))
@@ -54,7 +55,7 @@ def choose(args: argparse.Namespace, n: int, side: int, parts: Collection[str]) 
     default("lr", recipe.lr, recipe.name)
     default("alpha", recipe.alpha, recipe.name)
     default("warm_up", min(max(-(-recipe.warm_up_images // n), 1), MOST_WARM_UP), f"{n} images to train on")
-    # The drop stays where it is when another number of epochs is given: a run is continued by a higher one.
+    # lr_drop does not follow from --num_epochs: a higher number must be able to continue the run.
     divided = divided_epochs(recipe, n, args.warm_up)
     default("num_epochs", args.warm_up + divided, f"{n} images to train on")
     default("lr_drop", args.warm_up + divided * 3 // 4, f"after three quarters of {divided} epochs after warm-up")
@@ -65,7 +66,7 @@ def choose(args: argparse.Namespace, n: int, side: int, parts: Collection[str]) 
 
 
 def set_data_mode(args: argparse.Namespace, n: int) -> str:
-    """Where the images are while training. -> the line that says so"""
+    """Choose where the images are while training: on the device, or read by workers. -> the line that says so"""
     size = n * (args.image_size + 2 * PAD) ** 2 * 3
     fits = args.image_size <= SMALL and size <= DEVICE_LIMIT
     limits = (
@@ -82,8 +83,8 @@ def set_data_mode(args: argparse.Namespace, n: int) -> str:
 
 
 def image_size(arch: str, side: int) -> int:
-    """For images whose median short side is `side` px. Small ones: that, in eights; others: the same in steps of 32
-    between 128 and 224, or what the network takes."""
+    """The crop's side for images whose median short side is `side` pixels. Small images: the next multiple of 8;
+    others: the next multiple of 32 from 128 to 224, or a size that the network takes."""
     if arch in networks.SMALL_IMAGES:
         return min(max(-(-side // 8) * 8, 32), SMALL)
     if arch == "inceptionresnetv2":
@@ -93,13 +94,13 @@ def image_size(arch: str, side: int) -> int:
 
 
 def resize(data_mode: str, image_size: int) -> int:
-    """The short side of images before views are cut: on the device the crop comes from padding, else, as for
-    Clothing1M, from an eighth more."""
+    """The short side of images before they are cropped: on the device the crop's side, since images are padded; else
+    a seventh more, as for Clothing1M."""
     return image_size if data_mode == "device" else recipes.CLOTHING1M.resize_for(image_size)
 
 
 def batch_size(recipe: OwnRecipe, n: int) -> int:
-    """The recipe's, halved while an epoch has fewer than 20 batches, but 8 at least."""
+    """The recipe's batch size, halved while an epoch has fewer than 20 batches; at least 8."""
     size = recipe.batch_size
     while size > 8 and size * 20 > n:
         size //= 2
@@ -107,7 +108,7 @@ def batch_size(recipe: OwnRecipe, n: int) -> int:
 
 
 def divided_epochs(recipe: OwnRecipe, n: int, warm_up: int) -> int:
-    """Short for small sets: minutes of a CPU at --width 16. For others about as many images as the nearest set's runs
-    go through."""
+    """Epochs after warm-up. Few for a small set: minutes on a CPU at --width 16. Else the whole run trains on about as
+    many images as a run on the paper's most similar set."""
     epochs = 0 if n < SHORT else min(recipe.train_images // n, recipe.max_epochs)
     return max(epochs - warm_up, SHORT_EPOCHS)

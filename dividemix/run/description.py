@@ -1,25 +1,30 @@
-"""What args.json says of a trained model, for those who use it later: its networks, its classes, and what is made of an
-image before."""
+"""What args.json says of a trained model: its networks and classes and how images are prepared for it, the versions of
+the libraries, the project's commit."""
 
+import platform
+import subprocess
 from dataclasses import asdict, dataclass, fields
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from dividemix import networks
 from dividemix.data import READING, Views
-from dividemix.run.folder import read_about
+from dividemix.run.folder import read_args_json
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How an image file becomes what the networks of a run were evaluated on. The file's part: as a viewer shows it
-    (`shown`, whatever the networks were trained on), RGB or (channels 1) grey, the short side `resize`, the centre of
-    image_size x image_size. The networks' part, in `deploy.Ensemble`: a black `border` of so many pixels around it,
-    three channels, mean and std of values in [0, 1] (3,). Sets that live on the device have resize = image_size."""
+    """How an image file becomes an input of the networks, as in a run's tests.
+
+    `view` prepares the file: RGB or grey (channels = 1), turned as a viewer shows it, the short side `resize` pixels,
+    the centre of image_size x image_size. `deploy.Ensemble` does the rest: a black `border` of so many pixels, three
+    channels, mean and std of values in [0, 1]. Sets that are kept on the device have resize = image_size."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -29,7 +34,7 @@ class Preparation:
     border: int = 0
 
     def view(self, image: Image.Image) -> NDArray[np.uint8]:
-        """(image_size, image_size, channels) of an image in RGB."""
+        """RGB image -> (image_size, image_size, channels)."""
         views = Views(self.resize, self.image_size)
         centre = views.eval(views.resized(image.convert("L") if self.channels == 1 else image))
         return centre.reshape(self.image_size, self.image_size, self.channels)
@@ -37,15 +42,14 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Description:
-    """What was trained: the networks of `networks.build`, the names of the classes if they have any, and what is made
-    of an image before."""
+    """What was trained: the networks (as in `networks.build`), the classes, and how images are prepared."""
 
     arch: str
     num_class: int
     width: int
-    classes: list[str] | None
+    classes: list[str] | None  # their names, if they have any
     preparation: Preparation
-    count: int = 2  # networks; an ablation may have one
+    count: int = 2  # number of networks; an ablation may have one
 
     def __str__(self) -> str:
         width = f", width {self.width}" if self.width != networks.WIDTH else ""
@@ -58,16 +62,32 @@ class Description:
 def describe(
     arch: str, num_class: int, width: int, classes: list[str] | None, preparation: Preparation, count: int = 2
 ) -> dict[str, Any]:
-    """The entry "model" of args.json, which `read_description` reads."""
+    """The entry "model" of args.json, for `read_description`."""
     preprocessing = {"reading": list(READING), **asdict(preparation), "interpolation": "bilinear"}
-    of_networks = {"arch": arch, "count": count, "width": width, "num_class": num_class}
-    return of_networks | {"classes": classes, "preprocessing": preprocessing}
+    network = {"arch": arch, "count": count, "width": width, "num_class": num_class}
+    return network | {"classes": classes, "preprocessing": preprocessing}
 
 
 def read_description(run: Path) -> Description:
-    """Raises DivideMixError for what is no run folder."""
-    model = read_about(run)["model"]
+    """Of the run folder `run`. Raises DivideMixError if it is none."""
+    model = read_args_json(run)["model"]
     preprocessing = model.pop("preprocessing")
     values = {field.name: preprocessing[field.name] for field in fields(Preparation)}
     values |= {name: tuple(values[name]) for name in ("mean", "std")}
     return Description(**model, preparation=Preparation(**values))
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the libraries that results depend on."""
+    interpreter = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    return interpreter | {name: metadata.version(name) for name in ("torchvision", "numpy", "scikit-learn")}
+
+
+def commit() -> str | None:
+    """The project's git commit, with '+changes' where the working tree differs; None outside a git checkout."""
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
+    try:
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return result.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,4 +1,4 @@
-"""Reading a run folder: what a run left, as the report needs it. A run under way lacks some of it."""
+"""Read a run folder, for the report. Some files are missing while the run is still training."""
 
 import io
 import json
@@ -15,12 +15,12 @@ from dividemix import DivideMixError, recipes
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A record per epoch and what else there is, empty where it is missing."""
+    """The files of a run folder; a missing one is empty here."""
 
     path: Path
-    about: dict[str, Any]  # args.json
-    records: list[dict[str, Any]]
-    result: dict[str, Any]  # the final metrics, {} before the end
+    args_json: dict[str, Any]
+    records: list[dict[str, Any]]  # metrics.jsonl, one for each epoch
+    result: dict[str, Any]  # result.json, the final metrics
     labels: dict[str, NDArray]
     label_scores: dict[str, NDArray]
     thumbnails: dict[str, NDArray]
@@ -32,17 +32,17 @@ class RunFolder:
 
     @property
     def args(self) -> dict[str, Any]:
-        return self.about["args"]
+        return self.args_json["args"]
 
     @property
     def script(self) -> str:
         """The training script's file name."""
-        return Path(self.about["command"][0]).name
+        return Path(self.args_json["command"][0]).name
 
     @property
     def data(self) -> dict[str, Any]:
         """What args.json says of the data."""
-        return self.about["data"]
+        return self.args_json["data"]
 
     @property
     def class_names(self) -> list[str]:
@@ -50,12 +50,12 @@ class RunFolder:
 
     @property
     def measured(self) -> str:
-        """The accuracy that every epoch has."""
+        """The name of the accuracy that every epoch has."""
         return "test_acc" if "test_acc" in self.records[-1] else "val_acc"
 
     @property
     def ablation(self) -> recipes.Ablation:
-        """What was left out; nothing where the run does not say so."""
+        """The ablation; that of the whole method if the run has no such flag."""
         return recipes.ABLATIONS.get(self.args.get("ablation"), recipes.ABLATIONS["none"])
 
     @property
@@ -65,58 +65,58 @@ class RunFolder:
 
     @property
     def best(self) -> float | None:
-        """Test accuracy of the best epoch; None where it is not known yet."""
+        """Test accuracy (%) of the best epoch; None while it is not known."""
         return self.records[-1].get("best_acc", self.result.get("test_acc"))
 
     @property
     def divides(self) -> bool:
-        """Whether it is DivideMix, and not the cross-entropy that it is compared with."""
+        """Whether the method is DivideMix, not plain cross-entropy."""
         return self.args.get("method") != "ce"
 
     def column(self, name: str) -> list[float | None]:
-        """A metric over the epochs, None where it has no value."""
+        """A metric of each epoch, None where it has no value."""
         return [record.get(name) for record in self.records]
 
     def numbers(self, name: str) -> list[float]:
-        """The same, epochs without a value left out."""
+        """The same without the epochs that have no value."""
         return [value for value in self.column(name) if isinstance(value, int | float)]
 
 
 def read_run(path: Path) -> RunFolder:
-    """Raises DivideMixError where there is no run, or none with a finished epoch, and for a damaged file."""
-    about = read_about(path)
-    records = load(path / "metrics.jsonl", json_lines, [])
+    """Raises DivideMixError for another folder, a run without a finished epoch, and a damaged file."""
+    args_json = read_args_json(path)
+    records = load(path / "metrics.jsonl", parse_json_lines, [])
     if not records:
         raise DivideMixError(f"{path} has no finished epoch yet")
-    files = {name: load(path / f"{name}.npz", arrays, {}) for name in ("labels", "label_scores", "thumbnails")}
-    files["histograms"] = load(path / "histograms.jsonl", json_lines, [])
-    return RunFolder(path, about, records, load(path / "result.json", json.loads, {}), **files)
+    files = {name: load(path / f"{name}.npz", parse_arrays, {}) for name in ("labels", "label_scores", "thumbnails")}
+    files["histograms"] = load(path / "histograms.jsonl", parse_json_lines, [])
+    return RunFolder(path, args_json, records, load(path / "result.json", json.loads, {}), **files)
 
 
-def read_about(path: Path) -> dict[str, Any]:
-    """args.json. Raises DivideMixError where the folder is none of a run, and for a damaged file."""
-    about = load(path / "args.json", json.loads, {})
-    if not (isinstance(about, dict) and {"args", "model"} <= about.keys()):
-        raise DivideMixError(f"{path} is not a run folder of this project: its args.json is missing, or another's")
-    return about
+def read_args_json(path: Path) -> dict[str, Any]:
+    """Raises DivideMixError for a folder that is no run folder, and for a damaged file."""
+    content = load(path / "args.json", json.loads, {})
+    if not (isinstance(content, dict) and {"args", "model"} <= content.keys()):
+        raise DivideMixError(f"{path} is not a run folder of this project: it has no args.json of a run")
+    return content
 
 
-def load(file: Path, parse: Callable[[bytes], Any], otherwise: Any) -> Any:
-    """What `parse` makes of a file, `otherwise` where there is none. Raises DivideMixError for a damaged one."""
+def load(file: Path, parse: Callable[[bytes], Any], default: Any) -> Any:
+    """The parsed content of a file, `default` if there is none. Raises DivideMixError for a damaged one."""
     try:
         return parse(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        return otherwise
-    except Exception as error:  # damage can end in anything: JSONDecodeError, BadZipFile, zlib.error ...
+        return default
+    except Exception as error:  # a damaged file: JSONDecodeError, BadZipFile, zlib.error ...
         problem = f"{file} cannot be read ({type(error).__name__})"
-        raise DivideMixError(f"{problem}: delete it, and the run's training command writes it anew") from error
+        raise DivideMixError(f"{problem}: delete it; the run's training command writes it again") from error
 
 
-def json_lines(content: bytes) -> list[dict[str, Any]]:
-    """Half a line at the end is being written, or was when the run was killed."""
+def parse_json_lines(content: bytes) -> list[dict[str, Any]]:
+    """Without an unfinished last line: the run is writing it, or was killed meanwhile."""
     return [json.loads(line) for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
 
 
-def arrays(content: bytes) -> dict[str, NDArray]:
-    """Of an .npz without pickles."""
+def parse_arrays(content: bytes) -> dict[str, NDArray]:
+    """The arrays of an .npz file; no pickles."""
     return dict(np.load(io.BytesIO(content), allow_pickle=False))

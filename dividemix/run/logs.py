@@ -1,7 +1,7 @@
-"""What the logs say of an epoch: lines made from its record, for each training script.
+"""The lines of the log files and of the console, made from an epoch's record, for each training script.
 
-acc.txt and stats.txt keep the formats of the authors' scripts, so that what people have to plot them goes on working;
-one line an epoch is for people. metrics.jsonl holds the records themselves."""
+acc.txt and stats.txt have the formats of the authors' scripts, so that existing scripts can plot them. metrics.jsonl
+has the records themselves. The console gets one line an epoch."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Record = dict[str, Any]  # one epoch, flat
+Record = dict[str, Any]  # metrics of one epoch, a flat dictionary
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -19,19 +19,19 @@ Record = dict[str, Any]  # one epoch, flat
 
 
 def by_ensemble(record: Record, k: int) -> float:
-    """What net k's (0 or 1) best epoch has most of, for both alike: both networks' accuracy together on the validation
-    part where there is one, else, as the authors do, on the test set."""
+    """What the best epoch of net k (0 or 1) is chosen by: the accuracy of both networks together, on the validation
+    images if there are any, else, as in the authors' code, on the test set."""
     return float(record["val_acc"] if "val_acc" in record else record["test_acc"])
 
 
 def by_network(record: Record, k: int) -> float:
-    """The same for Clothing1M: each network's accuracy on the clean validation set."""
+    """For Clothing1M: the network's own accuracy on the clean validation set."""
     return float(record[f"val_acc_net{k + 1}"])
 
 
 def by_own_images(record: Record, k: int) -> tuple:
-    """The same for own images, whose few held-out labels tie often and are noisy: of equals the later epoch. Warm-up
-    epochs come last, of which DivideMix's networks have not been trained by it yet."""
+    """For own images, whose few and noisy held-out labels often give equal accuracies: of these the later epoch. Any
+    other epoch is better than a warm-up epoch, since there the method has not trained the networks yet."""
     if record["phase"] == "warmup":
         return False, record["epoch"]
     return True, by_ensemble(record, k), record["epoch"]
@@ -40,10 +40,10 @@ def by_own_images(record: Record, k: int) -> tuple:
 def training(
     divisions: Sequence, terms: Sequence, truly_clean: NDArray[np.bool_] | None = None, unlabeled_loss: bool = False
 ) -> Record:
-    """What an epoch's record says of training: the sizes of the divisions trained on, net 1's and net 2's (None in
-    warm-up), where the truth (N,) is known also how good they are, and means of both networks' `engine.PhaseTerms`. In
-    warm-up loss_x is the cross-entropy and penalty the confidence penalty; loss_u, where there is such a loss, is the
-    mean of the networks that have learned from a division."""
+    """The training part of an epoch's record: sizes of net 1's and net 2's divisions (None in warm-up), their quality
+    if it is known which labels are `truly_clean` (N,), and means of both networks' `engine.PhaseTerms`. In warm-up
+    loss_x is the cross-entropy and penalty the confidence penalty. loss_u, if there is an unlabeled loss, is the mean
+    over the networks that learned from a division."""
     record: Record = {}
     for k, division in enumerate(divisions, start=1):
         record[f"labeled_net{k}"] = int(division.labeled.sum()) if division else None
@@ -61,7 +61,7 @@ def training(
 
 
 def last10(records: list[Record]) -> float:
-    """Mean test accuracy of the last 10 epochs (of all while there are fewer), the paper's 'last'."""
+    """The mean test accuracy of the last 10 epochs, or of all if there are fewer: the paper's 'last'."""
     return float(np.mean([record["test_acc"] for record in records[-10:]]))
 
 
@@ -74,7 +74,7 @@ def metric_line(record: Record) -> str:
 
 
 def acc_line(record: Record) -> str:
-    """Of the test set, or where there is none of the validation images."""
+    """Of the test set, or, without one, of the validation images."""
     accuracy = record["test_acc"] if "test_acc" in record else record["val_acc"]
     return f"Epoch:{record['epoch']}   Accuracy:{accuracy:.2f}\n"
 
@@ -96,42 +96,42 @@ def clothing1m_final(final: Record) -> str:
 
 
 def divided(record: Record) -> list[int]:
-    """The networks (1, 2) whose division was trained on, in the authors' order: net 2's, on which net 1 trains, then
-    net 1's."""
+    """The networks (1, 2) that have a division, in the authors' order: net 2, from whose division net 1 learns, then
+    net 1."""
     return [k for k in (2, 1) if record.get(f"labeled_net{k}") is not None]
 
 
 def stats_lines(record: Record) -> str:
-    """Two lines a divided epoch (one of a run with one network), the authors' spelling included."""
+    """One line for each network of a divided epoch, with the authors' spelling."""
     auc = {k: "null" if (value := record.get(f"auc_net{k}")) is None else f"{value:.3f}" for k in (1, 2)}
     return "".join(f"Numer of labeled samples:{record[f'labeled_net{k}']}   AUC:{auc[k]}\n" for k in divided(record))
 
 
 def labeled_lines(record: Record) -> str:
-    """The same where the truth is not known: WebVision's lines, used for Clothing1M too, where the authors log none."""
+    """The same without true labels: WebVision's format, used for Clothing1M too, where the authors log none."""
     return "".join(f"Numer of labeled samples:{record[f'labeled_net{k}']} \n" for k in divided(record))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One epoch for people, on one line
+# One line an epoch for the console
 
 
 def epoch_line(record: Record, num_epochs: float) -> str:
-    """Without the newline."""
-    parts = [f"epoch {record['epoch']}/{num_epochs - 1} {record['phase']}"]
+    """Without a newline at the end."""
+    columns = [f"epoch {record['epoch']}/{num_epochs - 1} {record['phase']}"]
     if divided(record):
-        parts.append(f"labeled {pair(record, 'labeled', 'd')} unlabeled {pair(record, 'unlabeled', 'd')}")
-        parts += [f"AUC {pair(record, 'auc', '.3f')}"] if "auc_net1" in record else []
+        columns.append(f"labeled {pair(record, 'labeled', 'd')} unlabeled {pair(record, 'unlabeled', 'd')}")
+        columns += [f"AUC {pair(record, 'auc', '.3f')}"] if "auc_net1" in record else []
     terms = {"Lx": record.get("loss_x"), "Lu": record.get("loss_u"), "penalty": record.get("penalty")}
-    parts.append(" ".join(f"{name} {value:.4f}" for name, value in terms.items() if value is not None))
-    parts += accuracies(record)
+    columns.append(" ".join(f"{name} {value:.4f}" for name, value in terms.items() if value is not None))
+    columns += accuracies(record)
     seconds = {k.removeprefix("seconds_"): v for k, v in record.items() if k.startswith("seconds_")}
-    parts.append(" ".join(f"{name} {value:.1f}s" for name, value in seconds.items()))
-    return " | ".join(filter(None, parts))
+    columns.append(" ".join(f"{name} {value:.1f}s" for name, value in seconds.items()))
+    return " | ".join(filter(None, columns))
 
 
 def accuracies(record: Record) -> list[str]:
-    """The epoch's, and the best so far."""
+    """Two columns: the epoch's accuracies, and the best so far."""
     if "test_acc" not in record:
         is_of_both = "best_val_acc" in record
         best = f"{record['best_val_acc']:.2f}" if is_of_both else f"nets {pair(record, 'best_val_acc', '.2f')}"
@@ -147,15 +147,15 @@ def accuracies(record: Record) -> list[str]:
 
 
 def pair(record: Record, name: str, form: str) -> str:
-    """Net 1's and net 2's value, '-' for one that has none; of a run with one network, its value."""
+    """Net 1's and net 2's value, such as '0.91/0.92', '-' for one without a value; of one network alone, its value."""
     values = [record[f"{name}_net{k}"] for k in (1, 2) if k == 1 or f"{name}_net{k}" in record]
     return "/".join("-" if value is None else format(value, form) for value in values)
 
 
 @dataclass(frozen=True)
 class Logs:
-    """One script's formats. acc, stats: an epoch's lines in acc.txt and stats.txt. best_by: (record, k) -> what net k's
-    (0 or 1) best epoch has most of, the first of equals. final: what acc.txt ends with, from the final metrics."""
+    """The formats of one script. acc, stats: an epoch's lines in acc.txt and stats.txt. best_by: (record, k) -> what is
+    largest in the best epoch of net k (0 or 1), the first of equals. final: acc.txt's end, from the final metrics."""
 
     script: str
     acc: Callable[[Record], str] = acc_line
@@ -164,8 +164,8 @@ class Logs:
     final: Callable[[Record], str] = lambda final: ""
 
     def running(self, records: list[Record], best_epochs: list[int]) -> Record:
-        """What the last record says of the run so far: best and last-10 test accuracy, or, where epochs are not tested,
-        the best validation accuracy, of both networks or of each."""
+        """The last record's numbers on all epochs so far: best and last-10 test accuracy, or, without a test set, the
+        best validation accuracy, of both networks together or of each."""
         best = [records[epoch] for epoch in best_epochs]
         if "test_acc" in records[-1]:
             return {"best_acc": best[0]["test_acc"], "last10_acc": last10(records)}

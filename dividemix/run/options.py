@@ -1,4 +1,4 @@
-"""The command line: flag types with their ranges, the flags that scripts share, the paper's setting by default."""
+"""The command line: flags and their types, the paper's values of flags that were not given, and how a script ends."""
 
 import argparse
 import math
@@ -21,11 +21,12 @@ from dividemix.noise import NoiseSpec, wrong_share
 from dividemix.run.signals import stoppable
 from dividemix.runtime import Runtime, available_cores, ranks
 
-NOISE_RATE = 0.5
+NOISE_RATE = 0.5  # of --r
+METHOD_HELP = "ce: plain cross-entropy, everything else the same"
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows each default once, and none where there is nothing to show."""
+    """Shows each default once, and none where the help text names it or there is nothing to show."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, "") or action.default is False or "default:" in action.help:
@@ -34,7 +35,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, and that takes no abbreviated flags: a run's flags stay readable."""
+    """argparse with errors of one line. It takes no abbreviated flags, so that a run's command stays readable."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
@@ -44,14 +45,14 @@ class Parser(argparse.ArgumentParser):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Types: a text from the command line -> a value in its range, or one line that says what was expected
+# Types of flags: a text from the command line -> a value in its range, or one line that says what was expected
 
 
-def number(kind: type, expected: str, accept: Callable[[Any], bool]) -> Callable[[str], Any]:
+def number(kind: type, expected: str, in_range: Callable[[Any], bool]) -> Callable[[str], Any]:
     def convert(text: str) -> Any:
         try:
             value = kind(text)
-            if accept(value) and math.isfinite(value):
+            if in_range(value) and math.isfinite(value):
                 return value
         except ValueError:
             pass
@@ -68,18 +69,18 @@ positive = number(float, "a number above 0", lambda v: v > 0)
 non_negative = number(float, "a number of 0 or more", lambda v: v >= 0)
 rate = number(float, "a rate from 0 to 1", lambda v: 0 <= v <= 1)
 open_unit = number(float, "a number between 0 and 1, both excluded", lambda v: 0 < v < 1)
-part = number(float, "a part of at least 0 and less than 1", lambda v: 0 <= v < 1)
+fraction = number(float, "a number of 0 or more and below 1", lambda v: 0 <= v < 1)
 
 
 def run_id(text: str) -> str:
-    """A suffix of the run folder's name, or (Clothing1M) the name itself."""
+    """The end of the run folder's name; for Clothing1M the whole name."""
     if text in (".", "..") or not all(c.isalnum() or c in "._-" for c in text):
         raise argparse.ArgumentTypeError(f"expected letters, digits, '.', '_' and '-', got '{text}'")
     return text
 
 
 def architecture(text: str) -> str:
-    """A network's name, the project's or torchvision's."""
+    """The name of a network of this project or of torchvision."""
     try:
         networks.architecture(text)
     except DivideMixError as error:
@@ -88,12 +89,12 @@ def architecture(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Groups
+# Groups of flags
 
 
 def add_method(parser: Parser, source: str = "the paper's", **defaults: float) -> None:
-    """The method's hyper-parameters, names as the authors'. A flag without a default gets its value later, from
-    `source`; lambda_u has a default only where it has no effect."""
+    """The method's hyper-parameters, with the authors' names. A flag without a default gets its value later, and --help
+    names the `source` of that value. lambda_u has a default only where it has no effect."""
     group = parser.add_argument_group("method")
     defaults = {"T": 0.5} | defaults
 
@@ -101,46 +102,46 @@ def add_method(parser: Parser, source: str = "the paper's", **defaults: float) -
         text += "" if name in defaults else f" (default: {source})"
         group.add_argument(f"--{name}", *other_names, type=kind, default=defaults.get(name), help=text)
 
-    add("batch_size", positive_int, "labeled = unlabeled images a step; twice that in warm-up")
+    add("batch_size", positive_int, "labeled images a step, and as many unlabeled ones; twice that in warm-up")
     add("lr", positive, "learning rate", "--learning_rate")
     add("lr_drop", positive_int, "epoch from which the learning rate is a tenth")
     add("num_epochs", positive_int, "epochs in all, warm-up included")
     add("warm_up", count, "epochs of plain cross-entropy before the first division")
     add("alpha", positive, "parameter of mixup's Beta distribution")
     add("T", positive, "sharpening temperature")
-    without_effect = "accepted and without effect: unlabeled images are mixed in, and have no loss of their own"
+    without_effect = "accepted and without effect: unlabeled images are mixed in, but have no loss of their own"
     add("lambda_u", non_negative, without_effect if "lambda_u" in defaults else "weight of the unlabeled loss")
     add("p_threshold", open_unit, "clean probability above which a sample is labeled")
 
 
 def add_small_images(parser: Parser) -> None:
-    """Data, noise, network and variants of Train_cifar.py."""
+    """Train_cifar.py: data, noise, network, variants of the method."""
     add = parser.add_argument_group("data").add_argument
     names = ["cifar10", "cifar100", "fashionmnist", "digits"]
-    add("--dataset", choices=names, default="cifar10", help="digits come with scikit-learn")
-    add("--data_path", default="./cifar-10", help="folder of the data set's files; digits needs none")
-    add("--download", action="store_true", help="fetch and verify the data set if it is not there")
-    add("--num_class", type=positive_int, help="refused when it contradicts the data (default: from the data)")
+    add("--dataset", choices=names, default="cifar10", help="digits: comes with scikit-learn")
+    add("--data_path", default="./cifar-10", help="folder with the files of the data set; not used for digits")
+    add("--download", action="store_true", help="download and verify the data set if it is not there")
+    add("--num_class", type=positive_int, help="number of classes; must agree with the data (default: from the data)")
     add("--limit_train", type=positive_int, metavar="N", help="train on a seeded subset of N samples")
 
     add = parser.add_argument_group("noise").add_argument
     text = "symmetric, asymmetric, instance-dependent, or human: CIFAR-10N's and CIFAR-100N's labels"
     add("--noise_mode", choices=[*noise.MODES, "idn", "human"], default="sym", help=text)
-    text = f"share of the samples that is drawn, for idn mean flip rate; not with human (default: {NOISE_RATE})"
+    text = f"fraction of samples whose label is drawn; idn: mean flip rate; not with human (default: {NOISE_RATE})"
     add("--r", type=rate, help=text)
-    text = "what a drawn label becomes, with sym: any class, or any other class (default: with_self, the paper's)"
+    text = "sym: a drawn label becomes any class, or any other class (default: with_self, as in the paper)"
     add("--noise_definition", choices=noise.DEFINITIONS, help=text)
-    text = "JSON list of noisy labels, with human the published .pt file (default, beside the data: "
+    text = "JSON list of noisy labels; human: the published .pt file (default, beside the data: "
     text += "<r>_<noise_mode>.json, CIFAR-10_human.pt or CIFAR-100_human.pt)"
     add("--noise_file", help=text)
-    add("--noise_key", choices=noise.human.KEYS, help="with human: which of the file's labels")
-    add("--noise_seed", type=seed, help="seed of the noise, where no file exists (default: --seed)")
+    add("--noise_key", choices=noise.human.KEYS, help="human: which labels of the file")
+    add("--noise_seed", type=seed, help="seed of the noise if there is no file yet (default: --seed)")
 
     add = parser.add_argument_group("network and variants").add_argument
     add("--arch", choices=networks.SMALL_IMAGES, default="preresnet18", help="both networks")
     add("--width", type=positive_int, default=networks.WIDTH, help="channels of the first stage")
-    add("--method", choices=["dividemix", "ce"], default="dividemix", help="ce: plain cross-entropy, else the same")
-    add("--ablation", choices=list(recipes.ABLATIONS), default="none", help="leave out a part, as the paper's Table 5")
+    add("--method", choices=["dividemix", "ce"], default="dividemix", help=METHOD_HELP)
+    add("--ablation", choices=list(recipes.ABLATIONS), default="none", help="leave a component out, as in Table 5")
     text = "lambda_u, p_threshold, loss_window, conf_penalty: the paper's for r and noise_mode, or blind to both"
     add("--recipe", choices=["paper", "blind"], default="paper", help=text)
     add("--loss_window", type=positive_int, help="epochs of loss averaged for a division (default: the paper's)")
@@ -152,7 +153,7 @@ def add_images(
     parser: Parser, data_path: str | None = None, *, keep_images: bool = False, cache_dir: bool = False, **paper: Any
 ) -> None:
     """Network and data of the scripts for large images. paper: defaults as in `ImageRecipe.images`; none for own
-    images, whose data tell them. keep_images, cache_dir: whether there is such a flag."""
+    images, where they follow from the data. keep_images, cache_dir: whether the script has this flag."""
     add = parser.add_argument_group("network and images").add_argument
     from_data = "" if paper else " (default: from the data)"
     if paper:
@@ -165,34 +166,34 @@ def add_images(
         add("--arch", type=architecture, help=f"both networks: {names}{from_data}")
         weights = "imagenet for networks that have them, none for others"
     add("--width", type=positive_int, default=networks.WIDTH, help="channels of a preresnet's first stage")
-    text = f"ImageNet weights, none, or a file's, for both networks but their classifiers (default: {weights})"
+    text = f"first weights of both networks, except their classifiers (default: {weights})"
     add("--weights", metavar="imagenet|none|PATH", help=text)
-    text = f"side of the crop; images are resized in proportion{from_data}"
+    text = f"side of the crop in pixels; images are resized in proportion{from_data}"
     add("--image_size", type=positive_int, default=paper.get("image_size"), help=text)
     if "num_class" in paper:
-        add("--num_class", type=positive_int, default=paper["num_class"], help="classes")
+        add("--num_class", type=positive_int, default=paper["num_class"], help="number of classes")
     if "num_batches" in paper:
-        add("--num_batches", type=positive_int, default=paper["num_batches"], help="batches of an epoch's sample")
+        add("--num_batches", type=positive_int, default=paper["num_batches"], help="batches in the sample of an epoch")
     depth: dict[str, Any] = {"nargs": "?", "choices": ["quick", "full"], "const": "quick"}
-    add("--check_data", **depth, help="say what is wrong with the data folder, and end; full decodes every image")
-    add("--skip_bad_images", **depth, help="leave damaged images out; full decodes every image to find them")
+    add("--check_data", **depth, help="only say what is wrong with the data folder; full decodes every image")
+    add("--skip_bad_images", **depth, help="train without damaged images; full decodes every image to find them")
     if keep_images:
-        text = "where images scored for a division stay until they are trained on; auto: where there is room"
+        text = "where images of a division are kept until they are trained on; auto: where there is room"
         add("--keep_images", choices=["auto", "device", "host", "no"], default="auto", help=text)
     if cache_dir:
-        add("--cache_dir", help="folder for resized images, so that each is decoded once")
+        add("--cache_dir", help="folder for resized images, so that each image is decoded only once")
 
 
 def add_own_images(parser: Parser) -> None:
-    """What Train_folder.py has beside the flags for images."""
+    """Flags of Train_folder.py alone."""
     add = parser.add_argument_group("own images").add_argument
     add("--labels", metavar="FILE.csv", help="training labels, instead of those in --data_path")
-    text = "part of the training images held out to select the best epoch (default: 0.1 without a val and a test part)"
-    add("--val_fraction", type=part, help=text)
-    add("--no_flip", action="store_true", help="never mirror images: for digits, text, left and right")
-    text = "images as pixels on the device, cropped after padding; or read by workers; auto: by size"
+    text = "fraction of the training images held out to select the best epoch (default: 0.1 without val or test images)"
+    add("--val_fraction", type=fraction, help=text)
+    add("--no_flip", action="store_true", help="never mirror images, for example digits or text")
+    text = "device: all pixels on the device, crops of padded images; stream: read by workers; auto: by size"
     add("--data_mode", choices=["auto", "device", "stream"], default="auto", help=text)
-    add("--method", choices=["dividemix", "ce"], default="dividemix", help="ce: plain cross-entropy, else the same")
+    add("--method", choices=["dividemix", "ce"], default="dividemix", help=METHOD_HELP)
     add("--conf_penalty", choices=["on", "off"], default="off", help="confidence penalty in warm-up")
 
 
@@ -203,43 +204,43 @@ def add_run(
     save_scores: bool = True,
     eval_batch_size: int | None = 1000,
 ) -> None:
-    """Where and how it runs. val_fraction, save_scores: whether there is such a flag, which a script lacks that has a
-    validation set of its own, or always saves. eval_batch_size: None where the images' size tells it."""
+    """Where and how a script runs. val_fraction, save_scores: whether the script has this flag; not where there is a
+    validation set, or where scores are always saved. eval_batch_size: None where it follows from the image size."""
     add = parser.add_argument_group("run").add_argument
-    add("--seed", type=seed, default=123, help="every random draw derives from it")
-    add("--id", type=run_id, default=id, help="suffix of the run folder's name")
-    add("--out_dir", default="./checkpoint", help="holds the run folders")
-    add("--run_dir", help="the run folder itself, instead of a name under --out_dir")
-    add("--fresh", action="store_true", help="start anew: move an existing run folder aside")
-    add("--init_from", metavar="FILE", help="checkpoint that both networks start from (weights only)")
+    add("--seed", type=seed, default=123, help="seed of every random draw")
+    add("--id", type=run_id, default=id, help="end of the run folder's name")
+    add("--out_dir", default="./checkpoint", help="folder of the run folders")
+    add("--run_dir", help="the run folder itself, instead of a name in --out_dir")
+    add("--fresh", action="store_true", help="start a new run; an existing run folder is renamed")
+    add("--init_from", metavar="FILE", help="checkpoint with the first weights of both networks")
     if val_fraction:
-        text = "part of the (noisy) training set held out to select the best epoch"
-        add("--val_fraction", type=part, default=0.0, help=text)
-    text = "leave out the pass over all training labels at the end, and with it label_issues.csv"
+        text = "fraction of the (noisy) training set held out to select the best epoch"
+        add("--val_fraction", type=fraction, default=0.0, help=text)
+    text = "do not score all training labels at the end; then there is no label_issues.csv"
     add("--no_label_scores", action="store_true", help=text)
     if save_scores:
-        text = "keep every epoch's loss, clean probability and prediction of each sample that was scored"
+        text = "keep loss, clean probability and prediction of each scored sample of every epoch"
         add("--save_scores", action="store_true", help=text)
 
     add = parser.add_argument_group("machine").add_argument
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: CUDA card, else mps, else cpu")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, else mps, else cpu")
     add("--gpuid", type=count, default=0, help="which CUDA card")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the device has it")
-    add("--deterministic", action="store_true", help="deterministic kernels only: bit-equal reruns on one GPU model")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 if the device has it")
+    add("--deterministic", action="store_true", help="only deterministic kernels: equal bits on one GPU model")
     add("--no_compile", action="store_true", help="on a GPU: do not fuse operators (torch.compile)")
     add("--no_graph", action="store_true", help="on a GPU: do not capture steps in CUDA graphs")
-    text = f"batch of loss passes and tests{'' if eval_batch_size else ' (default: from the data)'}"
+    text = f"batch size of loss passes and tests{'' if eval_batch_size else ' (default: from the data)'}"
     add("--eval_batch_size", type=positive_int, default=eval_batch_size, help=text)
     workers = min(16, max(1, available_cores() // ranks.on_this_machine()))
-    add("--workers", type=processes, default=workers, help="image-loading processes of each rank")
+    add("--workers", type=processes, default=workers, help="processes of each rank that load images")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the flags come to
+# Values of flags that were not given
 
 
-class SmallSetting(NamedTuple):
-    """What the flags of Train_cifar.py come to, with the data. lines: where each value comes from."""
+class SmallImageSetting(NamedTuple):
+    """What follows from the flags of Train_cifar.py and the data. lines: where each value comes from."""
 
     folder: Path
     noise: NoiseSpec
@@ -249,37 +250,37 @@ class SmallSetting(NamedTuple):
     lines: list[str]
 
 
-def resolve_small(
+def resolve_small_images(
     args: argparse.Namespace, labels: NDArray[np.int64], num_class: int, data_folder: Path | None
-) -> SmallSetting:
-    """Fill what was not given; labels: the true ones (N,). Raises DivideMixError for flags that contradict the data."""
+) -> SmallImageSetting:
+    """Fill the flags that were not given. labels: true ones (N,). Raises DivideMixError for flags against the data."""
     if args.num_class not in (None, num_class):
         raise DivideMixError(f"--num_class {args.num_class}: {args.dataset} has {num_class} classes; leave it out")
     args.num_class = num_class
     if args.limit_train and args.limit_train > len(labels):
         raise DivideMixError(f"--limit_train {args.limit_train}: there are {len(labels)} training samples")
     transition, _ = noise.asym_transition(num_class, args.dataset)
-    asked = args.dataset, args.noise_mode, args.r, args.noise_seed, num_class, transition
-    spec = NoiseSpec(*asked, args.noise_definition or "with_self", args.noise_key)
+    definition = args.noise_definition or "with_self", args.noise_key
+    spec = NoiseSpec(args.dataset, args.noise_mode, args.r, args.noise_seed, num_class, transition, *definition)
     variant = "ce" if args.method == "ce" else "" if args.ablation == "none" else args.ablation
-    folder = folder_for(args, args.dataset, *spec.folder_parts, variant)
+    folder = run_folder(args, args.dataset, *spec.folder_parts, variant)
     lines = resolve_recipe(args, wrong_share(labels, spec, data_folder, folder, args.noise_file))
     ablation = recipes.ABLATIONS[args.ablation]
     if args.ablation != "none":
         lines.insert(0, f"ablation {args.ablation}: {ablation.reading} ({ablation.paper_name})")
     is_blind = args.recipe == "blind" and args.method == "dividemix"
-    return SmallSetting(folder, spec, ablation, is_blind, uses_conf_penalty(args), lines)
+    return SmallImageSetting(folder, spec, ablation, is_blind, uses_conf_penalty(args), lines)
 
 
-def folder_for(args: argparse.Namespace, *parts: str) -> Path:
-    """--run_dir, or --out_dir / the non-empty parts, the seed where it is not the default, and --id, joined by '_'."""
-    parts = *parts, f"seed{args.seed}" if args.seed != 123 else "", args.id
-    return Path(args.run_dir) if args.run_dir else Path(args.out_dir) / "_".join(filter(None, parts))
+def run_folder(args: argparse.Namespace, *names: str) -> Path:
+    """--run_dir, or a folder in --out_dir named by `names`, the seed if it is not the default, and --id, with '_'."""
+    names = *names, f"seed{args.seed}" if args.seed != 123 else "", args.id
+    return Path(args.run_dir) if args.run_dir else Path(args.out_dir) / "_".join(filter(None, names))
 
 
 def resolve_noise(parser: Parser, args: argparse.Namespace) -> None:
-    """Fill what was not given, and refuse flags that have no meaning together. r is None for human, noise_definition
-    None but for sym; noise_file becomes a Path."""
+    """Fill the flags of the noise that were not given, and refuse those that have no meaning together. Afterwards r is
+    None for human, noise_definition None except for sym, noise_file a Path."""
     mode, human = args.noise_mode, args.noise_mode == "human"
     choices = ", ".join(noise.human.keys(args.dataset))
     args.noise_file = Path(args.noise_file) if args.noise_file else None
@@ -301,19 +302,19 @@ def resolve_noise(parser: Parser, args: argparse.Namespace) -> None:
         args.noise_seed = args.seed
 
 
-def set_default(args: argparse.Namespace, name: str, value: Any, source: str, given: str = "given") -> str:
-    """Fill the flag `name` unless it was given. -> the line that says its value and where it comes from"""
+def set_default(args: argparse.Namespace, name: str, value: Any, source: str, source_if_given: str = "given") -> str:
+    """Fill the flag `name` unless it was given. -> the line with its value and where that comes from"""
     if getattr(args, name) is None:
         setattr(args, name, value)
     else:
-        source = given
+        source = source_if_given
     return f"{name} {recipes.flag_text(getattr(args, name))} ({source})"
 
 
 def resolve_recipe(args: argparse.Namespace, wrong: float | None = None) -> list[str]:
-    """Fill lambda_u, p_threshold, loss_window and warm_up that were not given, but for what `--recipe blind` chooses
-    while it trains. `wrong`: see `recipes.nearest`. -> lines that say where each value comes from, of which
-    cross-entropy has none, and how the run differs from the paper's."""
+    """Fill lambda_u, p_threshold, loss_window and warm_up if they were not given; `--recipe blind` chooses the first
+    three while it trains. `wrong`: see `recipes.nearest`. -> a line for each value with its source (none for
+    cross-entropy), and how the run differs from the paper's setting"""
     warm_up = recipes.warm_up(args.dataset)
     if args.recipe == "blind":
         lines = ["recipe blind: r, noise_mode and the true labels are used to make and report the noise, not to train"]
@@ -340,19 +341,19 @@ def resolve_recipe(args: argparse.Namespace, wrong: float | None = None) -> list
     rule = rule if args.conf_penalty == "auto" else f"given; {rule}"
     lines.append(f"confidence penalty in warm-up: {'on' if uses_conf_penalty(args) else 'off'} ({rule})")
     setting, _ = recipes.in_paper("Train_cifar.py", vars(args))
-    return [*(lines if args.method == "dividemix" else []), *differs(args, setting)]
+    return [*(lines if args.method == "dividemix" else []), *difference_lines(args, setting)]
 
 
 def uses_conf_penalty(args: argparse.Namespace) -> bool:
-    """Whether Train_cifar.py's warm-up has the confidence penalty."""
+    """Whether the warm-up of Train_cifar.py has the confidence penalty."""
     if args.conf_penalty == "auto" and args.method == "dividemix":
         return blind.CONF_PENALTY if args.recipe == "blind" else args.noise_mode == "asym"
     return args.conf_penalty == "on"
 
 
 def mixmatch(args: argparse.Namespace, *, conf_penalty: bool, **settings: Any) -> MixMatch:
-    """The method's settings: those flags that are fields of `MixMatch`, and `settings`, which win. The flag of
-    conf_penalty is a word."""
+    """The method's settings: the flags that are fields of `MixMatch`, then `settings`, which win. conf_penalty is an
+    argument, since its flag is a word and no bool."""
     flags = {name: value for name, value in vars(args).items() if name in MixMatch.__dataclass_fields__}
     return MixMatch(**flags | {"conf_penalty": conf_penalty} | settings)
 
@@ -373,45 +374,44 @@ def refuse_ranks(script: str) -> None:
 
 
 def start_runtime(args: argparse.Namespace) -> Runtime:
-    """The runtime that the flags of `add_run` ask for."""
+    """The runtime as in the flags of `add_run`."""
     sizes = {"batch_size": args.batch_size, "eval_batch_size": args.eval_batch_size}
     device = args.device, args.gpuid, args.precision, args.deterministic, args.width
     return runtime.start(*device, **sizes, compile=not args.no_compile, graph=not args.no_graph)
 
 
 def resolve_images(args: argparse.Namespace, paper: recipes.ImageRecipe) -> list[str]:
-    """Fill --weights where it was not given: the paper's for its network, none for others. -> what a user should know
-    of the flags. Raises DivideMixError for flags that do not go together."""
+    """Fill --weights if it was not given: the paper's for its network, else none. -> lines on flags without effect and
+    differences from the paper's setting. Raises DivideMixError for flags that do not go together."""
     if args.weights is None:
         args.weights = paper.images["weights"] if args.arch == paper.images["arch"] else "none"
     networks.check(args.arch, args.width, args.image_size, args.weights)
-    notes = differs(args, paper.setting)
+    lines = difference_lines(args, paper.setting)
     if args.lambda_u > 0:
-        why = "accepted, has no effect; unlabeled images are mix partners only"
-        notes.insert(0, f"--lambda_u {args.lambda_u:g}: {why}")
-    return notes
+        lines.insert(0, f"--lambda_u {args.lambda_u:g} has no effect: unlabeled images have no loss of their own")
+    return lines
 
 
-def differs(args: argparse.Namespace, paper: Mapping[str, Any]) -> list[str]:
-    """What a run says at its start of how it differs from the paper's setting."""
-    differences = recipes.setting_differences(vars(args), paper)
+def difference_lines(args: argparse.Namespace, setting: Mapping[str, Any]) -> list[str]:
+    """For a run's start: how it differs from the paper's `setting`; [] if it does not."""
+    differences = recipes.setting_differences(vars(args), setting)
     return [f"differs from the paper's setting: {', '.join(differences)}"] if differences else []
 
 
-def but(args: argparse.Namespace, paper: Mapping[str, Any], *more: str) -> str:
-    """The same at its end, behind the paper's result. more: other differences than of flags."""
-    differences = [*recipes.setting_differences(vars(args), paper), *more]
+def difference_note(args: argparse.Namespace, setting: Mapping[str, Any], *of_data: str) -> str:
+    """For a run's end, behind the paper's result: the same differences in brackets, and those `of_data`; or ''."""
+    differences = [*recipes.setting_differences(vars(args), setting), *of_data]
     return f" (but this run: {', '.join(differences)})" if differences else ""
 
 
-def small_result(
-    args: argparse.Namespace, records: Sequence[dict[str, Any]], best: int, official: bool
+def compare_with_paper(
+    args: argparse.Namespace, records: Sequence[dict[str, Any]], best_epoch: int, official: bool
 ) -> tuple[str, dict[str, float]]:
-    """The last line of Train_cifar.py, best (of epoch `best`) and last beside the paper's, and the paper's results by
-    their names in result.json."""
+    """The end of Train_cifar.py. official: whether the data are the published ones. -> the last line, with best and
+    last accuracy (%) beside the paper's, and the paper's results by their names in result.json"""
     setting, paper = recipes.in_paper("Train_cifar.py", vars(args))
     final = records[-1]
-    line = f"best {final['best_acc']:.2f} (epoch {best}), mean of the last 10 {final['last10_acc']:.2f}"
+    line = f"best {final['best_acc']:.2f} (epoch {best_epoch}), mean of the last 10 {final['last10_acc']:.2f}"
     title = "paper:"
     if args.method == "ce":
         line += f"; net 1 alone: best {max(record['test_acc_net1'] for record in records):.2f}"
@@ -420,25 +420,26 @@ def small_result(
         title = f"paper's {recipes.ABLATIONS[args.ablation].paper_name} (Table 5): best"
     if paper:
         results = " / ".join(map(str, paper.values()))
-        line += f"; {title} {results}{but(args, setting, *([] if official else [f'not the official {args.dataset}']))}"
+        of_data = [] if official else [f"not the official {args.dataset}"]
+        line += f"; {title} {results}{difference_note(args, setting, *of_data)}"
     return line, {f"paper_{name}": value for name, value in paper.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A script's end
+# How a script ends
 
 
 def command_line(
     main: Callable[[Sequence[str] | None], Any],
     stopped_means: str = "the same command continues after the last finished epoch",
 ) -> NoReturn:
-    """Run a script's main: errors that people can mend are one line and exit status 1, Ctrl-C is 130, SIGTERM 143.
-    Where nobody reads the output any more (`| head`), it ends quietly with 141. Among several ranks (torchrun) each
-    line says whose it is, and a rank that fails ends at once, so that torchrun ends the others."""
-    who = rank_prefix()
+    """Run a script's main, and end the process. An error that the user can mend is one line and exit status 1; Ctrl-C
+    is 130, SIGTERM 143; 141 where nobody reads the output any more (`| head`). With several ranks (torchrun) each line
+    begins with the rank, and a rank that fails ends at once, so that torchrun ends the others."""
+    prefix = rank_prefix()
     sys.stdout.reconfigure(errors="backslashreplace")  # a path that is not UTF-8 can be printed
-    warnings.formatwarning = lambda message, *_, **__: f"{who}warning: {message}\n"
-    # Of the ranks on one machine all would say the same.
+    warnings.formatwarning = lambda message, *_, **__: f"{prefix}warning: {message}\n"
+    # All ranks of one machine would print the same.
     warnings.simplefilter("always" if ranks.from_environment()[2] == 0 else "ignore", DivideMixWarning)
     try:
         with stoppable():
@@ -446,7 +447,7 @@ def command_line(
         sys.stdout.flush()
         ranks.leave()
     except DivideMixError as error:
-        end(f"{who}error: {error}")
+        end(f"{prefix}error: {error}")
     except OSError as error:  # a full disk, a folder that went away
         try:
             if isinstance(error, BrokenPipeError):
@@ -454,33 +455,33 @@ def command_line(
         except BrokenPipeError:  # nobody reads the output any more, as in `... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             end("", 141)  # as a program that SIGPIPE ends
-        # filename2: of two, the one that the user knows, not the temporary one
-        end(f"{who}error: {error.filename2 or error.filename or 'input or output'}: {error.strerror or error}")
+        # filename2: the user's name of the file, where the first is that of a temporary file
+        end(f"{prefix}error: {error.filename2 or error.filename or 'input or output'}: {error.strerror or error}")
     except KeyboardInterrupt as stopped:
-        how = getattr(stopped, "__notes__", [stopped_means])
-        end(f"\n{who}interrupted: {'; '.join(how)}", getattr(stopped, "status", 130))
+        next_steps = getattr(stopped, "__notes__", [stopped_means])
+        end(f"\n{prefix}interrupted: {'; '.join(next_steps)}", getattr(stopped, "status", 130))
     except Exception as error:
         if runtime.is_out_of_memory(error):
-            end(f"{who}error: not enough memory ({str(error).splitlines()[0][:120] if str(error) else 'of the host'})")
-        if not who:
+            end(f"{prefix}error: not enough memory ({(str(error) or 'of the host').splitlines()[0][:120]})")
+        if not prefix:
             raise
         # A collective failed because of another rank; gloo has no error class of its own.
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error)):
-            end(f"{who}error: another rank ended or cannot be reached: its own line, if there is one, says why")
-        end(who + traceback.format_exc().rstrip())
+            end(f"{prefix}error: another rank ended or cannot be reached: its own line, if there is one, says why")
+        end(prefix + traceback.format_exc().rstrip())
     end("", 0)
 
 
 def rank_prefix() -> str:
-    """What a line on stderr begins with: the rank, where there are several."""
+    """The beginning of a line on stderr: the rank if there are several, else ''."""
     rank, world, _ = ranks.from_environment()
     return f"rank {rank}: " if world > 1 else ""
 
 
 def end(message: str, status: int = 1) -> NoReturn:
-    """Say why, and end the process. Among several ranks without the interpreter's clean-up: it frees memory of the
-    card, and would wait there for a collective that the others never come to; and a thread of gloo that lets go of a
-    tensor meanwhile aborts the process (torch.distributed.nn keeps the process group alive until then)."""
+    """Print the message, and end the process. With several ranks without the interpreter's clean-up: freeing the memory
+    of the card could wait for a collective that the other ranks never reach, and a thread of gloo that frees a tensor
+    meanwhile aborts the process (torch.distributed.nn keeps the process group alive until then)."""
     if message:
         print(message, file=sys.stderr)
     if rank_prefix():

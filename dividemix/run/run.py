@@ -1,7 +1,8 @@
-"""The run folder: the same command again continues the run. A run's history, the records of its epochs and their loss
-histograms, is kept in the checkpoint; the logs are written from it, and anew when a run continues. An epoch is written
-by a thread while the next one trains, in the order checkpoint, last.json, best.pt, logs: whenever the process dies,
-the logs are not ahead of the checkpoint.
+"""Write the run folder; the same command again continues the run.
+
+The checkpoint holds the records and loss histograms of all epochs. The logs are written from them, and written again
+when a run continues. A thread writes an epoch while the next one trains, in the order checkpoint, last.json, best.pt,
+logs: at every moment the logs hold no epoch that the checkpoint lacks.
 """
 
 import contextlib
@@ -31,26 +32,27 @@ from dividemix import Diverged, DivideMixError, files, networks, warn
 from dividemix.codivide import Division, Mixture
 from dividemix.engine import DataSet, MixMatch, Phase, PhaseTerms
 from dividemix.run import checkpoint, histograms, logs, scoring
+from dividemix.run.description import commit, versions
 from dividemix.run.folder import load
 from dividemix.run.logs import Logs
-from dividemix.run.provenance import commit, versions
 from dividemix.runtime import Runtime, load_optimizer
 from dividemix.seeds import PHASES, draws
 
-# Flags that may change between two starts of one run: they do not change what is computed.
+# Flags that may differ between two starts of one run, since they do not change what is computed
 FREE_FLAGS = {"num_epochs", "fresh", "out_dir", "run_dir", "save_scores", "no_label_scores"}
 FREE_FLAGS |= {"data_path", "download", "noise_file", "labels", "check_data", "skip_bad_images", "keep_images"}
 FREE_FLAGS |= {"cache_dir", "device", "gpuid", "workers", "eval_batch_size", "deterministic", "no_compile", "no_graph"}
 
 
 class Run:
-    """One run folder, open for writing, on every rank; the first rank alone reads, locks, writes and prints.
+    """An open run folder. With several ranks each has a Run, but only the first reads, locks, writes and prints; the
+    others need not see the folder.
 
-    args: the script's flags. logs: its formats. state: what the last checkpoint holds until `start` has restored it, {}
-    for a new run; records: one flat dict for each finished epoch; best_epochs: of each network, [] before the first
-    epoch's end: the same on all ranks, of which the others need not see the folder. labels: what `save_labels` was
-    given, on the first rank. Raises DivideMixError, on the first rank, for a folder that cannot be written, is in use
-    by another process, or belongs to another script or to a run with other flags.
+    args: the script's flags. logs: its formats. The same on all ranks: state, the content of the last checkpoint until
+    `start` restores it, {} for a new run; records, one flat dict for each finished epoch; best_epochs, one for each
+    network, [] before the first epoch's end. labels: what `save_labels` got, on the first rank. Raises DivideMixError,
+    on the first rank, for a folder that cannot be written, is in use by another process, or belongs to another script
+    or to a run with other flags.
     """
 
     def __init__(self, folder: Path, args: Namespace, runtime: Runtime | None = None, logs: Logs = logs.CIFAR):
@@ -60,34 +62,34 @@ class Run:
         self.pins: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self.epoch, self.num_epochs = 0, math.inf
-        self._new = self._aside = self._copy = None
-        self._board: Any = None
+        self._is_new = self._old_folder = self._host_state = None
+        self._tensorboard: Any = None
         self._lock: Any = None
-        self._writer = ThreadPoolExecutor(1, "save")  # begins with the first epoch's end
-        self._writing: Future[list[int]] | None = None  # the last finished epoch
+        self._writer = ThreadPoolExecutor(1, "save")  # starts its thread at the first epoch's end
+        self._writing: Future[list[int]] | None = None  # of the last finished epoch
         self.state: dict[str, Any] = self.ranks.broadcast_from_rank0(self._open, args.fresh)
         self.records: list[dict[str, Any]] = self.state.get("records", [])
         self.histograms: list[dict[str, Any]] = self.state.get("histograms", [])
         self.best_epochs: list[int] = self.state.get("best_epochs", [])
         self.labels: dict[str, NDArray] = {}
         self._truly_clean: NDArray[np.bool_] | None = None
-        self._saved = len(self.records)
+        self._epochs_saved = len(self.records)
 
     @property
     def begun(self) -> bool:
-        """Whether it goes on from a checkpoint."""
+        """Whether the run continues from a checkpoint."""
         return bool(self.records)
 
     def _open(self, fresh: bool) -> dict[str, Any]:
-        """Make and lock the folder. -> the state of its last checkpoint."""
+        """Make and lock the folder. -> the state of its last checkpoint"""
         folder = self.folder
         try:
-            self._new = fresh or not folder.exists()
-            with contextlib.ExitStack() as before:
-                if fresh and folder.exists():  # locked until the new one is: no process trains in the old one
-                    before.callback(lock_folder(folder).release)
-                    self._aside = set_aside(folder)
-                    print(f"--fresh: {folder} moved to {self._aside}")
+            self._is_new = fresh or not folder.exists()
+            with contextlib.ExitStack() as old_lock:  # until the new folder is locked: no process may use the old one
+                if fresh and folder.exists():
+                    old_lock.callback(lock_folder(folder).release)
+                    self._old_folder = set_aside(folder)
+                    print(f"--fresh: {folder} moved to {self._old_folder}")
                 folder.mkdir(parents=True, exist_ok=True)
                 self._lock = lock_folder(folder)
         except OSError as error:
@@ -97,44 +99,43 @@ class Run:
             state = checkpoint.load_last(folder)
             if state:
                 self._refuse_another_run(state["script"], state["config"])
-            for orphan in [*folder.glob(".*.tmp"), *folder.glob("scores/.*.tmp")]:  # of a process killed in writing
-                orphan.unlink()
+            for temporary in [*folder.glob(".*.tmp"), *folder.glob("scores/.*.tmp")]:  # of a killed process
+                temporary.unlink()
         except BaseException:
             self._lock.release()
             raise
         return state
 
-    def _refuse_another_run(self, script: str, before: dict[str, Any]) -> None:
-        remedy = "give this one an --id, or --fresh to start anew"
+    def _refuse_another_run(self, script: str, config: dict[str, Any]) -> None:
+        remedy = "give this run an --id, or --fresh to start a new one here"
         if script != self.logs.script:
             raise DivideMixError(f"{self.folder} holds a run of {script}: {remedy}")
-        now = self.config
-        if names := sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k)):
-            listed = ", ".join(f"--{k} was {before.get(k)}, now {now.get(k)}" for k in names)
-            raise DivideMixError(f"{self.folder} holds a run with other settings ({listed}): {remedy}")
+        if changed := sorted(k for k in config.keys() | self.config.keys() if config.get(k) != self.config.get(k)):
+            changes = ", ".join(f"--{k} was {config.get(k)}, now {self.config.get(k)}" for k in changed)
+            raise DivideMixError(f"{self.folder} holds a run with other settings ({changes}): {remedy}")
 
     def pin(self, name: str, value: Any, problem: str) -> None:
-        """Hold a value that must stay what it was when the run began, and be the same on all ranks; raises
-        DivideMixError with `problem` if it is not."""
+        """Keep a value that must be the same in every start of the run, and on all ranks. Raises DivideMixError with
+        `problem` if it is not."""
         if self.ranks.broadcast_from_rank0(lambda: value) != value:
             raise DivideMixError(f"{name}: this rank reads other data than the first rank")
         if self.state.get("pins", {}).get(name, value) != value:
-            raise DivideMixError(f"{problem}: put them back, give this run an --id, or --fresh to start anew")
+            raise DivideMixError(f"{problem}: put them back, give this run an --id, or --fresh to start a new one here")
         self.pins[name] = value
 
     def keep(self, name: str, value: Any) -> Any:
-        """The value of this name that the run began with, else this one; plain numbers and lists."""
+        """The value that the run had at its first start, or `value` if this is the first; plain numbers and lists."""
         self.pins[name] = self.state.get("pins", {}).get(name, value)
         return self.pins[name]
 
     def say(self, *lines: str) -> None:
-        """Print, once for all ranks."""
+        """Print lines, on the first rank only."""
         if lines and self.ranks.first:
             print(*lines, sep="\n", flush=True)
 
     def save_labels(self, **arrays: np.ndarray) -> None:
-        """labels.npz: index, given and, where it is known, true label of each training sample, (N,) each; list_given
-        and, where images are files, list_path: label and path of all that the index counts, (M,) each."""
+        """Write labels.npz: of each training sample index, given label and, if it is known, true label, (N,) each; of
+        each entry of the list that `index` refers to list_given, its label, and list_path, its file, (M,) each."""
         if self.ranks.first:
             self.labels = arrays
             self._truly_clean = arrays["given"] == arrays["true"] if "true" in arrays else None
@@ -152,8 +153,8 @@ class Run:
         model: Mapping[str, Any],
         lines: Iterable[str] = (),
     ) -> None:
-        """Restore what the last checkpoint holds, bring logs and best.pt in line with it, write args.json, and print
-        how the run begins. data, model: what args.json says of the data and, for `deploy`, of the networks."""
+        """Restore the last checkpoint, write the logs and best.pt as of then, write args.json, and print the first
+        lines. data, model: what args.json says of the data and, for `deploy`, of the networks."""
         self.nets, self.optimizers, self.mixtures, self.mixmatch = nets, optimizers, mixtures, mixmatch
         if self.state:
             networks.load_weights(nets, self.state["nets"], "the last checkpoint")
@@ -162,22 +163,22 @@ class Run:
             for mixture, history in zip(mixtures, self.state["histories"], strict=True):
                 mixture.history = [losses.numpy() for losses in history]
             self.best_epochs = self.ranks.broadcast_from_rank0(self._write_best, self.state)
-        self.state = {}  # restored by now; for large networks about a gigabyte
+        self.state = {}  # no longer needed; about a gigabyte for large networks
         self.say(self.runtime.describe(), *lines, f"run folder {self.folder}")
         if not self.ranks.first:
             return
         command = [self.logs.script, *(sys.argv[1:] if argv is None else argv)]
         origin = {"command": command, "versions": versions(), "commit": commit()}
-        about = origin | {"args": vars(self.args), "data": data, "model": model, "machine": self.runtime.describe()}
         starts = load(self.folder / "args.json", json.loads, {}).get("starts", [])
-        about["starts"] = [*starts, {"epoch": len(self.records), **origin}]
-        self._write("args.json", json.dumps(about, indent=1, default=str))
+        content = origin | {"args": vars(self.args), "data": data, "model": model, "machine": self.runtime.describe()}
+        content["starts"] = [*starts, {"epoch": len(self.records), **origin}]
+        self._write("args.json", json.dumps(content, indent=1, default=str))
         for name, text in self._log_lines(self.records, self.histograms).items():
             self._write(name, text)
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=len(self.records))
+            self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=len(self.records))
         except (OSError, ImportError, ValueError) as error:  # ValueError: a path that is not UTF-8
             warn(f"no TensorBoard events: {error}")
 
@@ -185,28 +186,30 @@ class Run:
         files.write_atomically(self.folder / name, text.encode())
 
     def _log_lines(self, records: list[dict[str, Any]], histograms: list[dict[str, Any]]) -> dict[str, str]:
-        """What the log files say of these."""
+        """The lines of each log file."""
         lines = {"metrics.jsonl": map(logs.metric_line, records), "acc.txt": map(self.logs.acc, records)}
         lines |= {"stats.txt": map(self.logs.stats, records), "histograms.jsonl": map(logs.metric_line, histograms)}
         return {name: "".join(text) for name, text in lines.items()}
 
     def epochs(self, num_epochs: int) -> Iterator[int]:
-        """The epochs that are still to do. After them everything is written."""
+        """The epochs that are not done yet. After the last, waits until everything is written."""
         done, self.num_epochs = len(self.records), num_epochs
         self.epoch = max(done - 1, 0)
         if done >= num_epochs:
-            self.say(f"{self.folder} is finished ({done} epochs): more with a higher --num_epochs, --fresh starts anew")
+            self.say(
+                f"{self.folder} is finished ({done} epochs): continue with more --num_epochs, or restart with --fresh"
+            )
         elif done:
             self.say(f"continuing {self.folder} with epoch {done} (of 0..{num_epochs - 1})")
         if done < num_epochs and self.ranks.first:
-            (self.folder / "result.json").unlink(missing_ok=True)  # of fewer epochs: no longer this run's result
+            (self.folder / "result.json").unlink(missing_ok=True)  # that of fewer epochs
         for self.epoch in range(done, num_epochs):
             self.seconds = {}
             yield self.epoch
         self._wait()
 
     def phase(self, name: str, k: int = 0) -> "RunPhase":
-        """The phase `name` of net k (0 or 1) in this epoch; entered, it is timed as seconds_<name>."""
+        """Phase `name` of net k (0 or 1) in this epoch. As a context manager it is timed, as seconds_<name>."""
         rng = draws(self.args.seed, name, self.epoch, k) if name in PHASES else None
         title = f"{name}{k + 1}" if name in ("warmup", "train") else name
         hidden = not (self.ranks.first and sys.stderr.isatty())
@@ -221,18 +224,18 @@ class Run:
         accuracy: Mapping[str, float],
         index: Sequence[NDArray[np.int64]] = (),
     ) -> None:
-        """One finished epoch. accuracy: what `engine.test` gives, and more for the record; index: where not all samples
-        were divided, which ones by each network. It is written while training goes on: what an epoch's end waits for,
-        the epoch before and a copy of the state, is seconds_save. All ranks go on with the first one's record. Raises
-        DivideMixError where the epoch before could not be written."""
+        """Record a finished epoch; a thread writes it while training goes on. accuracy: from `engine.test`, and more
+        items for the record. index: which samples each network divided, if not all. seconds_save is the wait for the
+        previous epoch's writing, and the copy of the state. All ranks get the first rank's record. Raises
+        DivideMixError if the previous epoch could not be written."""
         with self.phase("save"):
             self._wait()
             if self.ranks.first:
-                # What the next epoch depends on, beside the flags
+                # All that the next epoch depends on, beside the flags
                 state: dict[str, Any] = {"nets": [net.state_dict() for net in self.nets]}
                 state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
                 state["histories"] = [[torch.from_numpy(row) for row in mixture.history] for mixture in self.mixtures]
-                self._copy = checkpoint.to_host(state, self._copy)
+                self._host_state = checkpoint.to_host(state, self._host_state)
         record = self.ranks.broadcast_from_rank0(self._record, lr, list(divisions), losses, accuracy)
         self.records.append(record)
         best_by = self.logs.best_by
@@ -249,10 +252,10 @@ class Run:
                     scores |= score_arrays(k, division, index[k] if index else None)
                     histogram[f"net{k + 1}"] = histograms.count(division, self._truly_clean)
             self.histograms += [histogram] if scores else []
-            about = {"format": checkpoint.FORMAT, "script": self.logs.script, "versions": versions()}
-            about |= {"config": self.config, "pins": dict(self.pins), "best_epochs": self.best_epochs}
-            about |= {"records": list(self.records), "histograms": list(self.histograms)}
-            self._writing = self._writer.submit(self._save, self._copy | about, scores)
+            history = {"records": list(self.records), "histograms": list(self.histograms)}
+            origin = {"format": checkpoint.FORMAT, "script": self.logs.script, "versions": versions()}
+            origin |= {"config": self.config, "pins": dict(self.pins), "best_epochs": self.best_epochs}
+            self._writing = self._writer.submit(self._save, self._host_state | origin | history, scores)
         self.say(logs.epoch_line(record, self.num_epochs))
 
     def _record(self, lr: float, divisions: list, losses: Sequence[PhaseTerms], accuracy: Mapping[str, float]) -> dict:
@@ -262,41 +265,43 @@ class Run:
         return without_nan(record | {k: round(v, 3) for k, v in self.seconds.items()})
 
     def _wait(self) -> None:
-        """Until the last finished epoch is written."""
+        """Wait until the last finished epoch is written."""
         self.best_epochs = self.ranks.broadcast_from_rank0(
             lambda: self._writing.result() if self._writing else self.best_epochs
         )
 
     def _save(self, state: dict[str, Any], scores: dict[str, np.ndarray]) -> list[int]:
-        """Write everything that an epoch leaves, beside training. -> the epochs of the networks in best.pt"""
+        """Write all files of an epoch, in the thread. -> the epochs of the networks in best.pt"""
         record = state["records"][-1]
         epoch = record["epoch"]
         try:
             if scores:
                 self._save_scores(epoch, scores)
             checkpoint.save_last(self.folder, epoch, state)
-            self._saved = epoch + 1
-            # best.pt comes after it: should the machine die between them, `start` makes it from the checkpoint.
+            self._epochs_saved = epoch + 1
+            # best.pt comes later: if the process ends between the two, `start` makes it from the checkpoint.
             best_epochs = self._write_best(state)
             histogram = state["histograms"][-1:] if scores else []
             for name, text in self._log_lines([record], histogram).items():
                 with open(self.folder / name, "a") as file:
                     file.write(text)
         except OSError as error:
-            what = f"epoch {epoch} could not be written to {self.folder} as a whole ({error.strerror})"
-            raise DivideMixError(f"{what}: make room, then {self._next_start()}") from error
-        self._show(record)
+            problem = f"epoch {epoch} could not be written completely to {self.folder} ({error.strerror})"
+            raise DivideMixError(f"{problem}: free some disk space, then {self._next_start()}") from error
+        self._write_tensorboard(record)
         return best_epochs
 
     def _next_start(self) -> str:
-        """What the next start does, for the end of a message."""
-        if self._saved >= self.num_epochs:
+        """What the next start will do, for the end of a message."""
+        if self._epochs_saved >= self.num_epochs:
             return f"the same command makes the result and figures of {self.folder}"
-        then = f"continues {self.folder} with epoch {self._saved}" if self._saved else "starts again"
-        return f"the same command {then}"
+        next_epoch = self._epochs_saved
+        return (
+            f"the same command {f'continues {self.folder} with epoch {next_epoch}' if next_epoch else 'starts again'}"
+        )
 
     def _save_scores(self, epoch: int, scores: dict[str, np.ndarray]) -> None:
-        """scores/epoch_NNN.npz; without --save_scores, where a script has it, the last alone is kept."""
+        """Write scores/epoch_NNN.npz. Without --save_scores, if the script has it, only the last is kept."""
         folder = self.folder / "scores"
         folder.mkdir(exist_ok=True)
         path = folder / f"epoch_{epoch:03d}.npz"
@@ -305,27 +310,27 @@ class Run:
             if old != path:
                 old.unlink()
 
-    def _show(self, record: dict[str, Any]) -> None:
-        """In TensorBoard, whose failure is no reason to end."""
+    def _write_tensorboard(self, record: dict[str, Any]) -> None:
+        """A failure is a warning."""
         try:
-            for key, value in record.items() if self._board else ():
+            for key, value in record.items() if self._tensorboard else ():
                 if isinstance(value, int | float) and key != "epoch":
-                    self._board.add_scalar(key, value, record["epoch"])
+                    self._tensorboard.add_scalar(key, value, record["epoch"])
         except OSError as error:
             warn(f"no more TensorBoard events: {error}")
-            self._board = None
+            self._tensorboard = None
 
     def _write_best(self, state: dict[str, Any]) -> list[int]:
-        """Write best.pt if the last epoch is the best of a network; the other network's weights stay those in the
-        file. -> the epochs of the networks in it"""
+        """Write best.pt if the last epoch is the best of at least one network; the other network's weights in the file
+        stay. -> the epochs of the networks in it"""
         path, last = self.folder / "best.pt", state["records"][-1]["epoch"]
         nets, epochs = state["nets"], state["best_epochs"]
         if last not in epochs:
             return epochs
         if set(epochs) != {last}:
             try:
-                kept = files.load_file(path)["nets"]
-                nets = [nets[k] if epoch == last else kept[k] for k, epoch in enumerate(epochs)]
+                old_nets = files.load_file(path)["nets"]
+                nets = [nets[k] if epoch == last else old_nets[k] for k, epoch in enumerate(epochs)]
             except DivideMixError as error:
                 warn(f"{error}: all weights in it are now those of epoch {last}")
                 epochs = [last] * len(epochs)
@@ -333,16 +338,16 @@ class Run:
         return epochs
 
     def best_networks(self) -> list[dict[str, Any]]:
-        """The state of each network at its best epoch, the same on all ranks. Raises DivideMixError."""
+        """The weights of each network at its best epoch, on all ranks. Raises DivideMixError for a damaged file."""
         return self.ranks.broadcast_from_rank0(files.load_file, self.folder / "best.pt")["nets"]
 
-    def finish(self, line: str, train: DataSet | None = None, **more: Any) -> dict[str, Any]:
-        """The end: print `line`, score the labels of `train`, write result.json and the last line of acc.txt where the
-        script's format has one. -> the last record with `more` and run_dir, null instead of NaN. Called again, it
-        leaves the same."""
-        final = without_nan({**self.records[-1], **more, "run_dir": str(self.folder)})
+    def finish(self, line: str, train: DataSet | None = None, **results: Any) -> dict[str, Any]:
+        """End the run: print `line`, score the labels of `train`, write result.json and, if the script's format has
+        one, the last line of acc.txt. -> the last record with `results` and run_dir, None instead of NaN. A second
+        call writes the same again."""
+        final = without_nan({**self.records[-1], **results, "run_dir": str(self.folder)})
         self.say(line)
-        if train is not None and not self.args.no_label_scores:  # first: with a result.json a run counts as finished
+        if train is not None and not self.args.no_label_scores:  # before result.json, which marks a finished run
             self._score_labels(train)
         if self.ranks.first:
             self._write("result.json", json.dumps(final, indent=1, allow_nan=False))
@@ -350,8 +355,8 @@ class Run:
         return final
 
     def _score_labels(self, train: DataSet) -> None:
-        """`scoring.write`, unless the folder has the scores of these samples after so many epochs. A failure is a
-        warning, since the run is saved; but of several ranks, which wait for each other, it is raised."""
+        """Write label_scores.npz, unless the folder has these scores. A failure is a warning, since the run is saved;
+        with several ranks, which wait for each other, it is raised."""
         epochs = len(self.records)
         if self.ranks.broadcast_from_rank0(lambda: scoring.is_scored(self.folder, epochs, self.labels["index"])):
             return
@@ -366,13 +371,13 @@ class Run:
         except Exception as error:
             if self.ranks.world > 1:
                 raise
-            warn(f"no list of doubtful labels, but the run is saved, and the same command tries again: {error}")
+            warn(f"no list of doubtful labels; the run is saved, and the same command tries again: {error}")
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
-        """What was begun to be written is completed, also after an error or a signal."""
+        """Complete what is being written, also after an error or a signal."""
         try:
             if self._writing:
                 self._writing.result()
@@ -383,23 +388,23 @@ class Run:
                 warn(str(failed))
         finally:
             self._writer.shutdown()
-            if self._board:
+            if self._tensorboard:
                 with contextlib.suppress(OSError):
-                    self._board.close()
+                    self._tensorboard.close()
             if self._lock:
                 self._lock.release()
-        begun = any((self.folder / name).exists() for name in ("args.json", "skipped.json"))  # the latter took hours
-        if self._new and not self.records and not begun:  # refused: leave nothing behind
+        begun = any((self.folder / name).exists() for name in ("args.json", "skipped.json"))  # the latter takes hours
+        if self._is_new and not self.records and not begun:  # refused before it began: restore what was there
             shutil.rmtree(self.folder, ignore_errors=True)
-            if self._aside:
-                self._aside.rename(self.folder)
+            if self._old_folder:
+                self._old_folder.rename(self.folder)
         if isinstance(error, KeyboardInterrupt) and self.ranks.first:
             error.add_note(self._next_start())
 
 
 @dataclass
 class RunPhase(Phase):
-    """A phase of a run: adds its time to `seconds`, and the epoch to the message of a training that diverged."""
+    """Phase of a run: adds its time to `seconds`, and the epoch to the message if training diverges."""
 
     title: str = ""
     seconds: dict[str, float] | None = None
@@ -416,7 +421,7 @@ class RunPhase(Phase):
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """The folder's lock, held until it is released. Raises DivideMixError where another process holds it, OSError."""
+    """Lock the folder until the lock's `release`. Raises DivideMixError if another process holds it, and OSError."""
     try:
         return files.lock_file(folder / ".lock")
     except Timeout as error:
@@ -424,16 +429,15 @@ def lock_folder(folder: Path) -> FileLock:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a folder to <name>.<time>, never deleting anything. -> its new name. Raises DivideMixError for a path
-    that ends in no name."""
+    """Rename a folder to <name>.<time>. -> its new path. Raises DivideMixError for a path that ends in no name."""
     if folder.name in ("", ".."):
-        raise DivideMixError(f"--fresh cannot move {folder} aside: give --run_dir with the folder's name")
+        raise DivideMixError(f"--fresh cannot rename {folder}: give --run_dir with the folder's name")
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    aside, k = folder.with_name(f"{folder.name}.{stamp}"), 1
-    while aside.exists():
-        aside, k = folder.with_name(f"{folder.name}.{stamp}-{k}"), k + 1
-    folder.rename(aside)
-    return aside
+    target, k = folder.with_name(f"{folder.name}.{stamp}"), 1
+    while target.exists():
+        target, k = folder.with_name(f"{folder.name}.{stamp}-{k}"), k + 1
+    folder.rename(target)
+    return target
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -441,13 +445,13 @@ def set_aside(folder: Path) -> Path:
 
 
 def without_nan(record: dict[str, Any]) -> dict[str, Any]:
-    """None, in JSON null, for what is not finite: NaN is no JSON."""
+    """With None (null in JSON) instead of NaN and infinity, which JSON does not have."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 def score_arrays(k: int, division: Division, index: NDArray | None = None) -> dict[str, NDArray]:
-    """What scores/epoch_NNN.npz holds of net k (0 or 1): raw and fitted loss, clean probability, prediction (n,); the
-    mixture (2,). index (n,): which of the training list's samples they are, where not all were divided."""
+    """The content of scores/epoch_NNN.npz for net k (0 or 1): raw and normalised loss, clean probability, prediction
+    (n,); the mixture (2,). index (n,): their rows in the training list, if not all samples were divided."""
     names = ("raw_loss", "loss", "clean_probability", "means", "variances", "weights", "threshold")
     arrays = {name: np.asarray(getattr(division, name)) for name in names}
     arrays |= {"prediction": division.prediction.astype(np.int32)} | ({} if index is None else {"index": index})

@@ -1,7 +1,7 @@
-"""After the last epoch: what both networks say of every training label, and small copies of the most doubtful images.
+"""After the last epoch: score every training label with both networks, and copy the most doubtful images.
 
-One pass over the whole training set, in eval mode and without augmentation, as before a division; then a mixture for
-each network, fitted as the next epoch's would be. label_scores.npz and thumbnails.npz are what the report lists from.
+One pass over the training set, in eval mode and without augmentation, as before a division; then a mixture is fitted
+for each network, as in a further epoch. The report reads the results, label_scores.npz and thumbnails.npz.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,17 +18,17 @@ from dividemix import DivideMixError, warn
 from dividemix.codivide import Mixture, clean_probability
 from dividemix.engine import DataSet, Phase, evaluate
 from dividemix.files import write_arrays
-from dividemix.run.folder import arrays, load
+from dividemix.run.folder import load, parse_arrays
 from dividemix.seeds import draws
 
-THUMBNAILS, SIDE = 48, 96  # how many images are kept for the report, and the longer side of each at most
+THUMBNAILS, SIDE = 48, 96  # number of images for the report; their longer side in pixels, at most
 
 
 def is_scored(folder: Path, epochs: int, index: NDArray) -> bool:
-    """Whether the folder has the scores of these samples after so many epochs."""
+    """Whether the folder has the scores of the samples `index` (N,) after so many epochs."""
     try:
-        scores = load(folder / "label_scores.npz", arrays, {})
-    except DivideMixError:  # damaged: it is written anew
+        scores = load(folder / "label_scores.npz", parse_arrays, {})
+    except DivideMixError:  # damaged: it is written again
         return False
     return scores.get("epochs") == epochs and np.array_equal(scores["index"], index)
 
@@ -36,7 +36,7 @@ def is_scored(folder: Path, epochs: int, index: NDArray) -> bool:
 def clean_probabilities(
     scores: dict[str, NDArray], mixtures: Sequence[Mixture], seed: int, epochs: int
 ) -> dict[str, NDArray[np.float64]]:
-    """p_clean_net1 and, of two networks, p_clean_net2: what a further epoch would divide by."""
+    """p_clean_net1 and p_clean_net2 (N,): the clean probabilities by which a further epoch would divide."""
     probabilities = {}
     for k, mixture in enumerate(mixtures):
         random_state = int(draws(seed, "divide", epochs, k).integers(2**32))
@@ -45,32 +45,32 @@ def clean_probabilities(
     return probabilities
 
 
-def write(folder: Path, data: DataSet, scores: dict[str, NDArray], given: NDArray) -> None:
-    """Write label_scores.npz and the images of the worst of the labels `given` (N,) of `data`."""
-    rows = worst_first(*label_quality(scores, given))[:THUMBNAILS]
+def write(folder: Path, data: DataSet, scores: dict[str, NDArray], given_labels: NDArray) -> None:
+    """Write label_scores.npz and thumbnails.npz, the images of `data` with the worst of the given labels (N,)."""
+    rows = worst_first(*label_quality(scores, given_labels))[:THUMBNAILS]
     try:
         pixels, sizes = thumbnails(data.originals(rows))
         write_arrays(folder / "thumbnails.npz", {"index": scores["index"][rows], "pixels": pixels, "sizes": sizes})
-    except Exception as error:  # pictures for people: the scores do not depend on them
+    except Exception as error:  # the scores do not depend on the images
         warn(f"the report shows no images: {error}")
-    write_arrays(folder / "label_scores.npz", scores)  # last: where it is, nothing is done again
+    write_arrays(folder / "label_scores.npz", scores)  # last, since `is_scored` asks for it
 
 
 @torch.no_grad()
 def ensemble_scores(nets: Sequence[nn.Module], data: DataSet, phase: Phase) -> dict[str, NDArray]:
-    """Of all N samples, (N,) each: loss_net1, loss_net2, the cross-entropy against the given label, as
-    `engine.per_sample_loss` has it; and of both networks together, whose logits are summed, their prediction, its
-    probability (confidence) and that of the given label (p_given)."""
+    """Scores of all N samples, (N,) each. loss_net1, loss_net2: the cross-entropy with the given label, as in
+    `engine.per_sample_loss`. From the sum of both networks' logits: prediction, its probability (confidence), and the
+    probability of the given label (p_given)."""
     for net in nets:
         net.eval()
 
     def score(forward: Callable[..., list[Tensor]], x: Tensor, labels: Tensor) -> Tensor:
-        logits = [of_net for net in nets for of_net in forward(net, x)]
-        both = sum(logits)
-        p, prediction = both.softmax(dim=1), both.argmax(dim=1, keepdim=True)
-        chosen = [p.gather(1, prediction)[:, 0], p.gather(1, labels[:, None])[:, 0]]
-        losses = [F.cross_entropy(of_net, labels, reduction="none") for of_net in logits]
-        return torch.stack([*losses, prediction[:, 0].float(), *chosen])
+        logits = [net_logits for net in nets for net_logits in forward(net, x)]
+        ensemble = sum(logits)
+        p, prediction = ensemble.softmax(dim=1), ensemble.argmax(dim=1, keepdim=True)
+        confidence, p_given = p.gather(1, prediction)[:, 0], p.gather(1, labels[:, None])[:, 0]
+        losses = [F.cross_entropy(net_logits, labels, reduction="none") for net_logits in logits]
+        return torch.stack([*losses, prediction[:, 0].float(), confidence, p_given])
 
     names = [*(f"loss_net{k + 1}" for k in range(len(nets))), "prediction", "confidence", "p_given"]
     scores = torch.zeros(len(names), len(data), device=data.runtime.device)
@@ -81,28 +81,28 @@ def ensemble_scores(nets: Sequence[nn.Module], data: DataSet, phase: Phase) -> d
     return table | {"prediction": table["prediction"].astype(np.int32)}
 
 
-def label_quality(scores: dict[str, NDArray], given: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    """Quality, is_issue and mean loss of each label, from the arrays of label_scores.npz. Quality: the mean clean
-    probability of the networks; of a cross-entropy run the probability that both together give the label. An issue is
-    of a quality below the run's p_threshold, and the networks suggest another class."""
-    p_clean, losses = of_nets(scores, "p_clean"), of_nets(scores, "loss")
+def label_quality(scores: dict[str, NDArray], given_labels: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    """Quality, is_issue and mean loss of each of the given labels (N,), from the arrays of label_scores.npz. Quality:
+    the networks' mean clean probability; after plain cross-entropy the label's probability (p_given). A label is an
+    issue if its quality is below the run's p_threshold and the networks predict another class."""
+    p_clean, losses = net_arrays(scores, "p_clean"), net_arrays(scores, "loss")
     quality = sum(p_clean) / len(p_clean) if p_clean else scores["p_given"].astype(np.float64)
-    return quality, (quality < scores["threshold"]) & (scores["prediction"] != given), sum(losses) / len(losses)
+    return quality, (quality < scores["threshold"]) & (scores["prediction"] != given_labels), sum(losses) / len(losses)
 
 
-def of_nets(scores: dict[str, NDArray], name: str) -> list[NDArray]:
-    """Net 1's and net 2's arrays, those that are there."""
+def net_arrays(scores: dict[str, NDArray], name: str) -> list[NDArray]:
+    """Net 1's and net 2's arrays <name>_net1, <name>_net2; only those that are in `scores`."""
     return [scores[f"{name}_net{k}"] for k in (1, 2) if f"{name}_net{k}" in scores]
 
 
 def worst_first(quality: NDArray, is_issue: NDArray, loss: NDArray) -> NDArray[np.int64]:
-    """The rows in the order in which they are worth a look: issues before others, then by quality, then by loss."""
+    """The rows, most doubtful first: issues before others, then by rising quality, then by falling loss."""
     return np.lexsort((-loss, quality, ~is_issue))
 
 
 def thumbnails(images: Iterable[NDArray[np.uint8]], side: int = SIDE) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """Small copies of M images (H, W, 3), `side` pixels at most: pixels (M, h, w, 3), each in the upper left of a black
-    rectangle as large as the largest, and sizes (M, 2), height and width. Images that fit are not made larger."""
+    """Small copies of M images (H, W, 3), at most `side` pixels long; never enlarged. -> pixels (M, h, w, 3), each copy
+    in the upper left corner, the rest black; sizes (M, 2), their heights and widths"""
     small = []
     for pixels in images:
         image = Image.fromarray(pixels)

@@ -1,6 +1,13 @@
 """Run folders: made, continued and compared."""
 
+import dataclasses
+import errno
 import json
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
 from argparse import Namespace
 from pathlib import Path
 
@@ -10,9 +17,10 @@ import torch
 import Train_cifar
 from dividemix.codivide import Mixture
 from dividemix.engine import MixMatch, PhaseTerms
-from dividemix.run import checkpoint, logs
+from dividemix.run import checkpoint, logs, options
 from dividemix.run.run import Run
 from dividemix.runtime.device import Runtime
+from helpers.nets import half
 
 TINY = "--dataset digits --limit_train 96 --width 4 --batch_size 16 --warm_up 1 --lr_drop 3 --device cpu"
 
@@ -52,6 +60,9 @@ def args_of(folder) -> Namespace:
     return Namespace(**checkpoint.load_last(folder)["config"], fresh=False, no_label_scores=True)
 
 
+# ---- Runs without training: quick, of networks whose weights say the epoch ----
+
+
 class Marked(torch.nn.Module):
     """A network of two weights: the epoch, and which network it is."""
 
@@ -75,22 +86,73 @@ def end_epoch(run: Run, accuracy: dict, phase: str = "train") -> None:
     """The networks are marked with the epoch, and it ends with such a record."""
     for net in run.nets:
         net.w.data[0] = run.epoch
-    division = Mixture(0.5).divide(np.array([0.0, 0.1, 0.9, 1.0], np.float32), np.zeros(4, np.int64))
+    loss = np.array([0.0, 0.1, 0.9, 1.0], np.float32)
+    division = dataclasses.replace(half(4), raw_loss=loss, prediction=np.zeros(4, np.int64))
     divisions = [division if phase == "train" else None] * 2
     run.end_epoch(0.1, divisions, [PhaseTerms(1.0, float("nan"), 0.0, 0.0)] * 2, accuracy)
 
 
-def validated(net1, net2):
+def validated(net1=60.0, net2=60.0):
     return {"val_acc": 50.0, "val_acc_net1": net1, "val_acc_net2": net2}
 
 
-def go_on(folder, accuracies, last=None):
-    """A run like Clothing1M's through epochs of these accuracies (net 1, net 2), from where the folder is."""
-    with opened(folder) as run:
+def go_on(folder, accuracies, last=None, in_epoch=lambda run: None, **flags) -> Run:
+    """A run like Clothing1M's through epochs of these accuracies (net 1, net 2), from where the folder is. in_epoch is
+    called in each epoch before its end."""
+    with opened(folder, **flags) as run:
+        run.save_labels(index=np.arange(4), given=np.zeros(4, np.int64))
         begin(run)
         for epoch in run.epochs(last or len(accuracies)):
+            in_epoch(run)
             end_epoch(run, validated(*accuracies[epoch]))
-        return run
+    return run
+
+
+def last_epoch(folder: Path) -> int:
+    """The epoch that last.json names; -1 without it."""
+    file = folder / "last.json"
+    return json.loads(file.read_text())["epoch"] if file.exists() else -1
+
+
+def full(*_) -> None:
+    """Stands for a call that writes to a full disk."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class Forked:
+    """A process that runs `command_line(main)` as a script does; forked, so that it imports nothing. main's argument is
+    called when the test may go on after `wait`."""
+
+    def __init__(self, output: Path, main, **environment: str):
+        context = multiprocessing.get_context("fork")
+        self.output, self.ready = output, context.Event()
+        self.process = context.Process(target=self._run, args=(main, environment))
+        self.process.start()
+
+    def _run(self, main, environment) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+        os.environ.update(environment)
+        outputs = [open(f"{self.output}.{name}", "w", buffering=1) for name in ("out", "err")]  # noqa: SIM115
+        sys.stdout, sys.stderr = outputs
+        warnings.showwarning = lambda *warning: sys.stderr.write(warnings.formatwarning(*warning))  # pytest keeps them
+        options.command_line(lambda _: main(self.ready.set))
+
+    def wait(self) -> None:
+        assert self.ready.wait(60)
+
+    def send(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def end(self) -> tuple[int, str, str]:
+        """-> exit status (-n where signal n killed it), stdout, stderr"""
+        self.process.join(120)
+        status = self.process.exitcode
+        self.process.kill()
+        assert status is not None, "it hangs"
+        return status, *(Path(f"{self.output}.{name}").read_text() for name in ("out", "err"))
+
+
+# ---- What runs leave ----
 
 
 def read_records(folder) -> list[dict]:
@@ -103,13 +165,15 @@ def read_records(folder) -> list[dict]:
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
-def assert_same_run(folder: Path, whole: Path) -> None:
-    assert_equal(last_state(folder), last_state(whole))
-    assert [*map(without_times, read_records(folder))] == [*map(without_times, read_records(whole))]
-    assert_equal(*(torch.load(each / "best.pt", weights_only=True) for each in (folder, whole)))
+def assert_same_run(folder: Path, straight: Path) -> None:
+    """Bit for bit: weights, momentum, losses, records, histograms, scores, logs; and nothing temporary is left."""
+    assert_equal(last_state(folder), last_state(straight))
+    assert [*map(without_times, read_records(folder))] == [*map(without_times, read_records(straight))]
+    assert_equal(*(torch.load(run / "best.pt", weights_only=True) for run in (folder, straight)))
     for name in ("acc.txt", "stats.txt", "histograms.jsonl"):
-        assert (folder / name).read_text() == (whole / name).read_text()
-    scores = [sorted((each / "scores").iterdir()) for each in (folder, whole)]
+        assert (folder / name).read_text() == (straight / name).read_text()
+    scores = [sorted((run / "scores").iterdir()) for run in (folder, straight)]
     assert [file.name for file in scores[0]] == [file.name for file in scores[1]]
     for pair in zip(*scores, strict=True):
         np.testing.assert_equal(*(dict(np.load(file)) for file in pair))
+    assert not [*folder.rglob("*.tmp")]

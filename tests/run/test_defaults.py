@@ -1,4 +1,4 @@
-"""defaults: what Train_folder.py chooses for own images, and that a flag wins."""
+"""What Train_folder.py chooses for own images, and that a flag wins."""
 
 import pytest
 
@@ -10,10 +10,10 @@ NAMES = ("val_fraction", "arch", "weights", "image_size", "data_mode", "batch_si
 NAMES += ("num_epochs", "lr_drop", "lambda_u", "p_threshold")
 
 
-def chosen(*flags: str, n: int = 3000, side: int = 28, parts=("train",)):
+def chosen(*flags: str, n: int = 3000, side: int = 28, lists=("train",)):
     """-> (the flags' values, the recipe, the lines)"""
     args = Train_folder.parse_args(["--data_path", "x", *flags])
-    recipe, lines = defaults.choose(args, n, side, parts)
+    recipe, lines = defaults.choose(args, n, side, lists)
     return args, recipe, lines
 
 
@@ -21,19 +21,15 @@ def values(args, *names: str) -> tuple:
     return tuple(getattr(args, name) for name in names)
 
 
-def test_small_grey_images():
-    """3,000 of them are to be done in ten minutes of two cores at --width 16: see benchmarks/RESULTS.md for the times
-    that these numbers were chosen by."""
+def test_small_images_and_photos():
+    """Photos would be cut down to 64 pixels, or a large network be trained from nothing on a few of them. 3,000 small
+    images are to be done in ten minutes of two cores at --width 16: see benchmarks/RESULTS.md."""
     args, recipe, lines = chosen("--width", "16")
     assert values(args, "arch", "weights", "image_size", "data_mode") == ("preresnet18", "none", 32, "device")
     assert values(args, "batch_size", "lr", "alpha", "lambda_u", "p_threshold") == (64, 0.02, 4, 0, 0.5)
     assert values(args, "val_fraction", "warm_up", "num_epochs", "lr_drop") == (0.1, 10, 18, 16)
     assert recipe is recipes.OWN_SMALL and recipe.unlabeled_loss
     assert [line.split()[0] for line in lines] == [*NAMES] and "warm_up 10 (2700 images to train on)" in lines
-
-
-def test_photos():
-    """Photos would be cut down to 64 pixels, or a large network be trained from nothing on a few of them."""
     args, recipe, _ = chosen(side=375)
     assert values(args, "arch", "weights", "image_size", "data_mode") == ("resnet50", "imagenet", 224, "stream")
     assert values(args, "batch_size", "lr", "alpha", "warm_up", "num_epochs") == (32, 0.002, 0.5, 8, 16)
@@ -45,8 +41,8 @@ def test_photos():
 
 def test_a_higher_number_of_epochs_changes_nothing_else():
     """A run could not be continued by it: what follows from the data would no longer be what the run began with."""
-    found = [vars(chosen("--num_epochs", epochs)[0]) | {"num_epochs": 0} for epochs in ("1", "18", "300")]
-    assert found[0] == found[1] == found[2]
+    settings = [vars(chosen("--num_epochs", epochs)[0]) | {"num_epochs": 0} for epochs in ("1", "18", "300")]
+    assert settings[0] == settings[1] == settings[2]
 
 
 def test_a_flag_wins_and_is_called_given():
@@ -61,8 +57,7 @@ def test_a_flag_wins_and_is_called_given():
 
 @pytest.mark.parametrize(
     ("n", "expected"),
-    [(1, (8, 10, 18)), (360, (16, 10, 18)), (1500, (64, 10, 18)), (9_000, (64, 10, 18)), (60_000, (64, 10, 92))]
-    + [(600_000, (64, 1, 9)), (10**9, (64, 1, 9))],
+    [(1, (8, 10, 18)), (360, (16, 10, 18)), (1500, (64, 10, 18)), (60_000, (64, 10, 92)), (600_000, (64, 1, 9))],
 )
 def test_sizes_of_sets(n, expected):
     """A handful of images would be a single batch an epoch, or a million take a month."""
@@ -76,8 +71,7 @@ def test_sizes_of_sets(n, expected):
 @pytest.mark.parametrize(
     ("arch", "side", "expected"),
     [("preresnet18", 8, 32), ("preresnet18", 33, 40), ("preresnet18", 64, 64), ("preresnet18", 500, 64)]
-    + [("resnet50", 28, 128), ("resnet50", 150, 160), ("resnet50", 500, 224), ("inceptionresnetv2", 30, 299)]
-    + [("vit_b_32", 100, 224), ("squeezenet1_1", 100, 128)],
+    + [("resnet50", 28, 128), ("resnet50", 150, 160), ("resnet50", 500, 224), ("inceptionresnetv2", 30, 299)],
 )
 def test_image_size(arch, side, expected):
     """Images would lose what they show, or a network be given a size that it cannot take."""
@@ -85,31 +79,32 @@ def test_image_size(arch, side, expected):
     assert not networks.refusal(arch, expected)
 
 
-def test_size_of_the_pixels_decides_where_they_are():
-    """A set that does not fit the card would end the run, or a small one wait for its workers."""
+def test_size_of_the_pixels_decides_where_they_are(monkeypatch):
+    """A set that does not fit the card would end the run, or a small one wait for its workers; several ranks stream."""
     many = defaults.DEVICE_LIMIT // (40 * 40 * 3)
-    assert chosen(n=many)[0].data_mode == "device"
-    assert chosen(n=2 * many)[0].data_mode == "stream"
+    assert chosen(n=many)[0].data_mode == "device" and chosen(n=2 * many)[0].data_mode == "stream"
     assert chosen("--data_mode", "device", side=500)[0].data_mode == "device"
     assert chosen("--image_size", "65", "--arch", "preresnet18")[0].data_mode == "stream"
     assert (defaults.resize("device", 32), defaults.resize("stream", 224)) == (32, 256)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert chosen()[0].data_mode == "stream"
+    with pytest.raises(DivideMixError, match="--data_mode device"):
+        chosen("--data_mode", "device")
 
 
 def test_what_the_best_epoch_is_chosen_by():
     """Without a held-out part there would be no accuracy at all; with a test part, images be lost for training."""
-    assert chosen(parts=("train", "test"))[0].val_fraction == 0
-    assert chosen(parts=("train", "val"))[0].val_fraction == 0
-    assert chosen("--val_fraction", "0.2", parts=("train", "test"))[0].val_fraction == 0.2
-    with pytest.raises(DivideMixError, match=r"--val_fraction 0\.2: the data have a validation part"):
-        chosen("--val_fraction", "0.2", parts=("train", "val"))
+    assert chosen(lists=("train", "test"))[0].val_fraction == chosen(lists=("train", "val"))[0].val_fraction == 0
+    assert chosen("--val_fraction", "0.2", lists=("train", "test"))[0].val_fraction == 0.2
+    with pytest.raises(DivideMixError, match=r"--val_fraction 0\.2"):
+        chosen("--val_fraction", "0.2", lists=("train", "val"))
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--arch", "vit_b_16", "--image_size", "64"], "--image_size 64: vit_b_16 cannot take such images .* 224"),
-        (["--arch", "resnet18", "--width", "16"], "--width 16: resnet18 has one width"),
-        (["--weights", "imagenet"], "--weights imagenet: there are none for preresnet18"),
+        (["--arch", "resnet18", "--width", "16"], "--width 16: resnet18"),
+        (["--weights", "imagenet"], "--weights imagenet: .*preresnet18"),
     ],
 )
 def test_flags_that_do_not_go_together(flags, said):
@@ -120,8 +115,8 @@ def test_flags_that_do_not_go_together(flags, said):
 
 def test_an_unknown_network_is_refused_with_a_guess(capsys):
     """A typing error would end in a traceback of torchvision's."""
-    for text, said in (("resnet81", "did you mean resnet18"), ("zzz", "expected one of preresnet18, ")):
+    for text, guess in (("resnet81", "resnet18"), ("zzz", "preresnet18, ")):
         with pytest.raises(SystemExit):
             Train_folder.parse_args(["--data_path", "x", "--arch", text])
         error = capsys.readouterr().err
-        assert f"argument --arch: '{text}': no such network; {said}" in error and error.count("\n") == 1
+        assert f"argument --arch: '{text}'" in error and guess in error and error.count("\n") == 1

@@ -7,21 +7,17 @@ import numpy as np
 import pytest
 from helpers.run_folder import histogram
 
-from dividemix.codivide import Division, Mixture
+from dividemix.codivide import Mixture
 from dividemix.run import histograms
 
 
-def divided(n: int = 200, seed: int = 0) -> tuple[Division, np.ndarray]:
-    """A division, and which labels are right."""
-    rng = np.random.default_rng(seed)
-    clean = rng.random(n) < 0.6
-    loss = np.where(clean, rng.gamma(2, 0.1, n), rng.normal(3, 0.5, n)).astype(np.float32)
-    return Mixture(0.5).divide(loss, np.zeros(n, np.int64)), clean
-
-
 def test_counts_are_of_every_sample_and_of_its_own_kind():
-    """Else the slider shows bars that are not the losses, or clean and wrong exchanged."""
-    division, clean = divided()
+    """Else the slider shows bars that are not the losses, or clean and wrong exchanged; or a run on doubtful labels
+    claims to know which are wrong."""
+    rng = np.random.default_rng(0)
+    clean = rng.random(200) < 0.6
+    raw = np.where(clean, rng.gamma(2, 0.1, 200), rng.normal(3, 0.5, 200)).astype(np.float32)
+    division = Mixture(0.5).divide(raw, np.zeros(200, np.int64))
     counted, loss = histograms.count(division, clean), division.loss
     assert sum(counted["clean"]) == clean.sum() and sum(counted["wrong"]) == (~clean).sum()
     assert counted["wrong"][59] >= 1 and counted["clean"][0] >= 1  # the largest loss, 1, and the smallest, 0
@@ -29,18 +25,13 @@ def test_counts_are_of_every_sample_and_of_its_own_kind():
     assert counted["clean"][30] + counted["wrong"][30] == in_bin_30.sum()
     assert counted["means"] == division.means.tolist() and counted["threshold"] == 0.5
     assert json.loads(json.dumps(counted)) == counted
-
-
-def test_without_truth_nothing_is_coloured_by_it():
-    """Else a run on doubtful labels claims to know which are wrong."""
-    counted = histograms.count(divided()[0])
+    counted = histograms.count(division)
     assert "clean" not in counted and sum(counted["all"]) == 200
 
 
-@pytest.mark.parametrize("weights", [(0.6, 0.4), (0.999, 0.001)])
-def test_gaussians_integrate_to_their_weights(weights):
+def test_gaussians_are_densities_with_the_mixtures_moments():
     """Else the curves lie beside the histogram, which is a density, and the figure shows a fit that was not made."""
-    x = np.linspace(-3, 4, 200_001)
+    x, weights = np.linspace(-3, 4, 200_001), (0.6, 0.4)
     means, variances = np.array([0.1, 0.7]), np.array([5e-4, 0.09])
     curves = histograms.gaussians(x, {"means": means, "variances": variances, "weights": weights})
     assert curves.shape == (2, len(x))
@@ -49,30 +40,22 @@ def test_gaussians_integrate_to_their_weights(weights):
     np.testing.assert_allclose(np.trapezoid(curves * (x - means[:, None]) ** 2, x, axis=1), variances * weights, 1e-5)
 
 
-def test_bars_are_densities_of_all_samples_together():
-    """Else bars and curves have different units."""
-    parts = histograms.densities(histogram(truth=True))
-    assert {name: part.sum() / 60 for name, part in parts.items()} == pytest.approx({"clean": 8 / 12, "wrong": 4 / 12})
-    assert histograms.densities(histogram(truth=False))["all"].sum() / 60 == pytest.approx(1)
-
-
-def test_the_boundary_is_where_the_posterior_is_the_threshold():
-    """Else the figure shows the split at a loss where it is not."""
-    each = histogram(truth=True)
-    [loss] = histograms.boundaries(each)
-    clean, noisy = histograms.gaussians(np.array([loss]), each)[:, 0]
-    assert clean / (clean + noisy) == pytest.approx(0.5, abs=0.05)
-
-
 def points(path: str) -> np.ndarray:
     """The corners of an SVG path of straight lines."""
     return np.array(re.findall(r"[\d.]+", path), float).reshape(-1, 2)
 
 
 def test_the_drawing_has_bars_curves_and_the_threshold_at_their_places():
-    """Else the page is broken, or its picture shows other losses than those counted."""
-    each = histogram(truth=True)
-    paths = {name: points(d) for name, d in histograms.paths(each, histograms.peak([each]))}
+    """Else bars and curves have different units, or the picture shows other losses than those counted, or the split
+    where it is not."""
+    counted = histogram(truth=True)
+    bars = histograms.densities(counted)
+    assert {name: bar.sum() / 60 for name, bar in bars.items()} == pytest.approx({"clean": 8 / 12, "wrong": 4 / 12})
+    assert histograms.densities(histogram(truth=False))["all"].sum() / 60 == pytest.approx(1)
+    [loss] = histograms.boundaries(counted)
+    clean, noisy = histograms.gaussians(np.array([loss]), counted)[:, 0]
+    assert clean / (clean + noisy) == pytest.approx(0.5, abs=0.05)
+    paths = {name: points(d) for name, d in histograms.paths(counted, histograms.peak([counted]))}
     assert paths.keys() == {"bars clean", "bars wrong", "curve clean", "curve wrong", "threshold"}
     left, base, width = 40, 248, 588  # as in the template
     high = paths["bars clean"][paths["bars clean"][:, 1] < base - 1]  # the one bar: bin 3
@@ -80,7 +63,7 @@ def test_the_drawing_has_bars_curves_and_the_threshold_at_their_places():
     assert (high[:, 0].max() - left) / width == pytest.approx(4 / 60, abs=0.005)
     top = paths["curve clean"][paths["curve clean"][:, 1].argmin()]
     assert (top[0] - left) / width == pytest.approx(0.1, abs=0.01)
-    assert (paths["threshold"][0][0] - left) / width == pytest.approx(histograms.boundaries(each)[0], abs=0.005)
+    assert (paths["threshold"][0][0] - left) / width == pytest.approx(loss, abs=0.005)
     assert all(p[:, 1].min() >= 12 - 1e-6 and p[:, 1].max() <= base + 1e-6 for p in paths.values())
 
 

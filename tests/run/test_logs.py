@@ -19,31 +19,25 @@ CLOTHING1M = {
     **{"val_acc": 74.5, "val_acc_net1": 73.456, "val_acc_net2": 72.0},
     **{"best_val_acc_net1": 73.5, "best_val_acc_net2": 72.9},
 }
+OWN = {**COMMON | DIVIDED, "val_acc": 81.5, "val_acc_net1": 80.0, "val_acc_net2": 79.0}
 UNDIVIDED = dict.fromkeys(DIVIDED) | {"phase": "warmup"}
 
 
-def test_lines_of_webvision_are_the_authors():
-    """Else every script that people have to plot the authors' logs reads nothing, or exchanges the two networks."""
+def test_lines_of_the_log_files_are_the_authors():
+    """Else every script that people have to plot the authors' logs reads nothing, or exchanges the two networks; and
+    Clothing1M's last line is where the authors' users look for the result. NaN is no JSON."""
     line = "Epoch:7 \t WebVision Acc: 77.32% (91.64%) \t ImageNet Acc: 75.20% (90.84%)\n"
     assert logs.WEBVISION.acc(WEBVISION) == line
     assert logs.WEBVISION.stats(WEBVISION) == "Numer of labeled samples:22 \nNumer of labeled samples:11 \n"
     assert logs.WEBVISION.stats(WEBVISION | UNDIVIDED) == ""
     assert logs.WEBVISION.stats(WEBVISION | {"labeled_net2": None}) == "Numer of labeled samples:11 \n"
     assert logs.WEBVISION.final(WEBVISION) == ""
-
-
-def test_lines_of_clothing1m_are_the_authors():
-    """The same; the last line is where the authors' users look for the result."""
     assert logs.CLOTHING1M.acc(CLOTHING1M) == "Validation Epoch:7      Acc1:73.46  Acc2:72.00\n"
     assert logs.CLOTHING1M.final({"test_acc": 74.758}) == "Test Accuracy:74.76\n"
-
-
-def test_undefined_auc_is_null_in_the_logs():
-    """NaN is no JSON: one epoch of r = 0 would make metrics.jsonl unreadable."""
-    record = {"labeled_net1": 1, "labeled_net2": 2, "auc_net1": None, "auc_net2": 0.5}
-    assert logs.CIFAR.stats(record) == (
-        "Numer of labeled samples:2   AUC:0.500\nNumer of labeled samples:1   AUC:null\n"
-    )
+    assert logs.FOLDER.acc(OWN) == "Epoch:7   Accuracy:81.50\n"
+    assert logs.FOLDER.acc(OWN | {"test_acc": 70.0}) == "Epoch:7   Accuracy:70.00\n"
+    stats = "Numer of labeled samples:22   AUC:0.500\nNumer of labeled samples:11   AUC:null\n"
+    assert logs.CIFAR.stats(DIVIDED | {"auc_net1": None, "auc_net2": 0.5}) == stats
     with pytest.raises(ValueError, match="not JSON compliant"):
         logs.metric_line({"loss_x": float("nan")})
 
@@ -65,10 +59,11 @@ def test_the_line_for_people_says_what_the_script_measures():
         "val 50.00 test 90.00 (nets 89.00/88.00) | best 91.00 last-10 87.00 | test 2.0s"
     )
     assert "val 50.00 webvision" in logs.epoch_line(WEBVISION | {"val_acc": 50.0}, 80)
+    assert "| validation 81.50 (nets 80.00/79.00) | best 90.00 |" in logs.epoch_line(OWN | {"best_val_acc": 90.0}, 10)
 
 
 def test_how_good_the_labeled_sets_are_where_the_truth_is_known():
-    """Else a run on doubtful labels claims to know, a warm-up epoch has a precision, or net 1 has net 2's."""
+    """Else a run on doubtful labels claims to know, a warm-up epoch has a precision, or net 1 has net 2's loss."""
     terms = [PhaseTerms(1.0, 1.0, 0.0, 0.0)] * 2
     clean = np.array([True, True, False, True])
     known = logs.training([half(4, 1), half(4, 3)], terms, clean)
@@ -76,68 +71,40 @@ def test_how_good_the_labeled_sets_are_where_the_truth_is_known():
     assert [known[name] for name in names] == [1.0, 1 / 3, 2 / 3, 2 / 3]
     warm_up = logs.training([None, half(4, 1)], terms, clean)
     assert [warm_up[name] for name in names] == [None, None, 1.0, 1 / 3]
-    assert not set(names) & logs.training([half(4, 1), None], terms).keys()
+    terms = [PhaseTerms(0.0, 1.0, float("nan"), 2.0), PhaseTerms(0.0, 3.0, 7.0, 4.0)]
+    doubtful = logs.training([half(4, 1), None], terms, unlabeled_loss=True)  # net 2 has learned from net 1's
+    assert [doubtful[name] for name in ("loss_x", "loss_u", "penalty")] == [2.0, 7.0, 3.0]
+    assert not set(names) & doubtful.keys()
+    assert logs.training([None, None], terms, unlabeled_loss=True)["loss_u"] is None
 
 
-def test_last10_is_the_mean_of_the_last_ten():
-    """The paper's second number, over other epochs, is another number."""
-    records = [{"test_acc": float(k)} for k in range(13)]
-    assert logs.last10(records) == np.mean(range(3, 13))
-    assert logs.last10(records[:2]) == 0.5
-
-
-def test_what_the_best_epoch_is_chosen_by():
-    """Else --val_fraction selects on the test set after all, or Clothing1M's final test is of the wrong epochs."""
-    assert [logs.by_ensemble({"test_acc": 3.0, "val_acc": 5.0}, k) for k in (0, 1)] == [5.0, 5.0]
-    assert logs.by_ensemble({"test_acc": 3.0}, 0) == 3.0
-    assert [logs.by_network(CLOTHING1M, k) for k in (0, 1)] == [73.456, 72.0]
-
-
-def test_the_best_epoch_of_own_images_is_no_warm_up_epoch():
-    """The model that is shipped would be one that DivideMix has not trained yet: few held-out labels tie often, and
-    some of them are wrong."""
-    accuracies = [
-        ("warmup", 99.0),
-        ("train", 80.0),
-        ("train", 90.0),
-        ("train", 90.0),
-        ("warmup", 95.0),
-        ("train", 85.0),
-    ]
-    records = [{"epoch": e, "phase": phase, "val_acc": value} for e, (phase, value) in enumerate(accuracies)]
-
-    def best(count):
-        return max(records[:count], key=lambda record: logs.by_own_images(record, 0))["epoch"]
-
-    assert [best(count) for count in range(1, 7)] == [0, 1, 2, 3, 3, 3]
-    records = [{"epoch": e, "phase": phase, "val_acc": 9.0 - e} for e, phase in enumerate(["warmup"] * 3)]
-    assert best(3) == 2
-    records = [{"epoch": e, "phase": "ce", "test_acc": value} for e, value in enumerate([9.0, 9.0, 8.0])]
-    assert best(3) == 1
-
-
-def test_own_images_without_a_test_part():
-    """Their accuracies would be called a test's, or the run end at the first epoch for want of one."""
-    record = {"epoch": 3, "phase": "train", "val_acc": 81.5, "val_acc_net1": 80.0, "val_acc_net2": 79.0}
-    record |= {"labeled_net1": 5, "labeled_net2": 7, "unlabeled_net1": 2, "unlabeled_net2": 0}
-    assert logs.FOLDER.acc(record) == "Epoch:3   Accuracy:81.50\n"
-    assert logs.FOLDER.stats(record) == "".join(f"Numer of labeled samples:{n}   AUC:null\n" for n in (7, 5))
-    assert [logs.by_ensemble(record, k) for k in (0, 1)] == [81.5, 81.5]
-    running = logs.FOLDER.running([{"val_acc": 90.0}, record], [0, 0])
-    assert running == {"best_val_acc": 90.0}
-    said = "epoch 3/9 train | labeled 5/7 unlabeled 2/0 | validation 81.50 (nets 80.00/79.00) | best 90.00"
-    assert logs.epoch_line(record | running, 10).replace(" |  | ", " | ") == said
-    tested = record | {"test_acc": 70.0, "test_acc_net1": 69.0, "test_acc_net2": 68.0}
-    assert logs.FOLDER.acc(tested) == "Epoch:3   Accuracy:70.00\n"
-    running = logs.FOLDER.running([tested], [0])
-    assert running == {"best_acc": 70.0, "last10_acc": 70.0}
-    line = logs.epoch_line(tested | running, 10)
-    assert "val 81.50 test 70.00 (nets 69.00/68.00) | best 70.00 last-10 70.00" in line
-
-
-def test_running_numbers_are_of_what_is_measured():
-    """Else Clothing1M's epochs carry a best test accuracy although none is tested."""
-    tested = [{"test_acc": 4.0}, {"test_acc": 2.0}]
-    assert logs.CIFAR.running(tested, [0, 0]) == {"best_acc": 4.0, "last10_acc": 3.0}
+def test_the_best_epoch_and_the_numbers_so_far():
+    """Else --val_fraction selects on the test set after all, Clothing1M's final test is of the wrong epochs, or the
+    paper's second number, the mean of the last 10, is over other epochs."""
+    for log in (logs.CIFAR, logs.WEBVISION):
+        assert [log.best_by({"test_acc": 3.0, "val_acc": 5.0}, k) for k in (0, 1)] == [5.0, 5.0]
+        assert log.best_by({"test_acc": 3.0}, 0) == 3.0
+    assert [logs.CLOTHING1M.best_by(CLOTHING1M, k) for k in (0, 1)] == [73.456, 72.0]
+    tested = [{"test_acc": float(k)} for k in range(13)]
+    assert logs.CIFAR.running(tested, [12, 12]) == {"best_acc": 12.0, "last10_acc": np.mean(range(3, 13))}
+    assert logs.CIFAR.running(tested[:2], [0, 0]) == {"best_acc": 0.0, "last10_acc": 0.5}
+    assert logs.FOLDER.running([{"val_acc": 90.0}, OWN], [0, 0]) == {"best_val_acc": 90.0}
     validated = [{"val_acc_net1": 1.0, "val_acc_net2": 5.0}, {"val_acc_net1": 2.0, "val_acc_net2": 3.0}]
     assert logs.CLOTHING1M.running(validated, [1, 0]) == {"best_val_acc_net1": 2.0, "best_val_acc_net2": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("phases", "accuracies", "best"),
+    [
+        ("wttttw", [99, 80, 90, 90, 85, 95], [0, 1, 2, 3, 3, 3]),
+        ("www", [9, 8, 7], [0, 1, 2]),
+        ("ccc", [9, 9, 8], [0, 1, 1]),
+    ],
+)
+def test_the_best_epoch_of_own_images_is_no_warm_up_epoch(phases, accuracies, best):
+    """The model that is shipped would be one that DivideMix has not trained yet: few held-out labels tie often."""
+    names = {"w": "warmup", "t": "train", "c": "ce"}
+    epochs = enumerate(zip(phases, accuracies, strict=True))
+    records = [{"epoch": e, "phase": names[phase], "val_acc": float(value)} for e, (phase, value) in epochs]
+    chosen = [max(records[:n], key=lambda record: logs.FOLDER.best_by(record, 0)) for n in range(1, len(records) + 1)]
+    assert [record["epoch"] for record in chosen] == best

@@ -1,264 +1,234 @@
-"""The run folder: the same command again continues the run, and ends as an uninterrupted run ends."""
+"""The run folder: the same command again continues the run, and ends as an uninterrupted run ends. What kills and
+signals leave is in test_signals.py."""
 
-import hashlib
 import json
-import multiprocessing
 import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
+import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers.runs import (
-    args_of,
-    assert_equal,
+    Forked,
+    assert_same_run,
     begin,
     end_epoch,
+    full,
     go_on,
+    last_epoch,
     last_state,
     opened,
-    train,
+    read_records,
     validated,
-    without_times,
 )
-from helpers.scripts import ROOT
+from helpers.scripts import tiny
 
-from dividemix import DivideMixError, files
+import Train_cifar
+from dividemix import DivideMixError, files, runtime
 from dividemix.codivide import Mixture
-from dividemix.run import checkpoint, logs
-from dividemix.run.run import Run, lock_folder, score_arrays
+from dividemix.engine import PhaseTerms
+from dividemix.run import checkpoint, histograms, logs, run
+from dividemix.run.run import lock_folder, set_aside
+from dividemix.runtime import ranks
 from dividemix.runtime.ranks import Ranks
-from dividemix.seeds import draws, seeded
+from dividemix.seeds import seeded
 
-
-@pytest.mark.parametrize(
-    "noise", [("--r", "0.5"), ("--r", "0.9"), ("--noise_mode", "asym", "--r", "0.4", "--method", "ce")]
-)
-def test_interrupted_equals_uninterrupted_bit_for_bit(tmp_path, noise):
-    """Stopped in warm-up, after the first division and where the learning rate drops: weights, momentum, loss
-    history (at 90 % five epochs are averaged) and metrics. A run that a stop changes cannot be reproduced."""
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    train(straight, 5, *noise)
-    for epochs in (1, 2, 4, 5):
-        train(stopped, epochs, *noise)
-    a, b = last_state(straight), last_state(stopped)
-    assert_equal(a, b)
-    assert [record["lr"] for record in a["records"]] == [0.02] * 3 + [0.002] * 2
-    for name in ("acc.txt", "stats.txt"):
-        assert (straight / name).read_text() == (stopped / name).read_text()
-    lines = [[json.loads(line) for line in (folder / "metrics.jsonl").open()] for folder in (straight, stopped)]
-    assert [without_times(r) for r in lines[0]] == [without_times(r) for r in lines[1]]
-    best = torch.load(stopped / "best.pt", weights_only=True)
-    assert_equal(torch.load(straight / "best.pt", weights_only=True), best)
-    assert best["epochs"] == a["best_epochs"] and best["epochs"][0] == best["epochs"][1]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of two epochs, to be copied."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    train(folder, 2)
-    return folder
-
-
+EPOCH = (60.0, 60.0)  # net 1's and net 2's accuracy
 KEYS = {"nets", "optimizers", "histories", "records", "histograms", "best_epochs", "config", "pins", "versions"}
 KEYS |= {"script", "format"}
 
 
-def test_a_checkpoint_holds_what_a_run_goes_on_from_and_no_more(tmp_path):
-    """What is missing there is lost with the process: a run goes on without its momentum, or under other settings. What
-    is too much, such as a division that the next epoch makes anew, has to be kept in line with the rest."""
-    train(tmp_path / "run", 4, "--loss_window", "3", "--save_scores")
-    state = last_state(tmp_path / "run")
+@pytest.mark.parametrize(
+    "noise",
+    [("--r", "0.9"), pytest.param(("--noise_mode", "asym", "--r", "0.4", "--method", "ce"), marks=pytest.mark.slow)],
+    ids=["dividemix", "ce"],
+)
+def test_interrupted_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch, noise):
+    """A run that a stop changes cannot be reproduced: weights, momentum, losses (at 90 % five epochs are averaged),
+    metrics, the labels' scores. What a checkpoint holds beyond that would have to be kept in line with it."""
+    accuracy = {"test_acc": 50.0, "test_acc_net1": 49.0, "test_acc_net2": 48.0}
+    monkeypatch.setattr(Train_cifar, "test", lambda *_: dict(accuracy))
+    monkeypatch.setattr(Train_cifar.report, "of_finished", lambda _: None)
+
+    def train(name: str, epochs: int) -> Path:
+        flags = ["--num_epochs", str(epochs), "--lr_drop", "3", "--save_scores", *noise]
+        return Path(Train_cifar.main(tiny(tmp_path, "--run_dir", str(tmp_path / name), *flags))["run_dir"])
+
+    straight = train("straight", 4)
+    for epochs in (2, 4):
+        stopped = train("stopped", epochs)
+    if "ce" in noise:
+        (straight / "scores").mkdir(), (stopped / "scores").mkdir()
+    assert_same_run(stopped, straight)
+    for name in ("label_scores.npz", "thumbnails.npz"):
+        np.testing.assert_equal(*(dict(np.load(folder / name)) for folder in (stopped, straight)))
+    state = last_state(stopped)
     assert state.keys() == KEYS and (state["format"], state["script"]) == (checkpoint.FORMAT, "Train_cifar.py")
-    assert [len(state[name]) for name in ("nets", "optimizers", "histories", "best_epochs")] == [2] * 4
+    assert [record["lr"] for record in state["records"]] == [0.02] * 3 + [0.002]
     for net, optimizer in zip(state["nets"], state["optimizers"], strict=True):
         assert optimizer["state"][0]["momentum_buffer"].shape == net["conv1.weight"].shape
-    scores = [np.load(tmp_path / "run" / "scores" / f"epoch_{epoch:03d}.npz") for epoch in (2, 3)]
-    for k, history in enumerate(state["histories"], start=1):  # of three divided epochs, for a window of three
-        assert [losses.tolist() for losses in history] == [each[f"raw_loss_net{k}"].tolist() for each in scores]
-    assert [record["epoch"] for record in state["records"]] == [0, 1, 2, 3] and state["records"][1]["best_acc"] > 0
-    flags = {"seed": 123, "dataset": "digits", "r": 0.5, "noise_mode": "sym", "width": 4}
-    assert (flags | {"lambda_u": 25, "num_class": 10}).items() <= state["config"].items()
+    scores = [np.load(file) for file in sorted((stopped / "scores").iterdir())]
+    for k, history in enumerate(state["histories"], start=1):
+        assert [losses.tolist() for losses in history] == [epoch[f"raw_loss_net{k}"].tolist() for epoch in scores]
+    assert {"seed": 123, "dataset": "digits", "width": 4, "num_class": 10}.items() <= state["config"].items()
     assert len(state["pins"]["labels_sha256"]) == 64 and state["versions"]["torch"] == torch.__version__
 
 
-@pytest.fixture
-def copy(trained, tmp_path):
-    return shutil.copytree(trained, tmp_path / "run")
-
-
-@pytest.mark.parametrize("damage", ["empty", "10 bytes", "half", "last byte", "one bit", "gone"])
-def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(copy, damage):
-    """A disk that lies, a copy that was cut: hours of training end with an error, or go on from damaged weights."""
-    file = copy / "epoch-001.pt"
-    content = bytearray(file.read_bytes())
-    if damage == "one bit":
-        content[len(content) // 2] ^= 1
-    cut = {"empty": 0, "10 bytes": 10, "half": len(content) // 2, "last byte": len(content) - 1}.get(damage)
-    if damage == "gone":
-        file.unlink()
-    else:
-        file.write_bytes(bytes(content[:cut]))
-    before = last_state_of(copy, "epoch-000.pt")
-    with pytest.warns(UserWarning, match="passed over"):
-        state = checkpoint.load_last(copy)
-    assert_equal(state, before)
-
-
-def last_state_of(folder, name):
-    return torch.load(folder / name, weights_only=True)
-
-
-def test_a_checkpoint_of_another_format_is_passed_over(copy, recwarn):
-    """A run under way when the project is updated: it ends in a traceback, or goes on from values that mean another
-    thing."""
-    checkpoint.save_last(copy, 2, last_state(copy) | {"format": checkpoint.FORMAT + 1})
-    assert [record["epoch"] for record in checkpoint.load_last(copy)["records"]] == [0, 1]
-    [warning] = recwarn
-    assert f"{copy / 'epoch-002.pt'} is passed over" in str(warning.message) and "version" in str(warning.message)
-
-
-@pytest.mark.parametrize("epoch", ["001", "100"])
-def test_a_lost_pointer_is_no_new_start(copy, epoch):
-    """The run would begin again over its own checkpoints, and delete them with its first epoch."""
-    (copy / "last.json").unlink()
-    (copy / "epoch-001.pt").rename(copy / f"epoch-{epoch}.pt")
-    before = {path.name for path in copy.iterdir()} | {".lock"}
-    with pytest.raises(DivideMixError, match=r"last[.]json is missing"):
-        train(copy, 3)
-    assert {path.name for path in copy.iterdir()} == before
-
-
-@pytest.mark.parametrize("content", ["", "{", "{}", '{"file": "a"}'])
-def test_a_damaged_pointer_is_one_line(copy, content):
-    """last.json is the smallest file and the first to be damaged by hand: a stack trace, or a new start over what
-    could still be saved."""
-    (copy / "last.json").write_text(content)
-    with pytest.raises(DivideMixError, match=r"last\.json .*--fresh") as error:
-        train(copy, 3)
-    assert "\n" not in str(error.value) and (copy / "epoch-001.pt").exists()
-
-
-def test_a_folder_of_another_script_is_refused(copy):
-    """Two scripts' epochs under one number; or a stack trace at weights that do not fit, which names neither."""
-    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    with pytest.raises(DivideMixError, match=r"a run of Train_cifar\.py: .*--fresh") as error:
-        Run(copy, args_of(copy), logs=logs.WEBVISION)
-    assert "\n" not in str(error.value)
-    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
-
-
-def test_no_readable_checkpoint_is_an_error_not_a_new_start(copy):
-    """Starting anew in silence would overwrite what could still be saved."""
-    for file in copy.glob("epoch-*.pt"):
-        file.write_bytes(b"")
-    with pytest.raises(DivideMixError, match="--fresh"), pytest.warns(UserWarning, match="passed over"):
-        train(copy, 3)
-
-
-def test_a_checkpoint_that_would_run_code_is_refused(copy, tmp_path):
-    """A checkpoint from the internet is a pickle: loading it must not be trusting it."""
-    marker = tmp_path / "payload"
-
-    class Payload:
-        def __reduce__(self):
-            return (open, (str(marker), "w"))
-
-    evil = tmp_path / "evil.pt"
-    torch.save({"nets": [Payload(), Payload()]}, evil)
-    with pytest.raises(DivideMixError, match=str(evil)):
-        files.load_file(evil)
-    sha256 = hashlib.sha256(evil.read_bytes()).hexdigest()
-    (copy / "last.json").write_text(json.dumps({"file": "evil.pt", "sha256": sha256, "epoch": 1, "previous": None}))
-    shutil.copy(evil, copy)
-    with pytest.raises(DivideMixError, match="can be read"), pytest.warns(UserWarning, match="passed over"):
-        train(copy, 3)
-    assert not marker.exists()
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch):
-    """A full disk in the middle of a checkpoint must not take the one before with it."""
-    file = tmp_path / "file"
-    files.write_atomically(file, b"old")
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(OSError, match="space"):
-        files.write_atomically(file, b"new")
-    assert file.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [file]
-
-
-def test_two_checkpoints_are_kept(tmp_path):
-    """All of them would fill the disk (180 MB an epoch at full width), one alone could not be fallen back from."""
-    for epoch in range(4):
-        checkpoint.save_last(tmp_path, epoch, {"epoch": epoch, "format": checkpoint.FORMAT})
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["epoch-002.pt", "epoch-003.pt", "last.json"]
-    assert checkpoint.load_last(tmp_path)["epoch"] == 3
-
-
-def test_two_processes_in_one_folder(copy):
-    """Two runs that write the same checkpoints end with neither."""
-    args = args_of(copy)
-    with Run(copy, args), pytest.raises(DivideMixError, match="another process"):
-        Run(copy, args)
-
-
-def test_changed_labels_are_refused(copy):
-    """Going on with other labels than the run began with gives a number that belongs to no noise file."""
-    file = copy / "digits_0.5_sym.json"
-    labels = json.loads(file.read_text())
-    labels[0] = (labels[0] + 1) % 10
-    file.write_text(json.dumps(labels))
-    with pytest.raises(DivideMixError, match="not those"):
-        train(copy, 3)
-
-
-def test_logs_are_made_anew_from_the_checkpoint(copy):
-    """A kill in the middle of a line, or between the checkpoint and the logs, must not leave an epoch twice or half."""
-    expected = {name: (copy / name).read_text() for name in ("acc.txt", "stats.txt", "metrics.jsonl")}
-    (copy / "metrics.jsonl").write_text(expected["metrics.jsonl"] + '{"epoch": 2, "test')
-    (copy / "acc.txt").write_text("")
-    (copy / "stats.txt").write_text(expected["stats.txt"] * 2)
-    train(copy, 2)
-    assert {name: (copy / name).read_text() for name in expected} == expected
-
-
-def test_every_phase_has_draws_of_its_own():
-    """Two phases with the same stream would show both nets the same views, or every epoch the same order."""
-    streams = {
-        (phase, epoch, net): tuple(draws(123, phase, epoch, net).integers(2**62, size=2))
-        for phase in ("warmup", "train", "divide")
-        for epoch in (0, 1)
-        for net in (0, 1)
-    }
-    assert len(set(streams.values())) == len(streams)
-    assert tuple(draws(123, "train", 1, 1).integers(2**62, size=2)) == streams["train", 1, 1]
-    assert tuple(draws(124, "train", 1, 1).integers(2**62, size=2)) != streams["train", 1, 1]
-
-
-def test_initial_weights_follow_from_seed_and_net_and_leave_the_global_stream_alone():
-    """Two equal nets confirm each other's errors: co-training would be self-training."""
+def test_every_phase_has_draws_of_its_own_that_follow_from_the_seed(tmp_path):
+    """Else both nets see the same views, every epoch has the same order, or two equal nets confirm each other."""
+    draws = {}
+    for seed in (123, 124):
+        with opened(tmp_path / str(seed), seed=seed) as this:
+            for this.epoch in (0, 1):
+                for key in [(name, k) for name in ("warmup", "train", "divide") for k in (0, 1)]:
+                    drawn, again = (this.phase(*key).rng.integers(2**62, size=2).tolist() for _ in range(2))
+                    assert drawn == again
+                    draws[seed, this.epoch, *key] = tuple(drawn)
+    assert len({*draws.values()}) == len(draws) == 24
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
     first, second, again = (seeded(5, net, lambda: torch.nn.Linear(4, 4)).weight for net in (0, 1, 0))
-    assert torch.equal(torch.rand(3), expected)
-    assert torch.equal(first, again)
-    assert not torch.equal(first, second)
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    assert torch.equal(torch.rand(3), expected)  # the global stream is left alone
 
 
-# ---- The best epochs and the end ----
+# ---- Whose folder it is ----
 
 
-def best(folder):
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
+    """Half of a run's epochs would be of one method, script or noise, and half of another, under one number."""
+    folder = tmp_path / "run"
+    go_on(folder, [EPOCH], r=0.5, num_epochs=1)
+    before = contents(folder)
+    for flags, said in (({"r": 0.2}, r"--r was 0\.5, now 0\.2"), ({"r": 0.5, "new": 1}, "--new was None, now 1")):
+        with pytest.raises(DivideMixError, match=rf"{said}.*--id, or --fresh"):
+            opened(folder, num_epochs=1, **flags)
+    with pytest.raises(DivideMixError, match=r"a run of Train_clothing1M\.py: .*--fresh"):
+        opened(folder, logs.WEBVISION, r=0.5)
+    assert contents(folder) == before
+    with opened(folder, r=0.5, num_epochs=2) as this, pytest.raises(DivideMixError, match="another process"):
+        opened(folder, r=0.5)
+    assert this.begun
+
+
+def test_data_that_changed_are_refused(tmp_path, monkeypatch):
+    """Else a run goes on with other labels, or a rank with an older copy of a list trains on other images."""
+    with opened(tmp_path / "run") as this:
+        this.pin("labels", "a", "")
+        assert this.keep("mean", [1.0]) == [1.0]
+        begin(this)
+        for _ in this.epochs(1):
+            end_epoch(this, validated())
+    with opened(tmp_path / "run") as this:
+        this.pin("labels", "a", "")
+        assert this.keep("mean", [2.0]) == [1.0]
+        with pytest.raises(DivideMixError, match=r"other labels: .*--fresh"):
+            this.pin("labels", "b", "other labels")
+        monkeypatch.setattr(Ranks, "broadcast_from_rank0", lambda self, function, *args: "the first rank's")
+        with pytest.raises(DivideMixError, match="labels: this rank reads other data"):
+            this.pin("labels", "a", "")
+        monkeypatch.undo()
+
+
+def test_a_folder_is_made_or_refused_at_the_start():
+    """Else what cannot be written is found when the first epoch is to be saved."""
+    with pytest.raises(DivideMixError, match=r"/proc/run cannot be written: .*--out_dir or --run_dir"):
+        opened(Path("/proc/run"))
+
+
+def test_fresh_keeps_the_old_folder_locked_until_the_new_one_is(tmp_path, monkeypatch):
+    """A process that came just before `--fresh` would train in the old folder, beside the one in the new. A run that is
+    refused before it begins leaves the old one where it was."""
+    folder, locked = tmp_path / "run", []
+    go_on(folder, [EPOCH])
+    before = contents(folder)
+
+    def lock(path):
+        if locked:
+            with pytest.raises(DivideMixError, match="another process"):
+                lock_folder(next(tmp_path.glob("run.*")))
+        locked.append(path)
+        return lock_folder(path)
+
+    monkeypatch.setattr(run, "lock_folder", lock)
+    with opened(folder, fresh=True) as this:
+        assert len(locked) == 2 and not this.begun
+        lock_folder(next(tmp_path.glob("run.*"))).release()
+    assert contents(folder) == before and not [*tmp_path.glob("run.*")]
+
+
+def test_fresh_never_deletes_and_needs_a_folder_with_a_name(tmp_path, monkeypatch):
+    """Else `--run_dir .. --fresh` moves the folder above, or a clock that was set back moves one run over another."""
+    for path in (".", "/", "a/.."):
+        with pytest.raises(DivideMixError, match=rf"--fresh cannot rename {path}"):
+            set_aside(Path(path))
+    now = run.datetime.datetime(2020, 1, 1)
+    monkeypatch.setattr(run, "datetime", SimpleNamespace(datetime=SimpleNamespace(now=lambda: now)))
+    for k in range(3):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / str(k)).touch()
+        assert (set_aside(tmp_path / "run") / str(k)).exists()
+    assert len([*tmp_path.iterdir()]) == 3
+
+
+def test_links_in_a_run_folder_lead_to_no_other_file(tmp_path):
+    """A run folder from somebody else, to be continued: links in it overwrite its user's own files."""
+    folder, thesis = tmp_path / "run", tmp_path / "thesis"
+    go_on(folder, [EPOCH])
+    thesis.write_text("precious")
+    for name in ("labels.npz", "metrics.jsonl", "best.pt", "epoch-001.pt", "histograms.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(thesis)
+    go_on(folder, [EPOCH, (70.0, 70.0)])
+    assert len(read_records(folder)) == 2
+    for name in ("last.json", ".lock"):
+        (folder / name).unlink()
+        (folder / name).symlink_to(thesis)
+        with pytest.raises(DivideMixError, match=str(folder)):
+            opened(folder)
+    assert thesis.read_text() == "precious"
+
+
+def test_a_path_that_is_not_utf_8(tmp_path):
+    """A folder of another age or language: TensorBoard, or a line with its name, ends the run with a stack trace."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    status, out, err = Forked(tmp_path / "output", lambda _: go_on(folder, [EPOCH])).end()
+    assert status == 0 and last_epoch(folder) == 0 and "caf\\udce9" in out
+    assert err.startswith("warning: no TensorBoard events") and err.count("\n") == 1
+
+
+# ---- What is written ----
+
+
+def test_a_run_that_goes_on_writes_its_logs_anew(tmp_path):
+    """A kill must not leave an epoch twice or half, nor temporary files, each as large as a checkpoint."""
+    folder, names = tmp_path / "run", ("acc.txt", "stats.txt", "metrics.jsonl", "histograms.jsonl")
+    go_on(folder, [EPOCH] * 2)
+    expected = {name: (folder / name).read_text() for name in names}
+    (folder / "metrics.jsonl").write_text(expected["metrics.jsonl"] + '{"epoch": 2, "test')
+    (folder / "histograms.jsonl").write_text(expected["histograms.jsonl"] * 2)
+    (folder / "acc.txt").write_text("")
+    (folder / "stats.txt").unlink()
+    for orphan in (".epoch-002.pt.abc.tmp", "scores/.epoch_002.npz.abc.tmp"):
+        (folder / orphan).write_bytes(b"half")
+    go_on(folder, [EPOCH] * 2)
+    assert {name: (folder / name).read_text() for name in names} == expected
+    assert not [*folder.rglob("*.tmp")]
+    starts = json.loads((folder / "args.json").read_text())["starts"]
+    assert [start["epoch"] for start in starts] == [0, 2]
+    (folder / "args.json").write_text("{")
+    with pytest.raises(DivideMixError, match=r"args\.json cannot be read .*delete it"):
+        go_on(folder, [EPOCH] * 2)
+
+
+def best(folder) -> list[int]:
     file = torch.load(folder / "best.pt", weights_only=True)
     assert [int(state["w"][1]) for state in file["nets"]] == [1, 2]
     assert [int(state["w"][0]) for state in file["nets"]] == file["epochs"]
@@ -266,221 +236,212 @@ def best(folder):
 
 
 def test_each_network_keeps_the_weights_of_its_own_best_epoch(tmp_path):
-    """Clothing1M's test is of the two best networks: else one of them is tested at an epoch that was worse. The first
-    of equals is kept, as the authors do."""
+    """Clothing1M's test is of the two best networks, each at its own best epoch, of equals the first."""
     accuracies = [(60.0, 60.0), (70.0, 50.0), (65.0, 80.0), (70.0, 10.0), (71.0, 80.0)]
     expected = [[0, 0], [1, 0], [1, 2], [1, 2], [4, 2]]
-    for stop, epochs in enumerate(expected, start=1):  # a new process for each epoch
-        run = go_on(tmp_path / "run", accuracies, stop)
-        assert run.best_epochs == best(tmp_path / "run") == epochs
-        assert [int(state["w"][0]) for state in run.best_networks()] == epochs
-    last = run.records[-1]
+    for stop, epochs in enumerate(expected, start=1):  # a new start for each epoch
+        this = go_on(tmp_path / "run", accuracies, stop)
+        assert this.best_epochs == best(tmp_path / "run") == epochs
+        assert [int(state["w"][0]) for state in this.best_networks()] == epochs
+    last = this.records[-1]
     assert (last["best_val_acc_net1"], last["best_val_acc_net2"]) == (71.0, 80.0)
     assert not last.keys() & {"test_acc", "best_acc", "last10_acc"}
-    assert go_on(tmp_path / "whole", accuracies).best_epochs == expected[-1]
-    assert best(tmp_path / "whole") == expected[-1]
-    assert (tmp_path / "run" / "acc.txt").read_text().splitlines()[
-        1
-    ] == "Validation Epoch:1      Acc1:70.00  Acc2:50.00"
+    assert go_on(tmp_path / "straight", accuracies).best_epochs == expected[-1] == best(tmp_path / "straight")
 
 
-def test_the_shipped_networks_of_own_images_are_those_of_the_last_of_equal_epochs(tmp_path):
-    """Else `predict` and `export` take a warm-up epoch's networks, whose few held-out labels came out as well."""
-    epochs = [("warmup", 90.0), ("train", 80.0), ("train", 80.0)]
-    for stop, expected in enumerate([0, 1, 2], start=1):  # a new process for each epoch
-        with opened(tmp_path / "run", logs.FOLDER) as run:
-            begin(run)
-            for epoch in run.epochs(stop):
-                phase, accuracy = epochs[epoch]
-                end_epoch(run, dict.fromkeys(("val_acc", "val_acc_net1", "val_acc_net2"), accuracy), phase)
-        assert best(tmp_path / "run") == [expected] * 2
-
-
-def test_a_machine_that_dies_between_checkpoint_and_best(tmp_path):
-    """Else the run goes on with a best.pt that is not of its best epochs, and nobody is told."""
-    go_on(tmp_path / "run", [(60.0, 60.0), (70.0, 50.0)])
-    before = (tmp_path / "run" / "best.pt").read_bytes()
-    go_on(tmp_path / "run", [(60.0, 60.0), (70.0, 50.0), (40.0, 90.0)])
-    (tmp_path / "run" / "best.pt").write_bytes(before)
-    assert go_on(tmp_path / "run", [()] * 3).best_epochs == [1, 2] == best(tmp_path / "run")
-
-
-@pytest.mark.parametrize("damage", ["gone", "half"])
+@pytest.mark.parametrize("damage", ["gone", "cut"])
 def test_best_weights_that_are_lost_are_said_to_be(tmp_path, damage):
     """Else a damaged best.pt ends a run of days, or the other network's best weights come from nowhere."""
-    go_on(tmp_path / "run", [(60.0, 60.0), (70.0, 50.0)])
+    go_on(tmp_path / "run", [EPOCH, (70.0, 50.0)])
     file = tmp_path / "run" / "best.pt"
-    lost = pytest.warns(UserWarning, match=r"best\.pt cannot be read .* all weights in it are now those of epoch 2")
-    with opened(tmp_path / "run") as run, lost:
-        begin(run)
+    lost = pytest.warns(UserWarning, match=r"best\.pt cannot be read .* epoch 2")
+    with opened(tmp_path / "run") as this, lost:
+        begin(this)
         if damage == "gone":
             file.unlink()
         else:
             file.write_bytes(file.read_bytes()[:300])
-        for _ in run.epochs(3):
-            end_epoch(run, validated(65.0, 65.0))
-    assert run.best_epochs == best(tmp_path / "run") == [2, 2]
+        for _ in this.epochs(3):
+            end_epoch(this, validated(65.0, 65.0))
+    assert this.best_epochs == best(tmp_path / "run") == [2, 2]
 
 
-def test_a_flag_that_the_first_start_did_not_know_is_another_setting(tmp_path):
-    """A later version's flag is given half-way: half of the epochs are of one method, half of another."""
-    go_on(tmp_path / "run", [(60.0, 60.0)])
-    with pytest.raises(DivideMixError, match=r"other settings \(--lr was None, now 1\.0\): .*--fresh"):
-        opened(tmp_path / "run", lr=1.0)
-
-
-def test_a_damaged_args_json_is_named(tmp_path):
-    """Else the same command ends in a stack trace for good, although it could write the file anew."""
-    go_on(tmp_path / "run", [(60.0, 60.0)])
-    (tmp_path / "run" / "args.json").write_text("{")
-    with pytest.raises(DivideMixError, match=r"args\.json cannot be read .*delete it"), opened(tmp_path / "run") as run:
-        begin(run)
-    (tmp_path / "run" / "args.json").unlink()
-    go_on(tmp_path / "run", [(60.0, 60.0)] * 2)
-    assert [start["epoch"] for start in json.loads((tmp_path / "run" / "args.json").read_text())["starts"]] == [1]
-
-
-def test_the_result_is_left_once_and_the_same_again(tmp_path, monkeypatch):
-    """Else a table of results is made from a run that has not ended, or acc.txt ends in as many test accuracies as the
-    command was given."""
+def test_the_result_is_left_once_and_the_same_again(tmp_path):
+    """Else a table is made from a run that has not ended, or acc.txt has a test accuracy for each start."""
     folder = tmp_path / "run"
     for _ in range(2):
-        final = go_on(folder, [(60.0, 60.0)]).finish("the end", test_acc=74.758, more=float("inf"))
+        final = go_on(folder, [EPOCH]).finish("the end", test_acc=74.758, more=float("inf"))
         assert final == json.loads((folder / "result.json").read_text()) and final["val_acc_net1"] == 60.0
         assert (final["test_acc"], final["more"], final["run_dir"]) == (74.758, None, str(folder))
         lines = (folder / "acc.txt").read_text().splitlines()
         assert lines == ["Validation Epoch:0      Acc1:60.00  Acc2:60.00", "Test Accuracy:74.76"]
-    go_on(folder, [(60.0, 60.0), (61.0, 61.0)])  # continued: that was not its result
+    go_on(folder, [EPOCH, (61.0, 61.0)])  # continued: that was not its result
     assert not (folder / "result.json").exists() and "Test" not in (folder / "acc.txt").read_text()
 
 
-def test_scores_of_a_sample_say_whose_they_are():
-    """Each of Clothing1M's networks scores images of its own: else no loss can be traced to an image."""
-    loss, prediction, index = np.array([1.0, 2.0], np.float32), np.array([3, 4]), np.array([70, 8])
-    arrays = score_arrays(1, Mixture(0.5).divide(loss, prediction), index)
-    assert all(name.endswith("_net2") for name in arrays) and arrays["index_net2"].tolist() == [70, 8]
-    assert arrays["raw_loss_net2"].tolist() == [1.0, 2.0] and arrays["prediction_net2"].tolist() == [3, 4]
-    assert arrays["loss_net2"].tolist() == [0.0, 1.0] and arrays["clean_probability_net2"].tolist()[0] > 0.5
-    assert "index_net1" not in score_arrays(0, Mixture(0.5).divide(loss, prediction))
+def test_what_is_kept_of_an_epoch_is_each_networks_own(tmp_path):
+    """Else a loss stands under the other network's name or image, or for a network that found nothing clean."""
+    folder, index = tmp_path / "run", [np.array([70, 8, 5, 3]), np.arange(4)]
+    losses = [np.array([0.0, 0.1, 0.9, 1.0], np.float32), np.array([1.0, 0.8, 0.2, 0.0], np.float32)]
+    divisions = [Mixture(0.5).divide(loss, np.arange(4) + k) for k, loss in enumerate(losses)]
+    nets = [[1, 2], [1], []]  # that found something clean, in each epoch
+    with opened(folder, save_scores=True) as this:
+        this.save_labels(index=np.arange(4), given=np.array([0, 0, 1, 1]), true=np.zeros(4, int))
+        begin(this)
+        for epoch in this.epochs(3):
+            present = [division if k in nets[epoch] else None for k, division in enumerate(divisions, start=1)]
+            this.end_epoch(0.1, present, [PhaseTerms(1.0, 1.0, 0.0, 0.0)] * 2, validated(), index)
+    assert [record["phase"] for record in this.records] == ["train", "train", "warmup"]
+    labeled = [[k for k in (1, 2) if record[f"labeled_net{k}"] is not None] for record in this.records]
+    lines = [json.loads(line) for line in (folder / "histograms.jsonl").read_text().splitlines()]
+    assert labeled == nets and [line["epoch"] for line in lines] == [0, 1] and "net2" not in lines[1]
+    both, alone = map(np.load, sorted((folder / "scores").iterdir()))
+    assert {name[-4:] for name in alone} == {"net1"}
+    for k, division in enumerate(divisions):
+        for name, expected in {"raw_loss": losses[k], "prediction": np.arange(4) + k, "index": index[k]}.items():
+            np.testing.assert_array_equal(both[f"{name}_net{k + 1}"], expected)
+        np.testing.assert_array_equal(both[f"loss_net{k + 1}"], division.loss)
+        np.testing.assert_array_equal(both[f"clean_probability_net{k + 1}"], division.clean_probability)
+        assert lines[0][f"net{k + 1}"] == histograms.count(division, np.array([True, True, False, False]))
+    go_on(folder, [EPOCH] * 2, save_scores=False, fresh=True)  # then the last epoch's are kept
+    assert [path.name for path in (folder / "scores").iterdir()] == ["epoch_001.npz"]
 
 
-def test_a_run_folders_lock_is_not_held_on_by_workers(tmp_path):
-    """Killed, the main process leaves its workers alive for some seconds: the same command again would be refused, as
-    if another process was still training."""
-    lock, context = lock_folder(tmp_path), multiprocessing.get_context("fork")
-    running = context.Event()
+def test_training_goes_on_while_an_epoch_is_written(tmp_path, monkeypatch):
+    """Else the card idles at each epoch's end, or what is written mixes two epochs, or logs are ahead of weights."""
+    go, saved, folder = threading.Event(), checkpoint.save_last, tmp_path / "run"
+    monkeypatch.setattr(checkpoint, "save_last", lambda *rest: go.wait(60) and saved(*rest))
 
-    def work():
-        running.set()
-        time.sleep(60)
+    def look(this):
+        # The weights change in place, as by a step; in epoch 1 nothing of epoch 0 is written yet.
+        assert checkpoint.load_last(folder) == {} and (folder / "metrics.jsonl").read_text() == ""
+        if this.epoch == 1:
+            go.set()
 
-    worker = context.Process(target=work)
-    worker.start()
-    assert running.wait(30)
-    try:
-        lock.release()
-        lock_folder(tmp_path).release()
-    finally:
-        worker.kill()
-        worker.join()
+    go_on(folder, [EPOCH] * 2, in_epoch=look)
+    states = [files.load_file(folder / f"epoch-00{epoch}.pt") for epoch in range(2)]
+    assert [state["nets"][0]["w"].tolist() for state in states] == [[0, 1], [1, 1]]
+    assert [len(state["records"]) for state in states] == [1, 2]
 
 
-def test_ranks_that_read_other_data_are_refused(tmp_path, monkeypatch):
-    """A machine with an older copy of a list would train on other images than the division says."""
-    monkeypatch.setattr(Ranks, "broadcast_from_rank0", lambda self, function, *args: "the first rank's")
-    run = Run.__new__(Run)
-    run.ranks, run.state, run.pins = Ranks(1, 2), {}, {}
-    run.pin("images_sha256", "the first rank's", "")
-    with pytest.raises(DivideMixError, match="images_sha256: this rank reads other data than the first rank"):
-        run.pin("images_sha256", "mine", "")
+# ---- Disks and extras that fail ----
+
+
+@pytest.mark.parametrize(
+    ("file", "done", "epochs", "left"),
+    [
+        ("epoch-000.pt", 0, 4, "starts again"),  # said at the next epoch's end, not after the last
+        ("epoch-001.pt", 1, 3, "continues {} with epoch 1"),
+        ("epoch-001.pt", 1, 2, "continues {} with epoch 1"),  # no epoch follows
+        ("best.pt", 0, 2, "continues {} with epoch 1"),
+    ],
+    ids=["first checkpoint", "checkpoint", "last epoch", "after it"],
+)
+def test_a_full_disk_is_told_as_it_is(tmp_path, monkeypatch, file, done, epochs, left):
+    """Else a run goes on for days and nothing is kept, or its user relies on a checkpoint that does not exist."""
+    folder, write_state, seen = tmp_path / "run", files.write_state, []
+    go_on(folder, [EPOCH] * done)
+
+    def write(path, state):
+        return full() if path.name == file else write_state(path, state)
+
+    def fill_up(this):
+        seen.append(this.epoch)
+        monkeypatch.setattr(files, "write_state", write)
+
+    with pytest.raises(DivideMixError) as error:
+        go_on(folder, [EPOCH] * epochs, in_epoch=fill_up)
+    monkeypatch.undo()
+    message = str(error.value)
+    assert f"epoch {done} " in message and "No space left" in message and message.endswith(left.format(folder))
+    assert len(seen) <= 2 and len(read_records(folder)) == done and not [*folder.rglob("*.tmp")]
+    assert len(checkpoint.load_last(folder).get("records", [])) == ("again" not in left)
+    go_on(folder, [EPOCH] * epochs)
+    go_on(tmp_path / "straight", [EPOCH] * epochs)
+    assert_same_run(folder, tmp_path / "straight")
+
+
+def test_an_error_is_not_hidden_by_a_full_disk(tmp_path, monkeypatch):
+    """Two things go wrong at once: what ended the run is said, and that the last epoch is not saved."""
+    monkeypatch.setattr(checkpoint, "save_last", full)
+    first = pytest.raises(DivideMixError, match="the first fault")
+    with first, pytest.warns(UserWarning, match="epoch 0 could not be written"), opened(tmp_path / "run") as this:
+        begin(this)
+        for _ in this.epochs(3):
+            end_epoch(this, validated())
+            raise DivideMixError("the first fault")
+
+
+def test_a_tensorboard_that_fails(tmp_path, monkeypatch):
+    """Extras must not end a run: a folder that cannot be written, a disk that fills up later."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    go_on(tmp_path / "straight", [EPOCH])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").write_text("")
+    with pytest.warns(UserWarning, match="no TensorBoard events"):
+        go_on(tmp_path / "run", [EPOCH])
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    with pytest.warns(UserWarning, match="no more TensorBoard events"):
+        go_on(tmp_path / "later", [EPOCH])
+    assert_same_run(tmp_path / "later", tmp_path / "straight")
 
 
 # ---- Several ranks ----
 
-RANKS = """
-import sys, torch
-from pathlib import Path
-from dividemix import DivideMixError, runtime
-from dividemix.run import options
-from dividemix.runtime import ranks
-from test_run import begin, end_epoch, opened, validated
 
-def main(_):
-    me = ranks.join(torch.device("cpu"))
-    folder, lr = Path(sys.argv[1]), float(sys.argv[2])
-    mine = folder if me.first else Path("/proc/nowhere")  # the others need not see the folder
-    with opened(mine, runtime=runtime.Runtime(torch.device("cpu"), ranks=me), lr=lr) as run:
-        run.pin("labels", 1, "other labels")
-        read = len(run.state)
-        run.save_labels(given=torch.zeros(2).numpy())
-        begin(run)
-        run.say("once")
-        begun = len(run.records)
-        for epoch in run.epochs(begun + 1):
-            with run.phase("test") as phase:
-                list(phase.bar(range(2)))
-            accuracy = epoch * (1 + me.rank)  # should the ranks ever differ, the first one's counts
-            end_epoch(run, validated(accuracy, -accuracy))
-        nets = [float(state["w"][0]) for state in run.best_networks()]
-        run.finish("the end", test_acc=5.0)
-        seen = [begun, run.records[-1]["val_acc_net1"], run.best_epochs, nets, read]
-        print("rank", me.rank, seen, flush=True)
-        if lr == 2:
-            if not me.first:
-                raise DivideMixError("this one fails")
-            me.sum(torch.zeros(1))
+def rank_main(folder: Path, lr: float):
+    def main(_):
+        me = ranks.join(torch.device("cpu"))
+        mine = folder if me.first else Path("/proc/nowhere")  # the others need not see the folder
+        with opened(mine, runtime=runtime.Runtime(torch.device("cpu"), ranks=me), lr=lr) as this:
+            this.pin("labels", 1, "other labels")
+            read = len(this.state)
+            this.save_labels(given=np.zeros(2))
+            begin(this)
+            this.say("once")
+            begun = len(this.records)
+            for epoch in this.epochs(begun + 1):
+                accuracy = epoch * (1 + me.rank)  # should the ranks ever differ, the first one's counts
+                end_epoch(this, validated(accuracy, -accuracy))
+            nets = [float(state["w"][0]) for state in this.best_networks()]
+            this.finish("the end", test_acc=5.0)
+            print("seen", begun, this.records[-1]["val_acc_net1"], this.best_epochs, nets, read)
+            if lr == 2:
+                if not me.first:
+                    raise DivideMixError("this one fails")
+                me.sum(torch.zeros(1))
 
-options.command_line(main)
-"""
+    return main
 
 
-def two_ranks(folder, lr):
-    """Two processes as torchrun starts them. -> [(exit status, stdout, stderr)]"""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    address["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANKS, str(folder), str(lr)],
-            env=os.environ
-            | address
-            | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            **{"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+def two_ranks(output: Path, folder: Path, lr: float) -> list[tuple[int, str, str]]:
+    """Two processes with the environment that torchrun gives them, whose store is here."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    world["WORLD_SIZE"] = "2"
+    processes = [Forked(output / rank, rank_main(folder, lr), RANK=rank, LOCAL_RANK=rank, **world) for rank in "01"]
+    return [process.end() for process in processes]
 
 
 def test_two_ranks_have_one_run_folder(tmp_path):
-    """Else several processes write one file at once, each goes on from what it alone could read, or every line is
-    printed by all."""
+    """Else several processes write one file, each goes on from what it alone could read, or all print every line."""
     for begun in (0, 1):
-        first, second = two_ranks(tmp_path / "run", 1)
-        assert first[0] == second[0] == 0, first[2] + second[2]
-        seen = f"[{begun}, {begun}, [{begun}, 0], [{begun}.0, 0.0], {0 if begun == 0 else len(KEYS)}]"
-        assert f"rank 0 {seen}" in first[1] and second[1] == f"rank 1 {seen}\n"
-        assert first[1].count("once") == 1 and first[1].count("epoch ") >= 1
-        assert first[2] == second[2] == ""
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+        first, second = two_ranks(tmp_path, tmp_path / "run", 1)
+        seen = f"seen {begun} {begun} [{begun}, 0] [{begun}.0, 0.0] {len(KEYS) if begun else 0}\n"
+        assert first[0] == second[0] == 0 and first[2] == second[2] == "", first[2] + second[2]
+        assert first[1].endswith(seen) and first[1].count("once") == 1 and second[1] == seen
+    assert len(read_records(tmp_path / "run")) == 2
 
 
 def test_a_rank_that_ends_ends_the_others(tmp_path):
-    """A refused run, or one rank's fault, must end the job with a line that says why: else a cluster's nodes wait for
-    each other until their time is up."""
-    with opened(tmp_path / "run", lr=1.0) as run:
-        begin(run)
-        for _ in run.epochs(1):
-            end_epoch(run, validated(60.0, 60.0))
-    started = time.monotonic()
-    first, second = two_ranks(tmp_path / "run", 3)
-    assert first[0] == second[0] == 1 and time.monotonic() - started < 60
+    """Else a cluster's nodes wait for each other until their time is up, without a line that says why."""
+    go_on(tmp_path / "run", [EPOCH], lr=1.0)
+    first, second = two_ranks(tmp_path, tmp_path / "run", 3.0)
+    assert first[0] == second[0] == 1
     assert first[2].startswith("rank 0: error: ") and "--lr was 1.0, now 3.0" in first[2] and first[2].count("\n") == 1
     assert second[2].splitlines()[-1].startswith("rank 1: error: another rank ended"), second[2]
-    first, second = two_ranks(tmp_path / "other", 2)
-    assert first[0] == second[0] == 1
-    assert second[2] == "rank 1: error: this one fails\n"
+    first, second = two_ranks(tmp_path, tmp_path / "other", 2)
+    assert first[0] == second[0] == 1 and second[2] == "rank 1: error: this one fails\n"
     assert first[2].splitlines()[-1].startswith("rank 0: error: another rank ended"), first[2]

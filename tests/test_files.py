@@ -1,0 +1,109 @@
+"""Files: what is written is complete or not there, and nothing that is read runs code or waits for ever."""
+
+import errno
+import fcntl
+import hashlib
+import multiprocessing
+import os
+import tracemalloc
+
+import pytest
+import torch
+from helpers.runs import assert_equal, full
+
+from dividemix import DivideMixError, files
+from dividemix.data.store import locked
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch):
+    """A full disk in the middle of a checkpoint takes the one before with it, or its remains fill the disk."""
+    file = tmp_path / "file"
+    files.write_atomically(file, b"old")
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="space"):
+        files.write_atomically(file, b"new")
+    assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_state_is_written_without_a_copy_of_it_in_python_s_memory(tmp_path):
+    """Such a copy is made under the GIL: the loss pass beside it launches nothing, and the card idles."""
+    state, path = {"nets": [{str(i): torch.randn(50_000) for i in range(20)}]}, tmp_path / "state.pt"  # 4 MB
+    files.write_state(path, state)  # imports
+    tracemalloc.start()
+    try:
+        sha256 = files.write_state(path, state)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 400_000
+    assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert_equal(files.load_file(path, sha256), state)
+    assert_equal(torch.load(path, weights_only=True), state)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux' full disk")
+def test_a_disk_that_fills_up_in_the_middle_of_a_state_is_an_error_of_the_system(tmp_path, monkeypatch):
+    """torch's own error, or the end of the process, says nothing of the disk; and the old file must stay."""
+    path = tmp_path / "best.pt"
+    path.write_bytes(b"old")
+    device = os.open("/dev/full", os.O_WRONLY)
+    monkeypatch.setattr(files.tempfile, "mkstemp", lambda **_: (device, str(tmp_path / "temporary")))
+    with pytest.raises(OSError) as error:
+        files.write_state(path, {"w": torch.zeros(100_000)})
+    assert error.value.errno == errno.ENOSPC and path.read_bytes() == b"old"
+
+
+def test_a_state_that_would_run_code_or_is_another_s_is_refused(tmp_path):
+    """A checkpoint from the internet is a pickle: loading it must not be trusting it."""
+
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "payload"), "w"))
+
+    path = tmp_path / "state.pt"
+    for content in ({"nets": [Payload(), Payload()]}, [1, 2]):
+        torch.save(content, path)
+        with pytest.raises(DivideMixError, match=r"state\.pt cannot be read") as error:
+            files.load_file(path)
+        assert "\n" not in str(error.value)
+    files.write_state(path, {"w": 1})
+    with pytest.raises(DivideMixError, match="SHA-256"):
+        files.load_file(path, "0" * 64)
+    assert not (tmp_path / "payload").exists()
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """Lustre without flock, some network folders: every run is refused, for another process that does not exist."""
+
+    def no_lock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    with pytest.warns(UserWarning, match=r"\.lock cannot be locked"):
+        files.lock_file(tmp_path / ".lock").release()
+    with pytest.warns(UserWarning, match=r"cache\.lock cannot be locked"), locked(str(tmp_path / "cache")):
+        pass
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    """A pipe where a file is expected: a run says nothing until a queue kills it."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(OSError, match="not a file"):
+            files.read_file(path)
+
+
+def test_a_lock_is_not_held_on_by_workers(tmp_path):
+    """Killed, the main process leaves its workers alive for some seconds: the same command again would be refused, as
+    if another process was still training."""
+    lock, context = files.lock_file(tmp_path / ".lock"), multiprocessing.get_context("fork")
+    running, stop = context.Event(), context.Event()
+    worker = context.Process(target=lambda: running.set() or stop.wait(60))
+    worker.start()
+    assert running.wait(60)
+    try:
+        lock.release()
+        files.lock_file(tmp_path / ".lock").release()
+    finally:
+        stop.set()
+        worker.join()
