@@ -31,6 +31,7 @@ from dividemix.engine import MixMatch, Phase
 from dividemix.run.checkpoint import to_host
 from dividemix.runtime import graph
 from dividemix.runtime.device import Runtime, start
+from dividemix.runtime.loops import changed_by_step
 from PreResNet import ResNet18
 
 pytestmark = pytest.mark.gpu
@@ -218,7 +219,7 @@ def test_a_capture_leaves_no_trace(digits):
         )
         return torch.stack(terms)
 
-    captured = graph.CapturedStep(step, batch, engine.changed_by_step(nets[0], optimizers[0]), graph.GraphPool())
+    captured = graph.CapturedStep(step, batch, changed_by_step(nets[0], optimizers[0]), graph.GraphPool())
     assert_equal(state(nets, optimizers), before)
     captured(*batch)
     assert not torch.equal(nets[0].conv1.weight, before[0]["conv1.weight"])

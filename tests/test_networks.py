@@ -15,6 +15,7 @@ from torchvision import models
 from dividemix import DivideMixError, engine, networks
 from dividemix.data.device import DeviceImages
 from dividemix.runtime.device import Runtime
+from dividemix.runtime.loops import layers_draw_from
 from dividemix.runtime.ranks import Ranks
 from dividemix.seeds import draws, seeded
 
@@ -348,7 +349,7 @@ def test_dropout_follows_from_the_phase_s_generator():
     drawn = []
     for rank in (0, 1):
         machine = Runtime(torch.device("cpu"), ranks=Ranks(rank, 2))
-        with engine.layers_draw_from(draws(1, "train"), nn.Dropout(0.5), machine):
+        with layers_draw_from(draws(1, "train"), nn.Dropout(0.5), machine):
             drawn.append(torch.rand(3))
     assert not torch.equal(*drawn)
 
@@ -358,9 +359,9 @@ def test_networks_without_such_layers_draw_nothing():
     machine = Runtime(torch.device("cpu"))
     net = networks.build("preresnet18", 3, 4)
     rng = draws(1, "warmup")
-    with engine.layers_draw_from(rng, net, machine):
+    with layers_draw_from(rng, net, machine):
         assert rng.random() == draws(1, "warmup").random()
-    with engine.layers_draw_from(rng, nn.Dropout(0.0), machine):  # as in a vision transformer
+    with layers_draw_from(rng, nn.Dropout(0.0), machine):  # as in a vision transformer
         pass
     other = draws(1, "warmup")
     other.random()
