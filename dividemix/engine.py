@@ -37,7 +37,7 @@ class MixMatch:
     views: int = 2  # M, views of an image in guesses, refinement and the mixed batch (1: Table 5)
     unlabeled_loss: bool = True  # False: unlabeled images are mixup partners only (Clothing1M, WebVision)
     conf_penalty: bool = False  # confidence penalty in warm-up
-    alpha: float = field(default=4, compare=False)  # of mixup's Beta(alpha, alpha)
+    alpha: float = field(default=4, compare=False)  # of mixup's Beta distribution
     lambda_u: float = field(default=25, compare=False)  # weight of the unlabeled loss, ramped up over 16 epochs
     warm_up: float = field(default=10, compare=False)  # epochs before the first division; inf: plain cross-entropy
 
