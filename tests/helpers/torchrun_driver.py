@@ -60,7 +60,7 @@ def machine_of_two() -> runtime.Runtime:
 # What both the ranks and the test itself, as one process, compute
 
 
-class DealtImages(DeviceImages):
+class RankImages(DeviceImages):
     """In memory, and dealt out to the ranks as streamed images are."""
 
     def warmup_batches(self, batch_size: int, rng: np.random.Generator) -> Batches:
@@ -84,11 +84,11 @@ class DealtImages(DeviceImages):
         return Batches([whole.sizes[k] for k in numbers], [batches[k] for k in numbers])
 
 
-def digits(n: int, machine: runtime.Runtime) -> DealtImages:
+def digits(n: int, machine: runtime.Runtime) -> RankImages:
     """n images of noise that is not the same in any two, and labels of four classes; two of three are right."""
     images = np.random.default_rng(n).integers(0, 256, (n, 16, 16, 3), dtype=np.uint8)
     truly_clean = np.arange(n) % 3 > 0
-    return DealtImages(images, np.arange(n) % 4, (0.5,) * 3, (0.25,) * 3, True, machine, truly_clean)
+    return RankImages(images, np.arange(n) % 4, (0.5,) * 3, (0.25,) * 3, True, machine, truly_clean)
 
 
 def network(machine: runtime.Runtime, seed: int) -> nn.Module:
