@@ -9,7 +9,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import roc_auc_score
 from sklearn.mixture import GaussianMixture
 
-from dividemix import Diverged, DivideMixError, warn
+from dividemix import Diverged, warn
 
 FIT_LIMIT = 1_000_000  # a mixture is fitted to at most so many losses: more take time and change almost nothing
 
@@ -97,13 +97,10 @@ def codivide(
 ) -> Division:
     """Divide the N samples of one network's raw losses, (N,) or history (E, N), at clean probability `threshold`.
 
-    truly_clean (N,), where it is known, is used for the AUC only. Raises DivideMixError as `normalise` does, and
-    for fewer than two samples.
+    truly_clean (N,), where it is known, is used for the AUC only. Raises Diverged as `normalise`.
     """
     history = np.atleast_2d(np.asarray(losses))
     loss = smoothed(history, window)
-    if loss.size < 2:
-        raise DivideMixError(f"co-divide needs at least 2 training samples, got {loss.size}")
     gmm = fit_gmm(loss, random_state)
     order = np.argsort(gmm.means_.ravel())  # the clean component first
     probability = gmm.predict_proba(loss.reshape(-1, 1))[:, order[0]]
