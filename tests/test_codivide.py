@@ -99,8 +99,8 @@ def test_a_mixture_keeps_the_losses_that_the_next_window_averages(windows, rows_
     resumed.history = [row.copy() for row in mixture.history]
     mixture.window = max(windows)
     expected = codivide(np.stack([*rows, rows[0]]), 0.6, max(windows))
-    for each in (mixture, resumed):
-        np.testing.assert_array_equal(each.divide(rows[0]).clean_probability, expected.clean_probability)
+    for continued in (mixture, resumed):
+        np.testing.assert_array_equal(continued.divide(rows[0]).clean_probability, expected.clean_probability)
 
 
 def test_without_clean_samples_there_is_no_division_and_the_next_epoch_is_as_if_there_had_been_one():

@@ -44,15 +44,15 @@ from PreResNet import ResNet18
 )
 def test_golden_step(monkeypatch, name, num_class, recipe):
     """One step of ours and one of the authors' from the same weights differ: we train another method."""
-    seen = {}
+    noted = {}
     mixup, semi_loss = engine.mixup, engine.semi_loss
 
     def spy_mixup(*args):
-        seen["mixed"], seen["targets"] = mixup(*args)
-        return seen["mixed"], seen["targets"]
+        noted["mixed"], noted["targets"] = mixup(*args)
+        return noted["mixed"], noted["targets"]
 
     def spy_loss(logits_x, targets_x, logits_u, targets_u):
-        seen["logits"] = torch.cat([logits_x, logits_u]).detach()
+        noted["logits"] = torch.cat([logits_x, logits_u]).detach()
         return semi_loss(logits_x, targets_x, logits_u, targets_u)
 
     monkeypatch.setattr(engine, "mixup", spy_mixup)
@@ -62,15 +62,15 @@ def test_golden_step(monkeypatch, name, num_class, recipe):
 
     assert terms.loss.item() == pytest.approx(golden["loss"][0], rel=1e-4)
     logits = golden["logits0"]
-    np.testing.assert_allclose(seen["logits"], logits, atol=1e-3 * np.abs(logits).max())
+    np.testing.assert_allclose(noted["logits"], logits, atol=1e-3 * np.abs(logits).max())
     rows = len(golden["mixed_sum0"])
     assert rows == (16 if recipe else 32)
-    np.testing.assert_allclose(seen["mixed"][:rows].sum(dim=(1, 2, 3)), golden["mixed_sum0"], atol=1e-2)
+    np.testing.assert_allclose(noted["mixed"][:rows].sum(dim=(1, 2, 3)), golden["mixed_sum0"], atol=1e-2)
     if recipe is None:
         np.testing.assert_allclose([terms.labeled, terms.unlabeled], golden["terms0"][:2], rtol=1e-4)
         assert golden["terms0"][2] == pytest.approx(25 * 2 / 16)
-        np.testing.assert_allclose(seen["targets"][:16], golden["mixed_target_x0"], atol=1e-4)
-        np.testing.assert_allclose(seen["targets"][16:], golden["mixed_target_u0"], atol=1e-4)
+        np.testing.assert_allclose(noted["targets"][:16], golden["mixed_target_x0"], atol=1e-4)
+        np.testing.assert_allclose(noted["targets"][16:], golden["mixed_target_u0"], atol=1e-4)
     state = net.state_dict()
     norms = np.array([state[key].double().norm().item() for key in golden["keys"]])
     sums = np.array([state[key].double().sum().item() for key in golden["keys"]])
@@ -215,10 +215,10 @@ def test_an_epoch_is_one_pass_and_the_ramp_counts_as_the_authors(monkeypatch, ti
     """The authors count one batch too many when B divides the labeled set: the ramp must follow them. All ablations
     draw alike, or a difference from the whole method is other images, crops or lam, too; and with one view the
     partners in mixup must be of rows that are there, each of them once."""
-    seen: dict[str, list] = {name: [] for name in ASKED}
+    noted: dict[str, list] = {name: [] for name in ASKED}
 
     def spy(net, peer, optimizer, batch, mixmatch, lam, index, lambda_u, **_):
-        seen[name].append([*batch, lam, lambda_u])
+        noted[name].append([*batch, lam, lambda_u])
         assert (peer is None) == (name in ALONE)
         assert sorted(index.tolist()) == list(range(ASKED[name][2] * (len(batch[0]) + len(batch[4]))))
         return engine.StepTerms(*torch.zeros(4))
@@ -227,13 +227,13 @@ def test_an_epoch_is_one_pass_and_the_ramp_counts_as_the_authors(monkeypatch, ti
     net, peer = small_net(), small_net()
     for name in ASKED:
         train(name, net, peer, torch.optim.SGD(net.parameters(), 0.1), tiny_images, labeled)
-    assert len(seen["none"]) == steps
-    assert sum(len(x1) for x1, *_ in seen["none"]) == labeled
-    for i, (*_, lam, ramp) in enumerate(seen["none"]):
+    assert len(noted["none"]) == steps
+    assert sum(len(x1) for x1, *_ in noted["none"]) == labeled
+    for i, (*_, lam, ramp) in enumerate(noted["none"]):
         assert 0.5 <= lam <= 1
         assert ramp == pytest.approx(8.0 * (3 + i / num_iter - 1) / 16, rel=1e-5)
     for name in ASKED:
-        for tensors, expected in zip(seen[name], seen["none"], strict=True):
+        for tensors, expected in zip(noted[name], noted["none"], strict=True):
             assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
 
 

@@ -122,9 +122,9 @@ def test_an_epoch_on_the_card_draws_what_the_cpu_draws(tiny_images, runtime):
     """Draws that depend on the device would make a result of one machine impossible to check on another."""
     losses = []
     mixmatch = MixMatch(3, batch_size=4, lambda_u=8.0, warm_up=1)
-    for where in (start("cpu", precision="fp32"), runtime):
-        net, peer = (where.prepare(golden_weights(ResNet18(3, width=8), seed)) for seed in (2, 3))
-        optimizer, data = where.optimizer(net, 1e-3, 5e-4), placed(where, tiny_images)
+    for host_or_card in (start("cpu", precision="fp32"), runtime):
+        net, peer = (host_or_card.prepare(golden_weights(ResNet18(3, width=8), seed)) for seed in (2, 3))
+        optimizer, data = host_or_card.optimizer(net, 1e-3, 5e-4), placed(host_or_card, tiny_images)
         losses.append(engine.train_epoch(net, peer, optimizer, data, half(24), mixmatch, Phase(epoch=3)))
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
@@ -153,8 +153,8 @@ def test_graphs_of_ablations_equal_eager_steps(exact):
     runs = []
     for runtime in (card(merge=True), card(merge=True, graph=True)):
         nets, optimizers = start_nets(runtime)
-        (net, other), data, terms = nets, digits(SIZE, runtime), []
-        for peer, refine, views in ((other, True, 2), (net, True, 2), (other, False, 2), (other, True, 1)):
+        (net, partner), data, terms = nets, digits(SIZE, runtime), []
+        for peer, refine, views in ((partner, True, 2), (net, True, 2), (partner, False, 2), (partner, True, 1)):
             mixmatch = replace(SETTINGS, batch_size=8, refine=refine, views=views)
             terms.append(engine.train_epoch(net, peer, optimizers[0], data, half(SIZE), mixmatch, Phase(epoch=3)))
         runs.append((terms, state(nets, optimizers)))
@@ -244,9 +244,9 @@ def streams(data, runtime: Runtime, **options) -> Pipeline:
 def test_streamed_batches_are_those_of_a_cpu(photos, keep):
     """Pinned memory that is used again before its copy has ended, or a crop that is cut otherwise on the card."""
     results = []
-    for runtime, where in ((Runtime(), "no"), (card(), keep)):
+    for runtime, keep_images in ((Runtime(), "no"), (card(), keep)):
         tensors = []
-        with streams(photos, runtime, keep=where) as pipeline:
+        with streams(photos, runtime, keep=keep_images) as pipeline:
             data = pipeline.images("train", keep=True)
             for _ in range(3):
                 passes = data.eval_batches(20), data.mixmatch_batches(half(56, 40), 8, np.random.default_rng(0))

@@ -40,7 +40,7 @@ def train(data, epochs, nets, optimizers):
 
 def state(nets, optimizers):
     """All of it, with learning rates as tensors, as captured steps have them."""
-    states = [part.state_dict() for part in (*nets, *optimizers)]
+    states = [trained.state_dict() for trained in (*nets, *optimizers)]
     for saved in states[len(nets) :]:
         for group in saved["param_groups"]:
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)

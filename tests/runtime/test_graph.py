@@ -71,7 +71,7 @@ def test_a_restored_run_captures_the_restored_state():
     straight, resumed = (Runtime(CPU, graph=True) for _ in range(2))
     run, again = start(straight), start(resumed)
     train(digits(SIZE, straight), [0], *run)
-    saved = copy.deepcopy([part.state_dict() for part in (*run[0], *run[1])])
+    saved = copy.deepcopy([trained.state_dict() for trained in (*run[0], *run[1])])
     train(digits(SIZE, straight), [1], *run)
     for net, optimizer, of_net, of_optimizer in zip(*again, saved[:2], saved[2:], strict=True):
         net.load_state_dict(of_net)

@@ -14,20 +14,24 @@ from dividemix.seeds import draws, seeded
 
 
 def test_the_first_non_finite_step_stops_all_updates(tiny_images):
-    """Weights that turned NaN an hour ago: the phase must end with the number of the batch and sound weights."""
+    """Weights that turned NaN an hour ago: the phase must end with the number of the batch, and sound weights and
+    momentum."""
     net = small_net()
     optimizer = Runtime(CPU).optimizer(net, 0.02, 5e-4)
     before = []
 
     def spoil(module, inputs, logits):
-        before.append({name: p.detach().clone() for name, p in net.named_parameters()})
+        before.append([tensor.detach().clone() for tensor in weights_and_momentum()])
         return logits * float("inf") if len(before) == 3 else logits
+
+    def weights_and_momentum() -> list[torch.Tensor]:
+        return [*net.parameters(), *(state["momentum_buffer"] for state in optimizer.state.values())]
 
     net.register_forward_hook(spoil)
     with pytest.raises(Diverged, match="batch 3 of 6"):
         engine.warmup_epoch(net, optimizer, tiny_images, MixMatch(3, batch_size=2), Phase())
-    for name, p in net.named_parameters():
-        assert torch.equal(p, before[2][name]) and not torch.equal(p, before[1][name])
+    for tensor, at_third, at_second in zip(weights_and_momentum(), before[2], before[1], strict=True):
+        assert torch.equal(tensor, at_third) and not torch.equal(tensor, at_second)
 
 
 def test_the_update_is_the_papers_sgd_by_hand():

@@ -90,14 +90,14 @@ def test_the_penalty_of_each_ranks_rows_is_that_of_all_rows():
 
 def test_alone_everything_is_given_back():
     """One process must run as if there were no ranks: the same numbers, no process group."""
-    one, tensor = Ranks(), torch.arange(3.0)
-    assert one.sum(tensor) is tensor
-    assert one.maximum(tensor) is tensor
-    assert one.broadcast_from_rank0(lambda a: a + 1, 1) == one.local_rank0_first(lambda: 2) == 2
+    alone, tensor = Ranks(), torch.arange(3.0)
+    assert alone.sum(tensor) is tensor
+    assert alone.maximum(tensor) is tensor
+    assert alone.broadcast_from_rank0(lambda a: a + 1, 1) == alone.local_rank0_first(lambda: 2) == 2
     net = torch.nn.BatchNorm2d(2)
-    one.average_buffers(net)
+    alone.average_buffers(net)
     assert torch.equal(net.running_var, torch.ones(2))
-    assert ranks.join(torch.device("cpu")) == one
+    assert ranks.join(torch.device("cpu")) == alone
 
 
 def test_a_rank_that_cannot_reach_the_others_ends(monkeypatch):
