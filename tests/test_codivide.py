@@ -85,9 +85,8 @@ def test_precision_and_recall_of_the_labeled_set_by_hand():
 
 @pytest.mark.parametrize(("windows", "rows_kept"), [((1,), 0), ((3,), 2), ((1, 3), 2), ((2, 1), 1)])
 def test_a_mixture_keeps_the_losses_that_the_next_window_averages(windows, rows_kept):
-    """One row fewer, and the window is shorter than it says; one more, and each checkpoint of a million images grows
-    by what nobody reads. A window that grows later (1, 3) has the epochs before it. A continued run, which restores the
-    history alone, divides as the uninterrupted one."""
+    """One row fewer, and the window is shorter than it says; one more, and each checkpoint grows by what nobody reads.
+    A continued run restores the history alone."""
     mixture, rows = Mixture(0.6, *windows), [two_groups(seed=k) for k in range(5)]
     for epoch, row in enumerate(rows):
         division = mixture.divide(row, random_state=epoch)

@@ -92,9 +92,8 @@ def ablated(name: str, peer):
 @pytest.mark.parametrize("unlabeled_rows", [5, 3, 0])
 @pytest.mark.parametrize(("name", "unlabeled_loss"), [*((name, True) for name in ASKED), ("none", False)])
 def test_a_step_equals_a_numpy_transcription(monkeypatch, name, unlabeled_loss, unlabeled_rows):
-    """Paper, Algorithm 1 and Eq. 3-12, by other means: an error common to ours and to a golden file would show. And an
-    ablation that leaves out more, or less, measures another part of the method than its name says. Guessing in eval
-    mode, or in another order, leaves other running statistics behind every step."""
+    """Paper, Algorithm 1 and Eq. 3-12, by other means; an ablation must leave out what its name says and no more; order
+    and modes of the forwards decide BN's running statistics."""
     nets, refine, M = ASKED[name]
     rng = np.random.default_rng(7)
     B, C, D, T, lam, lambda_u, lr, decay = 5, 4, 12, 0.5, 0.7, 3.0, 0.1, 1e-3
@@ -163,24 +162,6 @@ def test_a_step_equals_a_numpy_transcription(monkeypatch, name, unlabeled_loss, 
     assert [call[:2] for call in peer.calls] == [(False, False)] * guesses_of_peer
 
 
-def test_running_statistics_after_a_step():
-    """Five updates a step (u1, u2, x1, x2, mixed), each from its own sub-batch: merged or in eval mode they differ."""
-    net, peer, reference = (small_net(4) for _ in range(3))
-    reference.load_state_dict(net.state_dict())
-    before = snapshot(peer)
-    x1, x2, u1, u2 = torch.randn(4, 6, 3, 16, 16)
-    index, optimizer = torch.randperm(24), torch.optim.SGD(net.parameters(), 0.1)
-    batch, draws = (x1, x2, torch.arange(6) % 4, torch.rand(6), u1, u2), (0.6, index, 1.0)
-    engine.train_step(net, peer, optimizer, batch, MixMatch(4), *draws)
-    inputs = torch.cat([x1, x2, u1, u2])
-    with torch.no_grad():
-        for images in (u1, u2, x1, x2, 0.6 * inputs + 0.4 * inputs[index]):
-            reference.train()(images)
-    for value, expected in zip(net.buffers(), reference.buffers(), strict=True):
-        torch.testing.assert_close(value, expected)
-    assert same(peer.state_dict(), before)
-
-
 @pytest.mark.parametrize("name", ASKED)
 def test_no_host_sync_in_a_step(tiny_images, name):
     """One .item() a step costs a tenth of the speed of a GPU, and makes the step impossible to capture."""
@@ -212,9 +193,8 @@ def train(name: str, net, peer, optimizer, data, labeled: int = 13):
 
 @pytest.mark.parametrize(("labeled", "steps", "num_iter"), [(12, 3, 4), (13, 4, 4), (1, 1, 1), (24, 6, 7), (23, 6, 6)])
 def test_an_epoch_is_one_pass_and_the_ramp_counts_as_the_authors(monkeypatch, tiny_images, labeled, steps, num_iter):
-    """The authors count one batch too many when B divides the labeled set: the ramp must follow them. All ablations
-    draw alike, or a difference from the whole method is other images, crops or lam, too; and with one view the
-    partners in mixup must be of rows that are there, each of them once."""
+    """The authors count one batch too many when B divides the labeled set: the ramp must follow them. Ablations must
+    draw alike, or their difference is other images, crops or lam, too."""
     noted: dict[str, list] = {name: [] for name in ASKED}
 
     def spy(net, peer, optimizer, batch, mixmatch, lam, index, lambda_u, **_):
@@ -240,8 +220,7 @@ def test_an_epoch_is_one_pass_and_the_ramp_counts_as_the_authors(monkeypatch, ti
 @pytest.mark.parametrize("name", ["none", *TABLE5])
 @pytest.mark.parametrize("labeled", [1, 23, 24])
 def test_merged_guesses_are_those_of_single_forwards_with_the_smallest_sets_too(tiny_images, labeled, name):
-    """On a card guesses go through a network together; and one labeled sample, one unlabeled, or none: an epoch that
-    crashes there loses the run."""
+    """On a card guesses go through a network together; an epoch that crashes with one sample loses the run."""
     terms = []
     for merge in (False, True):
         runtime = Runtime(CPU, merge=merge)

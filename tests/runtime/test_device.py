@@ -47,8 +47,7 @@ def with_cards(monkeypatch, count: int) -> None:
 
 
 def test_auto_takes_the_card_then_mps_then_the_cpu(monkeypatch):
-    """Else a machine with a GPU trains on its CPU, or one without a GPU cannot train. `--device cuda` that is not there
-    must not quietly train for days on the CPU, and a card with an old driver not go unmentioned."""
+    """Else `--device cuda` or a card with an old driver trains for days on the CPU, without a word."""
     assert pick_device("auto", 0) == CPU
     for name in ("cuda", "mps"):
         with pytest.raises(DivideMixError, match=rf"--device {name}: .*--device cpu"):
@@ -98,8 +97,7 @@ def test_a_batch_that_the_ranks_do_not_divide_is_refused(monkeypatch):
 
 
 def test_a_card_compiles_and_captures_unless_told_not_to(monkeypatch):
-    """Else the flags do nothing, or the fast way is one that has to be known of; TF32 would make fp32 no reference;
-    Inductor chooses kernels by timing them, so that two compiled runs could compute with different ones."""
+    """Else the flags do nothing; TF32 would make fp32 no reference, and Inductor chooses its kernels by timing them."""
     with_cards(monkeypatch, 1)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     fast = start("cuda", width=4)
@@ -187,8 +185,7 @@ def test_bf16_is_the_default_only_where_it_is_fast(monkeypatch, native):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_logits_are_float32_and_of_the_weights_as_they_are_now(precision):
-    """Else softmax, sharpening and losses are computed with 8 bits of mantissa; and autocast, which keeps cast weights
-    as long as its block lasts, would give a second forward the weights from before an update, without any error."""
+    """Else losses are computed with 8 bits of mantissa, or with autocast's copy of the weights of before an update."""
     runtime = Runtime(CPU, precision)
     net, x, types = runtime.prepare(torch.nn.Conv2d(3, 2, 3, bias=False)), digits_batch(4)[0], []
     net.register_forward_hook(lambda *call: types.append(call[2].dtype))
@@ -202,10 +199,9 @@ def test_logits_are_float32_and_of_the_weights_as_they_are_now(precision):
 
 
 def test_gradients_reach_every_parameter_in_both_precisions_and_memory_formats():
-    """Else only BN and biases train: older autocasts hand the cast weights of a forward without gradients to the next
-    forward in their block, where they then get none (torch 2.14 no longer does); and a kernel that reads the strides of
-    another layout trains on scrambled gradients. Bounds: each weight within 0.7 of its norm in bf16 (measured 0.5:
-    rounding flips ReLUs all the way down) and 0.1 in channels_last (0.04); over all a cosine above 0.9 (0.95)."""
+    """Else only BN and biases train (older autocasts keep weights cast without gradients), or a kernel that reads the
+    other layout's strides scrambles them. Measured: within 0.5 of each norm in bf16, 0.04 in channels_last; cosine
+    0.95."""
     reference = gradients("fp32", layout=torch.contiguous_format)
     for precision, bound, cosine in (("fp32", 0.1, 0.99), ("bf16", 0.7, 0.9)):
         result = gradients(precision)
@@ -246,9 +242,8 @@ def phases(runtime: Runtime, data, build, epochs: int):
 
 @pytest.mark.usefixtures("no_compilations")
 def test_two_nets_and_partial_batches_share_five_compilations(monkeypatch, tiny_images):
-    """A compilation for each net, epoch or partial batch: a minute each on a card, and past torch's limit it silently
-    goes eager. Five are due: a warm-up step, guesses, the peer's guesses, a training step, an evaluation batch. What
-    they compute is what eager computes."""
+    """Five: warm-up step, guesses, the peer's guesses, training step, evaluation. More cost a minute each on a card.
+    What they compute is what eager computes."""
     compiled = []
 
     def backend(graph, example_inputs):
@@ -271,8 +266,7 @@ def test_two_nets_and_partial_batches_share_five_compilations(monkeypatch, tiny_
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_inductors_kernels_train_as_eager_ones(tiny_images, precision):
-    """Fused kernels, their backward and the BN statistics they update, two nets in turn: anything that they share or
-    leave out would train another method."""
+    """Anything that fused kernels of two nets share or leave out would train another method."""
 
     def build():
         return ResNet18(3, width=8)  # 8: Inductor takes channels_last

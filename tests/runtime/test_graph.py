@@ -51,8 +51,7 @@ def test_replayed_steps_equal_eager_ones(merge, precision):
 
 @pytest.mark.parametrize("keep", ["host", "no"])
 def test_streamed_batches_are_replayed_too(tmp_path, keep):
-    """They are other tensors each time: a graph that reads the memory of the first trains on one batch all epoch long.
-    And each epoch draws new images: a step captured for each of them fills the card."""
+    """A graph that reads the memory of the first batch trains on one batch all epoch long."""
     data = dataloader_webvision.load(make_webvision(tmp_path, n_train=36, num_class=10), 10)
     states = []
     for runtime in (Runtime(CPU), Runtime(CPU, graph=True)):
@@ -83,35 +82,21 @@ def test_a_restored_run_captures_the_restored_state():
 # ---- Partial batches ----
 
 
-class Noting(torch.autograd.Function):
-    """The identity, which notes the rows and cuDNN's flag, forward and backward."""
-
-    @staticmethod
-    def forward(x, notes):
-        notes.append((len(x), torch.backends.cudnn.benchmark))
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.notes = inputs[1]
-
-    @staticmethod
-    def backward(ctx, gradient):
-        ctx.notes.append((len(gradient), torch.backends.cudnn.benchmark))
-        return gradient, None
-
-
 def test_partial_batches_are_neither_captured_nor_autotuned(monkeypatch):
-    """Their sizes are new in each epoch: to capture them, or to try all of cuDNN's kernels for them, takes longer than
-    the epoch. Full batches without autotuning would be slow for ever."""
+    """Their sizes are new in each epoch: to capture or autotune them takes longer than the epoch."""
     runtime, notes, shapes = Runtime(CPU), [], []
     run = runtime.run
     monkeypatch.setattr(
         runtime, "run", lambda key, step, inputs, state: shapes.append(len(inputs[3])) or run(key, step, inputs, state)
     )
     nets, optimizers = start(runtime)
-    first = type(nets[0][0]).forward
-    nets[0][0].forward = lambda x: Noting.apply(first(nets[0][0], x), notes)
+
+    def note(_, inputs, output):
+        notes.append((len(output), torch.backends.cudnn.benchmark))
+        if output.requires_grad:
+            output.register_hook(lambda gradient: notes.append((len(gradient), torch.backends.cudnn.benchmark)))
+
+    nets[0][0].register_forward_hook(note)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     engine.train_epoch(*nets, optimizers[0], digits(SIZE, runtime), half(SIZE, 22), SETTINGS, Phase())
     # 6 batches of 4 labeled and 4 unlabeled: four guesses, then 16 rows forward and backward; the fifth has one
@@ -149,9 +134,8 @@ class Extended(MixMatch):
 
 @pytest.mark.parametrize(("precision", "merge"), [("fp32", False), ("bf16", True)])
 def test_a_step_is_captured_anew_for_each_setting_that_it_reads_and_for_no_other(precision, merge):
-    """T is a number: a graph of T = 0.5 that is replayed for T = 1 sharpens as before; so would be an ablation of the
-    same networks, and a setting that somebody adds to the method. Captured anew with each lambda_u that `--recipe
-    blind` chooses, or for each division, the card fills up. What is replayed is what is computed step by step."""
+    """A graph of T = 0.5 that is replayed for T = 1 sharpens as before; so would an ablation, or a setting of
+    one's own. Captured anew for each lambda_u of `--recipe blind`, or each division, the card fills up."""
     division, other_division = half(SIZE, 9), half(SIZE, 8)
     fields = dataclasses.asdict(SETTINGS)
     calls = [(division, SETTINGS, 1, 1), (other_division, SETTINGS, 1, 1)]

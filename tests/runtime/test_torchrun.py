@@ -172,9 +172,7 @@ def test_a_bad_loss_of_one_rank_stops_the_update_of_all(job):
 
 
 def test_a_run_is_divided_and_its_labels_are_scored_the_same_on_one_rank_and_on_two(job):
-    """From one checkpoint: else a run that moves to two GPUs goes on with other labeled sets than it would have had; a
-    list of wrong labels has samples with a loss of 0 that no rank scored, or two ranks' suggestions added up to a class
-    that nobody suggested."""
+    """Else a run that moves to two GPUs goes on with other labeled sets, or with labels that no rank scored."""
     out, _, _, flags = job
     assert same_arrays(out / "one", out / "two", "labels.npz")
     assert same_arrays(out / "one", out / "two", "scores/epoch_002.npz")
@@ -240,8 +238,7 @@ DEATHS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", DEATHS)
 def test_the_death_of_a_rank_ends_the_job(uninterrupted, tmp_path, kind):
-    """Whatever happens to one rank, wherever the others wait just then: a job that hangs until its time is up costs a
-    night of eight GPUs and says nothing. The same command then goes on as if nothing had been."""
+    """A job that hangs until its time is up costs a night of eight GPUs and says nothing. The same command goes on."""
     flags = tiny(uninterrupted / "images", "--run_dir", tmp_path / "run", "--num_epochs", "3", "--save_scores")
     result = torchrun(DRIVER, "fail", kind, tmp_path / "stamp", *flags)
     seconds = time.time() - float((tmp_path / "stamp").read_text())
@@ -300,10 +297,10 @@ def test_two_ranks_learn_as_one_process_does(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [CLOTHING1M, WEBVISION], ids=lambda script: script.name)
 def test_the_image_scripts_divide_on_two_ranks_as_in_one_process(tmp_path, script):
-    """Images that workers read, samples of each network's own: from one checkpoint the ranks must get the losses and
-    divisions of one process, to the bit, and training must go on."""
+    """Else a run that moves to two GPUs goes on with other labeled sets than it would have had."""
     flags = ["--data_path", script.make(tmp_path / "data"), *script.size, *SMALL_NET, "--weights", "none"]
-    flags += ["--lr", "0.01", "--workers", "1", "--eval_batch_size", "7", "--save_scores"]
+    flags += ["--lr", "0.01", "--workers", "1", "--eval_batch_size", "7"]
+    flags += ["--save_scores"] if script is CLOTHING1M else []  # WebVision saves them always
 
     def until(name: str, epochs: int) -> list[str]:
         return [*map(str, flags), "--run_dir", str(tmp_path / name), "--num_epochs", str(epochs)]
@@ -321,8 +318,7 @@ def test_the_image_scripts_divide_on_two_ranks_as_in_one_process(tmp_path, scrip
 
 @pytest.mark.slow
 def test_an_image_that_one_rank_cannot_read_ends_the_job_and_can_be_left_out(tmp_path):
-    """One rank meets it, in a worker of its own: the others must not wait for that rank's batch for ever; and all of
-    them must leave out the same images."""
+    """The other ranks must not wait for this one's batch for ever; and all must leave out the same images."""
     data = make_clothing1M(tmp_path / "data", n_train=28, n_val=14, n_test=14)
     image = next((data / "images/9").rglob("*0000000009,*.jpg"))
     image.write_bytes(b"no image")
