@@ -34,6 +34,17 @@ def test_the_first_non_finite_step_stops_all_updates(tiny_images):
         assert torch.equal(tensor, at_third) and not torch.equal(tensor, at_second)
 
 
+@pytest.mark.parametrize("bad_loss", [lambda w: (0 * w).sum().sqrt(), lambda w: w.sum() + torch.inf])
+def test_a_bad_gradient_of_a_finite_loss_counts_and_so_does_the_reverse(bad_loss):
+    """Else the weights are lost one step later, and the flag must stay set after it."""
+    weight = nn.Linear(2, 1).weight
+    optimizer = Runtime(CPU).optimizer(nn.ParameterList([weight]), lr=0.1, weight_decay=0.5)
+    before = weight.detach().clone()
+    for loss in (bad_loss(weight), weight.sum()):
+        update(optimizer, loss)
+        assert optimizer.found_inf == 1 and torch.equal(weight, before)
+
+
 def test_the_update_is_the_papers_sgd_by_hand():
     """Nesterov, dampening, or no decay of BN and biases, as many codes have it, is another method: v = 0.9 v + g +
     decay p, then p = p - lr v, for every parameter."""
