@@ -62,7 +62,7 @@ def semi_loss(logits_x: Tensor, targets_x: Tensor, logits_u: Tensor, targets_u: 
     return Lx, Lu
 
 
-def linear_rampup(t: Tensor | float, warm_up: int, lambda_u: float, rampup_length: int = 16) -> Tensor | float:
+def linear_rampup(t: Tensor | float, warm_up: float, lambda_u: float, rampup_length: int = 16) -> Tensor | float:
     """lambda_u * clip((t - warm_up) / rampup_length, 0, 1); t is the epoch with its fraction, a number or a tensor."""
     ramp = (t - warm_up) / rampup_length
     ramp = ramp.clamp(0, 1) if isinstance(ramp, Tensor) else min(max(ramp, 0.0), 1.0)

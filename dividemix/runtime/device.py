@@ -44,8 +44,8 @@ class Runtime:
     parallel: dict[nn.Module, DistributedDataParallel] = field(default_factory=dict, repr=False)  # with several ranks
 
     def prepare(self, net: nn.Module) -> nn.Module:
-        """Move a network to the device and into the memory format, and replace the layers that this runtime replaces;
-        keys, parameters and values stay."""
+        """Move a network to the device and into the memory format. Where batches are merged, its BN layers change their
+        class; keys, parameters and values stay."""
         for module in net.modules():
             if self.merge and type(module) is nn.BatchNorm2d:
                 module.__class__, module.groups = GroupedBatchNorm2d, 1  # on the instance: torch.compile guards on it
@@ -114,9 +114,7 @@ class Runtime:
         """step(forward, *inputs) for a batch whose size may not occur again: eager and without cuDNN's autotuning,
         which tries many kernels for every convolution of a new size (2.4 s for one batch on an H200)."""
         autotune = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = (
-            False  # of the whole process, so autograd's thread too; `flags` would set other flags
-        )
+        torch.backends.cudnn.benchmark = False  # for autograd's thread too; the context manager `flags` would set more
         try:
             return step(self.forward, *inputs)
         finally:

@@ -62,7 +62,7 @@ def golden_weights(net: nn.Module, seed: int) -> nn.Module:
 
 
 def small_net(num_class: int = 3) -> nn.Module:
-    """Two convolutions with BN and a classifier: what is new in a large network for a test of steps is only time."""
+    """Two convolutions with BN and a classifier: for tests of steps, where a larger network would show nothing more."""
     first, second = nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 6, 3, stride=2, bias=False)
     pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, num_class)]
     return nn.Sequential(first, nn.BatchNorm2d(4), nn.ReLU(), second, nn.BatchNorm2d(6), nn.ReLU(), *pool)
