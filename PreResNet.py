@@ -1,8 +1,8 @@
 """The CIFAR networks: `ResNet18(num_classes)` is the PreAct ResNet-18 of the paper's experiments.
 
-It is not the textbook one: the stem ends with BN and ReLU, every shortcut (identity or a bare 1x1 convolution) starts
-from relu(bn1(x)) and not from x, and no BN follows the last block. State-dict keys and shapes are those of published
-checkpoints. `width` is the channel count of the first stage (64 in the paper; 16 trains on a laptop).
+It differs from the textbook network: the stem ends with BN and ReLU, every shortcut (identity or a 1x1 convolution
+alone) starts from relu(bn1(x)) and not from x, and no BN follows the last block. State-dict keys and shapes are those
+of published checkpoints. `width`: the channels of the first stage (64 in the paper; 16 trains on a laptop).
 """
 
 import torch
@@ -14,12 +14,12 @@ def conv3x3(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, planes, kernel_size=3, stride=stride, padding=1, bias=False)
 
 
-def projection(in_planes: int, planes: int, stride: int, *more: nn.Module) -> nn.Sequential:
-    """The shortcut where the shape changes: a 1x1 convolution (and a BN, in the post-activation blocks); else
-    identity."""
+def projection(in_planes: int, planes: int, stride: int, *layers: nn.Module) -> nn.Sequential:
+    """The shortcut: a 1x1 convolution where the shape changes, then `layers` (a BN in the post-activation blocks); else
+    the identity."""
     if stride == 1 and in_planes == planes:
         return nn.Sequential()
-    return nn.Sequential(nn.Conv2d(in_planes, planes, kernel_size=1, stride=stride, bias=False), *more)
+    return nn.Sequential(nn.Conv2d(in_planes, planes, kernel_size=1, stride=stride, bias=False), *layers)
 
 
 class PreActBlock(nn.Module):

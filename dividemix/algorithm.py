@@ -22,29 +22,31 @@ def sharpen(p: Tensor, T: float) -> Tensor:
 
 
 def mean_prediction(logits: list[Tensor]) -> Tensor:
-    """Mean of the softmax over views or networks, list of (B, C) -> (B, C)."""
+    """Mean of the softmax over views or networks: list of (B, C) -> (B, C)."""
     return torch.stack([F.softmax(view, dim=1) for view in logits]).mean(dim=0)
 
 
 def co_refine(labels: Tensor, w: Tensor, logits: list[Tensor], T: float) -> Tensor:
-    """Targets of labeled images: the given label as far as it is clean, else the net's own prediction.  (Eq. 3, 4)
+    """Targets of labeled images: w * given label + (1 - w) * the network's own prediction, sharpened.  (Eq. 3, 4)
 
-    labels: one-hot (B, C); w: clean probability (B,); logits: the trained net's, one (B, C) a view. -> (B, C).
+    labels: one-hot (B, C); w: clean probability (B,); logits: of the network in training, (B, C) for each view. ->
+    (B, C).
     """
     w = w.unsqueeze(1)  # (B, 1)
     return sharpen(w * labels + (1 - w) * mean_prediction(logits), T)
 
 
 def co_guess(logits: list[Tensor], T: float) -> Tensor:
-    """Targets of unlabeled images: what both networks predict over all views, list of (B, C) -> (B, C)."""
+    """Targets of unlabeled images: the mean prediction of both networks over all views, sharpened: list of (B, C) ->
+    (B, C)."""
     return sharpen(mean_prediction(logits), T)
 
 
 def mixup(inputs: Tensor, targets: Tensor, lam: Tensor | float, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row with a partner row: lam * row + (1 - lam) * row[index].  (Eq. 7, 8; lam is Eq. 5, 6)
+    """Mix each row with a partner row: lam * row + (1 - lam) * row[index].  (Eq. 7, 8; lam is Eq. 5, 6)
 
-    inputs (B, ...), targets (B, C), index a permutation of the B rows; lam >= 0.5 keeps a mix nearer to its own row.
-    An index that is shorter mixes the first rows alone.
+    inputs (B, ...), targets (B, C), index a permutation of the B rows; with lam >= 0.5 a mixed row stays nearer to its
+    own row than to its partner. A shorter index mixes only the first rows.
     """
     n = len(index)
     return lam * inputs[:n] + (1 - lam) * inputs[index], lam * targets[:n] + (1 - lam) * targets[index]
@@ -53,7 +55,7 @@ def mixup(inputs: Tensor, targets: Tensor, lam: Tensor | float, index: Tensor) -
 def semi_loss(logits_x: Tensor, targets_x: Tensor, logits_u: Tensor, targets_u: Tensor) -> tuple[Tensor, Tensor]:
     """(Lx, Lu): cross-entropy of labeled rows, squared error of unlabeled rows.  (Eq. 9, 10)
 
-    Lx is a mean over rows, Lu a mean over rows and classes (as MixMatch). No unlabeled rows: Lu is 0.
+    Lx is a mean over rows, Lu a mean over rows and classes (as in MixMatch). Without unlabeled rows Lu is 0.
     """
     Lx = -(targets_x * F.log_softmax(logits_x, dim=1)).sum(dim=1).mean()
     Lu = (F.softmax(logits_u, dim=1) - targets_u).square().sum() / max(targets_u.numel(), 1)
@@ -71,16 +73,16 @@ def prior_penalty(logits: Tensor, gather: Callable[[Tensor], Tensor] | None = No
     """Divergence of the mean prediction from a uniform prior, (B, C) -> scalar.  (Eq. 11)
 
     sum_c 1/C * log((1/C) / pbar_c), with log pbar taken by logsumexp, so a class that no row predicts stays finite.
-    `gather`: (C,) -> (K, C), where the rows are one of K equal shares: pbar is then the mean over all of them, and the
-    gradient is K times this share's part of the whole, so that a mean over the K is the gradient.
+    `gather`: (C,) -> (K, C), if the rows are one of K equal parts of a batch (one on each rank): pbar is then the mean
+    over all parts. The gradient is scaled so that its mean over the K parts is the gradient of the whole batch.
     """
     rows, classes = logits.shape
     log_pbar = F.log_softmax(logits, dim=1).logsumexp(dim=0) - math.log(rows)  # (C,)
     if gather:
-        shares = gather(log_pbar.detach())
-        whole = shares.logsumexp(dim=0) - math.log(len(shares))
-        ratio = (log_pbar - whole).exp()  # pbar of these rows / pbar of all; its gradient is that of log pbar
-        log_pbar = whole + ratio - ratio.detach()
+        gathered = gather(log_pbar.detach())
+        log_pbar_all = gathered.logsumexp(dim=0) - math.log(len(gathered))
+        ratio = (log_pbar - log_pbar_all).exp()  # pbar of these rows / pbar of all; its gradient is that of log pbar
+        log_pbar = log_pbar_all + ratio - ratio.detach()
     return -math.log(classes) - log_pbar.mean()
 
 

@@ -7,22 +7,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dividemix import Diverged, DivideMixError, warn
+from dividemix import Diverged, warn
 
-FIT_LIMIT = 1_000_000  # losses that a mixture is fitted to at most: more cost time and change next to nothing
+FIT_LIMIT = 1_000_000  # a mixture is fitted to at most so many losses: more take time and change almost nothing
 
-# Stopping early is part of the method. Not in `fit_gmm`: it may run in a thread, where catching them is not safe.
+# Stopping early is part of the method. Set here, as `fit_gmm` may run in a thread, where changing filters is not safe.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"sklearn\.mixture")
 
 
 @dataclass(frozen=True)
 class Division:
-    """What one network's losses say of N samples.
+    """How one network's losses divide N samples into a labeled and an unlabeled set.
 
     clean_probability (N,) float64; labeled (N,) bool, True where clean_probability > threshold; loss (N,) float32, the
     normalised loss that the mixture was fitted to; means, variances, weights (2,) of the mixture, the clean component
-    first; auc of clean_probability against the truth, None where it is unknown or undefined (one kind only). raw_loss
-    (N,) float32 and prediction (N,) int64: the losses as they were scored, and the class that the network predicts.
+    first; auc of clean_probability against the truth, None where the truth is unknown or all labels are of one kind.
+    raw_loss (N,) float32: the cross-entropy before normalisation; prediction (N,) int64: the network's class.
     """
 
     clean_probability: NDArray[np.float64]
@@ -37,8 +37,8 @@ class Division:
     prediction: NDArray[np.int64] | None = None
 
     def precision_recall(self, truly_clean: NDArray[np.bool_]) -> tuple[float | None, float | None]:
-        """Of the labeled set as "these labels are right", against the truth (N,): which part of it is right, and which
-        part of the right labels is in it. None where there are none to take a part of."""
+        """Of the labeled set, against the truth (N,): the fraction of it whose labels are right, and the fraction of
+        all right labels that it contains. None for a fraction of nothing."""
         right = int((self.labeled & truly_clean).sum())
         labeled, clean = int(self.labeled.sum()), int(truly_clean.sum())
         return (right / labeled if labeled else None), (right / clean if clean else None)
@@ -62,17 +62,17 @@ def normalise(losses: NDArray) -> NDArray[np.float64]:
 
 
 def smoothed(losses: NDArray, window: int = 1) -> NDArray[np.float64]:
-    """What the mixture is fitted to: (N,) raw losses or an (E, N) history -> (N,). Each row is normalised by itself.
-    The last `window` rows (fewer while fewer exist) are averaged, which is not normalised again. The paper uses 5 at
-    90 % noise, where a single epoch's losses vary much."""
+    """The loss that the mixture is fitted to: raw losses (N,) or a history (E, N) -> (N,). Each row is normalised by
+    itself, then the last `window` rows (fewer in the first epochs) are averaged. The mean is not normalised again. The
+    paper uses 5 at 90 % noise, where the losses of a single epoch vary much."""
     history = np.atleast_2d(np.asarray(losses))[-window:]
     return normalise(history).mean(axis=0)
 
 
 def fit_gmm(loss: NDArray, random_state: int = 0) -> Any:
-    """The authors' mixture of a normalised loss (N,). Its few EM steps make the k-means initialisation part of the
-    method. Unlike theirs, it is fitted to FIT_LIMIT losses at most, drawn without replacement; `benchmarks/RESULTS.md`
-    shows what that changes."""
+    """The authors' mixture of a normalised loss (N,). With so few EM steps, the k-means initialisation is part of the
+    method. Unlike theirs, it is fitted to at most FIT_LIMIT losses, drawn without replacement; `benchmarks/RESULTS.md`
+    shows the difference."""
     from sklearn.mixture import GaussianMixture  # slow to import
 
     if len(loss) > FIT_LIMIT:
@@ -82,7 +82,7 @@ def fit_gmm(loss: NDArray, random_state: int = 0) -> Any:
 
 
 def clean_probability(losses: ArrayLike, window: int = 1, random_state: int = 0) -> NDArray[np.float64]:
-    """Posterior of the mixture's component with the smaller mean: raw losses (N,) or history (E, N) -> (N,) float64.
+    """Posterior of the mixture's component with the smaller mean: raw losses (N,) or a history (E, N) -> (N,) float64.
     Raises as `codivide`."""
     return codivide(losses, 0.5, window, random_state=random_state).clean_probability
 
@@ -97,13 +97,10 @@ def codivide(
 ) -> Division:
     """Divide the N samples of one network's raw losses, (N,) or history (E, N), at clean probability `threshold`.
 
-    truly_clean (N,), where it is known, is used for nothing but the AUC. Raises DivideMixError as `normalise` does, and
-    for fewer than two samples.
+    truly_clean (N,), where it is known, is used for the AUC only. Raises Diverged as `normalise`.
     """
     history = np.atleast_2d(np.asarray(losses))
     loss = smoothed(history, window)
-    if loss.size < 2:
-        raise DivideMixError(f"co-divide needs at least 2 training samples, got {loss.size}")
     gmm = fit_gmm(loss, random_state)
     order = np.argsort(gmm.means_.ravel())  # the clean component first
     probability = gmm.predict_proba(loss.reshape(-1, 1))[:, order[0]]
@@ -131,10 +128,10 @@ def auc(probability: NDArray, truly_clean: NDArray[np.bool_] | None) -> float | 
 
 
 class Mixture:
-    """One network's mixture through the epochs. It keeps the losses that the next epoch's window averages."""
+    """One network's mixture through the epochs. It keeps the losses that the window of the next epoch averages."""
 
     def __init__(self, threshold: float, window: int = 1, largest_window: int = 1):
-        """threshold and window may be set anew between two epochs; largest_window: the most that `window` will be."""
+        """threshold and window may change between epochs; largest_window: the largest value that window will have."""
         self.threshold, self.window = threshold, window
         self.rows = max(window, largest_window) - 1
         self.history: list[NDArray[np.float32]] = []  # raw losses of the last `rows` divided epochs, (N,) each
@@ -147,9 +144,9 @@ class Mixture:
         random_state: int = 0,
         name: str = "net",
     ) -> Division | None:
-        """The division by the window's losses with this epoch's (N,) as the last, which are kept for the next epochs.
-        None, with a warning, where no sample is clean: the network that would learn from it warms up once more. Raises
-        as `codivide`."""
+        """Divide by the losses in the window, of which this epoch's (N,) are the last, and keep them for later epochs.
+        -> None, with a warning, where no sample is clean: the network that would learn from it then trains one more
+        warm-up epoch. Raises as `codivide`."""
         losses = [*self.history, loss]
         division = codivide(np.stack(losses), self.threshold, self.window, truly_clean, random_state, prediction)
         self.history = losses[-self.rows :] if self.rows else []

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.mixture import GaussianMixture
 
-from dividemix import DivideMixError, DivideMixWarning
+from dividemix import Diverged, DivideMixWarning
 from dividemix.codivide import Mixture, clean_probability, codivide, normalise, smoothed
 
 
@@ -26,7 +26,7 @@ def test_golden_clean_probability():
 
 
 @given(st.integers(0, 10**6))
-@settings(max_examples=30)
+@settings(max_examples=20)
 def test_random_state_moves_the_division_only_within_tolerance(seed):
     """A division that depends on the seed of k-means would be noise in the method."""
     losses = two_groups()
@@ -34,24 +34,26 @@ def test_random_state_moves_the_division_only_within_tolerance(seed):
 
 
 @given(st.integers(2, 60), st.integers(0, 2**20), st.floats(0.05, 0.95))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_labeled_and_unlabeled_are_an_exact_partition(n, seed, threshold):
     """A sample in both sets, or in none, would be trained on twice or never."""
     division = codivide(np.random.default_rng(seed).random(n), threshold)
-    labeled, unlabeled = np.flatnonzero(division.labeled), np.flatnonzero(~division.labeled)
-    assert sorted([*labeled, *unlabeled]) == list(range(n))
     np.testing.assert_array_equal(division.labeled, division.clean_probability > threshold)
+    assert division.labeled.shape == (n,)
     assert ((division.clean_probability >= 0) & (division.clean_probability <= 1)).all()
 
 
 def test_the_clean_component_is_the_one_with_the_smaller_mean():
     """The mixture's components come in any order: taken by position, every second run would train on the wrong
-    labels."""
-    division = codivide(two_groups(), 0.5, truly_clean=np.arange(250) < 150)
-    assert division.means[0] < division.means[1]
-    assert division.auc > 0.99
-    assert division.labeled[:150].mean() > 0.9
-    assert division.labeled[150:].mean() < 0.1
+    labels. At r = 0 there is nothing to tell apart: a made-up AUC in the logs would be a lie."""
+    losses = two_groups()
+    for sign in (1, -1):  # the mirrored losses have the small group at the other end
+        division = codivide(sign * losses, 0.5, truly_clean=(np.arange(250) < 150) == (sign == 1))
+        assert division.means[0] < division.means[1]
+        assert division.auc > 0.99
+        assert (division.labeled == ((np.arange(250) < 150) == (sign == 1))).mean() > 0.9
+    assert codivide(losses, 0.5).auc is None
+    assert codivide(losses, 0.5, truly_clean=np.ones(250, bool)).auc is None
 
 
 def test_window_averages_normalised_losses_and_does_not_normalise_again():
@@ -62,20 +64,11 @@ def test_window_averages_normalised_losses_and_does_not_normalise_again():
     assert smoothed(history, 4).max() < 1
 
 
-@pytest.mark.parametrize(
-    ("losses", "words"), [([1.0] * 9, "equal"), ([1.0, np.nan, 2.0], "finite"), ([1.0, np.inf], "finite")]
-)
-def test_losses_that_divide_nothing_are_refused(losses, words):
+@pytest.mark.parametrize("losses", [[1.0] * 9, [1.0], [1.0, np.nan, 2.0], [1.0, np.inf]])
+def test_losses_that_divide_nothing_are_refused(losses):
     """0/0 in the normalisation turns every weight into NaN without a word."""
-    with pytest.raises(DivideMixError, match=words):
+    with pytest.raises(Diverged, match="--lr"):
         codivide(np.array(losses), 0.5)
-
-
-def test_auc_is_undefined_without_both_kinds():
-    """At r = 0 there is nothing to tell apart: a made-up number in the logs would be a lie."""
-    losses = two_groups()
-    assert codivide(losses, 0.5).auc is None
-    assert codivide(losses, 0.5, truly_clean=np.ones(250, bool)).auc is None
 
 
 def test_precision_and_recall_of_the_labeled_set_by_hand():
@@ -90,42 +83,33 @@ def test_precision_and_recall_of_the_labeled_set_by_hand():
 # ---- A network's mixture through the epochs ----
 
 
-@pytest.mark.parametrize(("windows", "kept"), [((1,), 0), ((3,), 2), ((1, 3), 2), ((2, 1), 1)])
-def test_a_mixture_keeps_the_losses_that_the_next_window_averages(windows, kept):
-    """One row fewer, and the window is shorter than it says; one more, and each checkpoint of a million images grows
-    by what nobody reads. A window that grows later (1, 3) finds the epochs before it."""
+@pytest.mark.parametrize(("windows", "rows_kept"), [((1,), 0), ((3,), 2), ((1, 3), 2), ((2, 1), 1)])
+def test_a_mixture_keeps_the_losses_that_the_next_window_averages(windows, rows_kept):
+    """One row fewer, and the window is shorter than it says; one more, and each checkpoint grows by what nobody reads.
+    A continued run restores the history alone."""
     mixture, rows = Mixture(0.6, *windows), [two_groups(seed=k) for k in range(5)]
     for epoch, row in enumerate(rows):
         division = mixture.divide(row, random_state=epoch)
         expected = codivide(np.stack(rows[: epoch + 1]), 0.6, windows[0], random_state=epoch)
         np.testing.assert_array_equal(division.clean_probability, expected.clean_probability)
-        assert len(mixture.history) == min(kept, epoch + 1)
-    assert all(np.array_equal(a, b) for a, b in zip(mixture.history, rows[len(rows) - kept :], strict=True))
+        assert len(mixture.history) == min(rows_kept, epoch + 1)
+    np.testing.assert_equal(mixture.history, rows[len(rows) - rows_kept :])
+    resumed = Mixture(0.6, max(windows))
+    resumed.history = [row.copy() for row in mixture.history]
     mixture.window = max(windows)
-    last = mixture.divide(rows[0])
     expected = codivide(np.stack([*rows, rows[0]]), 0.6, max(windows))
-    np.testing.assert_array_equal(last.clean_probability, expected.clean_probability)
+    for continued in (mixture, resumed):
+        np.testing.assert_array_equal(continued.divide(rows[0]).clean_probability, expected.clean_probability)
 
 
-def test_a_mixture_that_goes_on_from_a_checkpoint_divides_as_the_uninterrupted_one():
-    """Else a continued run, which restores the history alone, is another training."""
-    rows = [two_groups(seed=k) for k in range(7)]
-    straight, resumed = Mixture(0.6, 5), Mixture(0.6, 5)
-    for row in rows[:6]:
-        straight.divide(row)
-    resumed.history = [row.copy() for row in straight.history]
-    a, b = (mixture.divide(rows[6], random_state=1) for mixture in (straight, resumed))
-    np.testing.assert_array_equal(a.clean_probability, b.clean_probability)
-
-
-def test_where_nothing_is_clean_there_is_no_division_and_the_next_epoch_is_as_if_there_had_been():
+def test_without_clean_samples_there_is_no_division_and_the_next_epoch_is_as_if_there_had_been_one():
     """Training on no labeled image crashes, and a division of losses of long ago, or of a window with a hole, is
     another method."""
     rows = [two_groups(seed=k) for k in range(3)]
-    mixture, without = Mixture(0.5, 3), Mixture(0.5, 3)
+    mixture, reference = Mixture(0.5, 3), Mixture(0.5, 3)
     for epoch, row in enumerate(rows):
         mixture.threshold = 1 if epoch == 1 else 0.5
-        expected = without.divide(row, random_state=epoch)
+        expected = reference.divide(row, random_state=epoch)
         if epoch == 1:
             with pytest.warns(DivideMixWarning, match="net 2 finds no sample clean"):
                 assert mixture.divide(row, name="net 2") is None
@@ -135,7 +119,8 @@ def test_where_nothing_is_clean_there_is_no_division_and_the_next_epoch_is_as_if
 
 
 def test_a_division_carries_what_it_was_made_of():
-    """Else the score files hold other losses or predictions than those that the epoch was divided by."""
+    """Else the score files hold other losses or predictions than those that the epoch was divided by. Clothing1M
+    divides other images, and as many as there are, in every epoch."""
     rows, prediction, clean = [two_groups(seed=k) for k in range(3)], np.arange(250) % 3, np.arange(250) < 150
     mixture = Mixture(0.5, 2)
     mixture.divide(rows[0])
@@ -144,63 +129,46 @@ def test_a_division_carries_what_it_was_made_of():
     expected = codivide(np.stack(rows[:2]), 0.5, 2, clean, 4)
     np.testing.assert_array_equal(division.clean_probability, expected.clean_probability)
     assert division.auc == expected.auc > 0.99
-    assert len(mixture.history) == 1 and np.array_equal(mixture.history[0], rows[1])
     mixture.threshold = -1
     with pytest.warns(DivideMixWarning, match="net 1 finds every sample clean"):
         assert mixture.divide(rows[2], name="net 1").labeled.all()
-
-
-def test_other_samples_each_epoch_are_divided_by_their_own_losses():
-    """Clothing1M divides other images, and as many as there are, in every epoch."""
-    mixture = Mixture(0.5)
-    for seed, wrong in enumerate((100, 30)):
-        losses = two_groups(150, wrong, seed)
-        expected = codivide(losses, 0.5).labeled
-        np.testing.assert_array_equal(mixture.divide(losses).labeled, expected)
+    other_samples, mixture = two_groups(150, 30, 1), Mixture(0.5)
+    mixture.divide(rows[0])
+    np.testing.assert_array_equal(mixture.divide(other_samples).labeled, codivide(other_samples, 0.5).labeled)
 
 
 # ---- Many samples ----
 
 
-def real_losses(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def real_losses(n: int) -> tuple[np.ndarray, np.ndarray]:
     """Losses (n,) as a network gives them after its warm-up, and which labels are right: 60 % with small losses."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     clean = rng.random(n) < 0.6
     losses = np.where(clean, rng.gamma(1.5, 0.15, n), rng.normal(2.5, 0.9, n).clip(0.01))
     return losses.astype(np.float32), clean
-
-
-def whole(losses: np.ndarray, random_state: int) -> np.ndarray:
-    """Clean probability as scikit-learn computes it when it is given all losses, to fit and to predict, at once."""
-    loss = normalise(losses).reshape(-1, 1)
-    gmm = GaussianMixture(n_components=2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=random_state).fit(loss)
-    return gmm.predict_proba(loss)[:, gmm.means_.argmin()]
 
 
 def test_up_to_the_limit_nothing_is_left_out(monkeypatch):
     """The paper's data sets would be divided otherwise than by the authors' mixture, for a speed they do not need."""
     losses = real_losses(1000)[0]
     monkeypatch.setattr("dividemix.codivide.FIT_LIMIT", 1000)
-    np.testing.assert_array_equal(clean_probability(losses, random_state=3), whole(losses, 3))
+    loss = normalise(losses).reshape(-1, 1)
+    gmm = GaussianMixture(n_components=2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=3).fit(loss)
+    expected = gmm.predict_proba(loss)[:, gmm.means_.argmin()]
+    np.testing.assert_array_equal(clean_probability(losses, random_state=3), expected)
 
 
-def test_past_the_limit_a_subsample_gives_nearly_the_same_split(monkeypatch):
-    """Large data sets would be divided by a mixture of other losses than their own."""
-    losses, clean = real_losses(100_000)
+def test_past_the_limit_a_seeded_subsample_gives_nearly_the_same_split(monkeypatch):
+    """Large data sets would be divided by a mixture of other losses than their own, or of the first alone, in a list
+    in the order of its classes; a continued run would divide otherwise."""
+    losses, clean = real_losses(50_000)
+    order = np.argsort(losses)
+    losses, clean = losses[order], clean[order]
     full = codivide(losses, 0.5, truly_clean=clean, random_state=1)
-    monkeypatch.setattr("dividemix.codivide.FIT_LIMIT", 20_000)
-    part = codivide(losses, 0.5, truly_clean=clean, random_state=1)
-    assert not np.array_equal(part.means, full.means)
-    assert (part.labeled != full.labeled).mean() < 0.002
-    assert np.abs(part.clean_probability - full.clean_probability).max() < 0.05
-    assert part.auc == pytest.approx(full.auc, abs=1e-4)
-
-
-def test_the_subsample_is_seeded_and_not_the_first_samples(monkeypatch):
-    """A continued run would divide otherwise; or a list in the order of its classes would be judged by the first."""
-    monkeypatch.setattr("dividemix.codivide.FIT_LIMIT", 5000)
-    losses = np.sort(real_losses(50_000)[0])
-    division, again, other = (codivide(losses, 0.5, random_state=seed) for seed in (1, 1, 2))
-    np.testing.assert_array_equal(division.clean_probability, again.clean_probability)
-    assert not np.array_equal(division.means, other.means)
-    assert 0.5 < division.labeled.mean() < 0.7
+    monkeypatch.setattr("dividemix.codivide.FIT_LIMIT", 10_000)
+    subsampled, again, other_seed = (codivide(losses, 0.5, truly_clean=clean, random_state=k) for k in (1, 1, 2))
+    np.testing.assert_array_equal(subsampled.clean_probability, again.clean_probability)
+    assert not np.array_equal(subsampled.means, full.means) and not np.array_equal(subsampled.means, other_seed.means)
+    assert (subsampled.labeled != full.labeled).mean() < 0.005
+    assert np.abs(subsampled.clean_probability - full.clean_probability).max() < 0.05
+    assert subsampled.auc == pytest.approx(full.auc, abs=1e-4)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.data import make_cifar10, make_cifar100, make_fashionmnist, make_human
-from helpers.nets import same
+from helpers.nets import ABLATED, ALONE, same
 from helpers.runs import assert_equal, assert_same_run, last_state, read_records
 from helpers.scripts import assert_co_divided, end_of, note_co_division, note_phases, tiny
 
@@ -321,15 +321,6 @@ def test_the_papers_number_stands_alone_only_beside_the_papers_setting():
 # ---- Ablations, in whole runs ----
 
 EPOCHS = 3  # one of warm-up
-# What each is to switch off, typed from docs/reproduce.md and not from recipes.py: networks, refinement, views.
-ABLATIONS = {
-    "none": (2, True, 2),
-    "no_cotraining": (1, True, 2),
-    "no_refinement": (2, False, 2),
-    "one_view": (2, True, 1),
-    "divide_mixmatch": (1, False, 2),
-}
-ALONE = ("no_cotraining", "divide_mixmatch")  # those with one network
 
 
 def ablated(out_dir: Path, name: str, *flags: str) -> list[str]:
@@ -340,7 +331,7 @@ def ablated(out_dir: Path, name: str, *flags: str) -> list[str]:
 def runs(tmp_path_factory) -> dict[str, SimpleNamespace]:
     """A run of each ablation, one warm-up epoch and two divided ones, and what happened in it."""
     finished, out_dir = {}, tmp_path_factory.mktemp("runs")
-    for name in ABLATIONS:
+    for name in ABLATED:
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
             patch.setattr(report, "draw", lambda *_: [])
             events = note_co_division(patch, Train_cifar)
@@ -351,12 +342,12 @@ def runs(tmp_path_factory) -> dict[str, SimpleNamespace]:
     return finished
 
 
-@pytest.mark.parametrize("name", ABLATIONS)
+@pytest.mark.parametrize("name", ABLATED)
 def test_who_trains_on_whose_division_with_which_peer(runs, name):
     """Without co-training the division is the network's own, and so is the peer; with it all stays as in Algorithm 1.
     A second network, another division, another start than the whole method's, or a flag that does nothing, makes the
     ablation measure nothing."""
-    run, (count, refine, views) = runs[name], ABLATIONS[name]
+    run, (count, refine, views) = runs[name], ABLATED[name]
     epoch = ["score"] * count + ["train"] * count + ["test"]
     assert [event["what"] for event in run.events] == ["test", *epoch, *epoch]
     for begin in (1, 1 + len(epoch)):
@@ -407,7 +398,7 @@ def test_logs_of_one_network(runs, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["no_cotraining", *(pytest.param(name, marks=pytest.mark.slow) for name in [*ABLATIONS][2:])]
+    "name", ["no_cotraining", *(pytest.param(name, marks=pytest.mark.slow) for name in [*ABLATED][2:])]
 )
 def test_an_interrupted_ablation_is_an_uninterrupted_one(tmp_path, name):
     """Else a run of one network cannot be continued, or ends as another."""

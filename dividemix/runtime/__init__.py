@@ -1,6 +1,7 @@
-"""How the algorithm is run, and never what is computed: `device` has the `Runtime`, one device with its precision and
-memory format, and picks it for the flags; `graph` captures steps in CUDA graphs; `layers` take several batches at once;
-`ranks` are the processes that train together."""
+"""How the algorithm is run, and never what is computed. `device`: the `Runtime`, one device with its precision and
+memory format, and which one the flags choose. `graph`: steps captured in CUDA graphs. `layers`: batch norm that takes
+several batches at once. `loops`: the steps of a training phase and the batches of an evaluation. `ranks`: the processes
+that train together."""
 
 from dividemix.runtime.device import (
     Runtime,
@@ -12,17 +13,24 @@ from dividemix.runtime.device import (
     set_learning_rate,
     start,
 )
-from dividemix.runtime.ranks import Ranks, from_environment
+from dividemix.runtime.loops import Batches, Forward, evaluate, run_steps, update
+from dividemix.runtime.ranks import ALONE, Ranks, from_environment
 
 __all__ = [
+    "ALONE",
+    "Batches",
+    "Forward",
     "Ranks",
     "Runtime",
     "at_once",
     "available_cores",
     "computes_bf16",
+    "evaluate",
     "from_environment",
     "is_out_of_memory",
     "load_optimizer",
+    "run_steps",
     "set_learning_rate",
     "start",
+    "update",
 ]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from joblib import cpu_count as available_cores  # in a container its share of the machine's
+from joblib import cpu_count as available_cores  # in a container: the cores that it may use
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,12 +24,12 @@ from dividemix.runtime.ranks import Ranks, from_environment, join
 
 @dataclass
 class Runtime:
-    """One device and how it is used. Without more than a device it is the reference: eager, fp32, each forward apart.
+    """One device and how it is used. The defaults are the reference: eager, fp32, each batch in its own forward pass.
 
     precision: 'fp32' (no TF32) or 'bf16' (autocast; head and losses in float32). merge: several batches of one size
-    go through a network together. compile: torch.compile fuses what stands between the convolutions. graph: training
-    steps are captured in CUDA graphs. Where either fails, that is said once and the run goes on without it. ranks: the
-    processes that train together; each forward with gradients averages them over these.
+    go through a network together. compile: torch.compile fuses the layers between convolutions. graph: training steps
+    are captured in CUDA graphs. If either fails, there is one warning and the run goes on without it. ranks: the
+    processes that train together; gradients are averaged over them.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -39,35 +39,35 @@ class Runtime:
     compile: bool = False
     graph: bool = False
     ranks: Ranks = field(default_factory=Ranks)
-    eval_batch_size: int = 1000  # of loss passes and tests; halved where the memory is too small for it
-    steps: dict[tuple, Callable[..., Tensor]] = field(default_factory=dict, repr=False)  # compiled, captured
+    eval_batch_size: int = 1000  # in loss passes and tests; halved if it does not fit into memory
+    steps: dict[tuple, Callable[..., Tensor]] = field(default_factory=dict, repr=False)  # by key: compiled, captured
     parallel: dict[nn.Module, DistributedDataParallel] = field(default_factory=dict, repr=False)  # with several ranks
 
     def prepare(self, net: nn.Module) -> nn.Module:
-        """Move a network to the device and into the memory format, and exchange its layers for those that this runtime
-        needs; keys, parameters and values stay."""
+        """Move a network to the device and into the memory format. Where batches are merged, its BN layers change their
+        class; keys, parameters and values stay."""
         for module in net.modules():
             if self.merge and type(module) is nn.BatchNorm2d:
-                module.__class__, module.groups = GroupedBatchNorm2d, 1  # its own 1: torch.compile guards on it
+                module.__class__, module.groups = GroupedBatchNorm2d, 1  # on the instance: torch.compile guards on it
         net = net.to(self.device, memory_format=self.memory_format)
         if self.ranks.world > 1:
-            # Running statistics are each rank's own during a phase; `Ranks.average_buffers` ends it.
-            with warnings.catch_warnings(action="ignore"):  # the flag has a new name from torch 2.14 on
+            # During a phase each rank has its own running statistics; `Ranks.average_buffers` ends it.
+            with warnings.catch_warnings(action="ignore"):  # torch 2.14 has renamed the flag
                 self.parallel[net] = DistributedDataParallel(net, broadcast_buffers=False)
         return net
 
     def forward(self, net: nn.Module, *batches: Tensor) -> list[Tensor]:
-        """The logits of each batch, float32, as from one call of `net` after the other: in train mode each has its own
-        statistics, also where they go through the network together."""
+        """The logits of each batch, float32, as from separate calls of `net`, one after the other: in train mode each
+        batch has its own statistics, also where all go through the network together."""
         return self._forward(call, net, batches)
 
     def compiled_forward(self, net: nn.Module, *batches: Tensor) -> list[Tensor]:
-        """The same through torch.compile: for shapes that come again and again."""
+        """The same through torch.compile: for shapes that occur again and again."""
         return self._forward(self._compiled, net, batches)
 
     def evaluation_forward(self, net: nn.Module, *batches: Tensor) -> list[Tensor]:
-        """Compiled where this runtime compiles, for full evaluation batches: they change nothing, so a compilation that
-        fails can be left out on the spot."""
+        """For full evaluation batches: compiled, if this runtime compiles. They change no state, so where compilation
+        fails the same batch is simply computed without it."""
         if self.compile:
             with self._optional("compile"):
                 return self.compiled_forward(net, *batches)
@@ -80,7 +80,7 @@ class Runtime:
         def logits(x: Tensor) -> Tensor:
             x = x.contiguous(memory_format=self.memory_format)
             bf16 = self.precision == "bf16"
-            # No cache of cast weights: filled before an update or without gradients, it would serve a later forward.
+            # No cache of cast weights: a later forward would get those from before an update, or without gradients.
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
                 return function(net, x).float()
 
@@ -101,27 +101,27 @@ class Runtime:
     def run(
         self, key: tuple, step: Callable[..., Tensor], inputs: Sequence[Tensor], state: Callable[[], list[Tensor]]
     ) -> Tensor:
-        """step(forward, *inputs) -> one tensor, valid until the next run; for inputs of steady shapes. `key`: all that
-        the step was made from but the inputs. Its first run compiles and captures, later ones replay. `state` lists the
-        tensors that the step changes in place."""
+        """step(forward, *inputs) -> one tensor, valid until the next run; for inputs whose shapes never change. `key`:
+        all that the step depends on except the inputs. The first run of a key compiles and captures, later ones replay.
+        `state` lists the tensors that the step changes in place."""
         if not (self.compile or self.graph):
             return step(self.forward, *inputs)
         if key not in self.steps:
-            self.steps[key] = self._steady(step, inputs, state())
+            self.steps[key] = self._compile_and_capture(step, inputs, state())
         return self.steps[key](*inputs)
 
     def run_partial(self, step: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
-        """step(forward, *inputs) for a batch whose size may never come again: eager and without cuDNN's autotuning,
+        """step(forward, *inputs) for a batch whose size may not occur again: eager and without cuDNN's autotuning,
         which tries many kernels for every convolution of a new size (2.4 s for one batch on an H200)."""
-        tuned = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = False  # the process's, so autograd's thread too; `flags` would set all others
+        autotune = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = False  # for autograd's thread too; the context manager `flags` would set more
         try:
             return step(self.forward, *inputs)
         finally:
-            torch.backends.cudnn.benchmark = tuned
+            torch.backends.cudnn.benchmark = autotune
 
-    def _steady(self, step, inputs: Sequence[Tensor], state: list[Tensor]) -> Callable[..., Tensor]:
-        """Compile and capture, as far as this runtime does; the step is not applied."""
+    def _compile_and_capture(self, step, inputs: Sequence[Tensor], state: list[Tensor]) -> Callable[..., Tensor]:
+        """Whichever of the two this runtime does. The state stays as it was: the step is not applied."""
         if self.compile:
             with self._optional("compile"), preserved(state):
                 step(self.compiled_forward, *inputs)
@@ -136,24 +136,24 @@ class Runtime:
     _graph_pool = cached_property(lambda self: GraphPool())
 
     @contextlib.contextmanager
-    def _optional(self, what: str) -> Iterator[None]:
-        """'compile' or 'graph' is tried in the block: where it fails, that is said, and it is left out from then on."""
+    def _optional(self, feature: str) -> Iterator[None]:
+        """The block tries 'compile' or 'graph': if it fails, the runtime warns and goes on without it from then on."""
         try:
             yield
         except Exception as error:
-            if what == "compile" and is_out_of_memory(error):
+            if feature == "compile" and is_out_of_memory(error):
                 raise
-            setattr(self, what, False)
-            if what == "graph" and error.__context__ is not None:
+            setattr(self, feature, False)
+            if feature == "graph" and error.__context__ is not None:
                 error = error.__context__  # a capture that fails ends with a second error, which says less
-            name = {"compile": "torch.compile", "graph": "the CUDA graph"}[what]
+            name = {"compile": "torch.compile", "graph": "the CUDA graph"}[feature]
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            warn(f"{name} failed, the run goes on without it, slower ({reason}); --no_{what} leaves it out")
+            warn(f"{name} failed, the run goes on without it, slower ({reason}); --no_{feature} leaves it out")
 
     def background(self, function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-        """Start host work that a card need not wait for. -> a function that waits and gives its result. On a CPU, whose
-        cores have other work, it is done at once. Of several ranks the first does it, and all get its result."""
-        if self.ranks.world > 1:  # at once: what is shared in a thread could cross what the ranks share meanwhile
+        """Start host work for which a card need not wait. -> a function that waits and returns its result. On a CPU,
+        whose cores are busy, it runs at once. With several ranks the first one does it, and all get its result."""
+        if self.ranks.world > 1:  # at once: a collective in a thread could mix with those of the main thread
             return at_once(self.ranks.broadcast_from_rank0, function, *args)
         if self.device.type == "cuda":
             return self._worker.submit(function, *args).result
@@ -162,9 +162,9 @@ class Runtime:
     _worker = cached_property(lambda self: ThreadPoolExecutor(1))
 
     def optimizer(self, net: nn.Module, lr: float, weight_decay: float, momentum: float = 0.9) -> torch.optim.SGD:
-        """SGD without Nesterov, weight decay on every parameter, BN and biases included. Once its flag `found_inf`, on
-        the device, is raised by `engine.update`, fused SGD leaves weights and momentum as they are. For graphs, the
-        learning rate is a tensor on a card, and the momentum is there, 0, before the first step."""
+        """SGD without Nesterov, weight decay on every parameter, BN and biases included. Once `loops.update` has set
+        its flag `found_inf`, on the device, fused SGD leaves weights and momentum unchanged. For CUDA graphs, the
+        learning rate is a tensor on a card, and the momentum exists, as 0, before the first step."""
         fused = self.device.type in ("cuda", "cpu")
         rate = torch.tensor(lr, device=self.device) if self.graph or self.device.type == "cuda" else lr
         optimizer = torch.optim.SGD(net.parameters(), rate, momentum, weight_decay=weight_decay, fused=fused)
@@ -189,14 +189,14 @@ def call(net: nn.Module, x: Tensor) -> Tensor:
 
 
 def at_once(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    """`Runtime.background` without a background."""
+    """`Runtime.background` without a thread: call the function now, return its result later."""
     result = function(*args)
     return lambda: result
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Restore an optimizer from its state dict, also one that another device wrote: momentum takes its parameter's
-    memory layout; which SGD kernel runs, and whether the learning rate is a tensor, stay this machine's choice."""
+    """Restore an optimizer from its state dict, also from one of another device: momentum takes the memory layout of
+    its parameter; the SGD kernel, and whether the learning rate is a tensor, stay as this runtime has them."""
     fused, lr = (optimizer.param_groups[0][name] for name in ("fused", "lr"))
     optimizer.load_state_dict(state)
     [group] = optimizer.param_groups
@@ -208,7 +208,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> float:
-    """In place where it is a tensor: a captured step reads it there. -> lr"""
+    """Set it, in place where it is a tensor, because a captured step reads it there. -> lr"""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
@@ -217,7 +217,7 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], lr: float) ->
     return lr
 
 
-# ---- Which runtime: the flags, and what this machine has ----
+# ---- The runtime for the flags and this machine ----
 
 
 def start(
@@ -233,15 +233,15 @@ def start(
     graph: bool = True,
 ) -> Runtime:
     """The runtime for these flags; `width`: channels of the network's first stage. compile and graph act on a CUDA card
-    only (on a CPU compiled steps measured no faster); deterministic leaves compile out. Under torchrun each rank takes
-    the card of its local rank, and steps run eagerly.
+    only (on a CPU, compiled steps were no faster); deterministic switches compile off. Under torchrun each rank takes
+    the card with the number of its local rank, and steps run eagerly.
 
-    Raises DivideMixError for a device that is not there, and for a batch_size, that of all ranks together, which they
-    do not divide; warns of a card that torch cannot use."""
+    Raises DivideMixError for a device that is not there, and for a batch_size (of all ranks together) that the number
+    of ranks does not divide; warns of a card that torch cannot use."""
     _, world, local_rank = from_environment()
     if batch_size % world:
-        shares = f"is that of all ranks together: {world} ranks do not divide it"
-        raise DivideMixError(f"--batch_size {batch_size} {shares}; take {-(-batch_size // world) * world}")
+        problem = f"is that of all ranks together: {world} ranks do not divide it"
+        raise DivideMixError(f"--batch_size {batch_size} {problem}; take {-(-batch_size // world) * world}")
     chosen = pick_device(device, local_rank if world > 1 else gpuid)
     on_card, on_cpu, native = chosen.type == "cuda", chosen.type == "cpu", computes_bf16(chosen)
     if chosen.type == "mps" and (world > 1 or precision == "bf16"):
@@ -257,17 +257,17 @@ def start(
     torch.use_deterministic_algorithms(deterministic)
     cores = available_cores()
     if on_cpu and "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores:
-        torch.set_num_threads(cores)  # torch counts the machine's
+        torch.set_num_threads(cores)  # torch counts all cores of the machine
     ranks = join(chosen)
-    alone = on_card and ranks.world == 1  # graphs and compiled steps have not been tried with several ranks
-    compile, graph = compile and alone and not deterministic, graph and alone
+    fast = on_card and ranks.world == 1  # graphs and compiled steps have not been tried with several ranks
+    compile, graph = compile and fast and not deterministic, graph and fast
     return Runtime(
         chosen,
         ("bf16" if native else "fp32") if precision == "auto" else precision,
         # On a CPU, channels_last is vectorised over channels: fewer than 16 leave its vector units half empty. With
         # fewer than 8, the backward pass of strided 1x1 convolutions writes out of bounds on AVX2 (torch 2.14.1).
         torch.contiguous_format if on_cpu and width < 16 else torch.channels_last,
-        merge=compile or graph,  # on a CPU it measured no faster
+        merge=compile or graph,  # on a CPU it was no faster
         compile=compile,
         graph=graph,
         ranks=ranks,
@@ -296,7 +296,7 @@ def pick_device(device: str, gpuid: int) -> torch.device:
 
 
 def unusable_card(proc: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """Why torch cannot use the NVIDIA card whose driver is installed, None where there is no such driver."""
+    """Why torch cannot use the NVIDIA card whose driver is installed; None without such a driver."""
     if not proc.exists() and not shutil.which("nvidia-smi"):
         return None
     if torch.version.cuda is None:
@@ -308,12 +308,12 @@ def unusable_card(proc: Path = Path("/proc/driver/nvidia/version")) -> str | Non
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a card, or of the host, whose allocator in torch has no error class of its own."""
+    """Whether a card or the host had no memory left; torch's host allocator raises a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether bf16 runs on the device's own units: CUDA sm80 and later, CPUs with AVX512-BF16 or AMX."""
+    """Whether the device has hardware for bf16: CUDA sm80 and later, CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":

@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 class GraphPool:
-    """One stream and one pool of memory for several graphs: a pool's blocks are used again on the same stream only.
-    Keep every graph that was captured here until none is used any more: the pool ends with its last graph."""
+    """One stream and one memory pool for several graphs: the blocks of a pool are used again on the same stream only.
+    Keep all graphs that were captured here until none is needed any more: the pool ends with its last graph."""
 
     def __init__(self):
         self.stream = torch.cuda.Stream()  # the default stream cannot be captured
@@ -17,13 +17,13 @@ class GraphPool:
 
 
 class CapturedStep:
-    """`step(*inputs)` -> a tensor, captured with copies of the given inputs; called with others of the same shapes, it
-    replays, in one launch by the host instead of two thousand.
+    """`step(*inputs)` -> a tensor, captured with copies of these inputs. A call with other inputs of the same shapes
+    replays it, in one launch by the host instead of two thousand.
 
-    A replay has the addresses and the host's numbers of the capture: all that changes must come in as `inputs` or be a
-    tensor that is changed in place. The result is overwritten by the next call. `state` names the tensors that the step
-    changes; after the capture, before which it runs a few times, they are as before. Steps that share a `pool` never
-    run at the same time. Raises what the capture raises; a call with other shapes is a ValueError.
+    A replay uses the addresses and the Python numbers of the capture: whatever changes must come in as `inputs` or be
+    a tensor that is changed in place. The next call overwrites the result. `state` lists the tensors that the step
+    changes; the capture, which runs the step a few times, leaves them as they were. Steps that share a `pool` never run
+    at the same time. Raises what the capture raises; ValueError for a call with other shapes.
     """
 
     def __init__(self, step: Callable[..., Tensor], inputs: Sequence[Tensor], state: Sequence[Tensor], pool: GraphPool):
@@ -43,7 +43,7 @@ def capture(step: Callable[[], Tensor], pool: GraphPool) -> tuple[Callable[[], N
     """Run `step` to warm up and capture it on the current card. -> (replay, the output that each replay overwrites)."""
     graph = torch.cuda.CUDAGraph()
     pool.stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(pool.stream):  # left again even where a capture fails
+    with torch.cuda.stream(pool.stream):  # also ends where a capture fails
         for _ in range(3):  # compilation, choice of algorithms, work spaces
             step()
         # Other threads (a data loader's, the mixture's) may call CUDA meanwhile.
@@ -55,7 +55,7 @@ def capture(step: Callable[[], Tensor], pool: GraphPool) -> tuple[Callable[[], N
 
 @contextlib.contextmanager
 def preserved(state: Sequence[Tensor]) -> Iterator[None]:
-    """Whatever happens in the block, the tensors hold afterwards what they held before, at the same addresses."""
+    """After the block, also after an error, the tensors hold the same values as before, at the same addresses."""
     before = [tensor.detach().clone() for tensor in state]
     try:
         yield

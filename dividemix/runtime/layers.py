@@ -1,4 +1,4 @@
-"""Layers through which several batches go together, each with its own statistics."""
+"""Batch norm for several batches in one forward pass, each with its own statistics."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d that can take several batches in one call: `Runtime.prepare` exchanges it by class alone.
+    """nn.BatchNorm2d for several batches in one call; `Runtime.prepare` changes only the class of a network's layers.
 
     While `groups` (see `grouped`) is above 1, the rows are that many batches of one size, one after the other. In train
-    mode each is normalised by its own statistics, and the running statistics are updated batch after batch, in order:
-    what that many calls would have computed, up to rounding.
+    mode each is normalised by its own statistics, and the running statistics are updated batch by batch, in order: up
+    to rounding the same as that many calls.
     """
 
     groups = 1
@@ -25,7 +25,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
 @contextlib.contextmanager
 def grouped(net: nn.Module, groups: int) -> Iterator[None]:
-    """Within the block, `net` takes `groups` batches of one size in each call."""
+    """Within the block, each call of `net` takes `groups` batches of one size."""
     layers = [module for module in net.modules() if isinstance(module, GroupedBatchNorm2d)]
     for layer in layers:
         layer.groups = groups
@@ -37,6 +37,6 @@ def grouped(net: nn.Module, groups: int) -> Iterator[None]:
 
 
 def can_merge(net: nn.Module) -> bool:
-    """Whether every layer that looks across a batch's rows in train mode is a `GroupedBatchNorm2d`."""
+    """Whether every layer that mixes the rows of a batch in train mode is a `GroupedBatchNorm2d`."""
     across = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
     return all(isinstance(module, GroupedBatchNorm2d) for module in net.modules() if isinstance(module, across))

@@ -1,7 +1,8 @@
-"""Several processes that train one pair of networks together (torchrun): who has which rows, and what is shared.
+"""Several processes that train one pair of networks together (torchrun): which rows each one takes, what they share.
 
-All ranks make all draws; then rank r of K takes the rows r, r + K ... of a global batch, which is first filled up with
-its own rows until K divides it. Evaluation deals out whole batches, those of a single process, so losses are the same.
+All ranks draw the same random numbers. Then rank r of K takes the rows r, r + K, ... of a global batch, which is first
+padded with its own first rows until K divides it. In evaluation each rank takes whole batches, the same as in a single
+process, so the losses are the same to the bit.
 """
 
 import datetime
@@ -18,14 +19,14 @@ from torch import Tensor, nn
 
 from dividemix import DivideMixError
 
-# How long a rank waits for the others: the first may be looking at a million images. A rank that dies is noticed at
-# once, by the closed connection or by torchrun, so this is for a machine that vanishes.
+# How long a rank waits for the others: the first rank may be checking a million images. A rank that dies is noticed at
+# once, by its closed connection or by torchrun; this limit is for a machine that is cut off.
 TIMEOUT = datetime.timedelta(hours=2)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world` processes: `rank` of all, `local_rank` of those on this machine. Alone by default."""
+    """This process among `world` processes: `rank` counts all, `local_rank` those on this machine. Default: alone."""
 
     rank: int = 0
     world: int = 1
@@ -33,45 +34,45 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     def pad_to_world(self, rows: NDArray) -> NDArray:
-        """A global batch's rows (n, ...), then their own beginning again until `world` divides them; none stay none."""
+        """The rows (n, ...) of a global batch, the first ones repeated at the end until `world` divides n; 0 stay 0."""
         n = len(rows)
         return rows[np.arange(-(-n // self.world) * self.world) % n] if n and n % self.world else rows
 
     def shard_rows(self, rows: NDArray) -> NDArray:
-        """This rank's rows of a filled global batch."""
+        """This rank's rows of a padded global batch."""
         return rows[self.rank :: self.world]
 
     def shard_batches(self, n: int) -> range:
-        """Which of n evaluation batches are this rank's."""
+        """The numbers of this rank's evaluation batches, of n."""
         return range(self.rank, n, self.world)
 
-    # Collectives: every rank must come to each of these, in the same order. Alone they give back what they got.
+    # Collectives: every rank must call each of these, in the same order. A process alone gets back what it gives.
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Over the ranks, in place."""
+        """The sum over the ranks, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def maximum(self, tensor: Tensor) -> Tensor:
-        """Over the ranks, in place."""
+        """The maximum over the ranks, in place."""
         if self.world > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Of several ranks: their tensors (...), of one shape -> (world, ...). Without gradients."""
+        """The tensors (...) of all ranks, of one shape -> (world, ...), without gradients. For world > 1 only."""
         tensors = [torch.empty_like(tensor) for _ in range(self.world)]
         dist.all_gather(tensors, tensor)
         return torch.stack(tensors)
 
     def broadcast_from_rank0(self, function: Callable[..., Any], *args: Any) -> Any:
-        """function(*args) on the first rank alone; its result, which must be picklable, on all. What it raises ends the
-        first rank, and torchrun then ends the others."""
+        """Call function(*args) on the first rank only and return its result, which must be picklable, on all. An
+        exception ends the first rank, and torchrun then ends the others."""
         if self.world == 1:
             return function(*args)
         result = [function(*args) if self.first else None]
@@ -79,7 +80,7 @@ class Ranks:
         return result[0]
 
     def local_rank0_first(self, function: Callable[[], Any]) -> Any:
-        """function() on every rank, but on each machine first by one process alone: for downloads."""
+        """Call function() on every rank, but on each machine first in one process alone: for downloads."""
         if self.world > 1 and self.local_rank > 0:
             dist.barrier()
         result = function()
@@ -88,19 +89,22 @@ class Ranks:
         return result
 
     def average_buffers(self, net: nn.Module) -> None:
-        """Give all ranks the mean of their BN running statistics: each has seen its own rows only."""
+        """Give all ranks the mean of their BN running statistics, as each has seen only its own rows."""
         if self.world > 1:
             for buffer in net.buffers():
                 if buffer.is_floating_point():
                     self.sum(buffer).div_(self.world)
 
 
+ALONE = Ranks()
+
+
 def join(device: torch.device) -> Ranks:
-    """The ranks that torchrun started this process among; `Ranks()` for a process that was started alone. NCCL on CUDA
-    cards, gloo elsewhere. Raises DivideMixError where the other ranks cannot be reached."""
+    """Join the ranks that torchrun started; `ALONE` for a process that was started without it. NCCL on CUDA cards, gloo
+    elsewhere. Raises DivideMixError where the other ranks cannot be reached."""
     rank, world, local_rank = from_environment()
     if world == 1:
-        return Ranks()
+        return ALONE
     if not dist.is_initialized():
         backend, card = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         try:
@@ -112,17 +116,17 @@ def join(device: torch.device) -> Ranks:
 
 
 def leave() -> None:
-    """At the end of a process that `join`ed others."""
+    """Undo `join`, at the end of the process."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def on_this_machine() -> int:
-    """How many ranks torchrun started on this machine, 1 without it."""
+    """How many ranks torchrun started on this machine; 1 without it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def from_environment() -> tuple[int, ...]:
-    """(rank, world, local rank) as torchrun sets them; (0, 1, 0) without it."""
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-    return tuple(int(os.environ.get(name, alone)) for name, alone in names.items())
+    """(rank, world, local rank) from torchrun's environment variables; (0, 1, 0) without it."""
+    defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    return tuple(int(os.environ.get(name, default)) for name, default in defaults.items())

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import PreResNet
 from dividemix import engine
 from dividemix.codivide import Division
 from dividemix.data.device import DeviceImages
@@ -18,29 +18,30 @@ from helpers.data import colour_digits
 from PreResNet import ResNet18
 
 CPU = torch.device("cpu")
-
-
-def digits_batch(n: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    images, labels = colour_digits(n)
-    return (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25, torch.from_numpy(labels)
-
-
-def gradients(precision: str, device: torch.device = CPU, layout=torch.channels_last) -> dict[str, torch.Tensor | None]:
-    """Of one step as `mixmatch_step` makes it: a forward without gradients, then the one that is trained on."""
-    machine = Runtime(device, precision, layout)
-    net = machine.prepare(golden_weights(PreResNet.ResNet18(10, 8), seed=0)).train()
-    x, labels = (tensor.to(device) for tensor in digits_batch())
-    with torch.no_grad():
-        machine.forward(net, x)
-    F.cross_entropy(machine.forward(net, x)[0], labels).backward()
-    return {name: parameter.grad for name, parameter in net.named_parameters()}
-
-
 GOLDEN = Path(__file__).parents[1] / "golden"
+SETTINGS = MixMatch(num_class=3, batch_size=4, lambda_u=8.0, warm_up=1)
+
+# ---- The ablations of the paper's Table 5 ----
+
+# What each switches off, typed from docs/reproduce.md and not from recipes.py: number of networks, refinement, views
+ABLATED = {
+    "none": (2, True, 2),
+    "no_cotraining": (1, True, 2),
+    "no_refinement": (2, False, 2),
+    "one_view": (2, True, 1),
+    "divide_mixmatch": (1, False, 2),
+}
+ALONE = ("no_cotraining", "divide_mixmatch")  # those with one network
+# The numbers of the paper's Table 5 that have a source (CIFAR-10, best; sym 20, 50, 80, 90 %, asym 40 %)
+TABLE5 = dict.fromkeys(("no_cotraining", "no_refinement", "one_view"), (None,) * 5)
+TABLE5["divide_mixmatch"] = (94.1, None, None, None, 86.5)
 
 
-def golden_weights(net: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Fill a network by the golden files' rule: numpy draws in the order of the sorted state-dict keys."""
+# ---- Networks ----
+
+
+def golden_weights(net: nn.Module, seed: int) -> nn.Module:
+    """Fill a network by the rule of the golden files: numpy draws in the order of the sorted state-dict keys."""
     rs = np.random.RandomState(seed)
     state = net.state_dict()
     for key in sorted(state):
@@ -60,13 +61,87 @@ def golden_weights(net: torch.nn.Module, seed: int) -> torch.nn.Module:
     return net
 
 
-def placed(machine: Runtime, images: DeviceImages) -> DeviceImages:
+def small_net(num_class: int = 3) -> nn.Module:
+    """Two convolutions with BN and a classifier: for tests of steps, where a larger network would show nothing more."""
+    first, second = nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 6, 3, stride=2, bias=False)
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, num_class)]
+    return nn.Sequential(first, nn.BatchNorm2d(4), nn.ReLU(), second, nn.BatchNorm2d(6), nn.ReLU(), *pool)
+
+
+class Linear(nn.Module):
+    """Logits W x + b of flattened images in float64; notes its mode and input at each call."""
+
+    def __init__(self, inputs: int, classes: int):
+        super().__init__()
+        self.layer = nn.Linear(inputs, classes).double()
+        self.calls = []
+
+    def forward(self, x):
+        self.calls.append((self.training, torch.is_grad_enabled(), x.detach().clone()))
+        return self.layer(x.flatten(1))
+
+
+def digits_batch(n: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = colour_digits(n)
+    return (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25, torch.from_numpy(labels)
+
+
+def gradients(precision: str, device: torch.device = CPU, layout=torch.channels_last) -> dict[str, torch.Tensor | None]:
+    """Of one step as `mixmatch_step` makes it: a forward without gradients, then the one that is trained on."""
+    runtime = Runtime(device, precision, layout)
+    net = runtime.prepare(golden_weights(ResNet18(10, 8), seed=0)).train()
+    x, labels = (tensor.to(device) for tensor in digits_batch())
+    with torch.no_grad():
+        runtime.forward(net, x)
+    F.cross_entropy(runtime.forward(net, x)[0], labels).backward()
+    return {name: parameter.grad for name, parameter in net.named_parameters()}
+
+
+def golden_step(name: str, num_class: int, lr: float, weight_decay: float, runtime: Runtime | None = None, **kwargs):
+    """Run the golden file's step. -> (file, net after it, its terms)."""
+    golden, runtime = np.load(GOLDEN / f"step_{name}.npz"), runtime or Runtime()
+    rs = np.random.RandomState(5)
+
+    def draw(*shape):
+        return torch.from_numpy(rs.standard_normal(shape).astype(np.float32))
+
+    x1, x2 = draw(8, 3, 32, 32), draw(8, 3, 32, 32)
+    labels = torch.from_numpy(rs.randint(0, num_class, 8))
+    w = torch.from_numpy(rs.uniform(0.5, 1, 8).astype(np.float32))
+    u1, u2 = draw(8, 3, 32, 32), draw(8, 3, 32, 32)
+    net, peer = (runtime.prepare(golden_weights(ResNet18(num_class), seed)) for seed in (2, 3))
+    beta = float(golden["beta"][0])
+    optimizer = runtime.optimizer(net, lr, weight_decay)
+    batch = [tensor.to(runtime.device) for tensor in (x1, x2, labels, w, u1, u2)]
+    terms = engine.mixmatch_step(
+        net, peer, optimizer, *batch, lam=torch.tensor(max(beta, 1 - beta), device=runtime.device),
+        index=torch.from_numpy(golden["perm0"]).to(runtime.device), T=0.5, lambda_u=25 * 2 / 16, num_class=num_class,
+        forward=runtime.forward, **kwargs,
+    )  # fmt: skip
+    return golden, net, terms
+
+
+# ---- Data ----
+
+
+def placed(runtime: Runtime, images: DeviceImages) -> DeviceImages:
     """The same data set on another runtime."""
     raw, labels = images.padded[:, 4:-4, 4:-4].contiguous().cpu().numpy(), images.labels.cpu().numpy().copy()
-    return DeviceImages(raw, labels, images.mean.tolist(), images.std.tolist(), images.flip, machine)
+    return DeviceImages(raw, labels, images.mean.tolist(), images.std.tolist(), images.flip, runtime)
 
 
-def snapshot(net: torch.nn.Module) -> dict[str, torch.Tensor]:
+def half(n, labeled=None):
+    """A division of n samples: `labeled` (default: the first half) with clean probability 0.9."""
+    mask = np.zeros(n, bool)
+    mask[: n // 2 if labeled is None else labeled] = True
+    p = np.where(mask, 0.9, 0.1)
+    return Division(p, mask, p.astype(np.float32), np.array([0.1, 0.9]), np.ones(2), np.ones(2) / 2, 0.5, None)
+
+
+# ---- Comparing ----
+
+
+def snapshot(net: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in net.state_dict().items()}
 
 
@@ -83,51 +158,6 @@ def reference_logits(net, paths, resize: int, crop: int, mean: tuple, std: tuple
         return net.eval()(torch.stack([prepare(Image.open(path).convert("RGB")) for path in paths]))
 
 
-def half(n, labeled=None):
-    """A division of n samples: `labeled` (default: the first half) with clean probability 0.9."""
-    mask = np.zeros(n, bool)
-    mask[: n // 2 if labeled is None else labeled] = True
-    p = np.where(mask, 0.9, 0.1)
-    return Division(p, mask, p.astype(np.float32), np.array([0.1, 0.9]), np.ones(2), np.ones(2) / 2, 0.5, None)
-
-
-def golden_step(name: str, num_class: int, lr: float, weight_decay: float, machine: Runtime | None = None, **kwargs):
-    """Run the golden file's step. -> (file, net after it, its terms)."""
-    golden, machine = np.load(GOLDEN / f"step_{name}.npz"), machine or Runtime()
-    rs = np.random.RandomState(5)
-
-    def draw(*shape):
-        return torch.from_numpy(rs.standard_normal(shape).astype(np.float32))
-
-    x1, x2 = draw(8, 3, 32, 32), draw(8, 3, 32, 32)
-    labels = torch.from_numpy(rs.randint(0, num_class, 8))
-    w = torch.from_numpy(rs.uniform(0.5, 1, 8).astype(np.float32))
-    u1, u2 = draw(8, 3, 32, 32), draw(8, 3, 32, 32)
-    net, peer = (machine.prepare(golden_weights(ResNet18(num_class), seed)) for seed in (2, 3))
-    beta = float(golden["beta"][0])
-    optimizer = machine.optimizer(net, lr, weight_decay)
-    batch = [tensor.to(machine.device) for tensor in (x1, x2, labels, w, u1, u2)]
-    terms = engine.mixmatch_step(
-        net, peer, optimizer, *batch, lam=torch.tensor(max(beta, 1 - beta), device=machine.device),
-        index=torch.from_numpy(golden["perm0"]).to(machine.device), T=0.5, lambda_u=25 * 2 / 16, num_class=num_class,
-        forward=machine.forward, **kwargs,
-    )  # fmt: skip
-    return golden, net, terms
-
-
-class Linear(torch.nn.Module):
-    """Logits W x + b of flattened images; keeps count of its modes and inputs."""
-
-    def __init__(self, inputs: int, classes: int):
-        super().__init__()
-        self.layer = torch.nn.Linear(inputs, classes).double()
-        self.calls = []
-
-    def forward(self, x):
-        self.calls.append((self.training, torch.is_grad_enabled(), x.detach().clone()))
-        return self.layer(x.flatten(1))
-
-
 def softmax(z):
     e = np.exp(z - z.max(axis=1, keepdims=True))
     return e / e.sum(axis=1, keepdims=True)
@@ -142,6 +172,3 @@ class NoSync(TorchDispatchMode):
         name = func.overloadpacket.__name__
         assert name not in self.FORBIDDEN, f"{name} synchronises with the host"
         return func(*args, **(kwargs or {}))
-
-
-SETTINGS = MixMatch(num_class=3, batch_size=4, lambda_u=8.0, warm_up=1)

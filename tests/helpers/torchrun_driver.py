@@ -1,6 +1,7 @@
-"""What the ranks of test_torchrun.py run, started by torchrun: many checks in one start, which takes long.
+"""What the ranks of test_torchrun.py run: many checks after one start by torchrun, which takes long.
 
 torchrun --nproc_per_node=2 tests/helpers/torchrun_driver.py small OUT      # results go to OUT/<name>.<rank>.pt
+torchrun --nproc_per_node=2 tests/helpers/torchrun_driver.py runs FILE      # each line: the flags of a run
 torchrun --nproc_per_node=2 tests/helpers/torchrun_driver.py fail KIND STAMP <flags of Train_folder.py>
 """
 
@@ -18,50 +19,30 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import dataloader_clothing1M  # noqa: E402
-import dataloader_webvision  # noqa: E402
-import Train_clothing1M  # noqa: E402
 import Train_folder  # noqa: E402
-import Train_webvision  # noqa: E402
-from dividemix import (  # noqa: E402
-    DivideMixError,
-    engine,
-    networks,
-    recipes,
-    runtime,
-    warn,
-)
+from dividemix import DivideMixError, engine, warn  # noqa: E402
 from dividemix.codivide import Mixture  # noqa: E402
-from dividemix.data.device import (  # noqa: E402
-    Batches,
-    DeviceImages,
-    draw_crops,
-    plan_mixmatch,
-    plan_warmup,
-)
-from dividemix.data.images import Views  # noqa: E402
-from dividemix.data.stream import Pipeline  # noqa: E402
+from dividemix.data.device import Batches, DeviceImages, draw_crops, plan_mixmatch, plan_warmup  # noqa: E402
 from dividemix.engine import MixMatch, Phase  # noqa: E402
-from dividemix.networks import load_weights  # noqa: E402
 from dividemix.report import report  # noqa: E402
 from dividemix.run import options, run  # noqa: E402
-from dividemix.run.checkpoint import load_last  # noqa: E402
-from dividemix.seeds import draws, seeded  # noqa: E402
-from helpers.nets import half  # noqa: E402
+from dividemix.runtime import Runtime, start  # noqa: E402
+from dividemix.seeds import seeded  # noqa: E402
+from helpers.nets import half, small_net, snapshot  # noqa: E402
 
 STEP = {"lam": 0.8, "T": 0.5, "lambda_u": 3.0, "num_class": 4}
 
 
-def machine_of_two() -> runtime.Runtime:
-    return runtime.start("cpu", precision="fp32", width=4, batch_size=2)
+def runtime_of_two() -> Runtime:
+    return start("cpu", precision="fp32", width=4, batch_size=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What both the ranks and the test itself, as one process, compute
+# What the ranks compute, and the test itself as one process
 
 
-class DealtImages(DeviceImages):
-    """In memory, and dealt out to the ranks as streamed images are."""
+class RankImages(DeviceImages):
+    """In memory, and split among the ranks as streamed images are."""
 
     def warmup_batches(self, batch_size: int, rng: np.random.Generator) -> Batches:
         ranks = self.runtime.ranks
@@ -70,52 +51,48 @@ class DealtImages(DeviceImages):
         return self._batches([list(map(ranks.shard_rows, index))], list(map(ranks.shard_rows, crops)))
 
     def mixmatch_batches(self, division, batch_size: int, rng: np.random.Generator) -> Batches:
-        mine, crops = self.runtime.ranks.shard_rows, []
+        shard, crops = self.runtime.ranks.shard_rows, []
         labeled, unlabeled = plan_mixmatch(division, batch_size, rng, self.runtime.ranks)
         for x, u in zip(labeled, unlabeled, strict=True):
             views = np.split(draw_crops(rng, 2 * (len(x) + len(u)), self.flip), np.cumsum([len(x), len(x), len(u)]))
-            crops.append(np.concatenate([mine(view) for view in views]))
-        w = [division.clean_probability[mine(x)].astype(np.float32) for x in labeled]
-        return self._batches([list(map(mine, labeled)), list(map(mine, unlabeled))], crops, w)
+            crops.append(np.concatenate([shard(view) for view in views]))
+        w = [division.clean_probability[shard(x)].astype(np.float32) for x in labeled]
+        return self._batches([list(map(shard, labeled)), list(map(shard, unlabeled))], crops, w)
 
     def eval_batches(self, batch_size: int) -> Batches:
-        whole = super().eval_batches(batch_size)
-        numbers, batches = self.runtime.ranks.shard_batches(len(whole)), list(whole)
-        return Batches([whole.sizes[k] for k in numbers], [batches[k] for k in numbers])
+        of_all = super().eval_batches(batch_size)
+        numbers, batches = self.runtime.ranks.shard_batches(len(of_all)), list(of_all)
+        return Batches([of_all.sizes[k] for k in numbers], [batches[k] for k in numbers])
 
 
-def digits(n: int, machine: runtime.Runtime) -> DealtImages:
+def digits(n: int, runtime: Runtime) -> RankImages:
     """n images of noise that is not the same in any two, and labels of four classes; two of three are right."""
     images = np.random.default_rng(n).integers(0, 256, (n, 16, 16, 3), dtype=np.uint8)
     truly_clean = np.arange(n) % 3 > 0
-    return DealtImages(images, np.arange(n) % 4, (0.5,) * 3, (0.25,) * 3, True, machine, truly_clean)
+    return RankImages(images, np.arange(n) % 4, (0.5,) * 3, (0.25,) * 3, True, runtime, truly_clean)
 
 
-def network(machine: runtime.Runtime, seed: int) -> nn.Module:
-    return machine.prepare(seeded(seed, 0, lambda: networks.build("preresnet18", 4, 4)))
+def network(runtime: Runtime, seed: int) -> nn.Module:
+    return runtime.prepare(seeded(seed, 0, lambda: small_net(4)))
 
 
-def without_bn(machine: runtime.Runtime, seed: int) -> nn.Module:
+def without_bn(runtime: Runtime, seed: int) -> nn.Module:
     """A network whose rows do not see each other: several ranks then compute what one process does."""
 
     def build():
         return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 7 * 7, 4))
 
-    return machine.prepare(seeded(seed, 0, build))
+    return runtime.prepare(seeded(seed, 0, build))
 
 
-def values(net: nn.Module) -> dict[str, torch.Tensor]:
-    return {key: value.clone() for key, value in net.state_dict().items()}
-
-
-def scored(machine: runtime.Runtime, n: int, batch_size: int) -> dict:
+def scored(runtime: Runtime, n: int, batch_size: int) -> dict:
     """Losses, accuracy and division of n samples by two nets in one state."""
-    nets = [network(machine, seed) for seed in (1, 2)]
+    nets = [network(runtime, seed) for seed in (1, 2)]
     for net in nets:
         for buffer in net.buffers():
             if buffer.is_floating_point():
                 buffer.copy_(torch.linspace(0.5, 1.5, len(buffer)))
-    machine.eval_batch_size, data = batch_size, digits(n, machine)
+    runtime.eval_batch_size, data = batch_size, digits(n, runtime)
     scores = engine.per_sample_loss(nets[0], data)
     accuracy = engine.top_k_accuracy(nets, data, (1, 3))
     division = engine.co_divide(nets[:1], [data], [Mixture(0.5)])[0]
@@ -143,63 +120,13 @@ def local_index() -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(3).permutation(16))
 
 
-def passes(machine: runtime.Runtime) -> dict:
+def passes(runtime: Runtime) -> dict:
     """A warm-up pass of a network without BN whose batches two ranks divide, and its terms."""
-    net = without_bn(machine, 5)
-    optimizer = machine.optimizer(net, 0.1, 5e-4)
+    net = without_bn(runtime, 5)
+    optimizer = runtime.optimizer(net, 0.1, 5e-4)
     settings = MixMatch(num_class=4, batch_size=4, conf_penalty=True)
-    terms = engine.warmup_epoch(net, optimizer, digits(24, machine), settings, Phase())
-    return {"weights": values(net), "terms": list(terms)}
-
-
-def clothing1m_scores(machine: runtime.Runtime, argv: list[str]) -> dict:
-    """What the networks of a run's last checkpoint say of the validation images and of their own samples."""
-    args = Train_clothing1M.parse_args(argv)
-    data, paper = dataloader_clothing1M.load(args.data_path), recipes.CLOTHING1M
-    side = args.image_size
-    kind = Views(paper.resize_for(side), side, "crop")
-    lists = {"train": data.train, "val": data.val}
-    machine.eval_batch_size = args.eval_batch_size
-    with Pipeline(lists, kind, data.mean, data.std, machine, workers=1) as pipeline:
-        state, nets = checkpoint(machine, args)
-        result = {"val": engine.test(nets, {"val": pipeline.images("val")})}
-        for k, net in enumerate(nets):
-            epoch = len(state["records"])
-            size, phase = args.num_batches * args.batch_size, Phase(epoch, draws(args.seed, "sample", epoch, k))
-            result |= divided(k, net, Train_clothing1M.draw(pipeline, size, phase), args, epoch)
-    return result
-
-
-def divided(k: int, net: nn.Module, sample, args, epoch: int) -> dict:
-    """What scores/epoch_NNN.npz holds of net k."""
-    scores = engine.per_sample_loss(net, sample)
-    random_state = int(draws(args.seed, "divide", epoch, k).integers(2**32))
-    division = Mixture(args.p_threshold).divide(scores.loss.numpy(), random_state=random_state)
-    arrays = {"raw_loss": scores.loss, "clean_probability": division.clean_probability}
-    return {f"{name}_net{k + 1}": value for name, value in arrays.items()}
-
-
-def webvision_scores(machine: runtime.Runtime, argv: list[str]) -> dict:
-    args = Train_webvision.parse_args(argv)
-    data, paper = dataloader_webvision.load(args.data_path, args.num_class), recipes.WEBVISION
-    side = args.image_size
-    kind = Views(paper.resize_for(side), side, "resized_crop")
-    lists = {"train": data.train, "val": data.val, "imagenet": data.imagenet}
-    machine.eval_batch_size = args.eval_batch_size
-    with Pipeline(lists, kind, data.mean, data.std, machine, workers=0) as pipeline:
-        state, nets = checkpoint(machine, args)
-        sets = {"test": pipeline.images("val"), "imagenet": pipeline.images("imagenet")}
-        result = {"val": engine.test(nets, sets, ks=(1, 5))}
-        for k, net in enumerate(nets):
-            result |= divided(k, net, pipeline.images("train"), args, len(state["records"]))
-    return result
-
-
-def checkpoint(machine: runtime.Runtime, args) -> tuple[dict, list[nn.Module]]:
-    state = load_last(Path(args.run_dir))
-    nets = [machine.prepare(networks.build(args.arch, args.num_class, args.width)) for _ in range(2)]
-    load_weights(nets, state["nets"], args.run_dir)
-    return state, nets
+    terms = engine.warmup_epoch(net, optimizer, digits(24, runtime), settings, Phase())
+    return {"weights": snapshot(net), "terms": list(terms)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,58 +134,58 @@ def checkpoint(machine: runtime.Runtime, args) -> tuple[dict, list[nn.Module]]:
 
 
 def small(out: str) -> None:
-    """Everything that needs no run folder, then runs of Train_folder.py whose flags stand in OUT/runs.txt."""
-    machine = machine_of_two()
-    ranks = machine.ranks
+    """Everything that needs no run folder, then the runs of OUT/runs.txt."""
+    runtime = runtime_of_two()
+    ranks = runtime.ranks
 
     def save(name: str, result) -> None:
         torch.save(result, Path(out, f"{name}.{ranks.rank}.pt"))
 
-    save("scored", [scored(machine, n, batch_size) for n, batch_size in SIZES])
-    save("passes", passes(machine))
+    save("scored", [scored(runtime, n, batch_size) for n, batch_size in SIZES])
+    save("passes", passes(runtime))
 
-    # One step: rows dealt out, and the same rows on both ranks
-    for name, rows in (("dealt", slice(ranks.rank, None, 2)), ("copies", slice(0, None, 2))):
-        net, peer = without_bn(machine, 1), without_bn(machine, 2)
-        optimizer = machine.optimizer(net, 0.1, 5e-4)
-        terms = step_of(net, peer, optimizer, rows, local_index(), machine.forward, ranks)
+    # One step: each rank its rows, and the same rows on both ranks
+    for name, rows in (("split", slice(ranks.rank, None, 2)), ("copies", slice(0, None, 2))):
+        net, peer = without_bn(runtime, 1), without_bn(runtime, 2)
+        optimizer = runtime.optimizer(net, 0.1, 5e-4)
+        terms = step_of(net, peer, optimizer, rows, local_index(), runtime.forward, ranks)
         gradients = [p.grad.clone() for p in net.parameters()]
-        save(name, {"terms": list(terms), "weights": values(net), "gradients": gradients, "peer": values(peer)})
-    net, peer = network(machine, 1), network(machine, 2)
-    optimizer = machine.optimizer(net, 0.1, 5e-4)
-    step_of(net, peer, optimizer, slice(0, None, 2), local_index(), machine.forward, ranks)
-    save("copies_bn", values(net))
+        save(name, {"terms": list(terms), "weights": snapshot(net), "gradients": gradients, "peer": snapshot(peer)})
+    net, peer = network(runtime, 1), network(runtime, 2)
+    optimizer = runtime.optimizer(net, 0.1, 5e-4)
+    step_of(net, peer, optimizer, slice(0, None, 2), local_index(), runtime.forward, ranks)
+    save("copies_bn", snapshot(net))
 
     # Phases with BN: tails of one row, an unlabeled set of one sample, more ranks than rows
     phases = []
     for n, labeled, batch_size in ((18, 17, 8), (23, 9, 4), (9, 9, 4), (3, 1, 2)):
-        net, peer = network(machine, 1), network(machine, 2)
-        optimizer = machine.optimizer(net, 0.02, 5e-4)
-        data, phase = digits(n, machine), Phase(3, np.random.default_rng(n))
+        net, peer = network(runtime, 1), network(runtime, 2)
+        optimizer = runtime.optimizer(net, 0.02, 5e-4)
+        data, phase = digits(n, runtime), Phase(3, np.random.default_rng(n))
         settings = MixMatch(num_class=4, batch_size=batch_size, warm_up=1)
         warmup = engine.warmup_epoch(net, optimizer, data, settings, phase)
         terms = engine.train_epoch(net, peer, optimizer, data, half(n, labeled), settings, phase)
         momentum = [state["momentum_buffer"] for state in optimizer.state.values()]
-        phases.append([list(warmup), list(terms), values(net), momentum, values(peer)])
+        phases.append([list(warmup), list(terms), snapshot(net), momentum, snapshot(peer)])
     save("phases", phases)
 
     # BN statistics that differ are averaged
-    net = network(machine, 1)
+    net = network(runtime, 1)
     for buffer in net.buffers():
         if buffer.is_floating_point():
             buffer.fill_(1.0 + ranks.rank)
     ranks.average_buffers(net)
-    save("averaged", values(net))
+    save("averaged", snapshot(net))
 
     # A loss that is bad on the second rank alone, in the second of three steps
-    net = network(machine, 1)
-    optimizer = machine.optimizer(net, 0.02, 5e-4)
-    data = digits(12, machine)
+    net = network(runtime, 1)
+    optimizer = runtime.optimizer(net, 0.02, 5e-4)
+    data = digits(12, runtime)
     sound, after = data.warmup_views, []
 
     def views_of_a_bad_batch(index, crops):
         x, labels = sound(index, crops)
-        after.append(values(net))
+        after.append(snapshot(net))
         return (torch.full_like(x, torch.nan) if ranks.rank == 1 and len(after) == 2 else x), labels
 
     data.warmup_views = views_of_a_bad_batch
@@ -267,25 +194,17 @@ def small(out: str) -> None:
         engine.warmup_epoch(net, optimizer, data, MixMatch(num_class=4, batch_size=2), Phase())
     except DivideMixError as raised:
         error = str(raised)
-    weights = [{key: value for key, value in each.items() if "weight" in key} for each in [*after, values(net)]]
+    weights = [{key: value for key, value in state.items() if "weight" in key} for state in [*after, snapshot(net)]]
     save("bad", [error, weights, float(optimizer.found_inf)])
 
     warn("the disk is nearly full")
-    for line in Path(out, "runs.txt").read_text().splitlines():
+    runs(f"{out}/runs.txt")
+
+
+def runs(file: str) -> None:
+    """Runs of Train_folder.py, one after the other, in this start."""
+    for line in Path(file).read_text().splitlines():
         Train_folder.main(line.split("\t"))
-
-
-def images(out: str, clothing1m: str, webvision: str) -> None:
-    """Scores of the checkpoints of a run of each script; then both runs go on."""
-    machine = machine_of_two()
-    for name, argv, scores, script in (
-        ("clothing1m", clothing1m, clothing1m_scores, Train_clothing1M),
-        ("webvision", webvision, webvision_scores, Train_webvision),
-    ):
-        argv = argv.split("\t")
-        torch.save(scores(machine, argv), Path(out, f"{name}.{machine.ranks.rank}.pt"))
-        final = script.main(argv)
-        torch.save(final, Path(out, f"{name}_final.{machine.ranks.rank}.pt"))
 
 
 def fail(kind: str, stamp: str, *argv: str) -> None:
@@ -293,9 +212,9 @@ def fail(kind: str, stamp: str, *argv: str) -> None:
     rank = int(os.environ["RANK"])
     steps = 0
 
-    def happen(what) -> None:
+    def happen(fault) -> None:
         Path(stamp).write_text(str(time.time()))
-        what()
+        fault()
 
     def throw(error: Exception) -> None:
         raise error
@@ -305,7 +224,7 @@ def fail(kind: str, stamp: str, *argv: str) -> None:
             Path(stamp).write_text(str(time.time()))
         time.sleep(0.2)
 
-    what, where = {
+    fault, at_rank = {
         "kill": (lambda: os.kill(os.getpid(), signal.SIGKILL), 1),
         "kill_first": (lambda: os.kill(os.getpid(), signal.SIGKILL), 0),
         "bad_image": (lambda: throw(DivideMixError("images/7.jpg: not an image")), 1),
@@ -315,10 +234,10 @@ def fail(kind: str, stamp: str, *argv: str) -> None:
         "wait": (wait, rank),
     }[kind]
     if kind == "mixture":
-        Mixture.divide = lambda *_, **__: happen(what)
+        Mixture.divide = lambda *_, **__: happen(fault)
     elif kind == "disk":
         saved = run.checkpoint.save_last
-        run.checkpoint.save_last = lambda folder, epoch, state: happen(what) if epoch else saved(folder, epoch, state)
+        run.checkpoint.save_last = lambda folder, epoch, state: happen(fault) if epoch else saved(folder, epoch, state)
     else:
         step = engine.train_step
 
@@ -327,8 +246,8 @@ def fail(kind: str, stamp: str, *argv: str) -> None:
             steps += 1
             if kind == "wait":
                 wait()
-            elif rank == where and steps == 2:
-                happen(what)
+            elif rank == at_rank and steps == 2:
+                happen(fault)
             return step(*args, **kwargs)
 
         engine.train_step = failing
@@ -342,4 +261,4 @@ if __name__ == "__main__":
     report.draw = lambda _: []
     sys.modules["torch.utils.tensorboard"] = SimpleNamespace(SummaryWriter=lambda *_, **__: nothing)
     name, *arguments = sys.argv[1:]
-    options.command_line(lambda _: {"small": small, "images": images, "fail": fail}[name](*arguments))
+    options.command_line(lambda _: {"small": small, "runs": runs, "fail": fail}[name](*arguments))
