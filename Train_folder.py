@@ -9,7 +9,7 @@
     torchrun --nproc_per_node=2 Train_folder.py --data_path ./flowers   # the same batch on two GPUs
 
 The same command again continues the run. Flags that are not given are chosen from the data and printed
-(`dividemix/run/defaults.py`). Without a test part, accuracies are measured on labels that may be wrong.
+(`dividemix/run/defaults.py`). Without a test split, accuracies are measured on labels that may be wrong.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def read(args: argparse.Namespace, split: Split, run: Run, pipeline: Pipeline):
     if len(split.held_out):
         rows_of["val"] = "train", split.held_out
     if rows_of.keys() == {"train"}:
-        raise DivideMixError("no images to select the best epoch on: give a larger --val_fraction, or a val part")
+        raise DivideMixError("no images to select the best epoch on: give a larger --val_fraction, or a val split")
     sets: dict[str, DataSet] = {}
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if args.data_mode == "stream":
@@ -147,7 +147,7 @@ def describe(args: argparse.Namespace, data: Folder, split: Split, tests: dict[s
     lines = [f"{len(labels)} images to train on, {data.num_class} classes: {some(data.class_names)}"]
     lines += [line, *split.lines]
     if "test" not in tests:
-        lines.append("no test part: accuracies are measured on the validation images' labels, which may be wrong too")
+        lines.append("no test split: accuracies are measured on the validation images' labels, which may be wrong too")
     lines.append(f"flip {'off (given)' if args.no_flip else 'on (--no_flip turns it off)'}")
     source = "ImageNet's" if mean is IMAGENET_MEAN else "of the training images"
     return [*lines, "mean {:.3f} {:.3f} {:.3f}, std {:.3f} {:.3f} {:.3f} ".format(*mean, *std) + f"({source})"]

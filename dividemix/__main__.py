@@ -1,4 +1,4 @@
-"""`python -m dividemix COMMAND`: what comes after training, and the paper's tables."""
+"""What comes after training, and the paper's tables: `python -m dividemix report|predict|export|reproduce`."""
 
 import importlib
 import sys

@@ -15,6 +15,7 @@ import torch
 from helpers.data import batch, make_cifar10
 from helpers.runs import args_of, read_records
 from helpers.scripts import end_of, run_script, tiny
+from sklearn.mixture import GaussianMixture
 
 import dataloader_cifar
 import PreResNet
@@ -22,7 +23,7 @@ import Train_cifar
 import Train_clothing1M
 import Train_folder
 import Train_webvision
-from dividemix import DivideMixError, codivide, engine, noise, runtime, warn
+from dividemix import DivideMixError, engine, noise, runtime, warn
 from dividemix.run import options
 from dividemix.run.run import Run
 from dividemix.runtime import device
@@ -199,7 +200,7 @@ def test_sets_that_are_empty_or_of_one_sample(start, tmp_path, monkeypatch, recw
         p_clean = np.where(np.arange(len(loss)) < next(epochs), 0.9, 0.1)
         return np.stack([p_clean, 1 - p_clean] if gmm.means_[0] < gmm.means_[1] else [1 - p_clean, p_clean], axis=1)
 
-    monkeypatch.setattr(codivide.GaussianMixture, "predict_proba", predict_proba)
+    monkeypatch.setattr(GaussianMixture, "predict_proba", predict_proba)
     flags = [*small_set(tmp_path / "data", [0, 1, 2] * 11), "--no_label_scores", "--r", "0.2"]
     assert start(*flags, "--num_epochs", "3", "--eval_batch_size", "32")[0] == 0  # 32: that of a warm-up batch, too
     records = read_records(tmp_path / "run")

@@ -74,10 +74,10 @@ def test_output_says_what_was_chosen_and_what_accuracy_means(done):
     """Else the user learns neither what was trained, nor that 81 % may be all that wrong labels allow."""
     side = dataloader_folder.survey(dataloader_folder.load(done.tree).train).side
     expected = [f"train: 40 images, {done.tree}", "36 images to train on, 4 classes: c0, c1, c2, c3"]
-    expected += ["images of a class: 9 (c0) to 9 (c0), 1.0 times", "4 training images held out ", "no test part: "]
+    expected += ["images of a class: 9 (c0) to 9 (c0), 1.0 times", "4 training images held out ", "no test split: "]
     expected += ["arch preresnet18 (", f"image_size 32 (the median short side is {side})", "warm_up 1 (given)"]
     expected += ["num_epochs 2 (given)", "batch_size 8 (for 36 images)", "lambda_u 0 (", "data_mode device (0 MB, "]
-    expected += ["val_fraction 0.1 (no validation or test part)", "flip on (", "mean ", "best epoch 1, "]
+    expected += ["val_fraction 0.1 (", "flip on (", "mean ", "best epoch 1, "]
     expected += ["run folder checkpoint/folder_my images"]
     for beginning in expected:
         assert any(line.startswith(beginning) for line in done.out), f"{beginning!r} in {done.out}"
@@ -179,7 +179,7 @@ def test_what_the_best_epoch_is_chosen_on(tmp_path, start, monkeypatch, parts, f
     assert evaluated == [dict(zip(named, filter(None, sizes[1:]), strict=True))] * EPOCHS
     data = json.loads((tmp_path / "run/args.json").read_text())["data"]
     assert tuple(data.get(name) for name in ("train", "val", "test")) == sizes
-    assert f"chosen on {chosen} " in out and ("no test part: " in out) == ("test" not in named)
+    assert f"chosen on {chosen} " in out and ("no test split: " in out) == ("test" not in named)
     best = torch.load(tmp_path / "run/best.pt", weights_only=True)["epochs"]
     assert best == ([1, 1] if "val" in named else [2, 2])
     record = read_records(tmp_path / "run")[-1]

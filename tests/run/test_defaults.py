@@ -93,7 +93,7 @@ def test_size_of_the_pixels_decides_where_they_are(monkeypatch):
 
 
 def test_what_the_best_epoch_is_chosen_by():
-    """Without a held-out part there would be no accuracy at all; with a test part, images be lost for training."""
+    """Without held-out images there is no accuracy at all; with a test split, holding some out wastes them."""
     assert chosen(lists=("train", "test"))[0].val_fraction == chosen(lists=("train", "val"))[0].val_fraction == 0
     assert chosen("--val_fraction", "0.2", lists=("train", "test"))[0].val_fraction == 0.2
     with pytest.raises(DivideMixError, match=r"--val_fraction 0\.2"):
