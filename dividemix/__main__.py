@@ -1,4 +1,10 @@
-"""What comes after training, and the paper's tables: `python -m dividemix report|predict|export|reproduce`."""
+"""What follows a training run, and the tables of the paper; COMMAND --help lists the flags of each.
+
+python -m dividemix report RUN
+python -m dividemix predict RUN IMAGES
+python -m dividemix export RUN --out model.pt2
+python -m dividemix reproduce --list
+"""
 
 import importlib
 import sys
@@ -13,7 +19,7 @@ COMMANDS = {  # name -> (module with its `main`, what Ctrl-C means for the user)
 }
 
 if __name__ == "__main__":
-    parser = Parser(prog="python -m dividemix", description=__doc__)
+    parser = Parser(prog="python -m dividemix", description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=COMMANDS, help="COMMAND --help lists its flags")
     module, stopped_means = COMMANDS[parser.parse_args(sys.argv[1:2]).command]
     del sys.argv[1]

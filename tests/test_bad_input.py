@@ -1,6 +1,7 @@
 """Bad input on the command line gets one clear line and a non-zero exit status, before any training, and leaves nothing
 behind. Odd but sound input is trained on. Damaged files are in test_fuzz.py."""
 
+import functools
 import json
 import os
 import pickle
@@ -53,7 +54,7 @@ def start(inputs, tmp_path, monkeypatch, capsys):
     """Runs Train_cifar.py's command line in-process, tiny, as a user would. -> (exit status, the lines on stderr)"""
     monkeypatch.chdir(inputs)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", functools.cache(lambda: False))
     monkeypatch.setattr(device, "unusable_card", lambda: None)
 
     def run(*flags: str) -> tuple[int, list[str]]:
