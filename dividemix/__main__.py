@@ -2,7 +2,7 @@
 
 python -m dividemix report RUN
 python -m dividemix predict RUN IMAGES
-python -m dividemix export RUN --out model.pt2
+python -m dividemix export RUN model.pt2
 python -m dividemix reproduce --list
 """
 

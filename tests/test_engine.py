@@ -86,7 +86,7 @@ def test_golden_step(monkeypatch, name, num_class, recipe):
 def ablated(name: str, peer):
     """What an ablation trains with: (peer, fields of MixMatch)."""
     ablation = recipes.ABLATIONS[name]
-    return (peer if ablation.nets == 2 else None), {"refine": ablation.refine, "views": ablation.M}
+    return (peer if ablation.nets == 2 else None), {"refine": ablation.refine, "views": ablation.views}
 
 
 @pytest.mark.parametrize("unlabeled_rows", [5, 3, 0])
