@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             losses = []
             for k, net in enumerate(nets):
                 division, peer = divisions[-1 - k], nets[-1 - k]
-                if division is None:
+                if division is None:  # warm-up, or the other network found no clean sample
                     losses.append(warmup_epoch(net, optimizers[k], train, mixmatch, run.phase("warmup", k)))
                 else:
                     phase = run.phase("train", k)

@@ -78,11 +78,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 losses = []
                 for k, net in enumerate(nets):
                     division, peer = divisions[1 - k], nets[1 - k]
-                    if division is None:
+                    if division is None:  # warm-up, or the other network found no clean sample
                         sample = draw(pipeline, 2 * sample_size, run.phase("warmup sample", k))
                         losses.append(warmup_epoch(net, optimizers[k], sample, mixmatch, run.phase("warmup", k)))
                     else:
-                        phase = run.phase("train", k)  # no name for the sample: it would outlive the epoch
+                        phase = run.phase("train", k)  # a variable for the sample would keep its images in memory
                         losses.append(train_epoch(net, peer, optimizers[k], samples[1 - k], division, mixmatch, phase))
 
                 rows = [split.index[sample.index] if sample else None for sample in samples]

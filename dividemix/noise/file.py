@@ -208,8 +208,10 @@ def expected_changed(truth: NDArray[np.int64], spec: NoiseSpec) -> tuple[float, 
         moved = float((np.asarray(spec.transition)[truth] != truth).mean())
         low = high = r * moved
         variance = r * (1 - r) * moved * (1 - moved)
-    else:
+    elif spec.mode == "idn":
         low = high = synthetic.mean_flip_rate(r)
         variance = high * (1 - high)
+    else:
+        raise ValueError(f"the share of labels that noise mode {spec.mode!r} changes is not known here: add it")
     slack = max(0.01, 4 * math.sqrt(variance / n) + 1 / n)
     return max(low - slack, 0.0), min(high + slack, 1.0)

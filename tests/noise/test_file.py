@@ -192,3 +192,9 @@ def test_wrong_share_is_what_a_recipe_is_found_by(tmp_path):
     specs = [spec("idn", 0.4), spec(definition="exclude_self"), spec(), spec("asym")]
     shares = [wrong_share(TRUTH, of_run, None, tmp_path, None) for of_run in specs]
     assert shares == [pytest.approx(0.4, abs=1e-4), 0.5, None, None]
+
+
+def test_a_noise_mode_without_a_known_share_is_an_error():
+    """Else labels of a noise that a fork adds are checked by another noise's share, and refused in the second run."""
+    with pytest.raises(ValueError, match="pairflip"):
+        expected_changed(TRUTH, spec(mode="pairflip"))
