@@ -121,11 +121,3 @@ def ResNet34(num_classes: int = 10, width: int = 64) -> ResNet:
 
 def ResNet50(num_classes: int = 10, width: int = 64) -> ResNet:
     return ResNet(Bottleneck, [3, 4, 6, 3], num_classes, width)
-
-
-def ResNet101(num_classes: int = 10, width: int = 64) -> ResNet:
-    return ResNet(Bottleneck, [3, 4, 23, 3], num_classes, width)
-
-
-def ResNet152(num_classes: int = 10, width: int = 64) -> ResNet:
-    return ResNet(Bottleneck, [3, 8, 36, 3], num_classes, width)

@@ -22,8 +22,9 @@ from typing import Any
 import dataloader_cifar
 from dividemix import blind, recipes, report
 from dividemix.codivide import Mixture
-from dividemix.engine import co_divide, set_learning_rate, test, train_epoch, warmup_epoch
+from dividemix.engine import co_divide, test, train_epoch, warmup_epoch
 from dividemix.run import Run, description, logs, options
+from dividemix.runtime import set_learning_rate
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -16,9 +16,10 @@ from dataloader_clothing1M import balanced_sample
 from dividemix import DivideMixError, recipes, report
 from dividemix.codivide import Mixture
 from dividemix.data import Pipeline, StreamedImages, Views, check
-from dividemix.engine import Phase, co_divide, set_learning_rate, test, train_epoch, warmup_epoch
+from dividemix.engine import Phase, co_divide, test, train_epoch, warmup_epoch
 from dividemix.networks import load_weights
 from dividemix.run import Preparation, Run, description, logs, options, splits
+from dividemix.runtime import set_learning_rate
 
 PAPER = recipes.CLOTHING1M
 
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def draw(pipeline: Pipeline, n: int, phase: Phase, keep: bool = False) -> StreamedImages:
-    """One network's sample for an epoch: n training images, or fewer, with the classes balanced (Sec. 4.2)."""
+    """One network's sample for an epoch: n training images, or fewer, with the classes balanced."""
     images = pipeline.lists["train"]
     return pipeline.images("train", balanced_sample(images.labels, n, images.num_class, phase.rng), keep=keep)
 

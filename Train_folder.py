@@ -16,17 +16,19 @@ import argparse
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dataloader_folder
 from dataloader_folder import IMAGENET_MEAN, IMAGENET_STD, Folder, balance, mean_std
 from dividemix import DivideMixError, report, warn
 from dividemix.codivide import Mixture
-from dividemix.data import DeviceImages, Pipeline, Views, check, some
-from dividemix.engine import DataSet, co_divide, set_learning_rate, test, train_epoch, warmup_epoch
+from dividemix.data import DeviceImages, Pipeline, StreamedImages, Views, check, some
+from dividemix.engine import DataSet, co_divide, test, train_epoch, warmup_epoch
 from dividemix.run import Preparation, Run, Split, defaults, description, logs, options, splits
-from dividemix.runtime import is_out_of_memory
+from dividemix.runtime import is_out_of_memory, set_learning_rate
+
+Images = DeviceImages | StreamedImages
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -102,18 +104,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             return finish(run, train, tests)
 
 
-def read(args: argparse.Namespace, split: Split, run: Run, pipeline: Pipeline):
+def read(
+    args: argparse.Namespace, split: Split, run: Run, pipeline: Pipeline
+) -> tuple[Images, dict[str, Images], Any, Any]:
     """The data sets, on the device or streamed. Returns the training set, the sets to evaluate on ("val" and "test",
     those that there are), mean and std. Raises DivideMixError where there is nothing to evaluate on, or no memory."""
-    rows_of: dict[str, tuple[str, Any]] = {
-        name: (name, range(len(images))) for name, images in split.lists.items()
-    }  # set -> list, rows in it
+    # set -> list, rows in it
+    rows_of: dict[str, tuple[str, Any]] = {name: (name, range(len(images))) for name, images in split.lists.items()}
     rows_of["train"] = "train", split.train
     if len(split.held_out):
         rows_of["val"] = "train", split.held_out
     if rows_of.keys() == {"train"}:
         raise DivideMixError("no images to select the best epoch on: give a larger --val_fraction, or a val split")
-    sets: dict[str, DataSet] = {}
+    sets: dict[str, Images] = {}
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if args.data_mode == "stream":
         if args.cache_dir:
@@ -138,7 +141,7 @@ def read(args: argparse.Namespace, split: Split, run: Run, pipeline: Pipeline):
     return sets.pop("train"), sets, mean, std
 
 
-def describe(args: argparse.Namespace, data: Folder, split: Split, tests: dict[str, DataSet], mean, std) -> list[str]:
+def describe(args: argparse.Namespace, data: Folder, split: Split, tests: Mapping, mean, std) -> list[str]:
     """The lines that a run prints about its data. Warns of classes with very few images."""
     labels = data.train.labels[split.index]
     line, warning = balance(labels, data.class_names, defaults.IMBALANCE)
@@ -153,7 +156,7 @@ def describe(args: argparse.Namespace, data: Folder, split: Split, tests: dict[s
     return [*lines, "mean {:.3f} {:.3f} {:.3f}, std {:.3f} {:.3f} {:.3f} ".format(*mean, *std) + f"({source})"]
 
 
-def finish(run: Run, train: DataSet, tests: dict[str, DataSet]) -> dict[str, Any]:
+def finish(run: Run, train: DataSet, tests: Mapping[str, DataSet]) -> dict[str, Any]:
     """Print the best epoch's accuracies, score the labels, and return the final metrics."""
     best, titles = run.records[run.best_epochs[0]], {"val": "validation", "test": "test"}
     accuracies = ", ".join(f"{title} {best[f'{name}_acc']:.2f}" for name, title in titles.items() if name in tests)

@@ -15,8 +15,9 @@ import dataloader_webvision
 from dividemix import recipes, report
 from dividemix.codivide import Mixture
 from dividemix.data import Pipeline, StreamedImages, Views, check
-from dividemix.engine import co_divide, set_learning_rate, test, train_epoch, warmup_epoch
+from dividemix.engine import co_divide, test, train_epoch, warmup_epoch
 from dividemix.run import Preparation, Run, description, logs, options, splits
+from dividemix.runtime import set_learning_rate
 
 PAPER = recipes.WEBVISION
 

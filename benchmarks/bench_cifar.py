@@ -35,8 +35,8 @@ from baseline_plain import PlainEpoch, default_workers, division_of
 from dividemix import engine
 from dividemix.codivide import Division, Mixture
 from dividemix.data import DeviceImages
-from dividemix.runtime import Runtime, at_once, computes_bf16
 from dividemix.runtime import start as start_runtime
+from dividemix.runtime.device import Runtime, at_once, computes_bf16
 from PreResNet import ResNet18
 
 FLOOR_RATE = 790e12  # bf16 operations a second of an H100

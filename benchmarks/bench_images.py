@@ -38,8 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataloader_clothing1M import MEAN, STD
 from dividemix import engine
 from dividemix.codivide import Division
-from dividemix.data import Batches, ImageList, Pipeline, Views
-from dividemix.runtime import Runtime, available_cores
+from dividemix.data import ImageList, Pipeline, Views
+from dividemix.runtime import Batches, Runtime, available_cores
 from dividemix.runtime import start as start_runtime
 from PreResNet import ResNet18
 

@@ -37,8 +37,7 @@ def co_refine(labels: Tensor, w: Tensor, logits: list[Tensor], T: float) -> Tens
 
 
 def co_guess(logits: list[Tensor], T: float) -> Tensor:
-    """Targets of unlabeled images: the mean prediction of both networks over all views, sharpened: list of (B, C) ->
-    (B, C)."""
+    """Targets of unlabeled images: the sharpened mean prediction over networks and views. list of (B, C) -> (B, C)."""
     return sharpen(mean_prediction(logits), T)
 
 

@@ -88,13 +88,11 @@ def even_concentration(num_class: int) -> float:
     return 1 / max(num_class - 1, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The choices of a run, epoch by epoch
+# ---- The choices of a run, epoch by epoch ----
 
 
 def setting(row: Recipe | None, flags: Mapping[str, float | None]) -> dict[str, float]:
-    """lambda_u, p_threshold and loss_window of a row; without a row 0 and the defaults of `Recipe`. `flags` that are
-    not None win."""
+    """lambda_u, p_threshold and loss_window: a row's, or 0 and `Recipe`'s defaults. `flags` that are not None win."""
     chosen = {"lambda_u": 0, "p_threshold": Recipe.p_threshold, "loss_window": Recipe.loss_window}
     chosen |= {name: getattr(row, name) for name in NAMES} if row else {}
     return chosen | {name: value for name, value in flags.items() if value is not None}
@@ -102,8 +100,7 @@ def setting(row: Recipe | None, flags: Mapping[str, float | None]) -> dict[str, 
 
 @dataclass
 class Choice:
-    """A run's choices: lambda_u of each divided epoch, threshold and window of its `mixtures`. `record` has the FIELDS
-    of the current epoch's record."""
+    """A run's choices: lambda_u of each divided epoch, threshold and window of its `mixtures`. record: this epoch's."""
 
     records: Sequence[Mapping[str, Any]]  # of the finished epochs; the run adds to them
     mixtures: Sequence[Mixture]
@@ -117,8 +114,7 @@ class Choice:
         self._set_mixtures(setting(choose(self._estimates(), self.num_class), self.flags))
 
     def update(self, divisions: Sequence[Division | None], mixmatch: MixMatch) -> MixMatch:
-        """This epoch's divisions and the method's settings -> these settings with the chosen lambda_u. Prints a line
-        where the row changes."""
+        """This epoch's divisions -> the settings with the chosen lambda_u. Prints a line where the row changes."""
         latest = estimate(divisions, self.labels, self.num_class)
         earlier = self._estimates()
         estimates = [*earlier, latest] if latest else earlier

@@ -71,8 +71,7 @@ def smoothed(losses: NDArray, window: int = 1) -> NDArray[np.float64]:
 
 def fit_gmm(loss: NDArray, random_state: int = 0) -> Any:
     """The authors' mixture of a normalised loss (N,). With so few EM steps, the k-means initialisation is part of the
-    method. Unlike theirs, it is fitted to at most FIT_LIMIT losses, drawn without replacement; `benchmarks/RESULTS.md`
-    shows the difference."""
+    method. Unlike theirs, it is fitted to at most FIT_LIMIT losses, drawn without replacement (see RESULTS.md)."""
     from sklearn.mixture import GaussianMixture  # slow to import
 
     if len(loss) > FIT_LIMIT:
@@ -82,8 +81,7 @@ def fit_gmm(loss: NDArray, random_state: int = 0) -> Any:
 
 
 def clean_probability(losses: ArrayLike, window: int = 1, random_state: int = 0) -> NDArray[np.float64]:
-    """Posterior of the mixture's component with the smaller mean: raw losses (N,) or a history (E, N) -> (N,) float64.
-    Raises as `codivide`."""
+    """Posterior of the component with the smaller mean: losses (N,) or (E, N) epochs of them -> (N,); see `codivide`."""
     return codivide(losses, 0.5, window, random_state=random_state).clean_probability
 
 

@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from dividemix.algorithm import co_guess, co_refine, linear_rampup, mixup, neg_entropy, prior_penalty, semi_loss
 from dividemix.codivide import Division, Mixture
 from dividemix.runtime import ALONE, Batches, Forward, Ranks, Runtime, evaluate, run_steps, update
-from dividemix.runtime import set_learning_rate as set_learning_rate
 
 
 @dataclass(frozen=True)
@@ -344,8 +343,7 @@ def test(
 def top_k_accuracy(
     nets: Sequence[nn.Module], data: DataSet, ks: Sequence[int] = (1,), phase: Phase | None = None
 ) -> dict[int, list[float]]:
-    """For each k in `ks` the top-k accuracy (%): [of the summed logits, of each net]. 100 where k exceeds the number of
-    classes."""
+    """For each k in `ks` the top-k accuracy (%): [of the summed logits, of each net]. 100 for k > number of classes."""
     for net in nets:
         net.eval()
 

@@ -82,8 +82,7 @@ def classifier_of(net: nn.Module) -> str:
 @dataclass(frozen=True)
 class Architecture:
     """make: (num_class, width) -> network. min_side: the smallest image side (px) whose last feature map has more than
-    one pixel, as BN cannot normalise one image of one pixel; None: `refusal` tries it. imagenet: the address of its
-    ImageNet weights."""
+    one pixel, as BN cannot normalise one image of one pixel; None: `refusal` tries it. imagenet: their address."""
 
     make: Callable[[int, int], nn.Module]
     min_side: int | None

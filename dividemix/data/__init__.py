@@ -4,7 +4,7 @@ with `images`, and `store` keeps them."""
 
 from dividemix.data import check
 from dividemix.data.check import usable
-from dividemix.data.device import PAD, Batches, DeviceImages, plan_mixmatch
+from dividemix.data.device import PAD, DeviceImages, plan_mixmatch
 from dividemix.data.images import READING, BadImage, Views, describe_changes, opened, shown
 from dividemix.data.lists import (
     IMAGE_SUFFIXES,
@@ -23,34 +23,3 @@ from dividemix.data.lists import (
     some,
 )
 from dividemix.data.stream import Pipeline, StreamedImages
-
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "PAD",
-    "READING",
-    "BadImage",
-    "Batches",
-    "Boundary",
-    "DeviceImages",
-    "ImageList",
-    "Lines",
-    "Pipeline",
-    "StreamedImages",
-    "Views",
-    "absolute",
-    "bad_line",
-    "check",
-    "describe_changes",
-    "images_below",
-    "images_of_classes",
-    "is_image",
-    "list_folders",
-    "numbered_lines",
-    "opened",
-    "plan_mixmatch",
-    "read_lines",
-    "read_table",
-    "shown",
-    "some",
-    "usable",
-]

@@ -71,7 +71,7 @@ def run_check(
     if is_complete:
         return
     if problems or not skip:  # --skip_bad_images helps only where bad images are all that is wrong
-        advice = "mend the data folder" + ("" if problems else ", or leave the bad images out by --skip_bad_images")
+        advice = "correct the data folder" + ("" if problems else ", or leave the bad images out by --skip_bad_images")
         raise DivideMixError(f"training cannot run on these data, for what the report names: {advice}")
     rows = sound_rows(lists, bad)
     remaining = ", ".join(f"{name}: {len(rows[name])} of {len(lists[name])} images" for name in lists)
@@ -104,7 +104,7 @@ def usable(lists: Lists, depth: str | None, file: Path, ranks: Ranks) -> tuple[d
     def find() -> tuple[dict[str, Bad], list[str]]:
         try:
             record = json.loads(read_file(file))
-            if depth in (None, record["how"]):
+            if depth in (None, record["depth"]):
                 bad = {name: _recorded(images, **record["lists"][name]) for name, images in lists.items()}
                 return bad, [*left_out(lists, bad), f"read from {file}: without this file they are checked again"]
         except FileNotFoundError:
@@ -112,15 +112,14 @@ def usable(lists: Lists, depth: str | None, file: Path, ranks: Ranks) -> tuple[d
                 return {name: {} for name in lists}, []
         except (OSError, ValueError, TypeError, LookupError) as error:
             advice = "delete it, and give --skip_bad_images to check again"
-            raise DivideMixError(
-                f"{file} does not say which of these images were left out ({error!r}): {advice}"
-            ) from error
+            problem = f"{file} does not say which of these images were left out ({error!r})"
+            raise DivideMixError(f"{problem}: {advice}") from error
         bad = check(lists, depth == "full")
         record = {}
         for name, images in lists.items():
             names = {images.name(i): text for i, text in bad[name].items()}
             record[name] = {"total": len(images), "bad": names}
-        write_atomically(file, json.dumps({"how": depth, "lists": record}, indent=1).encode())
+        write_atomically(file, json.dumps({"depth": depth, "lists": record}, indent=1).encode())
         return bad, left_out(lists, bad)
 
     bad, lines = ranks.broadcast_from_rank0(find)

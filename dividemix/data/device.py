@@ -5,8 +5,7 @@ Images are kept as uint8, already padded with zeros. The crops of a batch are on
 Python loop or a host synchronisation. The memory order is channels last, so views are channels_last tensors for free.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -14,25 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dividemix.codivide import Division
-from dividemix.runtime import Ranks, Runtime
+from dividemix.runtime import ALONE, Batches, Ranks, Runtime
 
 PAD = 4  # black pixels on each side, before normalisation
-ALONE = Ranks()
 Batch = tuple[Tensor, ...]
-
-
-@dataclass
-class Batches:
-    """The batches of one phase. sizes: a tuple of row counts per batch."""
-
-    sizes: list[tuple[int, ...]]
-    batches: Iterable[Batch]
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.batches)
 
 
 class DeviceImages:
@@ -151,7 +135,7 @@ def to_float(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 def plan_warmup(n: int, batch_size: int, rng: np.random.Generator, ranks: Ranks = ALONE) -> list[NDArray]:
     """One pass over n samples in a new order, with the partial last batch, padded for the ranks."""
-    return [ranks.pad_to_world(rows) for rows in split(rng.permutation(n), batch_size)]
+    return [ranks.pad_to_world(rows) for rows in in_batches(rng.permutation(n), batch_size)]
 
 
 def plan_mixmatch(
@@ -163,14 +147,14 @@ def plan_mixmatch(
     unlabeled batch also occurs in mid-epoch. An empty unlabeled set gives empty indices. Batches are padded for the
     ranks.
     """
-    labeled = split(rng.permutation(np.flatnonzero(division.labeled)), batch_size)
+    labeled = in_batches(rng.permutation(np.flatnonzero(division.labeled)), batch_size)
     unlabeled_set = np.flatnonzero(~division.labeled)
     unlabeled: list[NDArray] = [] if len(unlabeled_set) else [unlabeled_set] * len(labeled)
     while len(unlabeled) < len(labeled):
-        unlabeled += split(rng.permutation(unlabeled_set), batch_size)
+        unlabeled += in_batches(rng.permutation(unlabeled_set), batch_size)
     return [ranks.pad_to_world(x) for x in labeled], [ranks.pad_to_world(u) for u in unlabeled[: len(labeled)]]
 
 
-def split(index: NDArray, batch_size: int) -> list[NDArray]:
+def in_batches(index: NDArray, batch_size: int) -> list[NDArray]:
     """Consecutive batches of an index (N,), the last one partial; no batches of an empty index."""
     return [index[start : start + batch_size] for start in range(0, len(index), batch_size)]

@@ -55,7 +55,7 @@ def opened(path: str | os.PathLike, boundary: Boundary | None) -> Iterator[tuple
             raise BadImage("empty")
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise BadImage(f"{image.width} x {image.height} pixels, more than Pillow takes for harmless")
+                raise BadImage(f"{image.width} x {image.height} pixels, more than Pillow allows")
             if max(image.size) > MAX_RATIO * min(image.size):
                 raise BadImage(f"{image.width} x {image.height} pixels, one side over {MAX_RATIO} times the other")
             if image.mode == "F":
@@ -63,7 +63,7 @@ def opened(path: str | os.PathLike, boundary: Boundary | None) -> Iterator[tuple
             yield image, file
     except (BadImage, MemoryError):
         raise
-    except Exception as error:  # damage raises OSError, SyntaxError, ValueError, struct.error, bombs ...
+    except Exception as error:  # damage raises OSError, SyntaxError, ValueError, struct.error ...
         text = _MEANING.get(type(error)) or getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise BadImage(text or type(error).__name__) from error
 
@@ -109,7 +109,7 @@ _TURNS = {
 }
 _CHANGES = {
     TURNED: "turned as their EXIF orientation says",
-    COMPOSITED: "with transparency put on white",
+    COMPOSITED: "with a white background in place of transparency",
     SCALED: "of 16-bit grey scaled to 8 bits, each by the bits that its file names, or by its largest value rounded up "
     "to 8, 10, 12, 14 or 16 bits",
 }
@@ -217,8 +217,7 @@ def _eight_bits(values: NDArray[np.int64], visible: NDArray[np.int64], named: in
 
 
 def _decoded_again(file: BinaryIO, raw_mode: str) -> NDArray[np.uint8]:
-    """A PNG's pixels with its bytes read as another raw mode of the same size: RGB;16L gives each sample's lower eight
-    bits."""
+    """A PNG's pixels, its bytes read as another raw mode of the same size: RGB;16L gives the lower eight bits."""
     file.seek(0)
     image = Image.open(file, formats=("PNG",))
     image.tile = [(codec, box, at, raw_mode) for codec, box, at, _ in image.tile]
@@ -261,9 +260,8 @@ class Views:
 
     def __post_init__(self) -> None:
         if not 1 <= self.crop <= self.resize:
-            raise DivideMixError(
-                f"images are resized to {self.resize} pixels: views of {self.crop} pixels (--image_size) do not fit in"
-            )
+            problem = f"views of {self.crop} pixels (--image_size) do not fit in"
+            raise DivideMixError(f"images are resized to {self.resize} pixels: {problem}")
 
     def resized(self, image: Image.Image) -> NDArray[np.uint8]:
         """(H, W, 3): the image with its short side `resize`, bilinear, antialiased."""

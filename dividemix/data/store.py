@@ -147,9 +147,8 @@ def check_space(folder: Path, need: int) -> None:
         free = shutil.disk_usage(folder).free
     if need > free:
         sizes = f"need about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-        raise DivideMixError(
-            f"{folder}: the resized images {sizes}: make room, name another folder, or leave --cache_dir out"
-        )
+        advice = "free some disk space, name another folder, or leave --cache_dir out"
+        raise DivideMixError(f"{folder}: the resized images {sizes}: {advice}")
 
 
 def write_cache(path: str, results: Iterable[TaskResult]) -> None:

@@ -18,12 +18,12 @@ from torch import Tensor
 from dividemix import DivideMixError, warn
 from dividemix.codivide import Division
 from dividemix.data import store
-from dividemix.data.device import Batch, Batches, plan_mixmatch, plan_warmup, split, to_device, to_float
+from dividemix.data.device import Batch, in_batches, plan_mixmatch, plan_warmup, to_device, to_float
 from dividemix.data.images import Views, describe_changes
 from dividemix.data.lists import ImageList
 from dividemix.data.store import KeptImages, TaskResult
 from dividemix.data.workers import TASK_SIZE, Reader, Task, Workers, explain_worker_death
-from dividemix.runtime import Runtime
+from dividemix.runtime import Batches, Runtime
 
 _KEPT_SETS = 2  # data sets that are kept at the same time: one for each network
 _MEMORY_SHARE = 0.6  # of the free memory, for them
@@ -92,7 +92,7 @@ class Pipeline:
         DivideMixError for a bad image."""
         tasks = Task(name, self.caches.get(name), np.asarray(index, np.int64)).split()
         pixels = np.empty((len(index), self.views.crop, self.views.crop, 3), np.uint8)
-        for rows, result in zip(bar(split(pixels, TASK_SIZE)), self.read(tasks), strict=True):
+        for rows, result in zip(bar(in_batches(pixels, TASK_SIZE)), self.read(tasks), strict=True):
             rows[:] = result.pixels[0].numpy()
         return pixels
 
@@ -122,7 +122,7 @@ class Pipeline:
             yield result
 
     def describe_changes(self) -> list[str]:
-        """A line, if there is something to say, on how many images were turned, put on white, or scaled to eight bits;
+        """At most one line: how many images were turned, got a white background, or were scaled to eight bits. It is
         given once, after the first images are read. All ranks must call it together: each has read its share."""
         changes = torch.from_numpy(np.concatenate([*self._changes.values()])).to(self.device)
         changes = self.ranks.maximum(changes).cpu().numpy()
@@ -219,7 +219,7 @@ class StreamedImages:
 
     def eval_batches(self, batch_size: int) -> Batches:
         """This rank's batches (x, labels) of all images in order, without augmentation; x float32 (B, 3, S, S)."""
-        rows = split(np.arange(len(self)), batch_size)
+        rows = in_batches(np.arange(len(self)), batch_size)
         rows = [rows[k] for k in self.ranks.shard_batches(len(rows))]
         labels = to_device([self.labels[x] for x in rows], self.device)
         views = (self.pipeline.normalise(views[0]) for views in self._eval_views([(x, None) for x in rows]))

@@ -20,15 +20,7 @@ from tqdm import tqdm
 
 from dividemix import DivideMixError, warn
 from dividemix.data import IMAGE_SUFFIXES, BadImage, Boundary, describe_changes, images_below, shown
-from dividemix.deploy.ensemble import (
-    WEIGHTS,
-    Ensemble,
-    check_output,
-    epochs_used,
-    load_ensemble,
-    probabilities,
-    to_images,
-)
+from dividemix.deploy import ensemble as trained
 from dividemix.files import csv_bytes, read_file, write_atomically
 from dividemix.run import Description, options, read_description
 from dividemix.runtime import Runtime, available_cores, start
@@ -66,18 +58,18 @@ def find_images(source: Path) -> tuple[list[str], list[str], Boundary | None]:
 
 
 @torch.inference_mode()
-def classify(ensemble: Ensemble, runtime: Runtime, images: Sequence[NDArray | None]) -> list[Prediction]:
+def classify(ensemble: trained.Ensemble, runtime: Runtime, images: Sequence[NDArray | None]) -> list[Prediction]:
     """Predictions of images uint8 (S, S, channels); an empty one for None."""
     readable = [image for image in images if image is not None]
     if not readable:
         return [[] for _ in images]
     pixels = torch.from_numpy(np.stack(readable)).to(runtime.device)
-    [logits] = runtime.forward(ensemble, to_images(pixels))
+    [logits] = runtime.forward(ensemble, trained.to_images(pixels))
     logits = logits.cpu()
     if not logits.isfinite().all():
         raise DivideMixError("the networks' outputs are not finite numbers: weights are damaged, or training diverged")
     # Stable, so that of equal classes the first comes first, as in the argmax that measures the accuracy
-    ordered, labels = probabilities(logits, len(ensemble.nets)).sort(dim=1, descending=True, stable=True)
+    ordered, labels = trained.probabilities(logits, len(ensemble.nets)).sort(dim=1, descending=True, stable=True)
     rows = zip(labels[:, :TOP].tolist(), ordered[:, :TOP].tolist(), strict=True)
     return [[] if image is None else list(zip(*next(rows), strict=True)) for image in images]
 
@@ -100,7 +92,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("run", type=Path, metavar="RUN", help="run folder")
     add("images", type=Path, metavar="DIR", help="folder of images, one image, or a .csv with `path`")
     add("--out", type=Path, default=Path("predictions.csv"), help="the file to write")
-    add("--weights", choices=WEIGHTS, default="best", help="of the best or of the last epoch")
+    add("--weights", choices=trained.WEIGHTS, default="best", help="of the best or of the last epoch")
     add("--strict", action="store_true", help="stop at an image that cannot be read")
     add("--batch_size", type=options.positive_int, default=100, help="images at once; fewer need less memory")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="as in training")
@@ -111,14 +103,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     names, paths, boundary = find_images(args.images)
-    check_output(args.out, ".csv")
+    trained.check_output(args.out, ".csv")
     if args.out.exists() and args.out.samefile(args.images):
         raise DivideMixError(f"--out {args.out} is also the list of images: choose another name")
     description = read_description(args.run)
     # In float32, as the exported program
     runtime = start(args.device, precision="fp32", width=description.width, compile=False, graph=False)
-    ensemble: Ensemble = runtime.prepare(load_ensemble(args.run, description, args.weights))
-    print(f"{args.run}: {description}; {epochs_used(args.weights, ensemble.epochs)}; {runtime.describe()}")
+    ensemble: trained.Ensemble = runtime.prepare(trained.load_ensemble(args.run, description, args.weights))
+    print(f"{args.run}: {description}; {trained.epochs_used(args.weights, ensemble.epochs)}; {runtime.describe()}")
 
     changes: list[int] = []
     bad: list[str] = []

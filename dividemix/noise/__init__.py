@@ -1,8 +1,5 @@
-"""Noisy labels: `synthetic` makes them, `human` reads those that people gave, and `file` saves them in a file that
-several runs share."""
+"""Noisy labels: `synthetic` makes them, `human` reads those of people, `file` saves them for several runs."""
 
 from dividemix.noise import human
 from dividemix.noise.file import NoiseSpec, noisy_labels, wrong_share
 from dividemix.noise.synthetic import DEFINITIONS, MODES, asym_transition, inject
-
-__all__ = ["DEFINITIONS", "MODES", "NoiseSpec", "asym_transition", "human", "inject", "noisy_labels", "wrong_share"]

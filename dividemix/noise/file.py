@@ -94,7 +94,7 @@ def noisy_labels(
     elif not np.array_equal(saved, labels):
         raise DivideMixError(
             f"the noisy labels ({origin}) are not those that {run_folder} began with: leave --noise_file out, give "
-            "this run an --id, or --fresh to start anew"
+            "this run an --id, or --fresh to start again"
         )
     return labels, origin
 

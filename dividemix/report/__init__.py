@@ -3,8 +3,3 @@ wrong), `figures`, `page` and `compare` (several runs); `clean_labels` writes co
 
 from dividemix.report.compare import mean_and_deviation
 from dividemix.report.report import of_finished
-
-__all__ = [
-    "mean_and_deviation",
-    "of_finished",
-]

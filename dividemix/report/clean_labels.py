@@ -31,9 +31,8 @@ def export(run: RunFolder, issues: LabelIssues, folder: Path) -> list[str]:
         write_atomically(folder / name, content)
         write_atomically(folder / "cleaned_labels.csv", csv_bytes(cleaned_table(issues)))
     except OSError as error:
-        raise DivideMixError(
-            f"--export_clean {folder}: cannot be written ({error.strerror}); choose another folder"
-        ) from error
+        problem = f"cannot be written ({error.strerror}); choose another folder"
+        raise DivideMixError(f"--export_clean {folder}: {problem}") from error
     n_changed, n_unscored = int(issues.is_issue.sum()), len(labels) - len(issues)
     unscored = f"; {n_unscored} without a score, unchanged" if n_unscored else ""
     return [

@@ -94,8 +94,7 @@ def metric_table(run: RunFolder) -> pd.DataFrame:
     return pd.DataFrame(run.records).set_index("epoch").select_dtypes("number")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Curves over the epochs
+# ---- Curves over the epochs ----
 
 
 def draw_accuracy(axes: Axes, run: RunFolder) -> None:
@@ -146,8 +145,7 @@ def finish_axes(axes: Axes, title: str, unit: str) -> None:
 
 
 def draw_overlay(axes: Axes, groups: Sequence[Group], metric: str | None, title: str = "accuracy") -> None:
-    """One curve a run, one style a group. metric: of each network, the mean is drawn; None: the accuracy of both
-    networks together."""
+    """One curve a run, one style a group. metric: its mean over the networks; None: the accuracy of both together."""
     for i, (name, runs) in enumerate(groups):
         color, style = STYLES[i % len(STYLES)]
         label = visible(name if len(runs) == 1 else f"{name} ({len(runs)} seeds)")
@@ -175,8 +173,7 @@ def visible(name: str) -> str:
     return f" {name}" if name.startswith("_") else name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses, noise, time
+# ---- Losses, noise, time ----
 
 
 def draw_losses(axes: Axes, histogram: Histogram, title: str) -> None:

@@ -68,8 +68,7 @@ class Agreement:
         return self.listed_wrong / self.wrong if self.wrong else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The issues of a run
+# ---- The issues of a run ----
 
 
 def find(run: RunFolder) -> LabelIssues | None:
@@ -117,8 +116,7 @@ def against_truth(issues: LabelIssues | None) -> Agreement | None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# For the terminal and the page
+# ---- For the terminal and the page ----
 
 
 def by_class(issues: LabelIssues) -> list[tuple[str, int, int]]:
@@ -172,8 +170,7 @@ def printable(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
+# ---- Files ----
 
 
 def write(issues: LabelIssues, folder: Path) -> list[Path]:
@@ -211,8 +208,7 @@ def texts(values: Iterable[str]) -> pd.Series:
     return pd.Series(list(values), dtype=object)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The noise transition matrix: how often each class is given each label
+# ---- The noise transition matrix: how often each class is given each label ----
 
 
 def transition(true_labels: NDArray, given_labels: NDArray, num_class: int) -> tuple[NDArray, NDArray]:

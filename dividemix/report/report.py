@@ -84,9 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if several:
             print(*draw_comparison(runs, agreements, args.out or Path("report")), sep="\n")
     except OSError as error:
-        raise DivideMixError(
-            f"{error.filename or args.out}: cannot be written ({error.strerror}); choose another folder with --out"
-        ) from error
+        problem = f"cannot be written ({error.strerror}); choose another folder with --out"
+        raise DivideMixError(f"{error.filename or args.out}: {problem}") from error
     if args.export_clean:
         issues = label_issues.find(runs[0])
         if issues is None:

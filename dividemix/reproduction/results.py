@@ -1,5 +1,4 @@
-"""Our numbers beside the paper's. Run folders become one table of runs, and this becomes results.csv, RESULTS.md and
-the curves."""
+"""Our numbers beside the paper's: run folders -> one table of runs -> results.csv, RESULTS.md and the curves."""
 
 from collections.abc import Collection, Sequence
 from functools import partial

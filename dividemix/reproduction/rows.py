@@ -119,8 +119,7 @@ def select(tables: Sequence[str], patterns: Sequence[str]) -> list[Row]:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run. missing: why it cannot be started, or ''. extra_name: the end of its folder's name, made from the flags
-    after --, or ''."""
+    """One run. missing: why it cannot be started, or ''. extra_name: made of the flags after --, or ''."""
 
     row: Row
     folder: Path

@@ -11,30 +11,3 @@ from dividemix.run.options import Parser, command_line
 from dividemix.run.run import FREE_FLAGS, Run
 from dividemix.run.scoring import label_quality, net_arrays
 from dividemix.run.splits import Split
-
-__all__ = [
-    "FREE_FLAGS",
-    "Description",
-    "Histogram",
-    "Parser",
-    "Preparation",
-    "Run",
-    "RunFolder",
-    "Split",
-    "command_line",
-    "commit",
-    "defaults",
-    "describe",
-    "description",
-    "histograms",
-    "label_quality",
-    "load_last",
-    "logs",
-    "net_arrays",
-    "options",
-    "read_description",
-    "read_run",
-    "splits",
-    "to_host",
-    "versions",
-]

@@ -2,7 +2,7 @@
 
 The paper has no setting for one's own data. These are the values of its most similar data set (`recipes`), and as many
 epochs as the number of images allows. lambda_u is 0, as in the paper for 20 % and for asymmetric noise: in real data
-seldom half of the labels are wrong."""
+rarely half of the labels are wrong."""
 
 import argparse
 from collections.abc import Collection
@@ -69,9 +69,8 @@ def set_data_mode(args: argparse.Namespace, n: int) -> str:
     """Choose where the images are while training: on the device, or read by workers. -> the line that says so"""
     size = n * (args.image_size + 2 * PAD) ** 2 * 3
     fits = args.image_size <= SMALL and size <= DEVICE_LIMIT
-    limits = (
-        f"at most {SMALL} px and {DEVICE_LIMIT >> 30} GB" if fits else f"over {SMALL} px or {DEVICE_LIMIT >> 30} GB"
-    )
+    gigabytes = DEVICE_LIMIT >> 30
+    limits = f"at most {SMALL} px and {gigabytes} GB" if fits else f"over {SMALL} px or {gigabytes} GB"
     source = "given" if args.data_mode != "auto" else f"{size / 1e6:.0f} MB, {limits}"
     if ranks.from_environment()[1] > 1:
         if args.data_mode == "device":

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 Record = dict[str, Any]  # metrics of one epoch, a flat dictionary
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Numbers over the epochs
+# ---- Numbers over the epochs ----
 
 
 def by_ensemble(record: Record, k: int) -> float:
@@ -65,8 +64,7 @@ def last10(records: list[Record]) -> float:
     return float(np.mean([record["test_acc"] for record in records[-10:]]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Lines of files
+# ---- Lines of files ----
 
 
 def metric_line(record: Record) -> str:
@@ -96,8 +94,7 @@ def clothing1m_final(final: Record) -> str:
 
 
 def divided(record: Record) -> list[int]:
-    """The networks (1, 2) that have a division, in the authors' order: net 2, from whose division net 1 learns, then
-    net 1."""
+    """The networks (1, 2) that have a division, in the authors' order: net 2, by which net 1 learns, then net 1."""
     return [k for k in (2, 1) if record.get(f"labeled_net{k}") is not None]
 
 
@@ -112,8 +109,7 @@ def labeled_lines(record: Record) -> str:
     return "".join(f"Numer of labeled samples:{record[f'labeled_net{k}']} \n" for k in divided(record))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One line an epoch for the console
+# ---- One line an epoch for the console ----
 
 
 def epoch_line(record: Record, num_epochs: float) -> str:

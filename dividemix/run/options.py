@@ -44,8 +44,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{rank_prefix()}{self.prog}: error: {message} (--help lists all flags)\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Types of flags: a text from the command line -> a value in its range, or one line that says what was expected
+# ---- Types of flags: a text -> a value in its range, or one line that says what was expected ----
 
 
 def number(kind: type, expected: str, in_range: Callable[[Any], bool]) -> Callable[[str], Any]:
@@ -88,8 +87,7 @@ def architecture(text: str) -> str:
     return text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Groups of flags
+# ---- Groups of flags ----
 
 
 def add_method(parser: Parser, source: str = "the paper's", **defaults: float) -> None:
@@ -235,8 +233,7 @@ def add_run(
     add("--workers", type=processes, default=workers, help="processes of each rank that load images")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Values of flags that were not given
+# ---- Values of flags that were not given ----
 
 
 class SmallImageSetting(NamedTuple):
@@ -334,9 +331,8 @@ def resolve_recipe(args: argparse.Namespace, wrong: float | None = None) -> list
             return set_default(args, name, value, source, f"given; {row.name} has {value:g}")
 
         lines = [from_row(name, getattr(row, name), source) for name in blind.NAMES]
-        lines.append(
-            from_row("warm_up", warm_up, "paper, Sec. 4.1" if args.dataset.startswith("cifar") else "as CIFAR-10")
-        )
+        source = "paper, Sec. 4.1" if args.dataset.startswith("cifar") else "as CIFAR-10"
+        lines.append(from_row("warm_up", warm_up, source))
         rule = "paper: only for asymmetric noise"
     rule = rule if args.conf_penalty == "auto" else f"given; {rule}"
     lines.append(f"confidence penalty in warm-up: {'on' if uses_conf_penalty(args) else 'off'} ({rule})")
@@ -425,16 +421,15 @@ def compare_with_paper(
     return line, {f"paper_{name}": value for name, value in paper.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How a script ends
+# ---- How a script ends ----
 
 
 def command_line(
     main: Callable[[Sequence[str] | None], Any],
     stopped_means: str = "the same command continues after the last finished epoch",
 ) -> NoReturn:
-    """Run a script's main, and end the process. An error that the user can mend is one line and exit status 1; Ctrl-C
-    is 130, SIGTERM 143; 141 where nobody reads the output any more (`| head`). With several ranks (torchrun) each line
+    """Run a script's main, and end the process. An error that the user can correct is one line and exit status 1;
+    Ctrl-C is 130, SIGTERM 143, and 141 where nobody reads the output any more (`| head`). With several ranks each line
     begins with the rank, and a rank that fails ends at once, so that torchrun ends the others."""
     prefix = rank_prefix()
     sys.stdout.reconfigure(errors="backslashreplace")  # a path that is not UTF-8 can be printed

@@ -35,7 +35,8 @@ from dividemix.run import checkpoint, histograms, logs, scoring
 from dividemix.run.description import commit, versions
 from dividemix.run.folder import load
 from dividemix.run.logs import Logs
-from dividemix.runtime import Runtime, load_optimizer
+from dividemix.runtime import Runtime
+from dividemix.runtime.device import load_optimizer
 from dividemix.seeds import PHASES, draws
 
 # Flags that may differ between two starts of one run, since they do not change what is computed
@@ -196,9 +197,8 @@ class Run:
         done, self.num_epochs = len(self.records), num_epochs
         self.epoch = max(done - 1, 0)
         if done >= num_epochs:
-            self.say(
-                f"{self.folder} is finished ({done} epochs): continue with more --num_epochs, or restart with --fresh"
-            )
+            next_steps = "continue with more --num_epochs, or restart with --fresh"
+            self.say(f"{self.folder} is finished ({done} epochs): {next_steps}")
         elif done:
             self.say(f"continuing {self.folder} with epoch {done} (of 0..{num_epochs - 1})")
         if done < num_epochs and self.ranks.first:
@@ -296,9 +296,8 @@ class Run:
         if self._epochs_saved >= self.num_epochs:
             return f"the same command makes the result and figures of {self.folder}"
         next_epoch = self._epochs_saved
-        return (
-            f"the same command {f'continues {self.folder} with epoch {next_epoch}' if next_epoch else 'starts again'}"
-        )
+        continues = f"continues {self.folder} with epoch {next_epoch}" if next_epoch else "starts again"
+        return f"the same command {continues}"
 
     def _save_scores(self, epoch: int, scores: dict[str, np.ndarray]) -> None:
         """Write scores/epoch_NNN.npz. Without --save_scores, if the script has it, only the last is kept."""
@@ -440,8 +439,7 @@ def set_aside(folder: Path) -> Path:
     return target
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Numbers of an epoch
+# ---- Numbers of an epoch ----
 
 
 def without_nan(record: dict[str, Any]) -> dict[str, Any]:

@@ -33,8 +33,7 @@ def split(
 ) -> Split:
     """Leave bad images out (`usable`), and hold out val_fraction of the training images to select the best epoch, with
     `by_class` the same fraction of each class. digests: hashes of other data that must not change during a run. Saves
-    the training labels. Raises DivideMixError if the lists are not those of the run's first start, and for too few
-    images."""
+    the training labels. Raises DivideMixError for other lists than at the run's first start, and too few images."""
     hashes = {name: images.digest() for name, images in lists.items()} | dict(digests or {})
     train = lists["train"]
     run.pin("images_sha256", hashes, f"the images or labels in {train.root} are not those {run.folder} began with")

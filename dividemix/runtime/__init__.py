@@ -3,34 +3,6 @@ memory format, and which one the flags choose. `graph`: steps captured in CUDA g
 several batches at once. `loops`: the steps of a training phase and the batches of an evaluation. `ranks`: the processes
 that train together."""
 
-from dividemix.runtime.device import (
-    Runtime,
-    at_once,
-    available_cores,
-    computes_bf16,
-    is_out_of_memory,
-    load_optimizer,
-    set_learning_rate,
-    start,
-)
+from dividemix.runtime.device import Runtime, available_cores, is_out_of_memory, set_learning_rate, start
 from dividemix.runtime.loops import Batches, Forward, evaluate, run_steps, update
 from dividemix.runtime.ranks import ALONE, Ranks, from_environment
-
-__all__ = [
-    "ALONE",
-    "Batches",
-    "Forward",
-    "Ranks",
-    "Runtime",
-    "at_once",
-    "available_cores",
-    "computes_bf16",
-    "evaluate",
-    "from_environment",
-    "is_out_of_memory",
-    "load_optimizer",
-    "run_steps",
-    "set_learning_rate",
-    "start",
-    "update",
-]

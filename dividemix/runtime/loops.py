@@ -1,11 +1,12 @@
 """The two loops over batches: the steps of a training phase, and evaluation.
 
 They choose the fast path for full batches, say what to do where memory is short, stop training at the first loss that
-is not finite, and read results back from the device once, at the end. What a step computes is the engine's affair.
+is not finite, and read results back from the device once, at the end. What a step computes: see `engine`.
 """
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -23,13 +24,18 @@ Forward = Callable[..., list[Tensor]]
 Bar = Callable[[Iterable], Iterable]  # a progress bar around batches; `iter` shows nothing
 
 
-class Batches(Protocol):
-    """The batches of one phase, iterated once. sizes: the row counts of each, labeled and (mixmatch) unlabeled."""
+@dataclass
+class Batches:
+    """The batches of one phase. sizes: the row counts of each batch, labeled and (mixmatch) unlabeled."""
 
     sizes: list[tuple[int, ...]]
+    batches: Iterable[tuple[Tensor, ...]]
 
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]: ...
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        return iter(self.batches)
 
 
 class EvaluationSet(Protocol):

@@ -166,7 +166,7 @@ def test_usable_looks_once_and_stays_with_it(damaged, tmp_path):
     assert [len(rows) for rows in index.values()] == [26, 14, 13] and lines[0].startswith("train: 2 of 28")
     bad = {lists["train"].name(3): "missing", lists["train"].name(20): "empty"}
     record = json.loads(file.read_text())
-    assert record["how"] == "quick" and record["lists"]["train"] == {"total": 28, "bad": bad}
+    assert record["depth"] == "quick" and record["lists"]["train"] == {"total": 28, "bad": bad}
     damage_middle(Path(lists["train"].path(3)))  # both mended meanwhile, for a quick look
     save(Path(lists["train"].path(20)))
     for depth in ("quick", None):
@@ -174,20 +174,20 @@ def test_usable_looks_once_and_stays_with_it(damaged, tmp_path):
         assert {name: rows.tolist() for name, rows in again.items()} == {n: rows.tolist() for n, rows in index.items()}
         assert str(file) in lines[-1]
     index, _ = usable(lists, "full", file, Ranks())  # asked for a closer look, it looks
-    assert {*range(28)} - {*index["train"]} == {3} and json.loads(file.read_text())["how"] == "full"
+    assert {*range(28)} - {*index["train"]} == {3} and json.loads(file.read_text())["depth"] == "full"
 
 
 def record_of(**lists: object) -> str:
     """A record in which the lists are whole, but for these."""
     whole = {"train": {"total": 28, "bad": {}}, "val": {"total": 14, "bad": {}}, "test": {"total": 14, "bad": {}}}
-    return json.dumps({"how": "quick", "lists": {k: v for k, v in (whole | lists).items() if v is not None}})
+    return json.dumps({"depth": "quick", "lists": {k: v for k, v in (whole | lists).items() if v is not None}})
 
 
 RECORDS = {  # each with a word of what is wrong
     "empty": ("", ""),
     "a list": ("[]", ""),
-    "cut": ('{"how": "quick"', ""),
-    "no lists": ('{"how": "quick"}', "lists"),
+    "cut": ('{"depth": "quick"', ""),
+    "no lists": ('{"depth": "quick"}', "lists"),
     "other total": (record_of(train={"total": 27, "bad": {}}), "27"),
     "other name": (record_of(train={"total": 28, "bad": {"0/no.jpg": "missing"}}), "0/no.jpg"),
     "other lists": (record_of(val=None), "val"),

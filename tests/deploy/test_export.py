@@ -19,8 +19,9 @@ from helpers.trained import COLOUR, GREY, NAMES, command, draw_photos, make_trai
 from torch.export.passes import move_to_device_pass
 
 import PreResNet
-from dividemix import deploy, networks
+from dividemix import networks
 from dividemix.data.images import READING
+from dividemix.deploy import ensemble as deploy
 from dividemix.deploy import export, predict
 from dividemix.run.description import Preparation, read_description
 

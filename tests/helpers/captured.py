@@ -6,7 +6,7 @@ import torch
 from dividemix import engine
 from dividemix.data.device import DeviceImages
 from dividemix.engine import MixMatch, Phase
-from dividemix.runtime.device import Runtime
+from dividemix.runtime.device import Runtime, set_learning_rate
 from helpers.data import colour_digits
 from helpers.nets import half
 from PreResNet import ResNet18
@@ -30,7 +30,7 @@ def train(data, epochs, nets, optimizers):
     """Both nets in turn, for each of `epochs` a warm-up epoch and a divided one, the learning rate falling."""
     terms, division = [], half(len(data), int(0.565 * len(data)))
     for epoch in epochs:
-        engine.set_learning_rate(optimizers, 0.02 / (1 + epoch))
+        set_learning_rate(optimizers, 0.02 / (1 + epoch))
         for k in range(2):
             phase = Phase(3 + epoch, np.random.default_rng([epoch, k]))
             terms.append(engine.warmup_epoch(nets[k], optimizers[k], data, SETTINGS, phase))

@@ -22,11 +22,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import Train_folder  # noqa: E402
 from dividemix import DivideMixError, engine, warn  # noqa: E402
 from dividemix.codivide import Mixture  # noqa: E402
-from dividemix.data.device import Batches, DeviceImages, draw_crops, plan_mixmatch, plan_warmup  # noqa: E402
+from dividemix.data.device import DeviceImages, draw_crops, plan_mixmatch, plan_warmup  # noqa: E402
 from dividemix.engine import MixMatch, Phase  # noqa: E402
 from dividemix.report import report  # noqa: E402
 from dividemix.run import options, run  # noqa: E402
-from dividemix.runtime import Runtime, start  # noqa: E402
+from dividemix.runtime import (  # noqa: E402
+    Batches,
+    Runtime,
+    start,
+)
 from dividemix.seeds import seeded  # noqa: E402
 from helpers.nets import half, small_net, snapshot  # noqa: E402
 
