@@ -81,7 +81,7 @@ def fit_gmm(loss: NDArray, random_state: int = 0) -> Any:
 
 
 def clean_probability(losses: ArrayLike, window: int = 1, random_state: int = 0) -> NDArray[np.float64]:
-    """Posterior of the component with the smaller mean: losses (N,) or (E, N) epochs of them -> (N,); see `codivide`."""
+    """Posterior of the component with the smaller mean: losses (N,) or (E, N) of E epochs -> (N,); see `codivide`."""
     return codivide(losses, 0.5, window, random_state=random_state).clean_probability
 
 

@@ -19,8 +19,9 @@ from helpers.scripts import assert_co_divided, end_of, note_co_division, note_ph
 
 import dataloader_cifar
 import Train_cifar
-from dividemix import DivideMixError, deploy, engine, files, noise
+from dividemix import DivideMixError, engine, files, noise
 from dividemix.data.device import DeviceImages
+from dividemix.deploy import ensemble as deploy
 from dividemix.deploy import export
 from dividemix.noise import synthetic
 from dividemix.report import issues as label_issues

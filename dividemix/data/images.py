@@ -109,7 +109,7 @@ _TURNS = {
 }
 _CHANGES = {
     TURNED: "turned as their EXIF orientation says",
-    COMPOSITED: "with a white background in place of transparency",
+    COMPOSITED: "with transparency, on a white background",
     SCALED: "of 16-bit grey scaled to 8 bits, each by the bits that its file names, or by its largest value rounded up "
     "to 8, 10, 12, 14 or 16 bits",
 }

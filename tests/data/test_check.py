@@ -96,7 +96,7 @@ def test_everything_wrong_is_in_one_report(tmp_path, capsys, full):
     for i in range(264, 268):
         Path(train.path(i)).write_bytes(b"<html>")
     assert check(lists, full)["train"].keys() == {*range(250, 259), *range(264, 268)} and check(lists)["val"] == {}
-    with pytest.raises(DivideMixError, match=r"mend the data folder$"):  # leaving images out does not mend a list
+    with pytest.raises(DivideMixError, match=r"correct the data folder$"):  # leaving images out does not help a list
         run_check(lists, problems, full=full, skip=True)
     lines = capsys.readouterr().out.splitlines()
     assert "clean_test_key_list.txt is missing" in lines[0]

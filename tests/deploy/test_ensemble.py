@@ -126,7 +126,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, damage):
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_ctrl_c_says_that_nothing_is_written(tmp_path, monkeypatch, capsys):
     """Else a user who stops `python -m dividemix predict` is told that the same command continues a training."""
-    monkeypatch.setattr("dividemix.deploy.predict.load_ensemble", mock.Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("dividemix.deploy.ensemble.load_ensemble", mock.Mock(side_effect=KeyboardInterrupt))
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # `command_line` sets it
     photo = draw_photos(tmp_path / "photos", 1)[0]
     monkeypatch.setattr(sys, "argv", ["dividemix", "predict", str(make_trained(tmp_path / "run")), str(photo)])

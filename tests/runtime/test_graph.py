@@ -19,8 +19,8 @@ from dividemix import DivideMixError, DivideMixWarning, engine
 from dividemix.data.images import Views
 from dividemix.data.stream import Pipeline
 from dividemix.engine import MixMatch, Phase
-from dividemix.runtime import graph, load_optimizer
-from dividemix.runtime.device import Runtime
+from dividemix.runtime import graph
+from dividemix.runtime.device import Runtime, load_optimizer
 
 start = partial(captured.start, build=lambda: small_net(10))
 SIZE = 39  # `train` labels 22: in batches of 4, partial ones at the end and where the unlabeled set ends
