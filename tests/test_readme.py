@@ -5,6 +5,7 @@ import ast
 import contextlib
 import importlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -269,7 +270,8 @@ def test_the_worked_example_adds_a_hyper_parameter(tmp_path, no_figures):
 
     code = "import Train_cifar; Train_cifar.report.of_finished = lambda run: None\n"
     code += f"for flags in {[flags('changed', '--lambda_r', '0'), flags('default')]}: Train_cifar.main(flags)"
-    subprocess.run([sys.executable, "-c", code], cwd=tree, check=True)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: two threads round differently
+    subprocess.run([sys.executable, "-c", code], cwd=tree, env=one_thread, check=True)
     Train_cifar.main(flags("before"))
 
     def epochs(name: str) -> list[dict]:
