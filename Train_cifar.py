@@ -23,7 +23,7 @@ import dataloader_cifar
 from dividemix import blind, recipes, report
 from dividemix.codivide import Mixture
 from dividemix.engine import co_divide, test, train_epoch, warmup_epoch
-from dividemix.run import Run, description, logs, options
+from dividemix.run import Run, command_line, description, logs, options
 from dividemix.runtime import set_learning_rate
 
 
@@ -99,4 +99,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    options.command_line(main)
+    command_line(main)

@@ -18,7 +18,7 @@ from dividemix.codivide import Mixture
 from dividemix.data import Pipeline, StreamedImages, Views, check
 from dividemix.engine import Phase, co_divide, test, train_epoch, warmup_epoch
 from dividemix.networks import load_weights
-from dividemix.run import Preparation, Run, description, logs, options, splits
+from dividemix.run import Preparation, Run, command_line, description, logs, options, splits
 from dividemix.runtime import set_learning_rate
 
 PAPER = recipes.CLOTHING1M
@@ -113,4 +113,4 @@ def finish(run: Run, args: argparse.Namespace, accuracy: dict[str, float], train
 
 
 if __name__ == "__main__":
-    options.command_line(main)
+    command_line(main)

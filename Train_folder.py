@@ -25,7 +25,7 @@ from dividemix import DivideMixError, report, warn
 from dividemix.codivide import Mixture
 from dividemix.data import DeviceImages, Pipeline, StreamedImages, Views, check, some
 from dividemix.engine import DataSet, co_divide, test, train_epoch, warmup_epoch
-from dividemix.run import Preparation, Run, Split, defaults, description, logs, options, splits
+from dividemix.run import Preparation, Run, Split, command_line, defaults, description, logs, options, splits
 from dividemix.runtime import is_out_of_memory, set_learning_rate
 
 Images = DeviceImages | StreamedImages
@@ -167,4 +167,4 @@ def finish(run: Run, train: DataSet, tests: Mapping[str, DataSet]) -> dict[str, 
 
 
 if __name__ == "__main__":
-    options.command_line(main)
+    command_line(main)

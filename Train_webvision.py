@@ -16,7 +16,7 @@ from dividemix import recipes, report
 from dividemix.codivide import Mixture
 from dividemix.data import Pipeline, StreamedImages, Views, check
 from dividemix.engine import co_divide, test, train_epoch, warmup_epoch
-from dividemix.run import Preparation, Run, description, logs, options, splits
+from dividemix.run import Preparation, Run, command_line, description, logs, options, splits
 from dividemix.runtime import set_learning_rate
 
 PAPER = recipes.WEBVISION
@@ -105,4 +105,4 @@ def finish(run: Run, args: argparse.Namespace, train: StreamedImages) -> dict[st
 
 
 if __name__ == "__main__":
-    options.command_line(main)
+    command_line(main)

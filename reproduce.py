@@ -19,7 +19,7 @@ from pathlib import Path
 import dataloader_cifar
 from dividemix import DivideMixError
 from dividemix.reproduction import jobs, results, rows
-from dividemix.run import options
+from dividemix.run import command_line, options
 from dividemix.runtime import available_cores
 
 
@@ -132,4 +132,4 @@ def launch(runs: Sequence[rows.PlannedRun], args: argparse.Namespace) -> list[st
 
 
 if __name__ == "__main__":
-    options.command_line(main, "the same command continues its runs")
+    command_line(main, "the same command continues its runs")

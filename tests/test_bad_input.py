@@ -25,7 +25,7 @@ import Train_clothing1M
 import Train_folder
 import Train_webvision
 from dividemix import DivideMixError, engine, noise, runtime, warn
-from dividemix.run import options
+from dividemix.run import command_line, options
 from dividemix.run.run import Run
 from dividemix.runtime import device
 
@@ -301,7 +301,7 @@ def test_bad_input_of_the_real_script(tmp_path):
 
 def status_of(main) -> int:
     with pytest.raises(SystemExit) as ended:
-        options.command_line(main)
+        command_line(main)
     return ended.value.code
 
 
@@ -316,7 +316,7 @@ def test_warnings_and_errors_are_one_line(monkeypatch, capsys):
         assert status_of(mock.Mock(side_effect=KeyboardInterrupt)) == 130
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
         with pytest.raises(ValueError, match="a bug"):
-            options.command_line(mock.Mock(side_effect=ValueError("a bug")))
+            command_line(mock.Mock(side_effect=ValueError("a bug")))
     lines = [warnings.formatwarning(warning.message, warning.category, "file.py", 1) for warning in shown]
     assert lines == ["warning: disk full\n"] * 2
 

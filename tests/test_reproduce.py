@@ -15,7 +15,7 @@ from helpers.scripts import ROOT
 import reproduce
 from dividemix import DivideMixError
 from dividemix.reproduction import jobs, rows
-from dividemix.run import options
+from dividemix.run import command_line
 
 FAKE = ROOT / "tests" / "helpers" / "fake_script.py"
 
@@ -126,7 +126,7 @@ def test_a_reader_that_ends_is_no_error(count, monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdout", output)
         monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
         with pytest.raises(SystemExit) as ended:
-            options.command_line(lambda _: print("a row\n" * count))
+            command_line(lambda _: print("a row\n" * count))
     assert ended.value.code == 141 and capsys.readouterr().err == ""
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from dividemix import DivideMixError, recipes
 from dividemix.run import FREE_FLAGS
+from dividemix.run.folder import load, parse_json_lines
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder of the scripts
 TABLES = {
@@ -192,9 +193,6 @@ class RunFiles(NamedTuple):
 
 
 def read(folder: Path) -> RunFiles:
-    """Of a file that does not exist: empty."""
-    paths = [folder / name for name in ("args.json", "metrics.jsonl", "result.json")]
-    info, lines, result = (path.read_text() if path.exists() else "" for path in paths)
-    # A run that is killed while it writes leaves half a line at the end.
-    records = [json.loads(line) for line in lines.splitlines(keepends=True) if line.endswith("\n")]
-    return RunFiles(json.loads(info or "{}"), records, json.loads(result or "{}"))
+    """Of a file that does not exist: empty. Raises DivideMixError for a damaged one."""
+    args_json, result = (load(folder / name, json.loads, {}) for name in ("args.json", "result.json"))
+    return RunFiles(args_json, load(folder / "metrics.jsonl", parse_json_lines, []), result)

@@ -1,13 +1,14 @@
 """One run, from its flags to its folder. `options` has the flags, `defaults` the values of those that depend on own
 images, `splits` the choice of training images. `run` writes the run folder, with `logs`, `checkpoint`, `histograms`,
-`scoring` (of the labels) and `description` (of the model); `folder` reads it. `signals` is about Ctrl-C and SIGTERM."""
+`scoring` (of the labels) and `description` (of the model); `folder` reads it. `signals` is how a script ends."""
 
 from dividemix.run import defaults, description, histograms, logs, options, splits
 from dividemix.run.checkpoint import load_last, to_host
 from dividemix.run.description import Description, Preparation, commit, describe, read_description, versions
 from dividemix.run.folder import RunFolder, read_run
 from dividemix.run.histograms import Histogram
-from dividemix.run.options import Parser, command_line
+from dividemix.run.options import Parser
 from dividemix.run.run import FREE_FLAGS, Run
 from dividemix.run.scoring import label_quality, net_arrays
+from dividemix.run.signals import command_line
 from dividemix.run.splits import Split

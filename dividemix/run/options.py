@@ -1,24 +1,19 @@
-"""The command line: flags and their types, the paper's values of flags that were not given, and how a script ends."""
+"""The command line: flags and their types, the paper's values of flags that were not given."""
 
 import argparse
 import math
-import os
-import sys
-import traceback
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 
-from dividemix import DivideMixError, DivideMixWarning, blind, networks, noise, recipes, runtime
+from dividemix import DivideMixError, blind, networks, noise, recipes, runtime
 from dividemix.engine import MixMatch
 from dividemix.noise import NoiseSpec, wrong_share
-from dividemix.run.signals import stoppable
+from dividemix.run.signals import rank_prefix
 from dividemix.runtime import Runtime, available_cores, ranks
 
 NOISE_RATE = 0.5  # of --r
@@ -419,68 +414,3 @@ def compare_with_paper(
         of_data = [] if official else [f"not the official {args.dataset}"]
         line += f"; {title} {results}{difference_note(args, setting, *of_data)}"
     return line, {f"paper_{name}": value for name, value in paper.items()}
-
-
-# ---- How a script ends ----
-
-
-def command_line(
-    main: Callable[[Sequence[str] | None], Any],
-    stopped_means: str = "the same command continues after the last finished epoch",
-) -> NoReturn:
-    """Run a script's main, and end the process. An error that the user can correct is one line and exit status 1;
-    Ctrl-C is 130, SIGTERM 143, and 141 where nobody reads the output any more (`| head`). With several ranks each line
-    begins with the rank, and a rank that fails ends at once, so that torchrun ends the others."""
-    prefix = rank_prefix()
-    sys.stdout.reconfigure(errors="backslashreplace")  # a path that is not UTF-8 can be printed
-    warnings.formatwarning = lambda message, *_, **__: f"{prefix}warning: {message}\n"
-    # All ranks of one machine would print the same.
-    warnings.simplefilter("always" if ranks.from_environment()[2] == 0 else "ignore", DivideMixWarning)
-    try:
-        with stoppable():
-            main(None)
-        sys.stdout.flush()
-        ranks.leave()
-    except DivideMixError as error:
-        end(f"{prefix}error: {error}")
-    except OSError as error:  # a full disk, a folder that went away
-        try:
-            if isinstance(error, BrokenPipeError):
-                print(flush=True)
-        except BrokenPipeError:  # nobody reads the output any more, as in `... | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            end("", 141)  # as a program that SIGPIPE ends
-        # filename2: the user's name of the file, where the first is that of a temporary file
-        end(f"{prefix}error: {error.filename2 or error.filename or 'input or output'}: {error.strerror or error}")
-    except KeyboardInterrupt as stopped:
-        next_steps = getattr(stopped, "__notes__", [stopped_means])
-        end(f"\n{prefix}interrupted: {'; '.join(next_steps)}", getattr(stopped, "status", 130))
-    except Exception as error:
-        if runtime.is_out_of_memory(error):
-            end(f"{prefix}error: not enough memory ({(str(error) or 'of the host').splitlines()[0][:120]})")
-        if not prefix:
-            raise
-        # A collective failed because of another rank; gloo has no error class of its own.
-        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error)):
-            end(f"{prefix}error: another rank ended or cannot be reached: its own line, if there is one, says why")
-        end(prefix + traceback.format_exc().rstrip())
-    end("", 0)
-
-
-def rank_prefix() -> str:
-    """The beginning of a line on stderr: the rank if there are several, else ''."""
-    rank, world, _ = ranks.from_environment()
-    return f"rank {rank}: " if world > 1 else ""
-
-
-def end(message: str, status: int = 1) -> NoReturn:
-    """Print the message, and end the process. With several ranks without the interpreter's clean-up: freeing the memory
-    of the card could wait for a collective that the other ranks never reach, and a thread of gloo that frees a tensor
-    meanwhile aborts the process (torch.distributed.nn keeps the process group alive until then)."""
-    if message:
-        print(message, file=sys.stderr)
-    if rank_prefix():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)

@@ -17,7 +17,7 @@ import torch
 import Train_cifar
 from dividemix.codivide import Mixture
 from dividemix.engine import MixMatch, PhaseTerms
-from dividemix.run import checkpoint, logs, options
+from dividemix.run import checkpoint, command_line, logs
 from dividemix.run.run import Run
 from dividemix.runtime.device import Runtime
 from helpers.nets import half
@@ -135,7 +135,7 @@ class Forked:
         outputs = [open(f"{self.output}.{name}", "w", buffering=1) for name in ("out", "err")]  # noqa: SIM115
         sys.stdout, sys.stderr = outputs
         warnings.showwarning = lambda *warning: sys.stderr.write(warnings.formatwarning(*warning))  # pytest keeps them
-        options.command_line(lambda _: main(self.ready.set))
+        command_line(lambda _: main(self.ready.set))
 
     def wait(self) -> None:
         assert self.ready.wait(60)

@@ -21,7 +21,7 @@ import Train_webvision
 from dividemix import engine
 from dividemix.codivide import normalise
 from dividemix.engine import PhaseTerms
-from dividemix.run import options
+from dividemix.run import command_line
 from helpers.nets import same, snapshot
 from helpers.trees import make_clothing1M, make_folder, make_webvision
 
@@ -145,7 +145,7 @@ def end_of(script, argv: list[str], monkeypatch) -> int:
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *argv])
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # `command_line` sets it
     with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
-        options.command_line(lambda _: script.main(argv))
+        command_line(lambda _: script.main(argv))
     return ended.value.code
 
 

@@ -25,7 +25,7 @@ from dividemix.codivide import Mixture  # noqa: E402
 from dividemix.data.device import DeviceImages, draw_crops, plan_mixmatch, plan_warmup  # noqa: E402
 from dividemix.engine import MixMatch, Phase  # noqa: E402
 from dividemix.report import report  # noqa: E402
-from dividemix.run import options, run  # noqa: E402
+from dividemix.run import command_line, run  # noqa: E402
 from dividemix.runtime import (  # noqa: E402
     Batches,
     Runtime,
@@ -265,4 +265,4 @@ if __name__ == "__main__":
     report.draw = lambda _: []
     sys.modules["torch.utils.tensorboard"] = SimpleNamespace(SummaryWriter=lambda *_, **__: nothing)
     name, *arguments = sys.argv[1:]
-    options.command_line(lambda _: {"small": small, "runs": runs, "fail": fail}[name](*arguments))
+    command_line(lambda _: {"small": small, "runs": runs, "fail": fail}[name](*arguments))
