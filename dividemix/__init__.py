@@ -8,6 +8,7 @@ data -> engine -> algorithm, codivide, runtime.
 """
 
 import warnings
+from typing import Any
 
 
 class DivideMixError(Exception):
@@ -24,3 +25,11 @@ class DivideMixWarning(UserWarning):
 
 def warn(message: str) -> None:
     warnings.warn(message, DivideMixWarning, stacklevel=2)
+
+
+def __getattr__(name: str) -> Any:
+    if name != "find_label_issues":
+        raise AttributeError(f"module 'dividemix' has no attribute {name!r}")
+    from dividemix.api import find_label_issues  # slow to import: torch, pandas
+
+    return find_label_issues

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import InceptionResNetV2
@@ -39,6 +40,25 @@ class LinearInFloat32(InFloat32, nn.Linear):
 
 class Conv2dInFloat32(InFloat32, nn.Conv2d):
     pass
+
+
+HIDDEN = 256  # units of a head for stored features
+
+
+class BatchNorm1d(nn.BatchNorm1d):
+    """A row that is a batch alone, as a pass may end with, is normalised by the running statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 1:
+            return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+def head(num_features: int, num_class: int) -> nn.Module:
+    """The network for stored features: (B, num_features) -> logits (B, num_class), computed in float32. Dropout on the
+    features stands in for the augmentation of images."""
+    hidden = [nn.Dropout(0.5), nn.Linear(num_features, HIDDEN), BatchNorm1d(HIDDEN), nn.ReLU()]
+    return nn.Sequential(*hidden, nn.Dropout(0.5), LinearInFloat32(HIDDEN, num_class))
 
 
 def resnet50(num_class: int) -> nn.Module:

@@ -220,3 +220,19 @@ class OwnRecipe:
 OWN_SMALL = OwnRecipe("as CIFAR-10", 64, 0.02, 4, CIFAR_WEIGHT_DECAY, True, 500_000, 5_000_000, 100)
 OWN_PRETRAINED = OwnRecipe("as Clothing1M", 32, 0.002, 0.5, 1e-3, False, 20_000, 2_500_000, 80)
 OWN_SCRATCH = OwnRecipe("as WebVision", 32, 0.01, 0.5, 5e-4, False, 66_000, 5_300_000, 80)
+
+
+@dataclass(frozen=True)
+class FeatureRecipe:
+    """Heads on stored features."""
+
+    name: str
+    batch_size: int
+    lr: float
+    alpha: float
+    weight_decay: float
+    warm_up: int  # epochs
+    num_epochs: int
+
+
+FEATURES = FeatureRecipe("for heads on features", 64, 0.02, 4, CIFAR_WEIGHT_DECAY, warm_up=3, num_epochs=12)

@@ -1,0 +1,83 @@
+"""DivideMix from Python: `dividemix.find_label_issues`."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from dividemix import DivideMixError, networks
+from dividemix.codivide import Mixture
+from dividemix.data.features import FeatureSet, as_views
+from dividemix.engine import MixMatch, Phase, co_divide, train_epoch, warmup_epoch
+from dividemix.recipes import FEATURES
+from dividemix.run.label_quality import label_quality
+from dividemix.runtime import Forward, Runtime, evaluate
+from dividemix.runtime.device import pick_device
+from dividemix.seeds import draws, seeded
+
+
+def find_label_issues(*, features: ArrayLike, labels: ArrayLike, seed: int = 0) -> pandas.DataFrame:
+    """Which of the given labels look wrong, by DivideMix on two small heads, in about half a minute on one core for
+    5,000 samples.
+
+    features: numbers (N, D) of each sample, of CLIP, DINOv2 or another frozen network, or (V, N, D) of V views of it,
+    the first without augmentation. labels: (N,), whole numbers or names. -> a row for each sample, in order: index,
+    given_label, suggested_label, label_quality (0 to 1, small means doubtful), is_label_issue, rank (1 is the most
+    doubtful). The same seed gives the same list. Raises DivideMixError for arrays of another shape.
+    """
+    views, given = as_views(features), np.asarray(labels)
+    if given.shape != (views.shape[1],):
+        raise DivideMixError(f"labels: expected {views.shape[1]}, one for each sample, got shape {given.shape}")
+    classes, numbers = np.unique(given, return_inverse=True)
+    if len(classes) < 2:
+        raise DivideMixError(f"labels: all samples are of one class, {classes[0]!r:.100}: nothing to learn")
+    data = FeatureSet(views, numbers.astype(np.int64), Runtime(pick_device("auto", 0)))
+    quality = label_quality(mean_probabilities(data, len(classes), seed), numbers)
+    table: dict[str, Any] = {"index": np.arange(len(given)), "given_label": given}
+    table |= {"suggested_label": classes[quality.suggested], "label_quality": quality.quality}
+    order = np.lexsort((quality.quality, ~quality.is_issue))
+    rank = np.empty(len(given), np.int64)
+    rank[order] = np.arange(1, len(given) + 1)
+    return pandas.DataFrame(table | {"is_label_issue": quality.is_issue, "rank": rank})
+
+
+def mean_probabilities(data: FeatureSet, num_class: int, seed: int) -> NDArray[np.float32]:
+    """Algorithm 1 on two heads. -> (N, num_class), the probabilities that both give, averaged over divided epochs."""
+    build = partial(networks.head, data.num_features, num_class)
+    nets = [data.runtime.prepare(seeded(seed, k, build)) for k in (0, 1)]
+    optimizers = [data.runtime.optimizer(net, FEATURES.lr, FEATURES.weight_decay) for net in nets]
+    mixtures = [Mixture(0.5) for _ in nets]
+    mixmatch = MixMatch(num_class, FEATURES.batch_size, alpha=FEATURES.alpha, lambda_u=0, warm_up=FEATURES.warm_up)
+    total = torch.zeros(len(data), num_class, device=data.runtime.device)
+    for epoch in range(FEATURES.num_epochs):
+
+        def phase(name: str, k: int = 0, epoch: int = epoch) -> Phase:
+            return Phase(epoch, draws(seed, name, epoch, k) if name in ("warmup", "divide", "train") else None)
+
+        divisions: Any = [None, None]
+        if epoch >= mixmatch.warm_up:
+            divisions = co_divide(nets, [data, data], mixtures, phase)
+            for net in nets:
+                total += probabilities(net, data)
+        for k, net in enumerate(nets):
+            division, peer = divisions[1 - k], nets[1 - k]
+            if division is None:
+                warmup_epoch(net, optimizers[k], data, mixmatch, phase("warmup", k))
+            else:
+                train_epoch(net, peer, optimizers[k], data, division, mixmatch, phase("train", k))
+    return (total / total.sum(dim=1, keepdim=True)).cpu().numpy()
+
+
+@torch.no_grad()
+def probabilities(net: nn.Module, data: FeatureSet) -> Tensor:
+    """(N, C) on the device, in eval mode."""
+    net.eval()
+
+    def score(forward: Forward, x: Tensor, labels: Tensor) -> Tensor:
+        return forward(net, x)[0].softmax(dim=1)
+
+    return torch.cat([values for _, values in evaluate(score, data)])
