@@ -37,7 +37,7 @@ from dividemix.seeds import seeded
 
 EPOCH = (60.0, 60.0)  # net 1's and net 2's accuracy
 KEYS = {"nets", "optimizers", "histories", "records", "histograms", "best_epochs", "config", "pins", "versions"}
-KEYS |= {"script", "format"}
+KEYS |= {"script", "format", "probabilities"}
 
 
 @pytest.mark.parametrize(

@@ -50,22 +50,20 @@ def test_auto_takes_the_card_then_mps_then_the_cpu(monkeypatch):
     """Else `--device cuda` or a card with an old driver trains for days on the CPU, without a word."""
     assert pick_device("auto", 0) == CPU
     for name in ("cuda", "mps"):
-        with pytest.raises(DivideMixError, match=rf"--device {name}: .*--device cpu"):
+        with pytest.raises(DivideMixError, match=f"--device {name}: "):
             pick_device(name, 0)
     monkeypatch.setattr(device, "unusable_card", lambda: "the driver is too old")
-    with pytest.warns(DivideMixWarning, match=r"GPU.*the driver is too old"):
+    with pytest.warns(DivideMixWarning, match="the driver is too old"):
         assert pick_device("auto", 0) == CPU
     with pytest.raises(DivideMixError, match="--device cuda: the driver is too old"):
         pick_device("cuda", 0)
-    monkeypatch.setattr(device, "unusable_card", lambda: None)
     mps(monkeypatch, True)
+    monkeypatch.setattr(device, "unusable_card", lambda: None)
     assert pick_device("auto", 0) == torch.device("mps")
     with_cards(monkeypatch, 2)
-    assert pick_device("auto", 1) == torch.device("cuda", 1)
-    assert pick_device("cuda", 0) == torch.device("cuda", 0)
-    assert pick_device("mps", 0) == torch.device("mps")
-    assert pick_device("cpu", 0) == CPU
-    with pytest.raises(DivideMixError, match="--gpuid 2"):  # not another user's card, nor a stack trace
+    assert pick_device("auto", 1) == pick_device("cuda", 1) == torch.device("cuda", 1)
+    assert pick_device("mps", 0) == torch.device("mps") and pick_device("cpu", 0) == CPU
+    with pytest.raises(DivideMixError, match="--gpuid 2"):  # not another user's card
         pick_device("auto", 2)
 
 
@@ -76,12 +74,11 @@ def test_why_a_card_cannot_be_used(monkeypatch, tmp_path):
     proc = tmp_path / "version"
     monkeypatch.setattr(device.shutil, "which", lambda _: None)
     assert device.unusable_card(proc) is None
-    proc.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27 2021\n")
+    proc.touch()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    problem = device.unusable_card(proc)
-    assert "CUDA 13.0" in problem and "driver" in problem and "\n" not in problem
-    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "CUDA 13.0" in device.unusable_card(proc)
     proc.unlink()  # as under WSL, where the driver shows only as nvidia-smi
+    monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(device.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert "CPU-only build" in device.unusable_card(proc)
 
@@ -103,44 +100,39 @@ def test_a_card_compiles_and_captures_unless_told_not_to(monkeypatch):
     fast = start("cuda", width=4)
     assert (fast.precision, fast.compile, fast.graph, fast.merge) == ("bf16", True, True, True)
     assert fast.memory_format == torch.channels_last and torch.backends.cudnn.benchmark
-    assert all(text in fast.describe() for text in ("Card", "bf16", "compiled", "CUDA graphs", torch.__version__))
+    assert all(text in fast.describe() for text in ("Card", "bf16", "compiled", "CUDA graphs"))
     assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
     plain = start("cuda", precision="fp32", compile=False, graph=False)
-    assert not plain.compile and not plain.graph and not plain.merge
-    assert "fp32" in plain.describe() and "compiled" not in plain.describe()
+    assert not (plain.compile or plain.graph or plain.merge) and "compiled" not in plain.describe()
     exact = start("cuda", deterministic=True)
     assert not exact.compile and exact.graph and not torch.backends.cudnn.benchmark
 
 
-def test_a_cpu_neither_compiles_nor_captures_and_narrow_networks_are_contiguous(monkeypatch):
+def test_a_cpu_neither_compiles_nor_captures_and_narrow_networks_are_contiguous():
     """There, compiling costs a minute and was no faster. Channels_last of few channels leaves vector units half empty,
     and below 8 channels torch writes out of bounds in the backward pass."""
-    layouts = [start("cpu", width=width).memory_format for width in (4, 15, 16)]
-    assert layouts == [torch.contiguous_format, torch.contiguous_format, torch.channels_last]
-    assert Runtime().memory_format == torch.contiguous_format
+    layouts = [start("cpu", width=width).memory_format for width in (15, 16)]
+    assert layouts == [torch.contiguous_format, torch.channels_last]
     runtime = start("cpu")
-    assert not runtime.compile and not runtime.graph and not runtime.merge
+    assert not (runtime.compile or runtime.graph or runtime.merge)
     assert runtime.prepare(ResNet18(10, 4)).conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_deterministic_switches_torch_to_deterministic_kernels(monkeypatch):
     """Else reruns with --deterministic differ in the last digits, and nobody is told."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # a user's own choice stays
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # a user's choice stays
     start("cpu", deterministic=True)
-    assert torch.are_deterministic_algorithms_enabled()
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
     start("cpu")
     assert not torch.are_deterministic_algorithms_enabled()  # the next run of the process did not ask for it
 
 
-@pytest.mark.parametrize(
-    ("cores", "environment", "expected"), [(2, {}, [2]), (64, {}, []), (2, {"OMP_NUM_THREADS": "7"}, [])]
-)
-def test_threads_are_the_containers_cores(monkeypatch, cores, environment, expected):
+@pytest.mark.parametrize(("cores", "given", "expected"), [(2, None, [2]), (64, None, []), (2, "7", [])])
+def test_threads_are_the_containers_cores(monkeypatch, cores, given, expected):
     """A container with two of a server's 64 cores: 64 threads on them are ten times slower than two."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
     threads = []
     monkeypatch.setattr(device, "available_cores", lambda: cores)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
@@ -217,15 +209,8 @@ def test_gradients_reach_every_parameter_in_both_precisions_and_memory_formats()
 # ---- Compilation: on a CPU, where no run uses it, so that it is tested everywhere ----
 
 
-@pytest.fixture
-def no_compilations():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def phases(runtime: Runtime, data, build, epochs: int):
-    """Both nets through all phases. -> them and the terms"""
+    """Both nets through all phases. -> their states and the terms"""
     torch.manual_seed(0)
     nets = [runtime.prepare(build()) for _ in range(2)]
     optimizers, data = [runtime.optimizer(net, 0.02, 5e-4) for net in nets], placed(runtime, data)
@@ -237,7 +222,14 @@ def phases(runtime: Runtime, data, build, epochs: int):
             terms.append(engine.warmup_epoch(net, optimizer, data, SETTINGS, phase))
             terms.append(engine.train_epoch(net, nets[1 - k], optimizer, data, half(24), SETTINGS, phase))
         engine.test(nets, {"test": data})
-    return nets, terms
+    return [net.state_dict() for net in nets], terms
+
+
+@pytest.fixture
+def no_compilations():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("no_compilations")
@@ -252,13 +244,11 @@ def test_two_nets_and_partial_batches_share_five_compilations(monkeypatch, tiny_
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     runtime = Runtime(CPU, merge=True, compile=True, eval_batch_size=16)
-    nets, terms = phases(runtime, tiny_images, small_net, epochs=2)
+    states, terms = phases(runtime, tiny_images, small_net, epochs=2)
     assert runtime.compile and len(compiled) == 5
-    eager_nets, eager_terms = phases(Runtime(CPU, merge=True, eval_batch_size=16), tiny_images, small_net, epochs=2)
+    eager_states, eager_terms = phases(Runtime(CPU, merge=True, eval_batch_size=16), tiny_images, small_net, epochs=2)
     assert np.allclose(terms, eager_terms, rtol=1e-4)
-    for net, eager in zip(nets, eager_nets, strict=True):
-        for name, value in net.state_dict().items():
-            torch.testing.assert_close(value, eager.state_dict()[name], rtol=1e-3, atol=1e-4, msg=name)
+    torch.testing.assert_close(states, eager_states, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -272,16 +262,12 @@ def test_inductors_kernels_train_as_eager_ones(tiny_images, precision):
         return ResNet18(3, width=8)  # 8: Inductor takes channels_last
 
     runtime = Runtime(CPU, precision, merge=True, compile=True, eval_batch_size=16)
-    nets, terms = phases(runtime, tiny_images, build, epochs=1)
+    states, terms = phases(runtime, tiny_images, build, epochs=1)
     assert runtime.compile
-    eager_nets, eager_terms = phases(Runtime(CPU, "fp32"), tiny_images, build, epochs=1)
+    eager_states, eager_terms = phases(Runtime(CPU, "fp32"), tiny_images, build, epochs=1)
     assert np.allclose(terms, eager_terms, rtol=1e-3 if precision == "fp32" else 0.05, atol=0.01)
-    for net, eager in zip(nets, eager_nets, strict=True):
-        for (name, value), expected in zip(net.named_buffers(), eager.buffers(), strict=True):
-            if name.endswith("num_batches_tracked"):
-                assert value == expected
-            elif precision == "fp32":
-                torch.testing.assert_close(value, expected, rtol=1e-2, atol=1e-3, msg=name)
+    if precision == "fp32":
+        torch.testing.assert_close(states, eager_states, rtol=1e-2, atol=1e-3)
 
 
 # ---- Optimiser ----
@@ -294,14 +280,13 @@ def test_a_learning_rate_tensor_is_changed_in_place_and_restored():
     rate = captured.param_groups[0]["lr"]
     assert set_learning_rate([captured, eager], 0.125) == 0.125
     assert captured.param_groups[0]["lr"] is rate and rate.item() == 0.125
-    assert eager.param_groups[0]["lr"] == 0.125 and isinstance(eager.param_groups[0]["lr"], float)
-    set_learning_rate([eager], 0.0625)
-    states = captured.state_dict(), eager.state_dict()
-    load_optimizer(captured, states[1])
-    assert captured.param_groups[0]["lr"] is rate and rate.item() == 0.0625
-    rate.fill_(0.5)
-    load_optimizer(eager, states[0])
-    assert eager.param_groups[0]["lr"] == 0.5 and isinstance(eager.param_groups[0]["lr"], float)
+    assert eager.param_groups[0]["lr"] == 0.125
+    states = [copy.deepcopy(optimizer.state_dict()) for optimizer in (captured, eager)]
+    for optimizer, state in ((captured, states[1]), (eager, states[0])):
+        set_learning_rate([captured, eager], 0.0625)
+        load_optimizer(optimizer, state)
+        assert optimizer.param_groups[0]["lr"] == 0.125
+    assert captured.param_groups[0]["lr"] is rate and isinstance(eager.param_groups[0]["lr"], float)
 
 
 def test_momentum_takes_the_layout_and_the_kernel_of_this_runtime():
