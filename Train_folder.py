@@ -6,6 +6,7 @@
     python Train_folder.py --data_path ./digits --width 16 --no_flip    # small images, minutes on a CPU
     python Train_folder.py --data_path ./flowers --method ce            # plain cross-entropy, to compare
     python Train_folder.py --data_path ./flowers --check_data           # is everything there?
+    python Train_folder.py --data_path ./flowers --features             # heads on a frozen network: minutes on a CPU
     torchrun --nproc_per_node=2 Train_folder.py --data_path ./flowers   # the same batch on two GPUs
 
 The same command again continues the run. Flags that are not given are chosen from the data and printed
@@ -17,15 +18,16 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import dataloader_folder
 from dataloader_folder import IMAGENET_MEAN, IMAGENET_STD, Folder, balance, mean_std
-from dividemix import DivideMixError, report, warn
+from dividemix import DivideMixError, networks, report, warn
 from dividemix.codivide import Mixture
-from dividemix.data import DeviceImages, Pipeline, StreamedImages, Views, check, some
+from dividemix.data import DeviceImages, FeatureSet, Pipeline, StreamedImages, Views, check, features, some
 from dividemix.engine import DataSet, co_divide, test, train_epoch, warmup_epoch
-from dividemix.run import Preparation, Run, Split, command_line, defaults, description, logs, options, splits
+from dividemix.run import BACKBONE, Preparation, Run, Split, command_line, defaults, description, logs, options, splits
 from dividemix.runtime import is_out_of_memory, set_learning_rate
 
 Images = DeviceImages | StreamedImages
@@ -63,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         reading = {"workers": args.workers, "keep": args.keep_images, "cache_dir": args.cache_dir}
         with Pipeline(split.lists, views, IMAGENET_MEAN, IMAGENET_STD, runtime, **reading) as pipeline:
             train, tests, mean, std = read(args, split, run, pipeline)
-            nets = options.build_networks(args, runtime, run.begun)
+            num_features = train.num_features if isinstance(train, FeatureSet) else 0
+            nets = options.build_networks(args, runtime, run.begun, num_features=num_features)
             optimizers = [runtime.optimizer(net, args.lr, recipe.weight_decay) for net in nets]
             mixtures = [Mixture(args.p_threshold) for _ in nets]
             unlabeled_loss = recipe.unlabeled_loss or args.lambda_u > 0
@@ -73,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             summary |= {name: len(images) for name, images in tests.items()}
             summary |= {"mean": mean, "std": std, "resize": views.resize, "crop": views.crop}
             preparation = Preparation(tuple(mean), tuple(std), views.crop, views.resize)
-            model = description.describe(args.arch, args.num_class, args.width, data.class_names, preparation)
+            shape = args.arch, args.num_class, args.width
+            model = description.describe(*shape, data.class_names, preparation, num_features=num_features)
             lines = [*data.lines, str(survey), *describe(args, data, split, tests, mean, std), *lines]
             if args.data_mode == "device":  # streamed images have not all been read yet
                 lines += pipeline.describe_changes()
@@ -118,6 +122,13 @@ def read(
         raise DivideMixError("no images to select the best epoch on: give a larger --val_fraction, or a val split")
     sets: dict[str, Images] = {}
     mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if args.features or args.feature_file:
+        stored = read_features(args, split, run, pipeline)
+        for name, (list_name, rows) in rows_of.items():
+            images = pipeline.images(list_name, rows)
+            sets[name] = FeatureSet(stored[list_name][:, rows], images.labels, run.runtime, images)
+        pipeline.close()
+        return sets.pop("train"), sets, mean, std
     if args.data_mode == "stream":
         if args.cache_dir:
             with run.phase("cache") as phase:
@@ -139,6 +150,19 @@ def read(
         raise DivideMixError(problem) from error
     pipeline.close()
     return sets.pop("train"), sets, mean, std
+
+
+def read_features(args: argparse.Namespace, split: Split, run: Run, pipeline: Pipeline) -> dict[str, Any]:
+    """The features (V, N, D) of each list, from --feature_file or of the network that the flags name."""
+    if args.feature_file:
+        return features.read_file(args.feature_file, split.lists)
+    net = networks.frozen(args.arch, args.width, args.weights, run.folder / BACKBONE, run.runtime, run.begun)
+    folder = Path(args.cache_dir or run.folder / "features")
+    arrays = {}
+    for name in split.lists:
+        arrays[name], line = features.stored(folder, net, pipeline.images(name), args.feature_views)
+        run.say(line)
+    return arrays
 
 
 def describe(args: argparse.Namespace, data: Folder, split: Split, tests: Mapping, mean, std) -> list[str]:

@@ -5,19 +5,19 @@ from typing import Any
 
 import numpy as np
 import pandas
-import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from dividemix import DivideMixError, networks
 from dividemix.codivide import Mixture
 from dividemix.data.features import FeatureSet, as_views
-from dividemix.engine import MixMatch, Phase, co_divide, train_epoch, warmup_epoch
-from dividemix.recipes import FEATURES
+from dividemix.engine import MeanProbabilities, MixMatch, Phase, co_divide, train_epoch, warmup_epoch
+from dividemix.recipes import FEATURES, FeatureRecipe
+from dividemix.run import worst_first
 from dividemix.run.label_quality import label_quality
-from dividemix.runtime import Forward, Runtime, evaluate
+from dividemix.runtime import Runtime
 from dividemix.runtime.device import pick_device
-from dividemix.seeds import draws, seeded
+from dividemix.seeds import PHASES, draws, seeded
 
 
 def find_label_issues(*, features: ArrayLike, labels: ArrayLike, seed: int = 0) -> pandas.DataFrame:
@@ -36,48 +36,36 @@ def find_label_issues(*, features: ArrayLike, labels: ArrayLike, seed: int = 0) 
     if len(classes) < 2:
         raise DivideMixError(f"labels: all samples are of one class, {classes[0]!r:.100}: nothing to learn")
     data = FeatureSet(views, numbers.astype(np.int64), Runtime(pick_device("auto", 0)))
-    quality = label_quality(mean_probabilities(data, len(classes), seed), numbers)
+    _, probabilities = train_heads(data, len(classes), seed)
+    quality = label_quality(probabilities, numbers)
     table: dict[str, Any] = {"index": np.arange(len(given)), "given_label": given}
     table |= {"suggested_label": classes[quality.suggested], "label_quality": quality.quality}
-    order = np.lexsort((quality.quality, ~quality.is_issue))
-    rank = np.empty(len(given), np.int64)
-    rank[order] = np.arange(1, len(given) + 1)
+    rank = worst_first(quality).argsort() + 1
     return pandas.DataFrame(table | {"is_label_issue": quality.is_issue, "rank": rank})
 
 
-def mean_probabilities(data: FeatureSet, num_class: int, seed: int) -> NDArray[np.float32]:
-    """Algorithm 1 on two heads. -> (N, num_class), the probabilities that both give, averaged over divided epochs."""
+def train_heads(
+    data: FeatureSet, num_class: int, seed: int = 0, recipe: FeatureRecipe = FEATURES
+) -> tuple[list[nn.Module], NDArray[np.float32]]:
+    """Algorithm 1 on two heads. -> them, and their probabilities (N, num_class), averaged over the divided epochs."""
     build = partial(networks.head, data.num_features, num_class)
     nets = [data.runtime.prepare(seeded(seed, k, build)) for k in (0, 1)]
-    optimizers = [data.runtime.optimizer(net, FEATURES.lr, FEATURES.weight_decay) for net in nets]
+    optimizers = [data.runtime.optimizer(net, recipe.lr, recipe.weight_decay) for net in nets]
     mixtures = [Mixture(0.5) for _ in nets]
-    mixmatch = MixMatch(num_class, FEATURES.batch_size, alpha=FEATURES.alpha, lambda_u=0, warm_up=FEATURES.warm_up)
-    total = torch.zeros(len(data), num_class, device=data.runtime.device)
-    for epoch in range(FEATURES.num_epochs):
+    mixmatch = MixMatch(num_class, recipe.batch_size, alpha=recipe.alpha, lambda_u=0, warm_up=recipe.warm_up)
+    mean = MeanProbabilities()
+    for epoch in range(recipe.num_epochs):
 
         def phase(name: str, k: int = 0, epoch: int = epoch) -> Phase:
-            return Phase(epoch, draws(seed, name, epoch, k) if name in ("warmup", "divide", "train") else None)
+            return Phase(epoch, draws(seed, name, epoch, k)) if name in PHASES else Phase(epoch)
 
         divisions: Any = [None, None]
         if epoch >= mixmatch.warm_up:
-            divisions = co_divide(nets, [data, data], mixtures, phase)
-            for net in nets:
-                total += probabilities(net, data)
+            divisions = co_divide(nets, [data, data], mixtures, phase, mean)
         for k, net in enumerate(nets):
             division, peer = divisions[1 - k], nets[1 - k]
             if division is None:
                 warmup_epoch(net, optimizers[k], data, mixmatch, phase("warmup", k))
             else:
                 train_epoch(net, peer, optimizers[k], data, division, mixmatch, phase("train", k))
-    return (total / total.sum(dim=1, keepdim=True)).cpu().numpy()
-
-
-@torch.no_grad()
-def probabilities(net: nn.Module, data: FeatureSet) -> Tensor:
-    """(N, C) on the device, in eval mode."""
-    net.eval()
-
-    def score(forward: Forward, x: Tensor, labels: Tensor) -> Tensor:
-        return forward(net, x)[0].softmax(dim=1)
-
-    return torch.cat([values for _, values in evaluate(score, data)])
+    return nets, (mean.sum / mean.count).float().cpu().numpy()

@@ -233,6 +233,7 @@ class FeatureRecipe:
     weight_decay: float
     warm_up: int  # epochs
     num_epochs: int
+    unlabeled_loss: bool = True
 
 
 FEATURES = FeatureRecipe("for heads on features", 64, 0.02, 4, CIFAR_WEIGHT_DECAY, warm_up=3, num_epochs=12)
