@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from dividemix import DivideMixError, warn
 from dividemix.data import store
 from dividemix.data.device import DeviceImages
 from dividemix.data.lists import ImageList
-from dividemix.data.stream import StreamedImages
+from dividemix.data.stream import Pipeline, StreamedImages
 from dividemix.files import atomic_file
 from dividemix.runtime import Batches, Runtime
 
@@ -66,6 +66,12 @@ class FeatureSet(DeviceImages):
         return self.features[view.long(), index].float()
 
 
+def of_images(features: Mapping[str, NDArray[np.floating]], images: StreamedImages) -> FeatureSet:
+    """The set of these images, with the features (V, N, D) of each list."""
+    rows = features[images.name][:, images.index]
+    return FeatureSet(rows, images.labels, images.runtime, images)
+
+
 # ---- Features of others ----
 
 
@@ -85,9 +91,9 @@ def as_views(features: ArrayLike, name: str = "features") -> NDArray[np.floating
     return features
 
 
-def read_file(path: str, lists: Mapping[str, ImageList]) -> dict[str, NDArray[np.floating]]:
-    """The features (V, N, D) of each list from a .npy file, which has them in the order of the lists. Raises
-    DivideMixError for a file that cannot be read, or has another number of samples."""
+def read_file(path: str, lists: Mapping[str, ImageList]) -> tuple[dict[str, NDArray[np.floating]], str]:
+    """The features (V, N, D) of each list from a .npy file, which has them in the order of the lists; and their
+    SHA-256. Raises DivideMixError for a file that cannot be read, or has another number of samples."""
     name = f"--feature_file {path}"
     try:
         content = np.load(path, allow_pickle=False)
@@ -100,20 +106,33 @@ def read_file(path: str, lists: Mapping[str, ImageList]) -> dict[str, NDArray[np
     if features.shape[1] != sum(sizes):
         expected = ", then ".join(f"{size} of {list_name}" for list_name, size in zip(lists, sizes, strict=True))
         raise DivideMixError(f"{name} has features of {features.shape[1]} images, expected {expected}")
-    return dict(zip(lists, np.split(features, np.cumsum(sizes)[:-1], axis=1), strict=True))
+    parts = np.split(features, np.cumsum(sizes)[:-1], axis=1)
+    return dict(zip(lists, parts, strict=True)), hashlib.sha256(features).hexdigest()
 
 
 # ---- Features of a network ----
 
 
-def stored(folder: Path, net: nn.Module, images: StreamedImages, num_views: int) -> tuple[NDArray[np.floating], str]:
-    """The features (V, N, D) of all images of a list, from `folder` if they are there, else made and written there. The
-    file's name depends on the images, the network and the views. -> them, and a line to print. Raises DivideMixError
-    for a bad image, for features that are not finite, and where the disk refuses."""
+def of_network(
+    net: nn.Module, pipeline: Pipeline, folder: str | Path, num_views: int, say: Callable[[str], None]
+) -> dict[str, NDArray[np.floating]]:
+    """The features (V, N, D) of each list of a pipeline, from `folder` if they are there, else made and written there.
+    The names of the files depend on the images, the network and the views. `say` gets a line for each list. Raises
+    DivideMixError for a bad image, for features that are not finite, and where the disk refuses."""
+    folder = Path(folder).expanduser()
+    arrays = {name: _stored(net, pipeline.images(name), folder, num_views, say) for name in pipeline.lists}
+    pipeline.close()
+    return arrays
+
+
+def _stored(
+    net: nn.Module, images: StreamedImages, folder: Path, num_views: int, say: Callable[[str], None]
+) -> NDArray[np.floating]:
     path = _path(folder, net, images, num_views)
     try:
         features = np.load(path, allow_pickle=False)
-        return features, f"features of {images.name}: {path}"
+        say(f"features of {images.name}: {path}")
+        return features
     except FileNotFoundError:
         pass
     except (OSError, ValueError, EOFError) as error:
@@ -130,7 +149,8 @@ def stored(folder: Path, net: nn.Module, images: StreamedImages, num_views: int)
     except OSError as error:
         raise DivideMixError(f"cannot write the features to {path}: {error.strerror or error}") from error
     rate = f"{seconds:.0f} s, {len(images) / seconds:.3g} images a second"
-    return features, f"features of {images.name}: {len(images)} images, {len(features)} views, {rate}"
+    say(f"features of {images.name}: {len(images)} images, {len(features)} views, {rate}")
+    return features
 
 
 @torch.no_grad()

@@ -8,9 +8,11 @@ import argparse
 from collections.abc import Collection
 from typing import Any
 
+import torch
+
 from dividemix import DivideMixError, networks, recipes
 from dividemix.data import PAD
-from dividemix.recipes import OwnRecipe
+from dividemix.recipes import FeatureRecipe, OwnRecipe
 from dividemix.run.options import refuse_ranks, set_default
 from dividemix.runtime import ranks
 
@@ -20,10 +22,11 @@ SHORT = 10_000  # training images: with fewer a run is short
 SHORT_EPOCHS = 8  # of a short run, after warm-up
 MOST_WARM_UP = 10  # epochs: after more, networks begin to memorise wrong labels
 FEATURE_ARCH = "efficientnet_b0"  # on a CPU three times as fast as ResNet-50, and by torchvision's tests as accurate
-IMBALANCE = 10  # size of the largest class / smallest class from which there is a warning
 
 
-def choose(args: argparse.Namespace, n: int, side: int, lists: Collection[str]) -> tuple[OwnRecipe, list[str]]:
+def choose(
+    args: argparse.Namespace, n: int, side: int, lists: Collection[str]
+) -> tuple[OwnRecipe | FeatureRecipe, list[str]]:
     """Fill the flags that were not given. n: number of training images; side: their median short side, pixels; lists:
     the names of the image lists, of 'train', 'val', 'test'. -> the recipe, and a line for each value with its source.
     Raises DivideMixError for flags that do not go together."""
@@ -83,7 +86,7 @@ def choose_for_features(args: argparse.Namespace, side: int) -> list[str]:
         for flag in ("features", "arch", "weights", "image_size", "skip_bad_images"):
             if getattr(args, flag):
                 raise DivideMixError(f"--{flag}: with --feature_file no network sees the images; leave it out")
-        args.arch, args.weights, args.image_size = "head", "none", side
+        args.features, args.arch, args.weights, args.image_size = True, "head", "none", side
     else:
         default("arch", FEATURE_ARCH, "features: a small network, exact for its size")
         weights = "imagenet" if networks.architecture(args.arch).imagenet else "none"
@@ -99,6 +102,13 @@ def choose_for_features(args: argparse.Namespace, side: int) -> list[str]:
     default("p_threshold", 0.5, "the paper's below 90 % noise")
     args.eval_batch_size = args.eval_batch_size or 1000
     return lines
+
+
+def hint(args: argparse.Namespace, device: torch.device) -> list[str]:
+    """At most one line, for who trains whole networks on photos without a GPU."""
+    if device.type != "cpu" or args.image_size <= SMALL or args.features:
+        return []
+    return ["on a CPU this takes hours: --features trains two heads on a frozen network instead, in minutes"]
 
 
 def set_data_mode(args: argparse.Namespace, n: int) -> str:
