@@ -211,8 +211,7 @@ def neighbours(task: Task, seed: int) -> dict[str, Answer]:
     _, nearest = NearestNeighbors(n_neighbors=NEIGHBOURS, metric="cosine").fit(x).kneighbors()  # without itself
     votes = np.eye(task.num_class)[task.given[nearest]].sum(axis=1)  # (N, C)
     margin = votes[np.arange(len(x)), task.given] - votes.max(axis=1)
-    train = partial(logistic, x[margin == 0], task.given[margin == 0], CS[2])
-    return {"vote of neighbours": Answer(margin, margin < 0, train)}
+    return {"vote of neighbours": Answer(margin, margin < 0, lambda: trained_head(task, margin == 0, seed))}
 
 
 METHODS = dividemix, cross_entropy, cleanlab_logistic, cleanlab_heads, neighbours
