@@ -60,6 +60,7 @@ def test_a_failure_is_the_commands_failure(fake, capsys):
 
 def test_dry_runs_and_lists_write_nothing(fake, capsys):
     """A look would leave folders that are in the way of the real thing; a short run would be listed as the paper's."""
+
     def finish(run: str, epochs: int) -> None:
         flags = ["--run_dir", f"reproduced/{run}", "--num_epochs", str(epochs)]
         subprocess.run([sys.executable, str(FAKE), *flags], check=True)

