@@ -21,6 +21,9 @@ _CLASSES_SHOWN = 10
 # A class of at least _MIN_LABELS labels may be lost (the networks have not learned it) where _NEARLY_ALL of them look
 # wrong, or most of them and _FAR_MORE times the share of the other classes
 _MIN_LABELS, _NEARLY_ALL, _MOST, _FAR_MORE = 10, 0.95, 0.5, 2
+# A list means nothing where accuracy is no more than this share of the way from guessing the largest class to 1, or
+# where the networks' divisions agree by less than this (Cohen's kappa). Measured: see docs/own-images.md.
+_LITTLE_SKILL, _LITTLE_AGREEMENT = 0.1, 0.25
 
 
 @dataclass(frozen=True)
@@ -106,13 +109,26 @@ def find(run: RunFolder) -> LabelIssues | None:
         class_names=run.class_names,
         wrong_share=judged.wrong_share,
         wrong_share_error=judged.wrong_share_error,
-        failures=failures(run, judged.suggested, labels["list_given"][index]),
+        failures=failures(run, labels["list_given"][index], net_arrays(scores, "p_clean")),
         epochs=int(scores["epochs"]),
     )
 
 
-def failures(run: RunFolder, suggested: NDArray, given: NDArray) -> list[str]:
-    return []
+def failures(run: RunFolder, given_labels: NDArray, p_clean: list[NDArray]) -> list[str]:
+    """Why a run's list means nothing; [] for a usable one. given_labels (N,); p_clean: (N,) of each network."""
+    reasons = []
+    accuracy, largest = run.records[-1][run.measured] / 100, np.bincount(given_labels).max() / len(given_labels)
+    if accuracy - largest <= _LITTLE_SKILL * (1 - largest):
+        name = run.measured.removesuffix("_acc")
+        better = f"the {name} accuracy, {accuracy:.1%}, is hardly better than that of guessing the largest class"
+        reasons.append(f"the networks have not learned to tell the classes apart ({better}, {largest:.1%})")
+    if len(p_clean) == 2:
+        one, two = (p[~np.isnan(p)] > 0.5 for p in p_clean)
+        by_chance = one.mean() * two.mean() + (1 - one.mean()) * (1 - two.mean())
+        if (one == two).mean() - by_chance < _LITTLE_AGREEMENT * (1 - by_chance):
+            agree = f"they agree on {(one == two).mean():.1%} of the labels, by chance on {by_chance:.1%}"
+            reasons.append(f"the two networks hardly agree on which labels are clean ({agree})")
+    return reasons
 
 
 def against_truth(issues: LabelIssues | None) -> Agreement | None:

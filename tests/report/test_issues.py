@@ -10,6 +10,7 @@ import pytest
 from helpers.run_folder import CLASSES, GIVEN, LOSS, P_CLEAN, P_GIVEN, SUGGESTED, N, label_scores, make_run
 
 from dividemix.files import csv_bytes
+from dividemix.report import figures, report
 from dividemix.report import issues as label_issues
 from dividemix.run.folder import read_run
 
@@ -163,3 +164,27 @@ def test_held_out_labels_are_ranked_apart(tmp_path):
     ]  # fmt: skip
     assert rows[1]["p_clean_net1"] == "" and [row["index"] for row in rows] == [*map(str, range(N))]
     assert [row["index"] for row in rows_of((folder / "suspects.csv").read_bytes())] == ["6", "3", "0"]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "p_clean_net2", "words"),
+    [
+        (70.0, P_CLEAN, []),
+        (64.0, P_CLEAN, ["66.7%"]),  # with the last of three epochs 66 %, no better than the largest class
+        (70.0, 1 - P_CLEAN, ["by chance on 44.4%"]),
+        (50.0, 1 - P_CLEAN, ["66.7%", "by chance on"]),
+    ],
+)
+def test_a_list_that_means_nothing_says_so(tmp_path, monkeypatch, accuracy, p_clean_net2, words):
+    """A run that learned nothing ends with a list, too: whoever takes its suggestions has no right labels left."""
+    monkeypatch.setattr(label_issues, "_LITTLE_SKILL", 0.1)
+    monkeypatch.setattr(figures, "draw_all", lambda *_: {})
+    folder = make_run(tmp_path / "run", accuracy=accuracy)
+    np.savez(folder / "label_scores.npz", **label_scores(3) | {"p_clean_net2": p_clean_net2})
+    (folder / "cleaned_labels.csv").touch()  # of an earlier end
+    *_, last = report.draw(folder)
+    assert all(text in last and text in (folder / "report.html").read_text() for text in words)
+    assert ("NOTHING" in last) == bool(words)
+    assert (folder / "cleaned_labels.csv").exists() == (not words)
+    report.main([str(folder), "--export_clean", str(tmp_path / "clean")])
+    assert (tmp_path / "clean" / "cleaned_labels.csv").is_file()
