@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dividemix.files import csv_bytes, write_atomically
-from dividemix.run import RunFolder, net_arrays, quality_by_split
+from dividemix.run import RunFolder, net_arrays, quality_by_split, worst_first
 
 IN_SAMPLE = "scores are in-sample: the networks were trained on these labels"
 _CLASSES_SHOWN = 10
@@ -57,10 +57,10 @@ class LabelIssues:
 
     @property
     def rank(self) -> NDArray[np.int64]:
-        """The place of each label among those of its split: 1 for the most doubtful."""
+        """The place of each label among those of its split: 1 for the most doubtful; issues come before others."""
         rank = np.empty(len(self), np.int64)
         for rows in map(np.flatnonzero, (~self.held_out, self.held_out)):
-            rank[rows[np.argsort(self.quality[rows], kind="stable")]] = np.arange(1, len(rows) + 1)
+            rank[rows[worst_first(self.quality[rows], self.is_issue[rows])]] = np.arange(1, len(rows) + 1)
         return rank
 
 
@@ -180,7 +180,8 @@ def estimate(issues: LabelIssues) -> str:
     """A sentence on the share of wrong labels, and on what an accuracy that is measured with such labels can reach."""
     share, error = 100 * issues.wrong_share, 100 * issues.wrong_share_error
     reach = f"an accuracy against such labels can reach {100 - share:.0f} % at best"
-    return f"estimated share of wrong labels: {share:.1f} % (standard error {error:.1f}); {reach}"
+    uncertainty = f"standard error {error:.1f}, the method's own error may be larger"
+    return f"estimated share of wrong labels: {share:.1f} % ({uncertainty}); {reach}"
 
 
 def warnings(issues: LabelIssues) -> list[str]:
@@ -250,9 +251,8 @@ def issues_table(issues: LabelIssues) -> pd.DataFrame:
 
 def suspects_table(issues: LabelIssues, table: pd.DataFrame) -> pd.DataFrame:
     """suspects.csv: the issues of `issues_table`, worst first: file (index, where there are no files), class names."""
-    rows = np.argsort(issues.quality, kind="stable")
-    columns = ["path" if issues.paths else "index", "given_class", "suggested_class"]
-    return table[columns].iloc[rows[issues.is_issue[rows]]]
+    rows = worst_first(issues.quality, issues.is_issue)[: issues.is_issue.sum()]
+    return table[["path" if issues.paths else "index", "given_class", "suggested_class"]].iloc[rows]
 
 
 def cleaned_table(issues: LabelIssues) -> pd.DataFrame:
