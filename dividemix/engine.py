@@ -135,7 +135,8 @@ class MeanProbabilities:
     count: int = 0  # passes in it
 
     def add(self, probability: Tensor) -> None:
-        if self.sum is None:
+        if self.sum is None or self.sum.shape != probability.shape:  # the run goes on without damaged images
+            self.count = 0
             dtype = torch.float16 if probability.nbytes > _HALF_FROM else torch.float32
             self.sum = torch.zeros_like(probability, dtype=dtype)
         self.sum += probability

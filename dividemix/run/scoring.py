@@ -79,7 +79,8 @@ def write(folder: Path, epochs: int, sets: Mapping[str, DataSet], scores: Sequen
     for name in scores[0]:
         columns = [arrays.get(name, np.full(len(arrays["loss_net1"]), np.nan)) for arrays in scores]
         table[name] = np.concatenate(columns)[order]
-    worst = table["index"][worst_first(quality_by_split(table, labels["list_given"]))[:THUMBNAILS]]
+    judged = quality_by_split(table, labels["list_given"])
+    worst = table["index"][worst_first(judged.quality, judged.is_issue)[:THUMBNAILS]]
     try:
         rows = {name: np.flatnonzero(np.isin(labels[name], worst)) for name in sets}
         pixels, sizes = thumbnails(image for name, data in sets.items() for image in data.originals(rows[name]))
@@ -111,9 +112,9 @@ def net_arrays(scores: dict[str, NDArray], name: str) -> list[NDArray]:
     return [scores[f"{name}_net{k}"] for k in (1, 2) if f"{name}_net{k}" in scores]
 
 
-def worst_first(labels: LabelQuality) -> NDArray[np.int64]:
+def worst_first(quality: NDArray, is_issue: NDArray) -> NDArray[np.int64]:
     """The rows, most doubtful first: issues before others, then by rising quality."""
-    return np.lexsort((labels.quality, ~labels.is_issue))
+    return np.lexsort((quality, ~is_issue))
 
 
 def thumbnails(images: Iterable[NDArray[np.uint8]], side: int = SIDE) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
