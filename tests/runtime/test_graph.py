@@ -49,6 +49,23 @@ def test_replayed_steps_equal_eager_ones(merge, precision):
     assert_equal(state(*runs[0]), state(*runs[1]))
 
 
+def test_a_capture_leaves_the_random_streams_alone():
+    """A continued run captures in another epoch than the uninterrupted one: else its dropout is another."""
+
+    def build() -> torch.nn.Module:
+        return torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Dropout(), torch.nn.Linear(784, 10)
+        )
+
+    states = []
+    for runtime in (Runtime(CPU), Runtime(CPU, graph=True)):
+        run = captured.start(runtime, build)
+        train(digits(SIZE, runtime), [0, 1], *run)
+        states.append(state(*run))
+    assert_captured(runtime, 4)
+    assert_equal(*states)
+
+
 @pytest.mark.parametrize("keep", ["host", "no"])
 def test_streamed_batches_are_replayed_too(tmp_path, keep):
     """A graph that reads the memory of the first batch trains on one batch all epoch long."""
@@ -146,6 +163,23 @@ def test_a_step_is_captured_anew_for_each_setting_that_it_reads_and_for_no_other
             assert_captured(runtime, count if runtime.graph else 0)
         results.append((terms, nets[0].state_dict()))
     assert results[0][0] == results[1][0] and len(set(results[0][0])) == len(calls)
+    assert_equal(results[0][1], results[1][1])
+
+
+def test_guesses_made_ahead_enter_a_captured_step_as_its_input():
+    """The guesses of the first batch, frozen in the graph, would be those of all; a step captured with the peer in it
+    takes none."""
+    results = []
+    for graph_on in (False, True):
+        runtime = Runtime(CPU, graph=graph_on, guess_ahead=True, eval_batch_size=10)
+        run, data = start(runtime), digits(SIZE, runtime)
+        terms = [train(data, [0, 1], *run)]
+        assert_captured(runtime, 4 if graph_on else 0)
+        runtime.guess_ahead = False
+        terms.append(train(data, [2], *run))
+        assert_captured(runtime, 6 if graph_on else 0)
+        results.append((terms, state(*run)))
+    assert results[0][0] == results[1][0]
     assert_equal(results[0][1], results[1][1])
 
 
