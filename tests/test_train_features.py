@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from helpers.trees import make_folder
 from PIL import Image
 
 import Train_folder
+from dividemix import DivideMixError
 from dividemix.deploy import export, predict
 
 ARCH, SIDE = "shufflenet_v2_x0_5", 64
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("no_figures")
 def root(tmp_path_factory) -> Path:
     """40 images of 4 classes in each of train and test; weights.pth as torchvision's files are."""
     root = tmp_path_factory.mktemp("features")
-    make_folder(root / "tree", 40, parts=("train", "test"), sides=(30, 60))
+    make_folder(root / "tree", 40, splits=("train", "test"), sides=(30, 60))
     torch.save(lively(ARCH, 1000, 64, 0).state_dict(), root / "weights.pth")
     return root
 
@@ -67,6 +69,15 @@ def test_a_run_on_features_continues_bit_for_bit(root, done, tmp_path):
     assert len(np.load(done / "thumbnails.npz")["pixels"]) == 40
 
 
+def test_features_outlive_a_start_that_fails(root, tmp_path, start, monkeypatch):
+    """An hour of work would be deleted because, say, the card has no memory left for the heads."""
+    with monkeypatch.context() as patch:
+        patch.setattr("dividemix.networks.pair", mock.Mock(side_effect=DivideMixError("no memory")))
+        assert start(*flags(root, tmp_path / "run"))[0] == 1
+    monkeypatch.setattr("dividemix.data.features.make", mock.Mock(side_effect=AssertionError("made again")))
+    assert start(*flags(root, tmp_path / "run", "--num_epochs", "1"))[0] == 0
+
+
 def test_predict_and_export_are_the_tested_classifier(root, done, tmp_path, monkeypatch, capsys):
     """Heads on another network, or on another view, answer nonsense; and whoever gets the run folder has not the
     weights' file."""
@@ -105,6 +116,8 @@ def test_a_feature_file(root, tmp_path, start, monkeypatch, capsys):
     assert about["model"]["num_features"] == 16 and about["data"]["train"] == 40
     status, _, error = command(predict, tmp_path, monkeypatch, capsys)(run, root / "tree/test")
     assert status == 1 and "--feature_file" in error
+    path.rename(tmp_path / "moved.npy")
+    assert start(*given, "--feature_file", tmp_path / "moved.npy", "--num_epochs", "12")[0] == 0
     np.save(path, features[::-1])
     status, _, error = start(*given, "--num_epochs", "13")
     assert status == 1 and error.count("\n") == 1 and str(path) in error

@@ -107,7 +107,7 @@ def test_other_arrays_are_refused(wrong):
 @pytest.fixture(scope="module")
 def lists(tmp_path_factory):
     """8 images in each of two lists."""
-    return dataloader_folder.load(make_folder(tmp_path_factory.mktemp("f") / "tree", 8, parts=("train", "test"))).lists
+    return dataloader_folder.load(make_folder(tmp_path_factory.mktemp("f") / "tree", 8, splits=("train", "test"))).lists
 
 
 def test_a_feature_file_has_the_lists_one_after_the_other(lists, tmp_path):
