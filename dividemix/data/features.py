@@ -86,7 +86,7 @@ def as_views(features: ArrayLike, name: str = "features") -> NDArray[np.floating
     features = features if features.ndim == 3 else features[None]
     if len(features) > 255:
         raise DivideMixError(f"{name}: {len(features)} views, expected at most 255 of the shape (V, N, D)")
-    features = np.ascontiguousarray(features, None if features.dtype == np.float16 else np.float32)
+    features = np.require(features, None if features.dtype == np.float16 else np.float32, ["C", "W"])  # as torch wants
     if not np.isfinite(features).all():
         raise DivideMixError(f"{name}: some values are not finite numbers, or larger than float32 can hold")
     return features
