@@ -350,7 +350,7 @@ def co_divide(
         if mean is not None:
             mean.add(scores.probability)
         with phase("gmm", k):
-            fits[k] = sets[k].runtime.background(mixtures[k].divide, *arguments, f"net {k + 1}", sets[k].given_labels)
+            fits[k] = sets[k].runtime.background(mixtures[k].divide, *arguments, sets[k].given_labels, f"net {k + 1}")
     return Divisions(fits, phase)
 
 
