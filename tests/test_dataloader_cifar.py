@@ -8,6 +8,7 @@ import shutil
 import struct
 import tracemalloc
 from pathlib import Path
+from unittest import mock
 from urllib.error import URLError
 
 import numpy as np
@@ -119,27 +120,19 @@ def test_every_protocol_of_python_3(tmp_path, protocol, numpy1):
 # ---- CIFAR: what is missing or wrong ----
 
 
-def test_not_found_says_where_and_what_to_do(tmp_path):
-    """Else: a new user does not learn where the data belong, or that there is something to run without them."""
-    names = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "fashionmnist": "FashionMNIST/raw"}
-    for dataset, name in names.items():
-        refused(dataset, tmp_path, tmp_path / name, "--data_path", "--download", "--dataset digits")
-    refused("cifar10", "~nobody/\0", "not found")
-
-
 @pytest.mark.parametrize(
-    ("dataset", "name"),
+    ("dataset", "folder", "name"),
     [
-        ("cifar10", "data_batch_1"),
-        ("cifar10", "data_batch_3"),
-        ("cifar10", "test_batch"),
-        ("cifar100", "train"),
-        ("cifar100", "test"),
-        ("fashionmnist", "t10k-labels-idx1-ubyte"),
+        ("cifar10", "cifar-10-batches-py", "data_batch_3"),
+        ("cifar10", "cifar-10-batches-py", "test_batch"),
+        ("cifar100", "cifar-100-python", "train"),
+        ("fashionmnist", "FashionMNIST/raw", "t10k-labels-idx1-ubyte"),
     ],
 )
-def test_a_missing_file_is_named(tmp_path, dataset, name):
-    """Else: a run trains on four fifths of the data and nobody notices."""
+def test_missing_data_are_named(tmp_path, dataset, folder, name):
+    """Else: a new user does not learn where the data belong, or that there is something to run without them; or a run
+    trains on four fifths of the data and nobody notices."""
+    refused(dataset, tmp_path, tmp_path / folder, "--data_path", "--download", "--dataset digits")
     path = MAKERS[dataset](tmp_path) / name
     path.unlink()
     refused(dataset, tmp_path, path, "missing")
@@ -152,18 +145,15 @@ ROWS = batch()["data"]
     ("changes", "expected"),
     [
         ({"labels": [0, 1, 2]}, "3 labels for 4 images"),
-        ({"labels": [0, 1, 2, 10]}, "label 10 of sample 3, expected 0 to 9"),
+        ({"labels": [0, 1, 2, 10]}, "label 10 of sample 3"),
         ({"labels": [0, -1, 2, 3]}, "label -1 of sample 1"),
         ({"labels": [0, 1, 2, 2**63]}, "labels"),
-        ({"labels": [0, 1, 2, 2.0]}, "labels"),
         ({"labels": [0, 1, 2, [3]]}, "labels"),
         ({"labels": np.zeros((4, 1), int)}, "labels"),
         ({"labels": np.zeros(4)}, "labels"),
         ({"data": ROWS.tolist()}, "data"),
         ({"data": ROWS.astype(np.float32)}, "float32"),
         ({"data": ROWS.astype(object)}, "expected numbers"),
-        ({"data": np.zeros(4, dtype=[("a", "u1"), ("b", "O")])}, "expected numbers"),
-        ({"data": np.array(["a", "b", "c", "d"])}, "expected numbers"),
         ({"data": ROWS.reshape(4, 3, 32, 32)}, "(4, 3, 32, 32)"),
         ({"data": ROWS[:, :-1]}, "3071"),
         ({"data": ROWS[:, : 3 * 15 * 15]}, "side >= 16"),
@@ -171,20 +161,20 @@ ROWS = batch()["data"]
         ({"data": rows_of(colour_digits(4, side=24)[0])}, "size"),
     ],
 )
-@pytest.mark.parametrize("protocol", [2, 5])
-def test_wrong_contents_are_refused_by_name(tmp_path, changes, expected, protocol):
+def test_wrong_contents_are_refused_by_name(tmp_path, changes, expected):
     """Else: wrong labels or shapes reach the training loop and end there in a CUDA assert, or in bad numbers."""
     folder = make_cifar10(tmp_path, n_train=20, n_test=4, batches=2)
-    write_pickle(folder / "data_batch_2", batch(**changes), protocol)
+    write_pickle(folder / "data_batch_2", batch(**changes))
     refused("cifar10", tmp_path, folder / "data_batch_2", expected)
 
 
-@pytest.mark.parametrize("entry", [{}, {"label_names": []}, {"label_names": [1, 2]}, {"label_names": "ab"}, []])
-def test_a_wrong_number_of_classes_is_refused(tmp_path, entry):
+def test_a_wrong_number_of_classes_is_refused(tmp_path):
     """Else: one damaged label makes a network with 10^12 classes; or with one class all losses are 0, and hours later
     there is nothing to divide by."""
     folder = make_cifar10(tmp_path, n_train=4, n_test=4, batches=1)
-    refused("cifar10", write_pickle(folder / "batches.meta", entry).parent, folder / "batches.meta")
+    for entry in ({}, {"label_names": []}, {"label_names": [1, 2]}, {"label_names": "ab"}, []):
+        write_pickle(folder / "batches.meta", entry)
+        refused("cifar10", folder, folder / "batches.meta")
     (folder / "batches.meta").unlink()
     write_pickle(folder / "data_batch_1", batch(labels=[0, 1, 2, 10**12]))
     refused("cifar10", tmp_path, folder / "data_batch_1", f"label {10**12} of sample 3")
@@ -196,27 +186,21 @@ def test_a_wrong_number_of_classes_is_refused(tmp_path, entry):
 # ---- Pickles that are damaged or want to run code ----
 
 
-@pytest.mark.parametrize("position", ["top", "data", "nested", "key", "meta"])
-def test_code_is_refused_and_not_run(tmp_path, position):
+def test_code_is_refused_and_not_run(tmp_path):
     """Else: whoever offers a data set for download can run programs on the computers of its users."""
-    marker = tmp_path / "marker"
+    folder, marker = make_cifar10(tmp_path, n_train=4, n_test=4, batches=1), tmp_path / "marker"
     evil = Call(os.mkdir, str(marker))
-    folder = make_cifar10(tmp_path, n_train=4, n_test=4, batches=1)
-    entry = {
-        "top": evil,
-        "data": batch(data=evil),
-        "nested": batch(filenames=[{"a": (1, [evil])}]),
-        "key": batch() | {evil: 1},
-        "meta": {"label_names": [evil]},
-    }[position]
-    path = folder / ("batches.meta" if position == "meta" else "data_batch_1")
-    for protocol in (0, 2, 4):
-        path.write_bytes(pickle.dumps(entry, protocol))
-        refused("cifar10", tmp_path, path, "mkdir")
+    batches = [evil, batch(data=evil), batch(filenames=[{"a": (1, [evil])}]), batch() | {evil: 1}]
+    for name, entries in (("data_batch_1", batches), ("batches.meta", [{"label_names": [evil]}])):
+        sound = (folder / name).read_bytes()
+        for entry in entries:
+            for protocol in (0, 2, 4):
+                (folder / name).write_bytes(pickle.dumps(entry, protocol))
+                refused("cifar10", tmp_path, folder / name, "mkdir")
+        (folder / name).write_bytes(sound)
     assert not marker.exists()
-    if position == "top":
-        pickle.loads(path.read_bytes())
-        assert marker.exists()  # the attack would have worked
+    pickle.loads(pickle.dumps(evil))
+    assert marker.exists()  # the attack would have worked
 
 
 def odd_array(shape: object, code: str, content: bytes, order: str = "<") -> bytes:
@@ -236,29 +220,22 @@ FORBIDDEN_NAMES = [
 ]
 GARBAGE = [
     b"",
-    b"\x80\x02}q\x00",
     b"<html>404 Not Found</html>",
     b"P1\n.",  # persistent id
     b"\x82\x01.",  # extension registry
     b"(" * 100_000 + b"t" * 100_000 + b".",  # deeply nested
     b"cbuiltins\nbytes\n(I1000000000000\ntR.",
-    b"}(U\x04datacbuiltins\nbytearray\n(I1000000000000\ntRs.",
     b"}(U\x04datac_codecs\nencode\n(U\x01aU\x05rot13tRs.",
     b"}(U\x04datacnumpy\nndarray\n((I1000000\nI1000000\nttRs.",
     b"}(U\x04datacnumpy.core.multiarray\n_reconstruct\n}U\x08__call__NsbS'x'\ns.",
-    pickle.dumps(batch(), 2)[:-1],
     pickle.dumps(batch(), 5)[:9000],
-    b"\x96\xff\xff\xff\xff\xff\xff\xff\x7f.",
-    b"\x96" + struct.pack("<Q", 2**28) + b".",
-    b"}r\x00\x00\x00\x04.",
-    b"}p67108864\n.",
-    b"I" + b"9" * 10_000 + b"\n.",
+    b"\x96\xff\xff\xff\xff\xff\xff\xff\x7f.",  # a length
+    b"}r\x00\x00\x00\x04.",  # a memo index
     b"](h\x00h\x00h\x00e.",
     odd_array((10**9, 10**9), "u1", b"a"),
     odd_array((1, 3072), "O8", b"\0" * 8 * 3072, "|"),  # numpy itself would take the bytes for pointers
     odd_array((1, 3072), "u1", b"\0" * 3071),
     odd_array((1, 3072), "u1", b"\0" * 3072, "x"),
-    odd_array((1,) * 100, "u1", b"\0"),
     odd_array("ab", "u1", b"\0"),
 ]
 
@@ -283,16 +260,12 @@ def test_hostile_and_damaged_pickles_are_refused(tmp_path, content):
 @pytest.mark.parametrize(("dataset", "module"), [("cifar10", "cifar"), ("fashionmnist", "mnist")])
 def test_a_failed_download_says_what_to_fetch(tmp_path, monkeypatch, dataset, module):
     """Else: a user behind a firewall sees a traceback and not what to fetch; or a download with a wrong md5 is used."""
-
-    def no_network(*_, **__):
-        raise URLError("no\nnetwork")
-
     fetch = f"torchvision.datasets.{module}.download_and_extract_archive"
-    monkeypatch.setattr(fetch, no_network)
-    refused(dataset, tmp_path / "new", "download", "failed", tmp_path / "new", "http", download=True)
+    monkeypatch.setattr(fetch, mock.Mock(side_effect=URLError("no\nnetwork")))
+    refused(dataset, tmp_path / "new", "download", tmp_path / "new", "http", download=True)
     if dataset == "cifar10":
         monkeypatch.setattr(fetch, lambda url, root, **_: make_cifar10(root))
-        refused(dataset, tmp_path, "download", "failed", download=True)
+        refused(dataset, tmp_path, "download", download=True)
 
 
 def test_download_finds_its_files_again_and_overwrites_none(tmp_path, monkeypatch):
@@ -304,9 +277,7 @@ def test_download_finds_its_files_again_and_overwrites_none(tmp_path, monkeypatc
     def fetch(url, root, **_):
         shutil.copytree(folder, Path(root) / "cifar-10-batches-py", dirs_exist_ok=True)
 
-    def forbid(*_, **__):
-        raise AssertionError("downloaded although there was no need")
-
+    forbid = mock.Mock(side_effect=AssertionError("downloaded although there was no need"))
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", forbid)
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", fetch)
     for path in (tmp_path / "a", tmp_path / "b" / "cifar-10-batches-py"):
@@ -324,6 +295,7 @@ def test_download_finds_its_files_again_and_overwrites_none(tmp_path, monkeypatc
     make_fashionmnist(tmp_path)
     for dataset in ("cifar10", "fashionmnist"):
         assert len(load(dataset, tmp_path, download=True).train_images) == 200
+    assert not forbid.called
 
 
 # ---- Fashion-MNIST and digits ----
@@ -349,18 +321,18 @@ def test_fashionmnist(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "other"),
+    ("name", "of_other_data"),
     [
         ("train-images-idx3-ubyte", struct.pack(">iiii", 0x803, 200, 32, 32) + bytes(200 * 32 * 32)),
         ("t10k-labels-idx1-ubyte", struct.pack(">ii", 0x801, 60) + bytes([10] * 60)),
     ],
 )
-def test_damaged_fashionmnist_is_named(tmp_path, name, other):
+def test_damaged_fashionmnist_is_named(tmp_path, name, of_other_data):
     """Else: a truncated IDX file ends in torchvision's bare AssertionError; other IDX data pass for Fashion-MNIST; or a
     user who fetched the .gz files by hand does not learn that one command is missing."""
     path = make_fashionmnist(tmp_path) / name
     content = path.read_bytes()
-    for damaged in (b"", content[:3], content[:60], content[:-1], content + b"x", b"\xff" * 50, other):
+    for damaged in (b"", content[:-1], content + b"x", b"\xff" * 50, of_other_data):
         path.write_bytes(damaged)
         refused("fashionmnist", tmp_path, path)
     path.unlink()
