@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -179,27 +180,17 @@ def test_a_program_that_differs_is_not_written(done, start, monkeypatch, tmp_pat
     assert Path("model.pt2").read_bytes() == b"before" and sorted(os.listdir()) == ["model.pt2", "run"]
 
 
-def test_weights_last(done, start, monkeypatch):
-    """Else the best epoch's networks are deployed as the last one's."""
-    monkeypatch.setattr(export, "export", lambda *arguments: exported.append(arguments) or b"")
-    monkeypatch.setattr(export, "relative_difference", lambda *_: 0.0)
-    exported: list = []
-    assert start(done.run, "model.pt2", "--weights", "last")[0] == 0
-    [(ensemble, _, metadata)] = exported
-    assert metadata["run"] == {"name": "a run", "weights": "last", "epochs": ensemble.epochs} and ensemble.epochs == [
-        2,
-        2,
-    ]
-
-
-def test_what_cannot_be_exported_is_one_line(done, start, monkeypatch):
-    """Else the mistake is noticed after a minute of tracing, or the tracer's hundred lines hide the reason."""
-
-    def fail(*_, **__):
-        raise RuntimeError("Could not guard\n  on data-dependent expression\n" + "x" * 5000)
-
-    monkeypatch.setattr(torch.export, "export", fail)
+def test_weights_last_and_what_cannot_be_exported(done, start, monkeypatch):
+    """Else the best epoch's networks are deployed as the last one's; a mistake is noticed after a minute of tracing; or
+    the tracer's hundred lines hide the reason."""
     refused(start(done.run, "model.pt"), "model.pt: ", ".pt2")
     refused(start("nowhere", "model.pt2"), "nowhere")
+    failure = RuntimeError("Could not guard\n  on data-dependent expression\n" + "x" * 5000)
+    monkeypatch.setattr(torch.export, "export", mock.Mock(side_effect=failure))
     refused(start(done.run, "model.pt2"), "Could not guard on data-dependent")
     assert os.listdir() == []
+    monkeypatch.setattr(export, "export", to_file := mock.Mock(return_value=b""))
+    monkeypatch.setattr(export, "relative_difference", lambda *_: 0.0)
+    assert start(done.run, "model.pt2", "--weights", "last")[0] == 0
+    ensemble, _, metadata = to_file.call_args.args
+    assert metadata["run"] == {"name": "a run", "weights": "last", "epochs": [2, 2]} and ensemble.epochs == [2, 2]
