@@ -278,8 +278,7 @@ def status_of(main) -> int:
 
 
 def test_how_a_script_ends(monkeypatch, capsys):
-    """Else warnings show Python source, a job script takes a refused run for a finished one, a bug looks as if its user
-    had made a mistake, or a rank that is done aborts now and then while gloo's threads let go of tensors."""
+    """Else a job script takes a refused run for a finished one, or a bug looks like its user's mistake."""
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # `command_line` sets it
     monkeypatch.setattr(os, "_exit", mock.Mock())
     with warnings.catch_warnings(record=True) as shown:

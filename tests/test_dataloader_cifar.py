@@ -24,12 +24,12 @@ from helpers.data import (
     rows_of,
     write_pickle,
 )
+from helpers.errors import assert_refused
 from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from dataloader_cifar import load
-from dividemix import DivideMixError
 from dividemix.data.images import shown
 from dividemix.data.lists import Boundary
 
@@ -37,11 +37,7 @@ MAKERS = {"cifar10": make_cifar10, "cifar100": make_cifar100, "fashionmnist": ma
 
 
 def refused(dataset: str, path: Path, *expected: object, download: bool = False) -> None:
-    """`load` fails with a DivideMixError of one line that contains each of `expected`."""
-    with pytest.raises(DivideMixError) as caught:
-        load(dataset, path, download)
-    message = str(caught.value)
-    assert "\n" not in message and all(str(text) in message for text in expected), message
+    assert_refused(lambda: load(dataset, path, download), *expected)
 
 
 def publish(monkeypatch, source: type, folder: Path) -> None:
@@ -63,8 +59,7 @@ def publish(monkeypatch, source: type, folder: Path) -> None:
     [("cifar10", CIFAR10, (0.4914, 0.4822, 0.4465)), ("cifar100", CIFAR100, (0.507, 0.487, 0.441))],
 )
 def test_pixels_and_labels_are_those_of_torchvision(tmp_path, monkeypatch, dataset, source, mean):
-    """Else: runs train on scrambled pixels, on labels of other images or on CIFAR-100's superclasses; or a copy that is
-    not the published one is called official."""
+    """Runs would train on scrambled pixels, labels of other images, or CIFAR-100's superclasses."""
     folder = MAKERS[dataset](tmp_path)  # as Python 2 wrote the published files
     publish(monkeypatch, source, folder)
     data = load(dataset, tmp_path)
@@ -98,8 +93,7 @@ def test_own_data_of_other_sizes(tmp_path):
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("numpy1", [False, True])
 def test_every_protocol_of_python_3(tmp_path, protocol, numpy1):
-    """Else: data that a user wrote with a current Python cannot be read, or a transposed or big-endian array is read as
-    noise."""
+    """Data that a user wrote with a current Python could not be read, or be read as noise."""
     labels, rows = batch()["labels"], batch()["data"]
     entries = [batch(labels=np.array(labels, kind)) for kind in ("<i8", ">i4", "u1", "<u8")]
     entries += [batch(labels=[np.int64(label) for label in labels]), batch(data=np.asfortranarray(rows))]
@@ -130,8 +124,7 @@ def test_every_protocol_of_python_3(tmp_path, protocol, numpy1):
     ],
 )
 def test_missing_data_are_named(tmp_path, dataset, folder, name):
-    """Else: a new user does not learn where the data belong, or that there is something to run without them; or a run
-    trains on four fifths of the data and nobody notices."""
+    """A new user would not learn where the data belong; or a run train on four fifths of them."""
     refused(dataset, tmp_path, tmp_path / folder, "--data_path", "--download", "--dataset digits")
     path = MAKERS[dataset](tmp_path) / name
     path.unlink()
@@ -169,8 +162,7 @@ def test_wrong_contents_are_refused_by_name(tmp_path, changes, expected):
 
 
 def test_a_wrong_number_of_classes_is_refused(tmp_path):
-    """Else: one damaged label makes a network with 10^12 classes; or with one class all losses are 0, and hours later
-    there is nothing to divide by."""
+    """One damaged label would make a network with 10^12 classes; with one class all losses are 0."""
     folder = make_cifar10(tmp_path, n_train=4, n_test=4, batches=1)
     for entry in ({}, {"label_names": []}, {"label_names": [1, 2]}, {"label_names": "ab"}, []):
         write_pickle(folder / "batches.meta", entry)
@@ -242,8 +234,7 @@ GARBAGE = [
 
 @pytest.mark.parametrize("content", FORBIDDEN_NAMES + GARBAGE)
 def test_hostile_and_damaged_pickles_are_refused(tmp_path, content):
-    """Else: some opcode reaches a function past the guard; a web page or an interrupted copy ends in a traceback; or a
-    crafted array crashes numpy, or one damaged byte (a memo index, a length) takes gigabytes."""
+    """An opcode would reach a function past the guard, crash numpy, or take gigabytes for one damaged byte."""
     folder = make_cifar10(tmp_path, n_train=4, n_test=4, batches=1)
     (folder / "data_batch_1").write_bytes(content)
     tracemalloc.start()
@@ -269,8 +260,7 @@ def test_a_failed_download_says_what_to_fetch(tmp_path, monkeypatch, dataset, mo
 
 
 def test_download_finds_its_files_again_and_overwrites_none(tmp_path, monkeypatch):
-    """Else: --download puts the files where the next run does not find them, or replaces a user's own data; or a
-    published copy without its last batch passes for a smaller data set."""
+    """--download would put files where no run finds them, or replace a user's own data."""
     folder = make_cifar10(tmp_path / "source")
     publish(monkeypatch, CIFAR10, folder)
 
@@ -328,8 +318,7 @@ def test_fashionmnist(tmp_path):
     ],
 )
 def test_damaged_fashionmnist_is_named(tmp_path, name, of_other_data):
-    """Else: a truncated IDX file ends in torchvision's bare AssertionError; other IDX data pass for Fashion-MNIST; or a
-    user who fetched the .gz files by hand does not learn that one command is missing."""
+    """A truncated IDX file would end in torchvision's bare AssertionError, or other IDX data pass."""
     path = make_fashionmnist(tmp_path) / name
     content = path.read_bytes()
     for damaged in (b"", content[:-1], content + b"x", b"\xff" * 50, of_other_data):
@@ -375,8 +364,7 @@ def prepared(data, path: Path, pixels: np.ndarray) -> np.ndarray:
 
 
 def test_an_image_file_is_prepared_as_the_set(tmp_path):
-    """Else: a trained network is asked about other pixels than those of its test set. Fashion-MNIST's files are 28x28
-    and get a border. Digits of 8x8 have 256 levels in a file and 17 in the set, so that rounding differs by one."""
+    """A trained network would be asked about other pixels than those of its test set."""
     make_cifar10(tmp_path, side=48)
     make_fashionmnist(tmp_path)
     cifar, fashion, digits = (load(dataset, tmp_path) for dataset in ("cifar10", "fashionmnist", "digits"))

@@ -4,29 +4,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.errors import assert_refused
 from helpers.trees import make_clothing1M
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from dataloader_clothing1M import NUM_CLASS, balanced_sample, find, load
-from dividemix import DivideMixError
-
-
-def refused(root: Path, *expected: str) -> None:
-    with pytest.raises(DivideMixError) as caught:
-        load(root)
-    message = str(caught.value)
-    assert "\n" not in message and all(text in message for text in expected), message
-
-
-# ---- Key lists ----
 
 
 @pytest.mark.parametrize("images_folder", [True, False])
 def test_images_and_labels_of_both_layouts(tmp_path, monkeypatch, images_folder):
-    """One of the two ways in which people keep Clothing1M could not be read; the same folder written otherwise would
-    not be found; clean labels would be trained on, or accuracy be measured against noisy ones."""
+    """Clothing1M as many keep it could not be read, or clean labels would be trained on."""
     root = make_clothing1M(tmp_path / "data", 30, 16, 14, images_folder=images_folder)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -55,20 +44,20 @@ def test_images_and_labels_of_both_layouts(tmp_path, monkeypatch, images_folder)
     ],
 )
 def test_bad_lines_and_missing_lists_are_named_at_once(tmp_path, name, line, expected):
-    """An image would be trained on with a label that nobody gave it; or the user mend one list, start again, and be
-    told of the next."""
+    """A label that nobody gave would be trained on; or the user be told of one list after the other."""
     root = make_clothing1M(tmp_path, 14, 14, 14)
     (root / "clean_test_key_list.txt").unlink()
     lines = (root / name).read_text().splitlines()
     (root / name).write_text("\n".join([*lines[:8], line, *lines[9:]]))
-    refused(root, "clean_test_key_list.txt is missing", f"{root / name}, line 9: ", expected, "--data_path")
+    assert_refused(
+        lambda: load(root), "clean_test_key_list.txt is missing", f"{root / name}, line 9: ", expected, "--data_path"
+    )
     lists, problems = find(root)
     assert "test" not in lists and ("train" in lists) == ("val" in name) and len(problems) == 2
 
 
 def test_an_image_that_is_listed_again_is_taken_once_with_its_last_label(tmp_path, recwarn):
-    """The published lists would be refused for their repetitions, or an image get another label than the published
-    script gives it."""
+    """The published lists would be refused, or an image get another label than in the published script."""
     root = make_clothing1M(tmp_path, 14, 14, 14)
     train, val = ((root / f"{name}_key_list.txt").read_text().split()[0] for name in ("noisy_train", "clean_val"))
     lines = {"clean_label_kv.txt": f"{val} 8", "noisy_label_kv.txt": f"{train} 9", "noisy_train_key_list.txt": train}
@@ -79,9 +68,6 @@ def test_an_image_that_is_listed_again_is_taken_once_with_its_last_label(tmp_pat
     assert len(data.train) == 14 and data.train.labels[0] == 9 and data.val.labels[0] == 8
     warned = sorted(str(warning.message).split(":")[0] for warning in recwarn)
     assert warned == [str(root / name) for name in lines]
-
-
-# ---- Class-balanced samples ----
 
 
 def one_by_one(labels: np.ndarray, n: int, num_class: int, rng: np.random.Generator) -> list[int]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.errors import assert_refused
 from PIL import Image
 
 from dataloader_folder import balance, class_order, find, load, mean_std, survey
@@ -31,14 +32,7 @@ def read(images) -> dict[str, int]:
 
 
 def refused(data_path: Path, *expected: str, labels: Path | None = None) -> str:
-    with pytest.raises(DivideMixError) as caught:
-        load(data_path, labels)
-    message = str(caught.value)
-    assert "\n" not in message and all(text in message for text in expected), message
-    return message
-
-
-# ---- Layouts ----
+    return assert_refused(lambda: load(data_path, labels), *expected)
 
 
 def test_class_folders(tmp_path):
@@ -122,9 +116,6 @@ def test_class_order_of_numbers():
     assert class_order(["1" * 5000, "2"]) == ["1" * 5000, "2"]  # no number that int() takes
 
 
-# ---- Faults ----
-
-
 def test_what_is_no_data_folder(tmp_path):
     """The first mistake of a new user would end in a traceback."""
     refused(tmp_path / "gone", f"--data_path {tmp_path / 'gone'}")
@@ -141,8 +132,7 @@ def test_what_is_no_data_folder(tmp_path):
 
 
 def test_a_test_set_that_does_not_fit(tmp_path):
-    """Accuracy would be measured on a class that no network has an output for, on other classes' numbers, or on images
-    that were learned by heart."""
+    """Accuracy would be of classes that no output stands for, or of images that were learned by heart."""
     root = put(tmp_path / "classes", "train/a/1.jpg", "train/b/1.jpg", "test/a/2.jpg", "test/c/3.jpg")
     refused(root, f"{root / 'test'}: 'c' ", "(a, b)")
     path = table(root / "test.csv", "test/a/2.jpg,a", "test/c/3.jpg,A")
@@ -163,16 +153,12 @@ def test_names_that_a_table_cannot_hold(tmp_path, name, expected):
     refused(tmp_path, str(tmp_path), expected, "rename it")
 
 
-# ---- Size, colour and balance of the images ----
-
-
 def draw(path: Path, size: tuple[int, int], mode: str = "RGB") -> None:
     Image.new(mode, size).save(path)
 
 
 def test_survey(tmp_path):
-    """Photos would be cut down to 32 pixels, or icons blown up to 224; a million images over a network take an hour; a
-    folder of broken downloads end in numpy's traceback."""
+    """Photos would be cut down to 32 pixels, or icons blown up to 224; a million images take an hour."""
     put(tmp_path, "a/0.png", "b/empty.png")
     with pytest.raises(DivideMixError, match=r"a/0\.png: empty .*--check_data"):
         survey(load(tmp_path).train)

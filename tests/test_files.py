@@ -86,8 +86,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 
 def test_a_lock_is_not_held_on_by_workers(tmp_path):
-    """Killed, the main process leaves its workers alive for some seconds: the same command again would be refused, as
-    if another process was still training."""
+    """Workers outlive a killed main process for seconds: the same command again would be refused."""
     lock, context = files.lock_file(tmp_path / ".lock"), multiprocessing.get_context("fork")
     running, stop = context.Event(), context.Event()
     worker = context.Process(target=lambda: running.set() or stop.wait(60))

@@ -76,8 +76,7 @@ def noise_json(root: Path) -> Target:
 
 
 def human_labels(root: Path) -> Target:
-    """The labels that people gave to 40 images: what is in the archive, as numpy 1 and 2 write it, and the archive
-    itself. A changed label may pass, as other people's would."""
+    """Labels that people gave to 40 images, as numpy 1 and 2 write them; a changed label may pass."""
     arrays = {"clean_label": TRUTH, "worse_label": TRUTH[::-1].copy()}
     pickles = [pickled(arrays, numpy1=numpy1) for numpy1 in (False, True)]
 

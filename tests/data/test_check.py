@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers.errors import assert_refused
 from helpers.trees import Artist, make_clothing1M
 
 import dataloader_clothing1M
@@ -30,13 +31,9 @@ def find(root: Path):
     return dataloader_clothing1M.find(root)
 
 
-# ---- One file ----
-
-
 @pytest.mark.parametrize(("kind", "mode"), [("JPEG", "CMYK"), ("PNG", "P"), ("WEBP", "L")])
 def test_one_image(tmp_path, kind, mode):
-    """Sound images of odd formats or with bytes after the end mark would be refused; or `full` cost a decoding of every
-    image and see no more than the quick look."""
+    """Sound images of odd formats would be refused; or `full` would see no more than the quick look."""
     path = tmp_path / "photo.jpg"
     content = save(path, kind, mode)
     for end in (b"", b"\0" * 100):
@@ -45,9 +42,6 @@ def test_one_image(tmp_path, kind, mode):
     damage_middle(path)
     quick, full = (problem(str(path), Boundary(tmp_path), full) for full in (False, True))
     assert quick == "" and full != ""
-
-
-# ---- --check_data ----
 
 
 @pytest.fixture
@@ -120,12 +114,8 @@ def test_bad_images_can_be_skipped_if_they_are_all_that_is_wrong(damaged, capsys
     assert capsys.readouterr().out == ""
 
 
-# ---- --skip_bad_images ----
-
-
 def test_bad_images_are_looked_for_once_and_stay_left_out(damaged, tmp_path):
-    """The labels of the images left would move to their neighbours; each start look at a million files again; or train
-    on other images than the start before."""
+    """The labels left would move to their neighbours, or the next start train on other images."""
     lists, file = find(damaged)[0], tmp_path / "skipped.json"
     index, lines = usable(lists, None, file, Ranks())
     assert [len(rows) for rows in index.values()] == [28, 14, 14] and not lines and not file.exists()
@@ -173,7 +163,4 @@ def test_a_record_that_is_damaged_or_of_other_data_is_refused(damaged, tmp_path,
     file = tmp_path / "skipped.json"
     os.mkfifo(file) if content is None else file.write_text(content)
     for depth in ("quick", None):
-        with pytest.raises(DivideMixError) as caught:
-            usable(find(damaged)[0], depth, file, Ranks())
-        message = str(caught.value)
-        assert message.startswith(str(file)) and word in message and "\n" not in message
+        assert_refused(lambda depth=depth: usable(find(damaged)[0], depth, file, Ranks()), file, word)

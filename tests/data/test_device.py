@@ -29,9 +29,6 @@ def shown(views):
     return (views[:, 0, 8, 8].round().long() - 1).tolist()
 
 
-# ---- Views ----
-
-
 def test_crop_and_flip_equal_torchvision_for_the_same_draws():
     """A crop that is shifted, wraps around, has a grey border, or flips before it crops, is not the paper's."""
     images = torch.from_numpy(random_images())
@@ -67,9 +64,6 @@ def test_normalisation_is_the_plain_formula_to_the_bit(n):
     assert result.is_contiguous(memory_format=torch.channels_last) and torch.equal(images, before)
 
 
-# ---- Passes ----
-
-
 @given(st.integers(2, 60), st.integers(1, 60), st.integers(1, 17), st.integers(0, 999))
 @settings(max_examples=25)
 def test_a_pass_shows_every_labeled_sample_once(n, labeled, batch_size, seed):
@@ -92,8 +86,7 @@ def test_a_pass_shows_every_labeled_sample_once(n, labeled, batch_size, seed):
 
 
 def test_order_and_views_are_new_in_each_pass_and_the_generator_decides_them():
-    """The same images would meet all epoch long; one crop for both views would guess from one prediction; a draw from
-    a global stream would make a continued run differ from the uninterrupted one."""
+    """The same images would meet all epoch long, or a continued run differ from the uninterrupted one."""
     data = DeviceImages(random_images(60), np.arange(60), (0.5,) * 3, (0.5,) * 3, True)
     passes = []
     for global_seed, seed in ((0, 5), (1, 5), (1, 6)):

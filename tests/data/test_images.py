@@ -300,8 +300,7 @@ def test_orientations(tmp_path, kind):
 
 
 def test_exif_after_the_pixels_and_damaged_exif(tmp_path):
-    """PNG allows it there: only such photos would stay on their side. A camera's or an editor's slip would end the run,
-    and the photo is sound."""
+    """PNG allows EXIF there: such photos would stay on their side; damaged EXIF data would end the run."""
     content = saved(Image.fromarray(np.ascontiguousarray(LYING[6])), "PNG", exif=exif_of(6))
     at = content.index(b"eXIf") - 4
     end = at + 12 + int.from_bytes(content[at : at + 4], "big")

@@ -31,9 +31,6 @@ def result_of(images):
     return TaskResult("train", np.arange(len(images)), flat, sizes, np.arange(len(images)).astype(np.uint8))
 
 
-# ---- In memory ----
-
-
 def test_kept_images_are_copies():
     """They would stay in the workers' shared memory, of which there is little."""
     images, kept = random_images(7), store.KeptImages(torch.device("cpu"))
@@ -75,9 +72,6 @@ def test_memory_that_is_free(tmp_path, limits, expected):
         (folder / "memory.stat").write_text(f"anon 5\ninactive_file {files}\nactive_file 0\n")
     assert host_memory(tmp_path / "proc", tmp_path / "groups") == expected
     assert host_memory(tmp_path, tmp_path) == 0
-
-
-# ---- In a file ----
 
 
 def npy(array: np.ndarray) -> bytes:

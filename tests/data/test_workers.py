@@ -46,8 +46,7 @@ def processes(workers):
 
 
 def test_results_come_in_the_order_of_the_tasks_from_the_same_processes(reader, workers):
-    """Images would get each other's labels, each phase begin with seconds of starting processes, or Ctrl-C end the run
-    with the tracebacks of all workers instead of one line."""
+    """Images would get each other's labels; Ctrl-C would end the run with the tracebacks of all workers."""
     random_state, pids = torch.get_rng_state(), []
     for start in (0, 20):
         results = []

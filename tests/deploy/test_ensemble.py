@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from helpers.data import Call
+from helpers.errors import assert_refused
 from helpers.trained import COLOUR, GREY, NAMES, draw_photos, lively, make_trained, nets_of
 
-from dividemix import DivideMixError
 from dividemix.data import device
 from dividemix.deploy import ensemble as deploy
 from dividemix.deploy.ensemble import load_ensemble, probabilities, to_images
@@ -23,12 +23,7 @@ from dividemix.run.description import Description, read_description
 
 
 def refused(call, *arguments) -> str:
-    """One line that says what to do."""
-    with pytest.raises(DivideMixError) as error:
-        call(*arguments)
-    message = str(error.value)
-    assert "\n" not in message and len(message) < 500, message
-    return message
+    return assert_refused(lambda: call(*arguments))
 
 
 def test_a_file_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
@@ -42,8 +37,7 @@ def test_a_file_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("preparation", [COLOUR, GREY], ids=["colour", "grey"])
 def test_the_ensemble_is_what_the_test_counts(tmp_path, preparation):
-    """The images as training normalises them, to the bit, grey ones in three channels in their black border; and the
-    sum of both networks' logits. Else the program is not the network whose accuracy the run reports."""
+    """Else the program is not the network whose accuracy the run reports."""
     names = [*NAMES[:-1], "\udcff"]
     run = make_trained(tmp_path / "run", preparation, names)
     side, channels, border = preparation.image_size, preparation.channels, preparation.border
@@ -70,8 +64,7 @@ def test_probabilities_are_those_of_the_mean_logits():
 
 
 def test_best_and_last_are_different_networks(tmp_path):
-    """Else --weights has no effect, and the last epoch's networks pass for the best. Loading draws nothing from the
-    global generator: a notebook's next seeded step would change."""
+    """Else the last epoch's networks pass for the best, or loading changes a notebook's next seeded step."""
     run = make_trained(tmp_path / "run")
     for weights, epoch, seed in (("best", 1, 0), ("last", 2, 10)):
         state = torch.get_rng_state()

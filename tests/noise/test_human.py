@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.data import Call, make_human, pickled, torch_archive
+from helpers.errors import assert_refused
 
-from dividemix import DivideMixError
 from dividemix.noise.human import read
 
 TRUTH = np.arange(40) % 10
@@ -23,16 +23,11 @@ def file(tmp_path):
 
 
 def refused(file, *expected: str) -> None:
-    """`read` fails with one line that names the file."""
-    with pytest.raises(DivideMixError) as error:
-        read(file, "worse_label", TRUTH, 10)
-    message = str(error.value)
-    assert "\n" not in message and all(text in message for text in (str(file), *expected)), message
+    assert_refused(lambda: read(file, "worse_label", TRUTH, 10), file, *expected)
 
 
 def test_the_published_format_and_what_torch_saves_are_read(file):
-    """The published files name numpy 1's functions, one that is saved again today numpy 2's. A name that stays allowed
-    would open every later torch.load, that of checkpoints too."""
+    """The published files name numpy 1's functions, new ones numpy 2's; neither may stay allowed elsewhere."""
     allowed = set(torch.serialization.get_safe_globals())
     for numpy1 in (True, False):
         make_human(file, SOUND, numpy1)
@@ -100,8 +95,7 @@ def test_code_in_a_file_is_not_run(file, tmp_path):
 
 
 def test_no_file_crashes_the_process(tmp_path):
-    """numpy's own ndarray of an object type takes the file's bytes for addresses of objects: 90 bytes crash whoever
-    reads them, or run what lies there."""
+    """numpy's own ndarray of objects takes 90 bytes of a file for addresses, and crashes or runs what lies there."""
     addresses = np.arange(1, 81).tobytes()
     empty = np._core.multiarray._reconstruct
     forged = Call(np.dtype, "i8", False, True, state=(3, "<", None, None, None, -1, -1, 63))
