@@ -1,7 +1,6 @@
 """Bad input on the command line gets one clear line and a non-zero exit status, before any training, and leaves nothing
 behind. Odd but sound input is trained on. Damaged files are in test_fuzz.py."""
 
-import functools
 import json
 import os
 import pickle
@@ -43,7 +42,7 @@ def inputs(tmp_path_factory) -> Path:
     state = PreResNet.ResNet18(10, 8).state_dict()  # the runs' width is 4
     for name, nets in {"wide": [state, state], "odd": [state, 3], "single": [state]}.items():
         torch.save({"nets": nets}, root / f"{name}.pt")
-    (make_cifar10(root / "damaged", 40, 10, subfolder=False) / "data_batch_3").write_bytes(b"half")
+    (make_cifar10(root / "damaged", 40, 10, bare=True) / "data_batch_3").write_bytes(b"half")
     return root
 
 
@@ -52,7 +51,6 @@ def start(inputs, tmp_path, monkeypatch, capsys):
     """Runs Train_cifar.py's command line in-process, tiny, as a user would. -> (exit status, the lines on stderr)"""
     monkeypatch.chdir(inputs)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", functools.cache(lambda: False))
     monkeypatch.setattr(device, "unusable_card", lambda: None)
 
     def run(*flags: str) -> tuple[int, list[str]]:
@@ -96,19 +94,14 @@ def test_every_number_has_a_range(script, monkeypatch):
 
 REFUSED = [  # flags, exit status, what the line names
     ("--num 3", 2, "--num"),  # abbreviated: --num_epochs today and --num_class tomorrow
-    ("cifar10", 2, "cifar10"),
     ("--lr nan", 2, "--lr"),
     ("--workers 257", 2, "--workers"),  # thousands stop the computer
-    ("--dataset cifar", 2, "--dataset"),
     ("--noise_mode human --dataset cifar100", 2, "noisy_label"),
     ("--noise_key worse_label", 2, "--noise_mode human"),
-    ("--noise_mode human --noise_key clean_label", 2, "'clean_label'"),
-    ("--noise_mode human --noise_key worse_label --r 0.5", 2, "--r 0.5"),
     ("--noise_mode asym --noise_definition with_self", 2, "--noise_definition with_self"),
     ("--noise_file a/CIFAR-10_human.pt", 2, "--noise_mode human"),
     ("--noise_file gone.json", 1, "noise file gone.json"),
     ("--num_class 14", 1, "--num_class 14"),
-    ("--limit_train 1451", 1, "--limit_train 1451"),
     ("--limit_train 1", 1, "at least 2"),  # a mixture of two is not fitted to one loss
     ("--dataset cifar10 --data_path damaged", 1, "damaged/data_batch_3"),
     ("--run_dir text.pt/below", 1, "text.pt/below"),
@@ -117,7 +110,6 @@ REFUSED = [  # flags, exit status, what the line names
     ("--init_from wide.pt", 1, "wide.pt"),
     ("--init_from odd.pt --width 8", 1, "odd.pt"),
     ("--device cuda", 1, "--device cpu"),
-    ("--device mps", 1, "--device cpu"),
 ]
 
 
@@ -204,14 +196,6 @@ def test_odd_data_sets_are_trained_on(start, tmp_path, labels, n_names):
 
 
 # ---- A run folder that is taken ----
-
-
-def test_another_noise_file_for_a_run_that_has_begun(begun, inputs, tmp_path):
-    """Else the run goes on with its old labels, and the user believes that it learns from the file that was named."""
-    status, [line] = begun("--noise_file", "two.json")
-    assert status == 1 and "two.json" in line and len(read_records(tmp_path / "run")) == 1
-    shutil.copy(inputs / "one.json", tmp_path / "moved.json")  # the same labels elsewhere are fine
-    assert begun("--noise_file", f"{tmp_path}/moved.json")[0] == 0 and len(read_records(tmp_path / "run")) == 2
 
 
 def test_a_run_stopped_before_its_first_checkpoint_does_not_keep_its_labels(start, inputs, tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from helpers.errors import assert_refused
 from helpers.trees import WNIDS, make_webvision
-from PIL import Image
 
 from dataloader_webvision import find, load
 
@@ -28,10 +27,7 @@ def test_images_and_labels(tmp_path, wnid_folders):
     assert Path(data.val.path(7)) == root / "val_images_256/val000007.jpg"
     name = WNIDS[1] if wnid_folders else "1"
     assert Path(data.imagenet.path(4)) == root / f"imagenet/val/{name}/ILSVRC2012_val_00000011.JPEG"
-    for images in (data.train, data.val, data.imagenet):
-        for i in range(len(images)):
-            with Image.open(images.path(i)) as image:
-                assert image.format == "JPEG"
+    assert all(Path(images.path(i)).is_file() for images in (data.train, data.val, data.imagenet) for i in range(20))
 
 
 def test_only_the_first_classes(tmp_path):

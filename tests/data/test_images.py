@@ -5,15 +5,12 @@ import os
 import pickle
 import re
 import struct
-import subprocess
-import sys
 import warnings
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from helpers.scripts import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
@@ -25,7 +22,6 @@ from dividemix import DivideMixError
 from dividemix.data.check import problem
 from dividemix.data.images import (
     COMPOSITED,
-    MAX_RATIO,
     RATIO,
     SCALE,
     SCALED,
@@ -116,16 +112,16 @@ def test_views_that_do_not_fit_in_are_refused(crop):
 
 # ---- Files: the published pixels ----
 
-KINDS = {
-    "grey JPEG": ("JPEG", "L", {}),
-    "CMYK JPEG": ("JPEG", "CMYK", {}),
-    "palette PNG, colours half transparent": ("PNG", "P", {"transparency": bytes(range(0, 256, 2))}),
-    "RGBA PNG": ("PNG", "RGBA", {}),
-    "JPEG lying on its side": ("JPEG", "RGB", {"exif": exif_of(6)}),
-}
 
-
-@pytest.mark.parametrize(("kind", "mode", "options"), KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("JPEG", "L", {}),
+        ("JPEG", "CMYK", {}),
+        ("PNG", "P", {"transparency": bytes(range(0, 256, 2))}),
+        ("JPEG", "RGB", {"exif": exif_of(6)}),  # lying on its side
+    ],
+)
 def test_published_pixels(tmp_path, kind, mode, options):
     """Clothing1M and WebVision would be other pixels than the paper's, or a run would end at the first grey photo."""
     path = tmp_path / "photo.jpg"
@@ -136,9 +132,7 @@ def test_published_pixels(tmp_path, kind, mode, options):
         np.testing.assert_array_equal(read_image(path, Boundary(tmp_path), as_shown=False), expected)
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype"), [("PNG", np.uint16), ("TIFF", ">u2"), ("TIFF", np.int32), ("PPM", np.int32)]
-)
+@pytest.mark.parametrize(("kind", "dtype"), [("PNG", np.uint16), ("TIFF", ">u2"), ("PPM", np.int32)])
 def test_published_pixels_of_16_bits(tmp_path, kind, dtype):
     """They would be white all over: Pillow takes every value over 255 for 255."""
     values = np.arange(0, 65536, 41).astype(dtype)[:1560].reshape(39, 40)
@@ -211,7 +205,6 @@ SHOWN = {
     # transparency, on white
     "RGBA PNG": (saved(of([(0, 0, 0, 0), (200, 100, 0, 51)], "RGBA"), "PNG"), [255, (244, 224, 204)]),
     "RGBa TIFF": (tiff(2, [8] * 4, bytes([40, 20, 0, 51, 0, 0, 0, 0]), 2, t338=[1]), [(244, 224, 204), 255]),
-    "LA PNG": (saved(of([(0, 0), (0, 255), (100, 51)], "LA"), "PNG"), [255, 0, 224]),
     "La TIFF": (tiff(1, [8, 8], bytes([0, 0, 20, 51]), 2, t338=[1]), [255, 224]),
     "PA TIFF": (tiff(3, [8, 8], bytes([0, 0, 100, 51]), 2, t338=[2], t320=RAMP), [255, 224]),
     "P PNG, one colour": (saved(palette(of([0, 1], "P"), [0, 0, 0, 1, 2, 3]), "PNG", transparency=0), [255, (1, 2, 3)]),
@@ -220,33 +213,26 @@ SHOWN = {
         [255, 224, 9],
     ),
     "1 PNG, white": (png(1, 0, b"\x40", 2, (KEY, u16(1))), [0, 255]),
-    "L PNG of 2 bits, a colour": (png(2, 0, bytes([0b00011011]), 4, (KEY, u16(1))), [0, 255, 170, 255]),
     "RGB PNG, a colour": (png(8, 2, bytes([0, 0, 0, 0, 0, 1]), 2, (KEY, u16(0, 0, 0))), [255, (0, 0, 1)]),
     "RGB PNG of 16 bits, a colour": (
         png(16, 2, u16(256, 512, 768, 256, 512, 769), 2, (KEY, u16(256, 512, 768))),
         [255, (1, 2, 3)],
     ),
     # 16 bits a channel
-    "RGB PNG of 16 bits": (png(16, 2, u16(0x1234, 0xFF00, 0), 1), [(0x12, 0xFF, 0)]),
     # 16-bit grey: by its largest value
     "8 bits in 16": (png(16, 0, u16(0, 100, 255), 3), [0, 100, 255]),
     "9 bits in 16": (png(16, 0, u16(0, 256, 511), 3), [0, 64, 127]),
     "12 bits in 16": (png(16, 0, u16(0, 1024, 4095), 3), [0, 64, 255]),
     "14 bits in 16": (png(16, 0, u16(0, 4097, 16383), 3), [0, 64, 255]),
-    "16 bits": (png(16, 0, u16(0, 257, 65535), 3), [0, 1, 255]),
     "12 bits in a TIFF": (tiff(1, [16], u16(0, 1024, 4095, order="<"), 3), [0, 64, 255]),
-    "12 bits in a TIFF, big endian": (tiff(1, [16], u16(0, 1024, 4095), 3, ">"), [0, 64, 255]),
     "12 bits in a TIFF, white is zero": (tiff(0, [16], u16(0, 1024, 4095, order="<"), 3), [255, 191, 0]),
-    "12 bits in a TIFF, with a sign": (tiff(1, [16], u16(0, 1024, 4095, order="<"), 3, t339=[2]), [0, 64, 255]),
     "12 bits in a PGM": (b"P5 3 1 65535\n" + u16(0, 1024, 4095), [0, 64, 255]),
     "12 bits with a transparent colour": (png(16, 0, u16(65535, 1024, 4095), 3, (KEY, u16(65535))), [255, 64, 255]),
     "12 bits with alpha": (png(16, 4, u16(65535, 0, 1024, 65535, 4095, 65535, 1024, 51 << 8), 4), [255, 64, 255, 217]),
     # 16-bit grey: by the bits that the file names
     "10 bits, sBIT 12": (png(16, 0, u16(0, 1023), 2, (b"sBIT", b"\x0c")), [0, 64]),
     "10 bits, sBIT 9": (png(16, 0, u16(0, 600), 2, (b"sBIT", b"\x09")), [0, 150]),
-    "12 bits, sBIT 16": (png(16, 0, u16(0, 4112), 2, (b"sBIT", b"\x10")), [0, 16]),
     "12 bits stretched to 16, sBIT 12": (png(16, 0, u16(0, 0x1010, 0xFFF0), 3, (b"sBIT", b"\x0c")), [0, 16, 255]),
-    "10 bits in a TIFF of 12": (tiff(1, [12], bytes([0x00, 0x03, 0xFF]), 2), [0, 64]),
     "a PGM of up to 1023": (b"P5 2 1 1023\n" + u16(100, 200), [25, 50]),
 }
 
@@ -374,25 +360,3 @@ def test_8_bits_with_a_sign_are_refused(tmp_path):
     (tmp_path / "x.tif").write_bytes(tiff(1, [8], bytes([255, 1]), 2, t339=[2]))
     with pytest.raises(BadImage, match="sign"):
         read_image(tmp_path / "x.tif")
-
-
-def test_the_longest_image_that_is_read_takes_little_memory(tmp_path):
-    """The bound would not be one; and, without a boundary, a file that a user names may be a link to anywhere."""
-    Image.new("RGB", (MAX_RATIO, 1)).save(tmp_path / "x.jpg")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder/x.jpg").symlink_to(tmp_path / "x.jpg")
-    image = Image.fromarray(read_image(tmp_path / "folder/x.jpg"))
-    assert Views(256, 224).resized(image).nbytes == MAX_RATIO * 256 * 256 * 3 < 50e6
-
-
-@pytest.mark.slow
-def test_pillow_is_silent_and_others_are_not(tmp_path):
-    """A run would end in a screen of remarks on metadata, or the warnings of other threads be lost."""
-    palette(of([0, 1], "P"), [9, 8, 7, 1, 2, 3]).save(tmp_path / "x.png", transparency=b"\0\1")
-    code = f"""
-import warnings
-from dividemix.data.images import read_image
-read_image({str(tmp_path / "x.png")!r}, as_shown=False)
-warnings.warn("of a fit")"""
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert re.findall(r"\w*Warning: .*", ended.stderr) == ["UserWarning: of a fit"]

@@ -10,7 +10,7 @@ from helpers.errors import assert_refused
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dividemix import DivideMixError, DivideMixWarning
+from dividemix import DivideMixError
 from dividemix.data.lists import Boundary, ImageList, images_below, list_folders, read_lines, read_table
 
 
@@ -85,14 +85,6 @@ def test_bad_lines_are_refused_with_their_number(tmp_path, read, start, line, re
     """A list from elsewhere could have any file read; a label that does not exist would crash on the GPU."""
     path = written(tmp_path, start + line + b"\nz.jpg,dog 0\n")
     assert_refused(lambda: read(path), f"{path}, line {start.count(10) + 1}: ", reason)
-
-
-def test_the_last_label_of_an_image_that_is_named_again(tmp_path):
-    """An image of the published lists would count twice, or have another label than in the published code."""
-    path = written(tmp_path, b"a.jpg 1\nb.jpg 2\n\n./a.jpg 3\na.jpg 4\nb.jpg 2\n")
-    with pytest.warns(DivideMixWarning, match=f"{path}.*: 3; ") as warned:
-        lines = read_lines(path, num_class=14)
-    assert lines == ([b"a.jpg", b"b.jpg"], [4, 2], [5, 6]) and len(warned) == 1
 
 
 @pytest.mark.parametrize(

@@ -88,21 +88,6 @@ def test_a_worker_that_is_killed_is_explained(workers):
     assert len(list(workers.run(tasks(5)))) == 5
 
 
-def test_torchs_report_while_the_processes_end_is_ignored(workers, monkeypatch):
-    """It can come here, and would hide the line that explains a worker's death."""
-    next(workers.run(tasks(10)))
-    iterator = workers._loader._iterator
-    shut_down = iterator._shutdown_workers
-
-    def report():
-        shut_down()
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-
-    monkeypatch.setattr(iterator, "_shutdown_workers", report)
-    workers.close()
-    assert len(list(workers.run(tasks(5)))) == 5
-
-
 def test_too_little_shared_memory_is_explained(reader, monkeypatch, start_method):
     """In a container with 64 MB of it: the run would wait forever for a result that was lost on its way."""
     start_method("fork")

@@ -185,7 +185,8 @@ def test_what_cannot_be_is_refused_at_the_start(run, start, tmp_path):
     refused(start(run, "empty"), "empty", ".jpg")
     refused(start(run, "nowhere"), "nowhere")
     refused(start("nowhere", "photos"), "nowhere")
-    refused(start(run, "photos", "--out", "photos/photo_00.png"), "photos/photo_00.png")
+    for out in ("nowhere/a.csv", "empty", "a.CSV", "photos/photo_00.png"):
+        refused(start(run, "photos", "--out", out), out)
     refused(start(run, "list.csv", "--out", "list.csv"), "--out list.csv")
     status, _, error = start(run, "photos", "--workers", "9999")
     assert status == 2 and "--workers" in error
