@@ -16,12 +16,13 @@ import pytest
 import torch
 from helpers.data import batch, colour_digits, make_cifar10, pickled, rows_of, torch_archive
 from helpers.trained import COLOUR, draw_photos
-from helpers.trees import make_clothing1M, make_webvision
+from helpers.trees import make_clothing1M, make_folder, make_webvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dataloader_cifar
 import dataloader_clothing1M
+import dataloader_folder
 import dataloader_webvision
 from dividemix import DivideMixError, networks, noise
 from dividemix.data.images import BadImage, shown
@@ -119,6 +120,12 @@ def webvision(root: Path) -> Target:
     return lists(root, names, lambda: dataloader_webvision.find(root, 2))
 
 
+def own_images(root: Path) -> Target:
+    make_folder(root, 4, 2)
+    (root / "train.csv").write_text('path,label\nc0/0000.jpg,cat\n"c1/0001.jpg", dog \n')
+    return lists(root, ["train.csv"], lambda: dataloader_folder.find(root)[:2])
+
+
 def tiny_state() -> dict:
     """The content of a checkpoint of two networks of one layer."""
     nets = [torch.nn.Linear(2, 2) for _ in range(2)]
@@ -176,7 +183,8 @@ def prediction_list(root: Path) -> Target:
     return Target([content.encode() for content in tables], read)
 
 
-TARGETS = [cifar, noise_json, human_labels, clothing1m, webvision, checkpoint_file, last_checkpoint, prediction_list]
+TARGETS = [cifar, noise_json, human_labels, clothing1m, webvision, own_images]
+TARGETS += [checkpoint_file, last_checkpoint, prediction_list]
 
 # ---- Damage ----
 

@@ -43,7 +43,7 @@ def clothing(tmp_path_factory):
 
 
 @pytest.fixture
-def own_clothing(tmp_path):
+def clothing_copy(tmp_path):
     """One that may be spoilt."""
     return make(tmp_path / "data")
 
@@ -131,9 +131,9 @@ def test_views_belong_to_labels_and_weights(tmp_path, labeled, keep):
     assert sorted(seen) == list(range(labeled))
 
 
-def test_the_published_pixels_are_kept_and_own_images_are_read_as_shown(own_clothing, tmp_path):
+def test_the_published_pixels_are_kept_and_own_images_are_read_as_shown(clothing_copy, tmp_path):
     """Clothing1M would be other pixels than the paper's; own photos would lie on their side."""
-    train, exif = own_clothing.train, Image.Exif()
+    train, exif = clothing_copy.train, Image.Exif()
     exif[ExifTags.Base.Orientation] = 3
     with Image.open(train.path(7)) as image:
         image.convert("RGB").save(train.path(7), "PNG", exif=exif)
@@ -181,10 +181,9 @@ def test_three_ranks_have_the_rows_of_one(clothing):
         data = made.images("train")
         evaluated = list(data.eval_batches(10))
         for rank in range(3):
-            with (
-                pytest.warns(DivideMixWarning, match="--keep_images"),
-                pipeline(clothing, ranks=Ranks(rank, 3)) as of_rank,
-            ):
+            with pytest.warns(DivideMixWarning, match="--keep_images"):
+                of_rank = pipeline(clothing, ranks=Ranks(rank, 3))
+            with of_rank:
                 share = of_rank.images("train", keep=True)
                 assert share.memory is None
                 for batch, expected in zip(share.eval_batches(10), evaluated[rank::3], strict=True):
@@ -288,20 +287,18 @@ def test_cached_images_are_those_that_are_decoded(tmp_path):
         assert_same(everything(later.images("train")), expected)
 
 
-def test_a_cache_that_is_gone_and_one_that_cannot_be_built(own_clothing, tmp_path):
+def test_a_cache_that_is_gone_and_one_that_cannot_be_built(clothing_copy, tmp_path):
     """The report would show no images after the files went away; or half a cache fill the disk."""
-    path, cache = own_clothing.train.path(7), tmp_path / "cache"
-    with pipeline(own_clothing, cache_dir=cache, workers=1) as made:
+    path, cache = clothing_copy.train.path(7), tmp_path / "cache"
+    with pipeline(clothing_copy, cache_dir=cache, workers=1) as made:
         made.build_cache()
         Path(path).write_bytes(b"not an image")
         data = made.images("train", np.array([7, 3]))
         assert len([*data.originals(np.array([0]))]) == 1
         for file in cache.iterdir():
             file.unlink()
-        with pytest.raises(DivideMixError, match=str(cache)) as error:
-            list(data.eval_batches(10))
-        assert "\n" not in str(error.value)
-    with pipeline(own_clothing, cache_dir=cache) as made:
+        assert_refused(lambda: list(data.eval_batches(10)), cache)
+    with pipeline(clothing_copy, cache_dir=cache) as made:
         with pytest.raises(DivideMixError, match=path):
             list(made.images("train", np.array([7])).originals(np.array([0])))
         with pytest.raises(DivideMixError, match=path):
@@ -313,31 +310,25 @@ def test_a_cache_that_is_gone_and_one_that_cannot_be_built(own_clothing, tmp_pat
 
 
 @pytest.mark.parametrize(("workers", "reason"), [(0, "empty"), (2, "leads out")])
-def test_a_bad_image_is_named(own_clothing, tmp_path, workers, reason):
+def test_a_bad_image_is_named(clothing_copy, tmp_path, workers, reason):
     """Which of a million images ended the run, and what to do about it, would be left to guess."""
-    train = own_clothing.train
+    train = clothing_copy.train
     path = Path(train.path(41))
     if reason == "empty":
         path.write_bytes(b"")
     else:
         path.rename(tmp_path / "outside.jpg")
         path.symlink_to(tmp_path / "outside.jpg")
-    with pipeline(own_clothing, workers=workers) as made:
+    with pipeline(clothing_copy, workers=workers) as made:
         for data in (made.images("train"), made.images("train", np.arange(30, 56), keep=True)):
             words = f"{path}: ", reason, train.where(41), "--check_data", "--skip_bad_images"
             assert_refused(lambda data=data: list(data.eval_batches(10)), *words)
         list(made.images("train", np.arange(30)).eval_batches(10))  # the others can still be used
 
 
-@pytest.mark.parametrize(
-    ("error", "expected", "text"),
-    [
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), DivideMixError, "--workers"),
-        (RuntimeError("shapes"), RuntimeError, "shapes"),
-        (KeyboardInterrupt("stopped"), KeyboardInterrupt, "stopped"),
-    ],
-)
-def test_a_worker_that_dies_while_the_network_trains(clothing, error, expected, text):
+def test_a_worker_that_dies_while_the_network_trains(clothing):
     """torch interrupts whatever the main process does then: a traceback from the middle of a training step."""
-    with pytest.raises(expected, match=text), pipeline(clothing):
-        raise error
+    report = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    for error, expected in ((report, DivideMixError), (RuntimeError("shapes"), RuntimeError)):
+        with pytest.raises(expected, match=r"--workers|shapes"), pipeline(clothing):
+            raise error
