@@ -1,20 +1,15 @@
 """The processes that read images: in order, the same ones all along, and what the user is told when one fails."""
 
-import multiprocessing
 import os
-import re
 import signal
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from helpers.runs import read_records
-from helpers.scripts import SMALL_NET, WEBVISION, end_of
 from helpers.trees import make_clothing1M
 
 import dataloader_clothing1M
-import Train_webvision
 from dividemix import DivideMixError
 from dividemix.data.images import Views
 from dividemix.data.workers import TASK_SIZE, Reader, Task, Workers, explain_worker_death
@@ -124,25 +119,3 @@ def test_other_ways_to_start_processes(reader, start_method):
     [result] = workers.run([Task("train", None, np.arange(TASK_SIZE), np.ones((TASK_SIZE, 2), np.int64))])
     assert result.pixels.shape == (2, TASK_SIZE, 12, 12, 3)
     workers.close()
-
-
-@pytest.mark.slow
-def test_a_worker_killed_in_an_epoch_loses_that_epoch_alone(tmp_path, monkeypatch, capsys, no_figures):
-    """The kernel kills a worker for want of memory at night: the run must say so, and go on when started again."""
-    WEBVISION.make(tmp_path / "data", noise=0, sides=(16, 24))
-    flags = ["--data_path", str(tmp_path / "data"), *SMALL_NET, *WEBVISION.size, "--workers", "1", "--num_epochs", "2"]
-    flags += ["--run_dir", str(tmp_path / "run")]
-    train_epoch = Train_webvision.train_epoch
-
-    def train_after_a_kill(*args):
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        return train_epoch(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Train_webvision, "train_epoch", train_after_a_kill)
-        assert end_of(Train_webvision, flags, monkeypatch) == 1
-    assert re.search(DIED, capsys.readouterr().err.splitlines()[-1])
-    assert len(read_records(tmp_path / "run")) == 1
-    assert end_of(Train_webvision, flags, monkeypatch) == 0
-    assert len(read_records(tmp_path / "run")) == 2
