@@ -64,10 +64,6 @@ def test_pixels_and_labels_are_those_of_torchvision(tmp_path, monkeypatch, datas
     folder = MAKERS[dataset](tmp_path)  # as Python 2 wrote the published files
     publish(monkeypatch, source, folder)
     data = load(dataset, tmp_path)
-    pixels, digits = colour_digits(260)
-    np.testing.assert_array_equal(np.concatenate([data.train_images, data.test_images]), pixels)
-    labels = np.concatenate([data.train_labels, data.test_labels])
-    np.testing.assert_array_equal(labels // (10 if dataset == "cifar100" else 1), digits)
     splits = {True: (data.train_images, data.train_labels), False: (data.test_images, data.test_labels)}
     for train, (images, labels) in splits.items():
         reference = source(str(tmp_path), train=train)

@@ -120,7 +120,7 @@ def webvision(root: Path) -> Target:
     return lists(root, names, lambda: dataloader_webvision.find(root, 2))
 
 
-def own_images(root: Path) -> Target:
+def folder_table(root: Path) -> Target:
     make_folder(root, 4, 2)
     (root / "train.csv").write_text('path,label\nc0/0000.jpg,cat\n"c1/0001.jpg", dog \n')
     return lists(root, ["train.csv"], lambda: dataloader_folder.find(root)[:2])
@@ -183,7 +183,7 @@ def prediction_list(root: Path) -> Target:
     return Target([content.encode() for content in tables], read)
 
 
-TARGETS = [cifar, noise_json, human_labels, clothing1m, webvision, own_images]
+TARGETS = [cifar, noise_json, human_labels, clothing1m, webvision, folder_table]
 TARGETS += [checkpoint_file, last_checkpoint, prediction_list]
 
 # ---- Damage ----

@@ -154,12 +154,12 @@ def test_draws_come_from_the_generator_alone_and_before_the_first_batch(clothing
     """A continued run would see other crops, and prefetching would decide what the engine draws next."""
     generators = [rng(3), rng(3), rng(4)]
     with pipeline(clothing) as made:
-        first, again, other = (made.images("train").mixmatch_batches(half(56), 16, g) for g in generators)
+        first, again, third = (made.images("train").mixmatch_batches(half(56), 16, g) for g in generators)
         tensors, expected = ([tensor.clone() for batch in batches for tensor in batch] for batches in (first, again))
         assert_same(tensors, expected)
         x1, x2, *_ = tensors
         assert (x1 != x2).flatten(1).any(1).float().mean() > 0.9  # the two views of an image
-        assert not torch.equal(x1, next(iter(other))[0])
+        assert not torch.equal(x1, next(iter(third))[0])
         made.images("train").mixmatch_batches(half(56), 16, rng_unread := rng(3))
         # A step is captured for its views: each epoch's new sample would be captured anew, and no graph freed.
         a, b = made.images("train", keep=True), made.images("val")

@@ -133,10 +133,10 @@ KINDS = [("sym", "with_self"), ("sym", "exclude_self"), ("asym", "with_self"), (
 @given(st.floats(0, 1), st.integers(0, 1000), st.sampled_from(KINDS), st.sampled_from([20, 200, 1000]))
 def test_our_own_noise_is_always_accepted(tmp_path_factory, r, seed, kind, n):
     """A run whose own noise file is refused when it continues would be lost; small sets stray by more than a point."""
-    own_spec = spec(kind[0], r, seed=seed, definition=kind[1])
+    injected = spec(kind[0], r, seed=seed, definition=kind[1])
     run_folder = tmp_path_factory.getbasetemp()
-    made, _ = noisy_labels(TRUTH[:n], own_spec, None, run_folder, begun=False, images=IMAGES[:n])
-    low, high = expected_changed(TRUTH[:n], own_spec)
+    made, _ = noisy_labels(TRUTH[:n], injected, None, run_folder, begun=False, images=IMAGES[:n])
+    low, high = expected_changed(TRUTH[:n], injected)
     assert low <= np.mean(made != TRUTH[:n]) <= high
 
 
