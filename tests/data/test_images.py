@@ -203,6 +203,7 @@ SHOWN = {
         [255, 224, 9],
     ),
     "1 PNG, white": (png(1, 0, b"\x40", 2, (KEY, u16(1))), [0, 255]),
+    "L PNG of 2 bits, a colour": (png(2, 0, bytes([0b00011011]), 4, (KEY, u16(1))), [0, 255, 170, 255]),
     "RGB PNG, a colour": (png(8, 2, bytes([0, 0, 0, 0, 0, 1]), 2, (KEY, u16(0, 0, 0))), [255, (0, 0, 1)]),
     "RGB PNG of 16 bits, a colour": (
         png(16, 2, u16(256, 512, 768, 256, 512, 769), 2, (KEY, u16(256, 512, 768))),
@@ -223,6 +224,8 @@ SHOWN = {
     "10 bits, sBIT 12": (png(16, 0, u16(0, 1023), 2, (b"sBIT", b"\x0c")), [0, 64]),
     "10 bits, sBIT 9": (png(16, 0, u16(0, 600), 2, (b"sBIT", b"\x09")), [0, 150]),
     "12 bits stretched to 16, sBIT 12": (png(16, 0, u16(0, 0x1010, 0xFFF0), 3, (b"sBIT", b"\x0c")), [0, 16, 255]),
+    "senseless sBIT": (png(16, 0, u16(0, 1023), 2, (b"sBIT", b"\xff")), [0, 255]),
+    "10 bits in a TIFF of 12": (tiff(1, [12], bytes([0x00, 0x03, 0xFF]), 2), [0, 64]),
     "a PGM of up to 1023": (b"P5 2 1 1023\n" + u16(100, 200), [25, 50]),
 }
 
