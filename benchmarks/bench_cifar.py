@@ -199,7 +199,6 @@ def variants(runtime: Runtime, eval_batch_size: int) -> dict[str, tuple[Runtime,
         "graph": "CUDA graphs",
         "compile": "torch.compile",
         "merge": "merged forwards",
-        "guess_ahead": "peer's guesses ahead",
     }.items():
         if getattr(runtime, field):
             off[name] = without(**{field: False})

@@ -24,7 +24,7 @@ GRACE = 15  # seconds that a part has to end after its limit
 SHORTEST = 20  # seconds; with less no part is begun
 
 PARTS = {
-    "tests": "-m pytest -m gpu -v --durations 10 -n 6 --dist load --maxschedchunk 1",
+    "tests": "-m pytest -m gpu tests/test_gpu.py tests/deploy -v --durations 10 -n 6 --dist load --maxschedchunk 1",
     "bench": "bench_cifar.py --repeats 4 --warmups 1",
     "ablation": "bench_cifar.py --ablate --repeats 1 --warmups 1",
     "plain": "bench_cifar.py --against_plain --repeats 1 --warmups 1",

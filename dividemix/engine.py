@@ -165,7 +165,6 @@ def train_step(
     lam: Tensor | float,
     index: Tensor,
     lambda_u: Tensor | float,
-    peer_logits: Tensor | None = None,
     *,
     forward: Forward = plain_forward,
     ranks: Ranks = ALONE,
@@ -176,7 +175,6 @@ def train_step(
     (B', ...) two views of the unlabeled images, B' may be 0. lam: already max(lam, 1 - lam); index: a permutation of
     all 2B + 2B' rows; lambda_u: already ramped up. Sets the modes of both networks. With unlabeled_loss=False
     (Clothing1M, WebVision) unlabeled images are mixup partners only, and just the first 2B rows are forwarded.
-    peer_logits (2B', num_class): what the peer answers to u1 and u2, if that is known; it is not called then.
 
     Ablations (Table 5). peer None: `net` guesses alone. refine=False: the given labels are the targets, whatever w is;
     all forward passes stay, and with them BN's statistics. views=1: x2 and u2 are not used, `index` is of B + B' rows.
@@ -193,9 +191,7 @@ def train_step(
     with torch.no_grad():
         views = forward(net, *us, *xs)
         logits_u, logits_x = views[:-M], views[-M:]
-        if us and peer_logits is not None:
-            logits_u = [*logits_u, *peer_logits.chunk(M)]
-        elif us and peer is not None:
+        if us and peer is not None:
             logits_u = logits_u + forward(peer, *us)
         targets_u = [co_guess(logits_u, T)] * M if us else []
         # torch.nn.functional.one_hot would check the range on the host: a sync
@@ -266,8 +262,7 @@ def train_epoch(
     phase: Phase,
 ) -> PhaseTerms:
     """Train `net` for one pass over the labeled set of its peer's `division`, with `peer` frozen. If `peer` is `net`
-    itself, it guesses alone (Table 5, without co-training). Where the runtime guesses ahead and the data can, the peer
-    sees all unlabeled views before the first step.
+    itself, it guesses alone (Table 5, without co-training).
 
     lambda_u is ramped up over the 16 epochs after warm-up. All ablations draw the same images and crops. Raises
     Diverged when a loss or gradient was not finite.
@@ -285,34 +280,16 @@ def train_epoch(
         t = phase.epoch + torch.arange(len(batches), device=device) / num_iter
         ramp: Tensor = linear_rampup(t, mixmatch.warm_up, mixmatch.lambda_u)
         peer = None if peer is net else peer
-        guesses = peer_guesses(peer, batches, mixmatch.views, data.runtime)
 
-        def step(forward: Forward, lam: Tensor, index: Tensor, lambda_u: Tensor, *tensors: Tensor) -> StepTerms:
-            peer_logits, batch = (tensors[0], tensors[1:]) if guesses else (None, tensors)
-            images, draws = views(*batch), (lam, index, lambda_u, peer_logits)
+        def step(forward: Forward, lam: Tensor, index: Tensor, lambda_u: Tensor, *batch: Tensor) -> StepTerms:
+            images, draws = views(*batch), (lam, index, lambda_u)
             return train_step(net, peer, optimizer, images, mixmatch, *draws, forward=forward, ranks=ranks)
 
-        key = ("mixmatch", net, peer, optimizer, views, mixmatch, bool(guesses))
-        draws = [(lam[i], index[i], ramp[i], *guesses[i : i + 1]) for i in range(len(batches))]
+        key = ("mixmatch", net, peer, optimizer, views, mixmatch)
+        draws = [(lam[i], index[i], ramp[i]) for i in range(len(batches))]
         batch_size = mixmatch.batch_size
         terms = run_steps(key, step, batches, draws, batch_size, net, optimizer, data.runtime, rng, phase.bar)
         return PhaseTerms(*terms)
-
-
-@torch.no_grad()
-def peer_guesses(peer: nn.Module | None, batches: Batches, views: int, runtime: Runtime) -> list[Tensor]:
-    """The logits of the peer, which is frozen during a phase, for the unlabeled views of each of its batches: first of
-    all u1, then of all u2. Made in large batches, which run faster on a card. -> [] if the step shall ask the peer."""
-    if peer is None or not runtime.guess_ahead or not batches.unlabeled_views or not any(u for _, u in batches.sizes):
-        return []
-    peer.eval()
-    logits = []
-    for x in batches.unlabeled_views(views, runtime.eval_batch_size):
-        if len(x) == runtime.eval_batch_size:  # as in the loss pass, so compiled already
-            logits += runtime.evaluation_forward(peer, x)
-        else:
-            logits.append(runtime.run_partial(lambda forward, x: forward(peer, x)[0], [x]))
-    return list(torch.cat(logits).split([views * u for _, u in batches.sizes]))
 
 
 class Divisions(Sequence):

@@ -124,8 +124,7 @@ def test_an_epoch_on_the_card_draws_what_the_cpu_draws(tiny_images, runtime):
 @pytest.mark.parametrize("merge", [False, True])
 def test_graph_equals_eager_step_by_step(exact, merge):
     """Whatever froze in the graph, or was left by the runs before the capture, shows in weights and momentum."""
-    options = {"merge": merge, "guess_ahead": merge, "eval_batch_size": 50}
-    eager, replayed = card(**options), card(**options, graph=True)
+    eager, replayed = card(merge=merge), card(merge=merge, graph=True)
     runs = [start_nets(eager), start_nets(replayed)]
     sets = [digits(SIZE, runtime) for runtime in (eager, replayed)]
     for epoch in range(2):
@@ -138,7 +137,7 @@ def test_graph_equals_eager_step_by_step(exact, merge):
 
 def test_bf16_graph_and_compiled_step_stay_near_eager_fp32():
     """Compiled, captured, bf16: the run as users start it must train as the reference, and divide the same samples."""
-    fast = card(precision="bf16", merge=True, compile=True, graph=True, guess_ahead=True, eval_batch_size=80)
+    fast = card(precision="bf16", merge=True, compile=True, graph=True, eval_batch_size=80)
     terms = [train(digits(SIZE, runtime), [0], *start_nets(runtime)) for runtime in (card(), fast)]
     assert fast.compile and fast.graph
     for reference, result in zip(*terms, strict=True):
@@ -290,7 +289,8 @@ def test_a_batch_of_a_new_size_is_not_autotuned():
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             runtime.run_partial(step, [torch.randn(rows, 3, 32, 32, device=runtime.device)])
             torch.cuda.synchronize()
-        launched.append(sum(event.count for event in profile.key_averages()))
+        # Kernels alone: calls of the host, of which a new plan makes thousands, are events, too.
+        launched.append(sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events()))
     assert max(launched[2:]) < 1.5 * launched[1]
     assert torch.backends.cudnn.benchmark
 

@@ -6,7 +6,6 @@ Python loop or a host synchronisation. The memory order is channels last, so vie
 """
 
 from collections.abc import Iterator
-from functools import partial
 
 import numpy as np
 import torch
@@ -65,17 +64,7 @@ class DeviceImages:
         labeled, unlabeled = plan_mixmatch(division, batch_size, rng)
         crops = [self._draw(rng, 2 * (len(x) + len(u))) for x, u in zip(labeled, unlabeled, strict=True)]
         w = [division.clean_probability[x].astype(np.float32) for x in labeled]
-        batches = self._batches([labeled, unlabeled], crops, w)
-        of_unlabeled = [drawn[2 * len(x) :] for x, drawn in zip(labeled, crops, strict=True)]
-        batches.unlabeled_views = partial(self._unlabeled_views, unlabeled, of_unlabeled)
-        return batches
-
-    def _unlabeled_views(self, indices: list[NDArray], crops: list[NDArray], views: int, size: int) -> Iterator[Tensor]:
-        """See `Batches`: indices (B,) and crops (2B, 3) of each batch."""
-        index = np.concatenate([rows for rows in indices for _ in range(views)])
-        drawn = np.concatenate([draws[: views * len(rows)] for rows, draws in zip(indices, crops, strict=True)])
-        index, drawn = (torch.from_numpy(array).to(self.runtime.device).split(size) for array in (index, drawn))
-        return map(self._views, index, drawn)
+        return self._batches([labeled, unlabeled], crops, w)
 
     def mixmatch_views(self, labeled: Tensor, unlabeled: Tensor, crops: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         """x1, x2, labels, w, u1, u2: two independent views of each image, all by one gather."""

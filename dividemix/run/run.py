@@ -411,8 +411,9 @@ class Run:
         try:
             scores = [scoring.ensemble_scores(self.nets, data, self.phase("labels")) for data in splits.values()]
             if self.ranks.first:
-                if self.probabilities.sum is not None:
-                    scores[0]["probabilities"] = (self.probabilities.sum / self.probabilities.count).cpu().numpy()
+                total = self.probabilities.sum
+                if total is not None and len(total) == len(train):  # else damaged images were left out since
+                    scores[0]["probabilities"] = (total / self.probabilities.count).cpu().numpy()
                 if self.mixmatch.warm_up != math.inf:  # cross-entropy has no clean probabilities
                     given = self.labels["given"]
                     scores[0] |= scoring.clean_probabilities(scores[0], self.mixtures, self.args.seed, epochs, given)

@@ -28,9 +28,8 @@ class Runtime:
 
     precision: 'fp32' (no TF32) or 'bf16' (autocast; head and losses in float32). merge: several batches of one size
     go through a network together. compile: torch.compile fuses the layers between convolutions. graph: training steps
-    are captured in CUDA graphs. If either fails, there is one warning and the run goes on without it. guess_ahead: the
-    peer's guesses of a phase are made before its first step, where the data set can. ranks: the processes that train
-    together; gradients are averaged over them.
+    are captured in CUDA graphs. If either fails, there is one warning and the run goes on without it. ranks: the
+    processes that train together; gradients are averaged over them.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -39,7 +38,6 @@ class Runtime:
     merge: bool = False
     compile: bool = False
     graph: bool = False
-    guess_ahead: bool = False
     ranks: Ranks = field(default_factory=Ranks)
     eval_batch_size: int = 1000  # in loss passes and tests; halved if it does not fit into memory
     steps: dict[tuple, Callable[..., Tensor]] = field(default_factory=dict, repr=False)  # by key: compiled, captured
@@ -272,7 +270,6 @@ def start(
         merge=compile or graph,  # on a CPU it was no faster
         compile=compile,
         graph=graph,
-        guess_ahead=compile or graph,
         ranks=ranks,
         eval_batch_size=eval_batch_size,
     )

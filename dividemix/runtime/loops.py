@@ -26,15 +26,10 @@ Bar = Callable[[Iterable], Iterable]  # a progress bar around batches; `iter` sh
 
 @dataclass
 class Batches:
-    """The batches of one phase. sizes: the row counts of each batch, labeled and (mixmatch) unlabeled.
-
-    unlabeled_views(views, size), where all can be made before the first step: the unlabeled images of one batch after
-    the other, of each batch all its first views, then (views=2) all its second ones, in chunks of `size` rows.
-    """
+    """The batches of one phase. sizes: the row counts of each batch, labeled and (mixmatch) unlabeled."""
 
     sizes: list[tuple[int, ...]]
     batches: Iterable[tuple[Tensor, ...]]
-    unlabeled_views: Callable[[int, int], Iterable[Tensor]] | None = None
 
     def __len__(self) -> int:
         return len(self.sizes)

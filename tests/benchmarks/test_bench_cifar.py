@@ -146,7 +146,6 @@ def test_a_wrong_engine_fails_the_check(monkeypatch):
 def test_each_optimisation_of_a_card_is_ablated():
     """A speed-up that cannot be switched off alone cannot be shown to be one."""
     card = bench_cifar.Runtime(torch.device("cuda"), "bf16", torch.channels_last, merge=True, compile=True, graph=True)
-    card.guess_ahead = True
     off = bench_cifar.variants(card, 1000)
     changed = {name: runtime for name, (runtime, _) in off.items()}
     assert changed["bf16 (fp32 instead)"].precision == "fp32"
@@ -154,7 +153,6 @@ def test_each_optimisation_of_a_card_is_ablated():
     assert not changed["CUDA graphs"].graph and changed["CUDA graphs"].compile
     assert not changed["torch.compile"].compile and changed["torch.compile"].graph
     assert not changed["merged forwards"].merge
-    assert not changed["peer's guesses ahead"].guess_ahead and changed["merged forwards"].guess_ahead
     assert changed["overlapped GMM"].background is bench_cifar.at_once
     assert off["evaluation in large batches (128)"][1] == 128
     assert len({id(runtime.steps) for runtime in changed.values()} | {id(card.steps)}) == 1 + len(off)

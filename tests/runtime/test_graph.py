@@ -166,23 +166,6 @@ def test_a_step_is_captured_anew_for_each_setting_that_it_reads_and_for_no_other
     assert_equal(results[0][1], results[1][1])
 
 
-def test_guesses_made_ahead_enter_a_captured_step_as_its_input():
-    """The guesses of the first batch, frozen in the graph, would be those of all; a step captured with the peer in it
-    takes none."""
-    results = []
-    for graph_on in (False, True):
-        runtime = Runtime(CPU, graph=graph_on, guess_ahead=True, eval_batch_size=10)
-        run, data = start(runtime), digits(SIZE, runtime)
-        terms = [train(data, [0, 1], *run)]
-        assert_captured(runtime, 4 if graph_on else 0)
-        runtime.guess_ahead = False
-        terms.append(train(data, [2], *run))
-        assert_captured(runtime, 6 if graph_on else 0)
-        results.append((terms, state(*run)))
-    assert results[0][0] == results[1][0]
-    assert_equal(results[0][1], results[1][1])
-
-
 # ---- What fails ----
 
 
