@@ -2,10 +2,12 @@
 # make test     the environment, then the fast tests (under 5 minutes on 2 cores)
 # make test-slow the long tests (under 35 minutes)
 # make test-all both
-# make gpu      on a machine with a CUDA card, with its own Python: the tests that need one, then the benchmarks and an ablation (gpu*.json)
+# make gpu      on a machine with a CUDA card, with its own Python: the tests that need one, then the benchmarks and an ablation
+#               (gpu-*.json), as far as GPU_SECONDS=480 go; GPU_PARTS="bench ablation" are these parts alone
 # make lint     ruff, and mypy for types (under a minute)
 
 PYTHON ?= python3
+GPU_SECONDS ?= 480
 PY := .venv/bin/python
 PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
@@ -37,12 +39,7 @@ test-slow: .venv/.installed
 test-all: test test-slow
 
 gpu:
-	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) benchmarks/bench_cifar.py --device cuda --against_plain --json gpu.json
-	$(PYTHON) benchmarks/bench_cifar.py --device cuda --ablate --repeats 2 --warmups 1 --json gpu-ablation.json
-	$(PYTHON) benchmarks/bench_images.py --device cuda --arch resnet50 --json gpu-images.json
-	$(PYTHON) benchmarks/bench_checkpoint.py --device cuda --json gpu-checkpoint.json
-	$(PYTHON) benchmarks/bench_jobs.py --device cuda --json gpu-jobs.json
+	$(PYTHON) benchmarks/gpu.py --seconds $(GPU_SECONDS) $(GPU_PARTS)
 
 lint: .venv/.installed
 	$(PY) -m ruff check .

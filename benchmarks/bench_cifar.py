@@ -3,6 +3,8 @@
     python benchmarks/bench_cifar.py                                          # CIFAR-10's size, half labeled
     python benchmarks/bench_cifar.py --against_plain --ablate --json out.json # and the plain way, each speed-up off
     python benchmarks/bench_cifar.py --samples 2000 --labeled 1000 --test_samples 400 --against_plain    # on a CPU
+    python benchmarks/bench_cifar.py --ablate peer compile                    # only what has these words in its name
+    python benchmarks/bench_cifar.py --end_to_end 20                          # and Train_cifar.py itself, 20 epochs
 
 Everything that is compared is run in turn, epoch by epoch, in this one process, so that a machine whose speed drifts
 does not decide. As in a run, the labeled set is another one in each epoch and for each network, of --labeled samples
@@ -11,17 +13,27 @@ Figures are medians and means of --repeats epochs after --warmups, ratios are of
 compilations and captures) and what the first epochs took beyond the median. On a card the plain way computes its
 convolutions in TF32, torch's default, and the engine's fp32 does not. Operations are those of --labeled samples, by
 torch's count (2 a multiply-add, backward twice the forward); the floor is their time at 790 TFLOP/s, 1.43 s at
-CIFAR-10's size.
+CIFAR-10's size. --json is written anew after every round of epochs: what is stopped leaves what it measured.
+
+--end_to_end runs Train_cifar.py in its own process, with logs, checkpoints and all, in a temporary folder: an epoch of
+warm-up, a first divided one (with its compilations and captures), then as many as the flag says. Each lasts from the
+line that a run prints at an epoch's end to the next. They are compared with epochs of this process with labeled sets of
+the same sizes. The images are random ones of ten patterns, so that there is something to divide, or those of
+--data_path.
 """
 
 import argparse
 import dataclasses
 import datetime
 import json
+import os
+import pickle
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +51,7 @@ from dividemix.runtime import start as start_runtime
 from dividemix.runtime.device import Runtime, at_once, computes_bf16
 from PreResNet import ResNet18
 
+ROOT = Path(__file__).resolve().parent.parent
 FLOOR_RATE = 790e12  # bf16 operations a second of an H100
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
@@ -196,23 +209,101 @@ def variants(runtime: Runtime, eval_batch_size: int) -> dict[str, tuple[Runtime,
     return off
 
 
-def timed(epochs: dict[str, Any], count: int, divisions: Callable[[int], Any]) -> dict[str, list[dict[str, float]]]:
-    """`run` of each in turn, `count` times, with the epoch's divisions."""
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in epochs}
+Results = dict[str, list[dict[str, float]]]  # of all that is compared, the seconds of each epoch
+
+
+def timed(
+    epochs: dict[str, Any], count: int, divisions: Callable[[int], Any], after: Callable[[Results], Any] = lambda _: 0
+) -> Results:
+    """`run` of each in turn, `count` times, with the epoch's divisions; `after` each of these rounds."""
+    results: Results = {name: [] for name in epochs}
     for number in range(count):
         epoch_divisions = divisions(number)
         for name, epoch in epochs.items():
             seconds = epoch.run(epoch_divisions)
             results[name].append(seconds | {"epoch": seconds.get("epoch", sum(seconds.values()))})
+        after(results)
     return results
 
 
 def medians(results: list[dict[str, float]], warmups: int) -> dict[str, float]:
-    return {name: statistics.median(result[name] for result in results[warmups:]) for name in results[0]}
+    """Of the results after the `warmups`; of a benchmark that was stopped before, of its last one."""
+    measured = results[warmups:] or results[-1:]
+    return {name: statistics.median(result[name] for result in measured) for name in results[0]}
 
 
 def means(results: list[dict[str, float]], warmups: int) -> dict[str, float]:
-    return {name: statistics.fmean(result[name] for result in results[warmups:]) for name in results[0]}
+    measured = results[warmups:] or results[-1:]
+    return {name: statistics.fmean(result[name] for result in measured) for name in results[0]}
+
+
+# ---- A real run ----
+
+
+def write_cifar10(work: Work, folder: Path) -> None:
+    """The work's images, half noise and half the pattern of their label, as CIFAR-10's files."""
+    folder.mkdir()
+    patterns = np.random.default_rng(1).integers(0, 256, (10, *work.images.shape[1:]), dtype=np.uint8)
+    for name, images, labels in (
+        ("data_batch_1", work.images, work.labels),
+        ("test_batch", work.test_images, work.test_labels),
+    ):
+        rows = (images // 2 + patterns[labels] // 2).transpose(0, 3, 1, 2).reshape(len(images), -1)
+        (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": labels.tolist()}))
+
+
+def real_run(args: argparse.Namespace, work: Work) -> tuple[list[float], list[dict[str, Any]]]:
+    """Train_cifar.py: an epoch of warm-up, then --end_to_end + 1 divided ones. -> the seconds of each epoch, with the
+    start in the first, and its records in metrics.jsonl."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if args.data_path is None:
+            write_cifar10(work, folder / "data")
+        flags = {"data_path": args.data_path or folder / "data", "run_dir": folder / "run", "r": 0.5, "warm_up": 1}
+        flags |= {"num_epochs": args.end_to_end + 2, "limit_train": args.samples if args.data_path else None}
+        flags |= {name: getattr(args, name) for name in ("device", "precision", "width", "batch_size")}
+        flags |= {"eval_batch_size": args.eval_batch_size}
+        command = [sys.executable, str(ROOT / "Train_cifar.py")]
+        command += [str(x) for name, value in flags.items() if value is not None for x in (f"--{name}", value)]
+        command += [f"--{name}" for name in ("no_graph", "no_compile") if getattr(args, name)]
+        times, lines = [time.perf_counter()], []
+        unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}
+        with subprocess.Popen(command, env=unbuffered, text=True, stdout=subprocess.PIPE) as process:
+            for line in process.stdout:
+                lines.append(line)
+                if line.startswith("epoch "):
+                    times.append(time.perf_counter())
+                    print(line, end="", flush=True)
+        if process.returncode:
+            sys.exit(f"Train_cifar.py ended with status {process.returncode}: see its message above\n{''.join(lines)}")
+        records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return list(np.diff(times)), records
+
+
+def end_to_end(args: argparse.Namespace, work: Work, bare: FastEpoch) -> dict[str, Any]:
+    """A real run beside bare epochs of labeled sets of the same sizes."""
+    seconds, records = real_run(args, work)
+    measured, n = records[2:], len(work.images)
+    sizes = [
+        [record["labeled_net2"] or 0, record["labeled_net1"] or 0] for record in measured
+    ]  # each net's labeled set
+    rng = np.random.default_rng(2)
+    divisions = [[division_of(rng.permutation(n) < np.clip(k, 1, n - 1)) for k in pair] for pair in sizes]
+    bare_seconds = [result["epoch"] for result in timed({"": bare}, len(divisions), divisions.__getitem__)[""]]
+    phases = [name for name in measured[-1] if name.startswith("seconds_")]
+    mean, bare_mean = statistics.fmean(seconds[2:]), statistics.fmean(bare_seconds)
+    return {
+        "start_and_warmup_epoch_seconds": seconds[0],
+        "first_divided_epoch_seconds": seconds[1],
+        "mean_epoch_seconds": mean,
+        "median_epoch_seconds": statistics.median(seconds[2:]),
+        "epoch_seconds": seconds[2:],
+        "mean_phase_seconds": {name[8:]: statistics.fmean(record[name] for record in measured) for name in phases},
+        "labeled_sizes": sizes,
+        "bare_mean_epoch_seconds": bare_mean,
+        "bare_epoch_seconds": bare_seconds,
+        "ratio_to_bare": mean / bare_mean,
+    }
 
 
 def measured_peak(device: torch.device) -> float:
@@ -241,11 +332,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--plain_workers", type=int, help="default: 5 on CUDA, as the authors; else the cores, at most 5"
     )
-    parser.add_argument("--ablate", action="store_true", help="time it with each optimisation off in turn")
+    parser.add_argument(
+        "--ablate", nargs="*", metavar="WORD", help="time it with each optimisation off in turn; or those with a WORD"
+    )
+    parser.add_argument("--end_to_end", type=int, metavar="N", help="time Train_cifar.py itself for N divided epochs")
+    parser.add_argument("--data_path", help="CIFAR-10 for --end_to_end (default: random images)")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args(argv)
     if not 0 < args.labeled < args.samples or min(args.repeats, args.test_samples, args.batch_size) < 1:
         parser.error("expected 0 < labeled < samples, and repeats, test_samples and batch_size of 1 or more")
+    if args.end_to_end is not None and args.end_to_end < 1:
+        parser.error(f"--end_to_end {args.end_to_end}: expected the number of epochs, 1 or more")
     return args
 
 
@@ -268,21 +365,59 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         plain = (work.images, work.labels, work.test_images, work.test_labels)
         shape = {"width": args.width, "batch_size": args.batch_size, "workers": workers}
         epochs["plain"] = PlainEpoch(*plain, device=runtime.device, **shape)
-    if args.ablate:
-        for name, (slower, eval_batch_size) in variants(runtime, args.eval_batch_size).items():
+    if args.ablate is not None:
+        off = variants(runtime, args.eval_batch_size)
+        chosen = {name: off[name] for name in off if not args.ablate or any(word in name for word in args.ablate)}
+        if not chosen:
+            sys.exit(f"--ablate {' '.join(args.ablate)}: expected words of {', '.join(off)}")
+        for name, (slower, eval_batch_size) in chosen.items():
             epochs[name] = FastEpoch(work, slower, *sizes, eval_batch_size)
 
-    count = args.warmups + args.repeats
-    warm = timed({"": epochs[""]}, count, lambda _: None)[""]
-    results = timed(epochs, count, work.divisions)
+    warm = timed({"": epochs[""]}, args.warmups + args.repeats, lambda _: None)[""]
+    peak = measured_peak(runtime.device)
+    about = {"device": runtime.describe(), "date": datetime.date.today().isoformat(), "flags": vars(args)}
+    report: dict[str, Any] = {}
+
+    def after(results: Results) -> None:
+        report.update(summary(args, work, set_up, peak, warm, results) | about)
+        if args.against_plain:
+            report["plain_workers"] = workers
+        write(report, args.json)
+        print(
+            ", ".join(f"{name or 'epoch'} {result[-1]['epoch']:.3f} s" for name, result in results.items()), flush=True
+        )
+
+    timed(epochs, args.warmups + args.repeats, work.divisions, after)
+    print_table(report, args)
+    if args.end_to_end:
+        report["end_to_end"] = result = end_to_end(args, work, epochs[""])
+        write(report, args.json)
+        mean, median, bare = (result[f"{kind}_epoch_seconds"] for kind in ("mean", "median", "bare_mean"))
+        print(
+            f"Train_cifar.py: {mean:.3f} s an epoch (median {median:.3f}, n = {args.end_to_end}), "
+            f"{result['ratio_to_bare']:.3f} times the bare {bare:.3f} s; start and warm-up epoch "
+            f"{result['start_and_warmup_epoch_seconds']:.1f} s, first divided epoch "
+            f"{result['first_divided_epoch_seconds']:.1f} s"
+        )
+    return report
+
+
+def write(report: dict[str, Any], path: str | None) -> None:
+    if path:
+        Path(path).write_text(json.dumps(report, indent=1))
+
+
+def summary(
+    args: argparse.Namespace, work: Work, set_up: float, peak: float, warm: Sequence[dict[str, float]], results: Results
+) -> dict[str, Any]:
+    """What the rounds so far say. warm: the seconds of each warm-up epoch."""
     divided, warmup = (medians(result, args.warmups) for result in (results[""], warm))
     mean, mean_warmup = (means(result, args.warmups) for result in (results[""], warm))
     set_up += sum(
         max(0.0, result[0]["epoch"] - median["epoch"]) for result, median in ((results[""], divided), (warm, warmup))
     )
-
     operations, warmup_operations = work.operations(args.width)
-    rate, peak = operations / divided["epoch"], measured_peak(runtime.device)
+    rate = operations / divided["epoch"]
     report: dict[str, Any] = {
         "epoch_seconds": divided["epoch"],
         "warmup_epoch_seconds": warmup["epoch"],
@@ -294,7 +429,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "mean_phase_seconds": {name: mean[name] for name in mean if name != "epoch"}
         | {name: mean_warmup[name] for name in ("warmup1", "warmup2")},
         "labeled_sizes": [
-            [int(division.labeled.sum()) for division in work.divisions(number)] for number in range(count)
+            [int(division.labeled.sum()) for division in work.divisions(number)] for number in range(len(results[""]))
         ],
         "all_epoch_seconds": [result["epoch"] for result in results[""]],
         "tflops": rate / 1e12,
@@ -304,19 +439,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "floor_seconds": operations / FLOOR_RATE,
         "ratio_to_floor": divided["epoch"] / (operations / FLOOR_RATE),
     }
-    if args.against_plain:
+    if "plain" in results:
         plain_median, plain_mean = (average(results["plain"], args.warmups) for average in (medians, means))
         report |= {"mean_plain_epoch_seconds": plain_mean.pop("epoch"), "mean_plain_phase_seconds": plain_mean}
         report |= {"plain_epoch_seconds": plain_median.pop("epoch"), "plain_phase_seconds": plain_median}
-        report |= {"ratio": report["plain_epoch_seconds"] / divided["epoch"], "plain_workers": workers}
-    if args.ablate:
-        names = [name for name in epochs if name not in ("", "plain")]
+        report |= {"ratio": report["plain_epoch_seconds"] / divided["epoch"]}
+    if names := [name for name in results if name not in ("", "plain")]:
         report["ablation_epoch_seconds"] = {name: medians(results[name], args.warmups)["epoch"] for name in names}
         report["mean_ablation_epoch_seconds"] = {name: means(results[name], args.warmups)["epoch"] for name in names}
-    report |= {"device": runtime.describe(), "date": datetime.date.today().isoformat(), "flags": vars(args)}
-    if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=1))
-    print_table(report, args)
     return report
 
 

@@ -3,8 +3,8 @@
 Reading order: `algorithm` (the equations), `codivide` (loss -> clean probability), `engine` (a step and a phase), then
 `Train_cifar.py` (Algorithm 1). Beside them are `recipes` and `blind` (the paper's settings, or those chosen from the
 data), `networks`, `seeds` and `files`. Around them one folder each: `noise`, `data`, `runtime`, `run`; after training
-`report` and `deploy`; for the paper's tables `reproduction`. Imports go one way: scripts -> run, report, deploy ->
-data -> engine -> algorithm, codivide, runtime.
+`report` and `deploy`; for the paper's tables `reproduction`. Imports go one way: scripts and `api` -> run, report,
+deploy -> data -> engine -> algorithm, codivide, runtime.
 """
 
 import warnings

@@ -40,7 +40,7 @@ def find_label_issues(*, features: ArrayLike, labels: ArrayLike, seed: int = 0) 
     quality = label_quality(probabilities, numbers)
     table: dict[str, Any] = {"index": np.arange(len(given)), "given_label": given}
     table |= {"suggested_label": classes[quality.suggested], "label_quality": quality.quality}
-    rank = worst_first(quality).argsort() + 1
+    rank = worst_first(quality.quality, quality.is_issue).argsort() + 1
     return pandas.DataFrame(table | {"is_label_issue": quality.is_issue, "rank": rank})
 
 
@@ -51,7 +51,7 @@ def train_heads(
     build = partial(networks.head, data.num_features, num_class)
     nets = [data.runtime.prepare(seeded(seed, k, build)) for k in (0, 1)]
     optimizers = [data.runtime.optimizer(net, recipe.lr, recipe.weight_decay) for net in nets]
-    mixtures = [Mixture(0.5) for _ in nets]
+    mixtures = [Mixture(0.5, division="per_class") for _ in nets]
     mixmatch = MixMatch(num_class, recipe.batch_size, alpha=recipe.alpha, lambda_u=0, warm_up=recipe.warm_up)
     mean = MeanProbabilities()
     for epoch in range(recipe.num_epochs):

@@ -75,6 +75,8 @@ class DataSet(Protocol):
     runtime: Runtime
 
     @property
+    def given_labels(self) -> NDArray[np.int64]: ...  # (N,), of all ranks
+    @property
     def truly_clean(self) -> NDArray[np.bool_] | None: ...  # (N,), None where the truth is unknown; for the AUC only
     @property
     def warmup_views(self) -> Callable[..., tuple[Tensor, ...]]: ...  # (*batch) -> x, labels
@@ -135,7 +137,8 @@ class MeanProbabilities:
     count: int = 0  # passes in it
 
     def add(self, probability: Tensor) -> None:
-        if self.sum is None:
+        if self.sum is None or self.sum.shape != probability.shape:  # the run goes on without damaged images
+            self.count = 0
             dtype = torch.float16 if probability.nbytes > _HALF_FROM else torch.float32
             self.sum = torch.zeros_like(probability, dtype=dtype)
         self.sum += probability
@@ -320,11 +323,11 @@ def co_divide(
     for k in reversed(range(len(nets))):
         scores = per_sample_loss(nets[k], sets[k], phase("loss", k))
         random_state = int(phase("divide", k).rng.integers(2**32))
-        arguments = scores.loss.numpy(), scores.prediction.numpy(), sets[k].truly_clean
+        arguments = scores.loss.numpy(), scores.prediction.numpy(), sets[k].truly_clean, random_state
         if mean is not None:
             mean.add(scores.probability)
         with phase("gmm", k):
-            fits[k] = sets[k].runtime.background(mixtures[k].divide, *arguments, random_state, f"net {k + 1}")
+            fits[k] = sets[k].runtime.background(mixtures[k].divide, *arguments, sets[k].given_labels, f"net {k + 1}")
     return Divisions(fits, phase)
 
 

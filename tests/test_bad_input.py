@@ -1,7 +1,6 @@
 """Bad input on the command line gets one clear line and a non-zero exit status, before any training, and leaves nothing
 behind. Odd but sound input is trained on. Damaged files are in test_fuzz.py."""
 
-import functools
 import json
 import os
 import pickle
@@ -30,7 +29,6 @@ from dividemix.run.run import Run
 from dividemix.runtime import device
 
 pytestmark = pytest.mark.usefixtures("no_figures")
-SCRIPTS = [Train_cifar, Train_clothing1M, Train_webvision, Train_folder]
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +36,13 @@ def inputs(tmp_path_factory) -> Path:
     """A folder with files that can be named on the command line."""
     root = tmp_path_factory.mktemp("inputs")
     truth = dataloader_cifar.load("digits", "").train_labels.tolist()
-    for name, r, seed in (("clean", 0, 0), ("one", 0.5, 0), ("two", 0.5, 1)):
-        (root / f"{name}.json").write_text(json.dumps(noise.inject(truth, "sym", r, 10, seed)))
+    for name, seed in (("one", 0), ("two", 1)):
+        (root / f"{name}.json").write_text(json.dumps(noise.inject(truth, "sym", 0.5, 10, seed)))
     (root / "text.pt").write_text("no checkpoint")
     state = PreResNet.ResNet18(10, 8).state_dict()  # the runs' width is 4
-    nets = {"code": [print, print], "wide": [state, state], "odd": [state, 3], "single": [state]}
-    for name, content in nets.items():
-        torch.save({"nets": content}, root / f"{name}.pt")
-    (make_cifar10(root / "damaged", 40, 10, subfolder=False) / "data_batch_3").write_bytes(b"half")
+    for name, nets in {"wide": [state, state], "odd": [state, 3], "single": [state]}.items():
+        torch.save({"nets": nets}, root / f"{name}.pt")
+    (make_cifar10(root / "damaged", 40, 10, bare=True) / "data_batch_3").write_bytes(b"half")
     return root
 
 
@@ -54,7 +51,6 @@ def start(inputs, tmp_path, monkeypatch, capsys):
     """Runs Train_cifar.py's command line in-process, tiny, as a user would. -> (exit status, the lines on stderr)"""
     monkeypatch.chdir(inputs)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", functools.cache(lambda: False))
     monkeypatch.setattr(device, "unusable_card", lambda: None)
 
     def run(*flags: str) -> tuple[int, list[str]]:
@@ -83,71 +79,47 @@ def begun(start, one_epoch, tmp_path):
 # ---- Flags ----
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [Train_cifar, Train_clothing1M, Train_webvision, Train_folder])
 def test_every_number_has_a_range(script, monkeypatch):
-    """A flag of another type than options.number, like float: nan trains for hours, on something nobody wanted."""
+    """A flag of another type than options.number, as float: nan trains for hours, on something nobody wanted."""
     parse = mock.Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr(options.Parser, "parse_args", lambda parser, argv: parse(parser))
     with pytest.raises(KeyboardInterrupt):
         script.parse_args([])
     actions = parse.call_args[0][0]._actions
     kinds = {action.option_strings[0]: getattr(action.type, "__qualname__", "") for action in actions}
-    numbers = {flag for flag, kind in kinds.items() if kind.startswith("number.")}
-    assert {"--lr", "--batch_size", "--seed", "--lambda_u", "--p_threshold", "--T", "--workers"} <= numbers
+    assert {"--lr", "--seed", "--T"} <= {flag for flag, kind in kinds.items() if kind.startswith("number.")}
     assert {"int", "float"}.isdisjoint(kinds.values())
 
 
 REFUSED = [  # flags, exit status, what the line names
     ("--num 3", 2, "--num"),  # abbreviated: --num_epochs today and --num_class tomorrow
-    ("--warm-up 1", 2, "--warm-up"),
-    ("cifar10", 2, "cifar10"),
-    ("--r 1.1", 2, "--r"),
     ("--lr nan", 2, "--lr"),
     ("--workers 257", 2, "--workers"),  # thousands stop the computer
-    ("--dataset cifar", 2, "--dataset"),
-    ("--noise_mode human", 2, "worse_label"),
     ("--noise_mode human --dataset cifar100", 2, "noisy_label"),
     ("--noise_key worse_label", 2, "--noise_mode human"),
-    ("--noise_mode human --noise_key clean_label", 2, "'clean_label'"),
-    ("--noise_mode human --noise_key worse_label --r 0.5", 2, "--r 0.5"),
-    ("--noise_mode human --noise_key worse_label --noise_definition with_self", 2, "--noise_definition with_self"),
     ("--noise_mode asym --noise_definition with_self", 2, "--noise_definition with_self"),
     ("--noise_file a/CIFAR-10_human.pt", 2, "--noise_mode human"),
     ("--noise_file gone.json", 1, "noise file gone.json"),
-    ("--noise_file clean.json", 1, "noise file clean.json"),
     ("--num_class 14", 1, "--num_class 14"),
-    ("--limit_train 1451", 1, "--limit_train 1451"),
     ("--limit_train 1", 1, "at least 2"),  # a mixture of two is not fitted to one loss
     ("--dataset cifar10 --data_path damaged", 1, "damaged/data_batch_3"),
-    ("--run_dir text.pt", 1, "text.pt"),
     ("--run_dir text.pt/below", 1, "text.pt/below"),
-    ("--init_from gone.pt", 1, "gone.pt"),
     ("--init_from text.pt", 1, "text.pt"),
-    ("--init_from code.pt", 1, "code.pt"),
     ("--init_from single.pt", 1, "single.pt"),
     ("--init_from wide.pt", 1, "wide.pt"),
     ("--init_from odd.pt --width 8", 1, "odd.pt"),
     ("--device cuda", 1, "--device cpu"),
-    ("--device mps", 1, "--device cpu"),
 ]
 
 
 @pytest.mark.parametrize(("flags", "status", "expected"), REFUSED, ids=[flags for flags, *_ in REFUSED])
 def test_bad_input_is_refused_with_one_line(start, tmp_path, flags, status, expected):
-    """Else a flag without effect is believed, a run trains on other labels, weights or devices than its user thinks, or
-    hours of training end in a stack trace, without a place to save them."""
+    """Else a run trains on other data or weights than its user thinks, or ends in a stack trace after hours."""
     ended, [line] = start(*flags.split())
     assert ended == status and expected in line
     assert line.startswith("error: " if status == 1 else "Train_cifar.py: error: ")
     assert not [path for path in tmp_path.rglob("*") if path.name != "out"]
-
-
-def test_a_card_that_is_not_there(start, monkeypatch, tmp_path):
-    """Else a mistyped --gpuid ends in a CUDA stack trace."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    status, [line] = start("--device", "cuda", "--gpuid", "2")
-    assert status == 1 and line.startswith("error: --gpuid 2: ") and not (tmp_path / "run").exists()
 
 
 def test_a_sample_of_one_image(tmp_path, monkeypatch, capsys):
@@ -172,8 +144,7 @@ def small_set(folder: Path, labels: list[int], n_names: int = 10) -> list[str]:
 
 @pytest.mark.parametrize(("mode", "r"), [("sym", "0"), ("asym", "1")])
 def test_rates_0_and_1(start, tmp_path, mode, r):
-    """Without a clean or without a wrong label there is no AUC: training on good labels would end in a traceback, or
-    leave a NaN in the logs, which is no JSON."""
+    """Without a clean or without a wrong label there is no AUC: a traceback, or a NaN in the logs, which is no JSON."""
     flags = small_set(tmp_path / "data", [2, 3, 4, 5, 9] * 8)  # asym changes each of these classes
     status, errors = start(*flags, "--noise_mode", mode, "--r", r, "--lambda_u", "0")
     assert status == 0 and not [line for line in errors if line.startswith("error")]
@@ -193,8 +164,7 @@ def test_rates_0_and_1(start, tmp_path, mode, r):
     ids=["labeled empty", "labeled empty at first", "unlabeled empty, one labeled", "one unlabeled, one over"],
 )
 def test_sets_that_are_empty_or_of_one_sample(start, tmp_path, monkeypatch, recwarn, clean, labeled, warned):
-    """A run would crash in the epoch that comes to it: a labeled or unlabeled set that is empty or of one image, and
-    the last batch of one image of a pass over 33 (warm-up, loss) or 17."""
+    """A labeled or unlabeled set that is empty or of one image, or a last batch of one image, would end the run."""
     epochs = iter(np.repeat(clean, 2))  # two networks
 
     def predict_proba(gmm, loss):
@@ -214,11 +184,11 @@ def test_sets_that_are_empty_or_of_one_sample(start, tmp_path, monkeypatch, recw
 
 @pytest.mark.parametrize(
     ("labels", "n_names"),
-    [([0] * 40, 3), ([0] * 39 + [1], 0), ([0, 1, 0, 1, 2], 0), ([0, 1], 0)],
-    ids=["one of three classes", "a class of one sample", "fewer than a batch", "two samples"],
+    [([0] * 40, 3), ([0] * 39 + [1], 0), ([0, 1], 0)],
+    ids=["one of three classes", "a class of one sample", "two samples"],
 )
 def test_odd_data_sets_are_trained_on(start, tmp_path, labels, n_names):
-    """Own data are often like this at first: a crash in the middle would be taken for a fault of the data."""
+    """Own data are often so at first: a crash in the middle would be taken for a fault of the data."""
     status, errors = start(*small_set(tmp_path / "data", labels, n_names))
     assert status == 0 and all(line.startswith("warning: ") for line in errors), errors
     last = read_records(tmp_path / "run")[-1]
@@ -226,14 +196,6 @@ def test_odd_data_sets_are_trained_on(start, tmp_path, labels, n_names):
 
 
 # ---- A run folder that is taken ----
-
-
-def test_another_noise_file_for_a_run_that_has_begun(begun, inputs, tmp_path):
-    """Else the run goes on with its old labels, and the user believes that it learns from the file that was named."""
-    status, [line] = begun("--noise_file", "two.json")
-    assert status == 1 and "two.json" in line and len(read_records(tmp_path / "run")) == 1
-    shutil.copy(inputs / "one.json", tmp_path / "moved.json")  # the same labels elsewhere are fine
-    assert begun("--noise_file", f"{tmp_path}/moved.json")[0] == 0 and len(read_records(tmp_path / "run")) == 2
 
 
 def test_a_run_stopped_before_its_first_checkpoint_does_not_keep_its_labels(start, inputs, tmp_path, monkeypatch):
@@ -262,29 +224,23 @@ HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAll
 
 
 @pytest.mark.parametrize(
-    ("owner", "function", "error", "flags"),
+    ("owner", "function", "error", "words"),
     [
         (engine, "train_step", HOST, ["--no_graph", "--width", "--batch_size"]),
         (runtime.Runtime, "evaluation_forward", CARD, ["--eval_batch_size"]),
         (runtime.Runtime, "prepare", CARD, ["--arch preresnet18"]),
+        (dataloader_cifar, "noisy_sets", HOST, ["not enough memory"]),  # where nobody thought of it
+        (dataloader_cifar, "noisy_sets", MemoryError(), ["not enough memory"]),
     ],
-    ids=["train", "evaluate", "build"],
+    ids=["train", "evaluate", "build", "anywhere", "anywhere in Python"],
 )
-def test_out_of_memory_names_the_flags_and_loses_nothing(begun, monkeypatch, owner, function, error, flags):
+def test_out_of_memory_names_the_flags_and_loses_nothing(begun, monkeypatch, owner, function, error, words):
     """A card that another job fills: the epochs before must stay, and the user learn what to make smaller."""
     with monkeypatch.context() as patch:
         patch.setattr(owner, function, mock.Mock(side_effect=error))
         status, [line] = begun("--eval_batch_size", "1")
-    assert status == 1 and line.startswith("error: ") and all(flag in line for flag in flags)
+    assert status == 1 and line.startswith("error: ") and all(word in line for word in words)
     assert begun("--num_epochs", "1") == (0, [])  # as it was: finished, as far as that
-
-
-@pytest.mark.parametrize("error", [MemoryError(), HOST], ids=["python", "torch"])
-def test_too_little_memory_anywhere_is_one_line(start, tmp_path, monkeypatch, error):
-    """Memory ends where nobody thought of it: a traceback tells a user that the program is broken."""
-    monkeypatch.setattr(dataloader_cifar, "noisy_sets", mock.Mock(side_effect=error))
-    status, [line] = start()
-    assert status == 1 and line.startswith("error: not enough memory") and not (tmp_path / "run").exists()
 
 
 # ---- How a script ends ----
@@ -305,10 +261,10 @@ def status_of(main) -> int:
     return ended.value.code
 
 
-def test_warnings_and_errors_are_one_line(monkeypatch, capsys):
-    """Else users learn to overlook warnings, which show Python source lines or are shown once and then never; a job
-    script takes a refused run for a finished one; or a bug looks like a user's mistake, without a stack trace."""
+def test_how_a_script_ends(monkeypatch, capsys):
+    """Else a job script takes a refused run for a finished one, or a bug looks like its user's mistake."""
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # `command_line` sets it
+    monkeypatch.setattr(os, "_exit", mock.Mock())
     with warnings.catch_warnings(record=True) as shown:
         assert status_of(lambda _: [warn("disk full") for _ in range(2)]) == 0
         assert status_of(mock.Mock(side_effect=DivideMixError("noise file x"))) == 1
@@ -317,17 +273,8 @@ def test_warnings_and_errors_are_one_line(monkeypatch, capsys):
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
         with pytest.raises(ValueError, match="a bug"):
             command_line(mock.Mock(side_effect=ValueError("a bug")))
-    lines = [warnings.formatwarning(warning.message, warning.category, "file.py", 1) for warning in shown]
-    assert lines == ["warning: disk full\n"] * 2
-
-
-def test_a_rank_that_is_done_ends_at_once(monkeypatch):
-    """Else the interpreter cleans up while gloo's threads let go of tensors, and now and then a rank of a run that went
-    well aborts: torchrun then reports a failure and a queue starts the job again."""
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    monkeypatch.setattr(os, "_exit", mock.Mock())
-    with warnings.catch_warnings():
-        assert status_of(mock.Mock()) == 0 and not os._exit.called
+        lines = [warnings.formatwarning(warning.message, warning.category, "file.py", 1) for warning in shown]
+        assert lines == ["warning: disk full\n"] * 2 and not os._exit.called
         for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
             monkeypatch.setenv(name, value)
         assert status_of(mock.Mock()) == 0 and os._exit.call_args == mock.call(0)

@@ -5,24 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.errors import assert_refused
 from helpers.trees import WNIDS, make_webvision
-from PIL import Image
 
 from dataloader_webvision import find, load
-from dividemix import DivideMixError
 
 
 def refused(root: Path, *expected: str, num_class: int = 10) -> None:
-    with pytest.raises(DivideMixError) as caught:
-        load(root, num_class)
-    message = str(caught.value)
-    assert "\n" not in message and all(text in message for text in expected), message
+    assert_refused(lambda: load(root, num_class), *expected)
 
 
 @pytest.mark.parametrize("wnid_folders", [False, True])
 def test_images_and_labels(tmp_path, wnid_folders):
-    """One of the two namings of ImageNet's folders could not be read, or images would get wrong labels. The authors'
-    script needs a slash at the end of the path."""
+    """One of the two namings of ImageNet's folders could not be read, or images would get wrong labels."""
     root = make_webvision(tmp_path / "data", 40, 20, 30, noise=0.0, wnid_folders=wnid_folders)
     data = load(f"{root}/", num_class=10)
     assert [len(images) for images in (data.train, data.val, data.imagenet)] == [40, 20, 30] and data.num_class == 10
@@ -32,10 +27,7 @@ def test_images_and_labels(tmp_path, wnid_folders):
     assert Path(data.val.path(7)) == root / "val_images_256/val000007.jpg"
     name = WNIDS[1] if wnid_folders else "1"
     assert Path(data.imagenet.path(4)) == root / f"imagenet/val/{name}/ILSVRC2012_val_00000011.JPEG"
-    for images in (data.train, data.val, data.imagenet):
-        for i in range(len(images)):
-            with Image.open(images.path(i)) as image:
-                assert image.format == "JPEG"
+    assert all(Path(images.path(i)).is_file() for images in (data.train, data.val, data.imagenet) for i in range(20))
 
 
 def test_only_the_first_classes(tmp_path):
@@ -49,8 +41,7 @@ def test_only_the_first_classes(tmp_path):
 
 
 def test_the_order_of_the_classes_is_that_of_the_synsets(tmp_path):
-    """ImageNet accuracy would be measured with shuffled classes, and be near chance; or reports would call a class by
-    another one's name."""
+    """ImageNet accuracy would be measured with shuffled classes, and be near chance."""
     root = make_webvision(tmp_path, 20, 10, 10, wnid_folders=True)
     lines = (root / "info/synsets.txt").read_text().splitlines()
     (root / "info/synsets.txt").write_text("\n".join(reversed(lines[:10])))
@@ -66,7 +57,7 @@ def test_the_order_of_the_classes_is_that_of_the_synsets(tmp_path):
 
 
 def test_all_that_is_missing_is_named_at_once(tmp_path):
-    """The user would fetch one part, start again, and be told of the next."""
+    """The user would fetch one file, start again, and be told of the next."""
     refused(tmp_path, "train_filelist_google.txt is missing", "val_filelist.txt is missing", "imagenet/val is missing")
     root = make_webvision(tmp_path, 20, 10, 10)
     shutil.rmtree(root / "imagenet/val/3")
@@ -76,30 +67,21 @@ def test_all_that_is_missing_is_named_at_once(tmp_path):
     assert list(lists) == ["train"] and len(problems) == 2
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        *[(line, "info/synsets.txt, line 3: ") for line in ("../.. x", "/etc x", ".. x", f"{WNIDS[0]} again")],
-        *[(line, "class folders missing: ") for line in ("\u3000", "\x1c", "n" * 300)],
-    ],
-)
-def test_bad_synsets_are_refused(tmp_path, line, expected):
-    """A class folder could lie outside the data folder, or stand for two classes; white space that only some programs
-    take for such, or a name that no disk holds, would end in a traceback."""
+@pytest.mark.parametrize("line", ["../.. x", "/etc x", f"{WNIDS[0]} again", "\u3000", "\x1c", "n" * 300])
+def test_bad_synsets_are_refused(tmp_path, line):
+    """A class folder could lie outside the data folder, stand for two classes, or end in a traceback."""
     root = make_webvision(tmp_path, 10, 10, 10, wnid_folders=True)
     lines = (root / "info/synsets.txt").read_text().splitlines()
     (root / "info/synsets.txt").write_text("\n".join([*lines[:2], line, *lines[3:]]))
-    refused(root, expected)
+    refused(root, "info/synsets.txt, line 3: " if " " in line else "class folders missing: ")
 
 
 def test_labels_out_of_range_and_empty_selections_are_refused(tmp_path):
-    """A damaged list would pass as one without images of the wanted classes; or a network be built whose last classes
-    no image has, or that has nothing to tell apart."""
+    """A damaged list would pass as one without the wanted classes, or a class have no image."""
     root = make_webvision(tmp_path, 20, 10, 10)
     path = root / "info/train_filelist_google.txt"
-    path.write_text("google/q0001/x.jpg 1000\n")
-    refused(root, f"{path}, line 1: ", "'1000'")
-    path.write_text("google/q0001/x.jpg 10\n")
-    refused(root, f"{path}: ", "0 to 9")
+    for label, expected in (("1000", f"{path}, line 1: "), ("10", f"{path}: ")):
+        path.write_text(f"google/q0001/x.jpg {label}\n")
+        refused(root, expected)
     for num_class in (0, 1, 1001):
         refused(root, "--num_class", num_class=num_class)

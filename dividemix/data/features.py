@@ -1,5 +1,6 @@
 """Features in place of images: what a frozen network says of V views of each image, made once. Heads train on them."""
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -85,7 +86,7 @@ def as_views(features: ArrayLike, name: str = "features") -> NDArray[np.floating
     features = features if features.ndim == 3 else features[None]
     if len(features) > 255:
         raise DivideMixError(f"{name}: {len(features)} views, expected at most 255 of the shape (V, N, D)")
-    features = np.ascontiguousarray(features, None if features.dtype == np.float16 else np.float32)
+    features = np.require(features, None if features.dtype == np.float16 else np.float32, ["C", "W"])  # as torch wants
     if not np.isfinite(features).all():
         raise DivideMixError(f"{name}: some values are not finite numbers, or larger than float32 can hold")
     return features
@@ -120,6 +121,8 @@ def of_network(
     The names of the files depend on the images, the network and the views. `say` gets a line for each list. Raises
     DivideMixError for a bad image, for features that are not finite, and where the disk refuses."""
     folder = Path(folder).expanduser()
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: _stored(net, pipeline.images(name), folder, num_views, say) for name in pipeline.lists}
     pipeline.close()
     return arrays
@@ -142,12 +145,8 @@ def _stored(
     seconds = time.perf_counter() - begin
     if features.nbytes > _HALF_FROM:
         features = as_views(features.astype(np.float16), f"the network's features of {images.name} in float16")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as file:
-            np.save(file, features)
-    except OSError as error:
-        raise DivideMixError(f"cannot write the features to {path}: {error.strerror or error}") from error
+    with _writing(path), atomic_file(path) as file:
+        np.save(file, features)
     rate = f"{seconds:.0f} s, {len(images) / seconds:.3g} images a second"
     say(f"features of {images.name}: {len(images)} images, {len(features)} views, {rate}")
     return features
@@ -169,6 +168,14 @@ def make(net: nn.Module, images: StreamedImages, num_views: int) -> NDArray[np.f
             features.append(torch.stack([runtime.forward(net, view)[0] for view in views]).cpu())
             bar.update(len(views[0]))
     return torch.cat(features, dim=1).numpy()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DivideMixError(f"cannot write the features to {path}: {error.strerror or error}") from error
 
 
 def _path(folder: Path, net: nn.Module, images: StreamedImages, num_views: int) -> Path:

@@ -14,14 +14,16 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dividemix.files import csv_bytes, write_atomically
-from dividemix.report.failures import failures
-from dividemix.run import RunFolder, net_arrays, quality_by_split
+from dividemix.run import RunFolder, net_arrays, quality_by_split, worst_first
 
 IN_SAMPLE = "scores are in-sample: the networks were trained on these labels"
 _CLASSES_SHOWN = 10
 # A class of at least _MIN_LABELS labels may be lost (the networks have not learned it) where _NEARLY_ALL of them look
 # wrong, or most of them and _FAR_MORE times the share of the other classes
 _MIN_LABELS, _NEARLY_ALL, _MOST, _FAR_MORE = 10, 0.95, 0.5, 2
+# A list means nothing where accuracy is no more than this share of the way from guessing the largest class to 1, or
+# where the networks' divisions agree by less than this (Cohen's kappa). Measured: see docs/own-images.md.
+_LITTLE_SKILL, _LITTLE_AGREEMENT = 0.1, 0.25
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,10 @@ class LabelIssues:
 
     @property
     def rank(self) -> NDArray[np.int64]:
-        """The place of each label among those of its split: 1 for the most doubtful."""
+        """The place of each label among those of its split: 1 for the most doubtful; issues come before others."""
         rank = np.empty(len(self), np.int64)
         for rows in map(np.flatnonzero, (~self.held_out, self.held_out)):
-            rank[rows[np.argsort(self.quality[rows], kind="stable")]] = np.arange(1, len(rows) + 1)
+            rank[rows[worst_first(self.quality[rows], self.is_issue[rows])]] = np.arange(1, len(rows) + 1)
         return rank
 
 
@@ -107,9 +109,26 @@ def find(run: RunFolder) -> LabelIssues | None:
         class_names=run.class_names,
         wrong_share=judged.wrong_share,
         wrong_share_error=judged.wrong_share_error,
-        failures=failures(run),
+        failures=failures(run, labels["list_given"][index], net_arrays(scores, "p_clean")),
         epochs=int(scores["epochs"]),
     )
+
+
+def failures(run: RunFolder, given_labels: NDArray, p_clean: list[NDArray]) -> list[str]:
+    """Why a run's list means nothing; [] for a usable one. given_labels (N,); p_clean: (N,) of each network."""
+    reasons = []
+    accuracy, largest = run.records[-1][run.measured] / 100, np.bincount(given_labels).max() / len(given_labels)
+    if accuracy - largest <= _LITTLE_SKILL * (1 - largest):
+        name = run.measured.removesuffix("_acc")
+        better = f"the {name} accuracy, {accuracy:.1%}, is hardly better than that of guessing the largest class"
+        reasons.append(f"the networks have not learned to tell the classes apart ({better}, {largest:.1%})")
+    if len(p_clean) == 2:
+        one, two = (p[~np.isnan(p)] > 0.5 for p in p_clean)
+        by_chance = one.mean() * two.mean() + (1 - one.mean()) * (1 - two.mean())
+        if (one == two).mean() - by_chance < _LITTLE_AGREEMENT * (1 - by_chance):
+            agree = f"they agree on {(one == two).mean():.1%} of the labels, by chance on {by_chance:.1%}"
+            reasons.append(f"the two networks hardly agree on which labels are clean ({agree})")
+    return reasons
 
 
 def against_truth(issues: LabelIssues | None) -> Agreement | None:
@@ -161,7 +180,8 @@ def estimate(issues: LabelIssues) -> str:
     """A sentence on the share of wrong labels, and on what an accuracy that is measured with such labels can reach."""
     share, error = 100 * issues.wrong_share, 100 * issues.wrong_share_error
     reach = f"an accuracy against such labels can reach {100 - share:.0f} % at best"
-    return f"estimated share of wrong labels: {share:.1f} % (standard error {error:.1f}); {reach}"
+    uncertainty = f"standard error {error:.1f}, the method's own error may be larger"
+    return f"estimated share of wrong labels: {share:.1f} % ({uncertainty}); {reach}"
 
 
 def warnings(issues: LabelIssues) -> list[str]:
@@ -205,6 +225,7 @@ def write(issues: LabelIssues, folder: Path) -> list[Path]:
     table = issues_table(issues)
     tables = {"label_issues.csv": table, "suspects.csv": suspects_table(issues, table)}
     tables |= {} if issues.failures else {"cleaned_labels.csv": cleaned_table(issues)}
+    (folder / "cleaned_labels.csv").unlink(missing_ok=True)  # of an earlier end of the run
     for name, table in tables.items():
         write_atomically(folder / name, csv_bytes(table))
     return [folder / name for name in tables]
@@ -230,9 +251,8 @@ def issues_table(issues: LabelIssues) -> pd.DataFrame:
 
 def suspects_table(issues: LabelIssues, table: pd.DataFrame) -> pd.DataFrame:
     """suspects.csv: the issues of `issues_table`, worst first: file (index, where there are no files), class names."""
-    rows = np.argsort(issues.quality, kind="stable")
-    columns = ["path" if issues.paths else "index", "given_class", "suggested_class"]
-    return table[columns].iloc[rows[issues.is_issue[rows]]]
+    rows = worst_first(issues.quality, issues.is_issue)[: issues.is_issue.sum()]
+    return table[["path" if issues.paths else "index", "given_class", "suggested_class"]].iloc[rows]
 
 
 def cleaned_table(issues: LabelIssues) -> pd.DataFrame:

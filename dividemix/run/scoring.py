@@ -56,14 +56,15 @@ def ensemble_scores(nets: Sequence[nn.Module], data: DataSet, phase: Phase) -> d
 
 
 def clean_probabilities(
-    scores: dict[str, NDArray], mixtures: Sequence[Mixture], seed: int, epochs: int
+    scores: dict[str, NDArray], mixtures: Sequence[Mixture], seed: int, epochs: int, given_labels: NDArray
 ) -> dict[str, NDArray[np.float64]]:
     """p_clean_net1 and p_clean_net2 (N,): the clean probabilities by which a further epoch would divide."""
     probabilities = {}
     for k, mixture in enumerate(mixtures):
         random_state = int(draws(seed, "divide", epochs, k).integers(2**32))
         losses = np.stack([*mixture.history, scores[f"loss_net{k + 1}"]])
-        probabilities[f"p_clean_net{k + 1}"] = clean_probability(losses, mixture.window, random_state)
+        labels = given_labels if mixture.division == "per_class" else None
+        probabilities[f"p_clean_net{k + 1}"] = clean_probability(losses, mixture.window, random_state, labels)
     return probabilities
 
 
@@ -79,7 +80,8 @@ def write(folder: Path, epochs: int, sets: Mapping[str, DataSet], scores: Sequen
     for name in scores[0]:
         columns = [arrays.get(name, np.full(len(arrays["loss_net1"]), np.nan)) for arrays in scores]
         table[name] = np.concatenate(columns)[order]
-    worst = table["index"][worst_first(quality_by_split(table, labels["list_given"]))[:THUMBNAILS]]
+    judged = quality_by_split(table, labels["list_given"])
+    worst = table["index"][worst_first(judged.quality, judged.is_issue)[:THUMBNAILS]]
     try:
         rows = {name: np.flatnonzero(np.isin(labels[name], worst)) for name in sets}
         pixels, sizes = thumbnails(image for name, data in sets.items() for image in data.originals(rows[name]))
@@ -111,9 +113,9 @@ def net_arrays(scores: dict[str, NDArray], name: str) -> list[NDArray]:
     return [scores[f"{name}_net{k}"] for k in (1, 2) if f"{name}_net{k}" in scores]
 
 
-def worst_first(labels: LabelQuality) -> NDArray[np.int64]:
+def worst_first(quality: NDArray, is_issue: NDArray) -> NDArray[np.int64]:
     """The rows, most doubtful first: issues before others, then by rising quality."""
-    return np.lexsort((labels.quality, ~labels.is_issue))
+    return np.lexsort((quality, ~is_issue))
 
 
 def thumbnails(images: Iterable[NDArray[np.uint8]], side: int = SIDE) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:

@@ -55,10 +55,12 @@ def capture(step: Callable[[], Tensor], pool: GraphPool) -> tuple[Callable[[], N
 
 @contextlib.contextmanager
 def preserved(state: Sequence[Tensor]) -> Iterator[None]:
-    """After the block, also after an error, the tensors hold the same values as before, at the same addresses."""
+    """After the block, also after an error, the tensors hold the same values as before, at the same addresses, and
+    torch's random streams go on as if nothing had been drawn: else dropout would depend on when a step is captured."""
     before = [tensor.detach().clone() for tensor in state]
     try:
-        yield
+        with torch.random.fork_rng({tensor.device for tensor in state if tensor.is_cuda}):
+            yield
     finally:
         for tensor, value in zip(state, before, strict=True):
             tensor.detach().copy_(value)

@@ -84,6 +84,50 @@ def test_every_field_of_the_report(tmp_path, capsys):
     assert "cosine of the updates 1.0000" in printed and "epoch (divided)" in printed
 
 
+def test_what_is_stopped_leaves_what_it_measured(tmp_path, monkeypatch):
+    """On a card that is lent for minutes, a benchmark that writes at its end alone leaves nothing."""
+    file, run, calls = tmp_path / "bench.json", bench_cifar.FastEpoch.run, []
+
+    def stopped(self, divisions):
+        calls.append(divisions)
+        if len(calls) == 7:  # after three warm-up epochs
+            raise KeyboardInterrupt
+        return run(self, divisions)
+
+    monkeypatch.setattr(bench_cifar.FastEpoch, "run", stopped)
+    flags = "--samples 40 --labeled 16 --test_samples 10 --width 4 --batch_size 8 --repeats 2 --warmups 1 --device cpu"
+    with pytest.raises(KeyboardInterrupt):
+        bench_cifar.main([*flags.split(), "--ablate", "large", "--json", str(file)])
+    report = json.loads(file.read_text())
+    assert len(report["all_epoch_seconds"]) == 1 and report["epoch_seconds"] == report["all_epoch_seconds"][0]
+    assert list(report["ablation_epoch_seconds"]) == ["evaluation in large batches (128)"]
+
+
+@pytest.mark.slow
+def test_a_real_run_is_timed_beside_bare_epochs_of_the_same_sizes(tmp_path, capfd):
+    """A benchmark of phases alone hid 2 s an epoch that runs took; a ratio of unequal work would show others."""
+    flags = (
+        "--samples 400 --labeled 200 --test_samples 20 --width 8 --batch_size 16 --repeats 1 --warmups 0 --device cpu"
+    )
+    report = bench_cifar.main([*flags.split(), "--end_to_end", "2", "--json", str(tmp_path / "bench.json")])
+    assert json.loads((tmp_path / "bench.json").read_text()) == report
+    result = report["end_to_end"]
+    assert len(result["epoch_seconds"]) == len(result["bare_epoch_seconds"]) == len(result["labeled_sizes"]) == 2
+    assert result["mean_epoch_seconds"] == pytest.approx(sum(result["epoch_seconds"]) / 2)
+    assert result["ratio_to_bare"] == pytest.approx(result["mean_epoch_seconds"] / result["bare_mean_epoch_seconds"])
+    assert 0 < sum(result["mean_phase_seconds"].values()) < 1.1 * result["mean_epoch_seconds"]
+    assert all(0 < size < 400 for pair in result["labeled_sizes"] for size in pair)
+    assert "epoch 3/3" in capfd.readouterr().out
+
+
+def test_words_choose_what_is_ablated(capsys):
+    """One speed-up against the rest, within the minutes of a lent card; a word that fits none must not time nothing."""
+    assert bench_cifar.parse_args([]).ablate is None and bench_cifar.parse_args(["--ablate"]).ablate == []
+    flags = "--samples 40 --labeled 16 --test_samples 10 --width 4 --batch_size 8 --device cpu --ablate gues"
+    with pytest.raises(SystemExit, match="gues"):
+        bench_cifar.main(flags.split())
+
+
 def test_a_wrong_engine_fails_the_check(monkeypatch):
     """A fast engine that computes something else must not be timed."""
     prepare, prepared = bench_cifar.Runtime.prepare, []

@@ -29,9 +29,6 @@ def shown(views):
     return (views[:, 0, 8, 8].round().long() - 1).tolist()
 
 
-# ---- Views ----
-
-
 def test_crop_and_flip_equal_torchvision_for_the_same_draws():
     """A crop that is shifted, wraps around, has a grey border, or flips before it crops, is not the paper's."""
     images = torch.from_numpy(random_images())
@@ -52,22 +49,19 @@ def test_draws_are_uniform_and_independent_per_image():
     for column, values in zip(crops.T, (9, 9, 2), strict=True):
         counts = np.bincount(column, minlength=values)
         assert len(counts) == values and chisquare(counts).pvalue > 1e-4
-    assert np.abs(np.corrcoef(crops.T.astype(float)) - np.eye(3)).max() < 0.03
-    assert np.abs(np.corrcoef(crops[:-1, 0], crops[1:, 0])[0, 1]) < 0.03
+    columns = np.column_stack([crops[1:], crops[:-1, 0]]).astype(float)
+    assert np.abs(np.corrcoef(columns.T) - np.eye(4)).max() < 0.03
     assert (draw_crops(np.random.default_rng(0), 1000, flip=False)[:, 2] == 0).all()
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 7, 3), (0, 5, 7, 3), (3, 1, 1, 3)])
-def test_normalisation_is_the_plain_formula_to_the_bit(shape):
+@pytest.mark.parametrize("n", [2, 0])
+def test_normalisation_is_the_plain_formula_to_the_bit(n):
     """The fast form would move every result; mean and std mixed up still train, only worse."""
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.from_numpy(random_images(n)[:, :5, :7])
     before, (mean, std) = images.clone(), torch.tensor([[0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]])
     result = to_float(images, mean, std)
     assert torch.equal(result, ((images.to(torch.float32) / 255 - mean) / std).permute(0, 3, 1, 2))
     assert result.is_contiguous(memory_format=torch.channels_last) and torch.equal(images, before)
-
-
-# ---- Passes ----
 
 
 @given(st.integers(2, 60), st.integers(1, 60), st.integers(1, 17), st.integers(0, 999))
@@ -77,53 +71,43 @@ def test_a_pass_shows_every_labeled_sample_once(n, labeled, batch_size, seed):
     labeled = min(labeled, n)
     data, division = dataset(n), half(n, labeled)
     division.clean_probability[:] = np.linspace(0.6, 0.9, n)
-    seen_x, seen_u = [], []
+    seen_x, seen_u, rest = [], [], []
     for batch in data.mixmatch_batches(division, batch_size, np.random.default_rng(seed)):
         x1, x2, labels, w, u1, u2 = data.mixmatch_views(*batch)
         assert shown(x1) == shown(x2) == labels.tolist() and shown(u1) == shown(u2)
         np.testing.assert_allclose(w, division.clean_probability[labels], rtol=1e-6)
         seen_x.append(labels.tolist())
         seen_u.append(shown(u1))
+        rest = rest or [*range(labeled, n)]  # what this pass over the unlabeled set has still to show
+        assert len(seen_u[-1]) == min(batch_size, len(rest)) and {*seen_u[-1]} <= {*rest}
+        rest = [i for i in rest if i not in seen_u[-1]]
     assert sorted(chain.from_iterable(seen_x)) == list(range(labeled))
     assert all(len(rows) == batch_size for rows in seen_x[:-1])
-    assert set(chain.from_iterable(seen_u)) <= set(range(labeled, n))
-    unlabeled = n - labeled
-    passes = -(-unlabeled // batch_size) if unlabeled else 0
-    for i, rows in enumerate(seen_u):
-        last = passes and i % passes == passes - 1
-        assert len(rows) == (0 if not unlabeled else (unlabeled - (passes - 1) * batch_size) if last else batch_size)
-    if passes and len(seen_u) >= passes:  # the first pass shows each unlabeled sample once
-        assert sorted(chain.from_iterable(seen_u[:passes])) == list(range(labeled, n))
 
 
-def test_each_pass_has_a_new_order_and_two_independent_views():
-    """The same images would meet all epoch long; one crop for both views would guess from one prediction."""
-    data = dataset(60)
-    orders = [tuple(u.tolist()) for _, u, *_ in data.mixmatch_batches(half(60, 50), 10, np.random.default_rng(0))]
-    assert len(orders) == 5 and len(set(orders)) > 1
-    first, second = ([index.tolist() for index, _ in data.warmup_batches(16, np.random.default_rng(k))] for k in (0, 1))
-    assert [len(rows) for rows in first] == [16, 16, 16, 12]
-    assert sorted(chain.from_iterable(first)) == sorted(chain.from_iterable(second)) == list(range(60))
-    assert first != second
-    index, crops = next(iter(data.warmup_batches(16, np.random.default_rng(0))))
-    views, labels = data.warmup_views(index, crops)
-    assert shown(views) == labels.tolist() == first[0]
-    data = DeviceImages(random_images(40), np.zeros(40, np.int64), (0.5,) * 3, (0.5,) * 3, True)
-    (batch, *_) = data.mixmatch_batches(half(40), 20, np.random.default_rng(0))
-    x1, x2, _, _, u1, u2 = data.mixmatch_views(*batch)
-    for a, b in ((x1, x2), (u1, u2)):
-        assert (a != b).flatten(1).any(dim=1).float().mean() > 0.9
-
-
-def test_the_generator_alone_decides_the_draws():
-    """A draw from a global stream would make a continued run differ from the uninterrupted one."""
+def test_order_and_views_are_new_in_each_pass_and_the_generator_decides_them():
+    """The same images would meet all epoch long, or a continued run differ from the uninterrupted one."""
+    data = DeviceImages(random_images(60), np.arange(60), (0.5,) * 3, (0.5,) * 3, True)
     passes = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
-        passes.append(dataset(30).mixmatch_batches(half(30), 4, np.random.default_rng(5)))
-    for first, second in zip(*passes, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    for global_seed, seed in ((0, 5), (1, 5), (1, 6)):
+        torch.manual_seed(global_seed)
+        np.random.seed(global_seed)  # noqa: NPY002
+        passes.append([*data.mixmatch_batches(half(60, 50), 10, np.random.default_rng(seed))])
+    first, same_seed, other_seed = (torch.cat([torch.cat(batch[:2]) for batch in batches]) for batches in passes)
+    assert torch.equal(first, same_seed) and not torch.equal(first, other_seed)
+    for x, y in zip(*passes[:2], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(x, y, strict=True))
+    assert len({tuple(unlabeled.tolist()) for _, unlabeled, *_ in passes[0]}) > 1  # a new order in each pass
+    x1, x2, _, _, u1, u2 = data.mixmatch_views(*passes[0][0])
+    for a, b in ((x1, x2), (u1, u2)):
+        assert (a != b).flatten(1).any(dim=1).float().mean() > 0.7  # of 81 crops and a coin
+    data = dataset(60)
+    first, second = ([*data.warmup_batches(16, np.random.default_rng(k))] for k in (0, 1))
+    for batches in (first, second):
+        assert [len(index) for index, _ in batches] == [16, 16, 16, 12]
+        assert torch.cat([index for index, _ in batches]).sort().values.tolist() == list(range(60))
+    views, labels = data.warmup_views(*first[0])
+    assert shown(views) == labels.tolist() == first[0][0].tolist() != second[0][0].tolist()
 
 
 def test_evaluation_shows_all_images_in_order_as_they_are():

@@ -5,37 +5,23 @@ import os
 import pickle
 import re
 import struct
-import subprocess
-import sys
 import warnings
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers.scripts import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
+from scipy.stats import chisquare, ks_2samp
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 from dividemix import DivideMixError
+from dividemix.data import images
 from dividemix.data.check import problem
-from dividemix.data.images import (
-    COMPOSITED,
-    MAX_RATIO,
-    RATIO,
-    SCALE,
-    SCALED,
-    TURNED,
-    BadImage,
-    Views,
-    describe_changes,
-    read_image,
-    shown,
-)
+from dividemix.data.images import BadImage, Views, describe_changes, read_image, shown
 from dividemix.data.lists import Boundary
 
 CROP, RESIZED = Views(64, 56), Views(80, 60, "resized_crop")
@@ -91,24 +77,18 @@ def test_crops_are_spread_evenly():
     boxes = np.array([CROP.draw(64, 70, seed) for seed in range(4000)])
     for column, values in ((0, 9), (1, 15), (4, 2)):
         counts = np.bincount(boxes[:, column], minlength=values)
-        assert len(counts) == values
-        expected = len(boxes) / values
-        assert (abs(counts - expected) < 5 * np.sqrt(expected)).all()
+        assert len(counts) == values and chisquare(counts).pvalue > 1e-4
 
 
 def test_resized_crops_are_spread_as_torchvisions():
     """Near and far views would be mixed otherwise than the paper's, or narrow images be distorted."""
-    n, (height, width) = 2500, (80, 120)
-    boxes = np.array([RESIZED.draw(height, width, seed)[:4] for seed in range(n)], float)
-    torch.manual_seed(0)
-    blank = torch.empty(3, height, width)
-    expected = np.array([transforms.RandomResizedCrop.get_params(blank, SCALE, RATIO) for _ in range(n)], float)
+    draw = transforms.RandomResizedCrop.get_params
+    boxes = np.array([RESIZED.draw(80, 120, seed)[:4] for seed in range(2500)], float)
+    expected = np.array([draw(torch.empty(3, 80, 120), images.SCALE, images.RATIO) for _ in boxes], float)
     for quantity in (lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0], lambda b: b[:, 1]):
-        a, b = quantity(boxes), quantity(expected)
-        assert abs(a.mean() - b.mean()) < 5 * np.sqrt((a.var() + b.var()) / n)
-        assert abs(a.std() / b.std() - 1) < 0.1
+        assert ks_2samp(quantity(boxes), quantity(expected)).pvalue > 1e-4
     for shape in ((10, 400), (400, 10)):
-        expected = transforms.RandomResizedCrop.get_params(torch.empty(3, *shape), SCALE, RATIO)
+        expected = draw(torch.empty(3, *shape), images.SCALE, images.RATIO)
         assert all(RESIZED.draw(*shape, seed)[:4] == expected for seed in range(20))
 
 
@@ -122,16 +102,16 @@ def test_views_that_do_not_fit_in_are_refused(crop):
 
 # ---- Files: the published pixels ----
 
-KINDS = {
-    "grey JPEG": ("JPEG", "L", {}),
-    "CMYK JPEG": ("JPEG", "CMYK", {}),
-    "palette PNG, colours half transparent": ("PNG", "P", {"transparency": bytes(range(0, 256, 2))}),
-    "RGBA PNG": ("PNG", "RGBA", {}),
-    "JPEG lying on its side": ("JPEG", "RGB", {"exif": exif_of(6)}),
-}
 
-
-@pytest.mark.parametrize(("kind", "mode", "options"), KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("JPEG", "L", {}),
+        ("JPEG", "CMYK", {}),
+        ("PNG", "P", {"transparency": bytes(range(0, 256, 2))}),
+        ("JPEG", "RGB", {"exif": exif_of(6)}),  # lying on its side
+    ],
+)
 def test_published_pixels(tmp_path, kind, mode, options):
     """Clothing1M and WebVision would be other pixels than the paper's, or a run would end at the first grey photo."""
     path = tmp_path / "photo.jpg"
@@ -142,9 +122,7 @@ def test_published_pixels(tmp_path, kind, mode, options):
         np.testing.assert_array_equal(read_image(path, Boundary(tmp_path), as_shown=False), expected)
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype"), [("PNG", np.uint16), ("TIFF", ">u2"), ("TIFF", np.int32), ("PPM", np.int32)]
-)
+@pytest.mark.parametrize(("kind", "dtype"), [("PNG", np.uint16), ("TIFF", ">u2"), ("PPM", np.int32)])
 def test_published_pixels_of_16_bits(tmp_path, kind, dtype):
     """They would be white all over: Pillow takes every value over 255 for 255."""
     values = np.arange(0, 65536, 41).astype(dtype)[:1560].reshape(39, 40)
@@ -210,8 +188,6 @@ KEY = b"tRNS"
 SHOWN = {
     # modes without transparency
     "RGB PNG": (saved(of([(1, 2, 3), (250, 0, 9)], "RGB"), "PNG"), [(1, 2, 3), (250, 0, 9)]),
-    "L PNG of 4 bits": (png(4, 0, bytes([0x0F, 0x70]), 3), [0, 255, 119]),
-    "1 TIFF, white is zero": (tiff(0, [1], bytes([0b01000000]), 2), [255, 0]),
     "L TIFF, white is zero": (tiff(0, [8], bytes([0, 7, 255]), 3), [255, 248, 0]),
     "P TIFF": (tiff(3, [8], bytes([0, 9]), 2, t320=RAMP), [0, 9]),
     "CMYK TIFF": (saved(of([(255, 0, 0, 0), (0, 0, 0, 255)], "CMYK"), "TIFF"), [(0, 255, 255), (0, 0, 0)]),
@@ -219,7 +195,6 @@ SHOWN = {
     # transparency, on white
     "RGBA PNG": (saved(of([(0, 0, 0, 0), (200, 100, 0, 51)], "RGBA"), "PNG"), [255, (244, 224, 204)]),
     "RGBa TIFF": (tiff(2, [8] * 4, bytes([40, 20, 0, 51, 0, 0, 0, 0]), 2, t338=[1]), [(244, 224, 204), 255]),
-    "LA PNG": (saved(of([(0, 0), (0, 255), (100, 51)], "LA"), "PNG"), [255, 0, 224]),
     "La TIFF": (tiff(1, [8, 8], bytes([0, 0, 20, 51]), 2, t338=[1]), [255, 224]),
     "PA TIFF": (tiff(3, [8, 8], bytes([0, 0, 100, 51]), 2, t338=[2], t320=RAMP), [255, 224]),
     "P PNG, one colour": (saved(palette(of([0, 1], "P"), [0, 0, 0, 1, 2, 3]), "PNG", transparency=0), [255, (1, 2, 3)]),
@@ -227,40 +202,27 @@ SHOWN = {
         png(8, 3, bytes([0, 1, 2]), 3, (b"PLTE", bytes([0, 0, 0, 100, 100, 100, 9, 9, 9])), (KEY, bytes([0, 51]))),
         [255, 224, 9],
     ),
-    "P GIF, one colour": (saved(palette(of([0, 1], "P"), [0, 0, 0, 1, 2, 3]), "GIF", transparency=0), [255, (1, 2, 3)]),
     "1 PNG, white": (png(1, 0, b"\x40", 2, (KEY, u16(1))), [0, 255]),
     "L PNG of 2 bits, a colour": (png(2, 0, bytes([0b00011011]), 4, (KEY, u16(1))), [0, 255, 170, 255]),
-    "L PNG, a colour": (png(8, 0, bytes([0, 1, 2]), 3, (KEY, u16(0))), [255, 1, 2]),
     "RGB PNG, a colour": (png(8, 2, bytes([0, 0, 0, 0, 0, 1]), 2, (KEY, u16(0, 0, 0))), [255, (0, 0, 1)]),
     "RGB PNG of 16 bits, a colour": (
         png(16, 2, u16(256, 512, 768, 256, 512, 769), 2, (KEY, u16(256, 512, 768))),
         [255, (1, 2, 3)],
     ),
-    # 16 bits a channel
-    "RGB PNG of 16 bits": (png(16, 2, u16(0x1234, 0xFF00, 0), 1), [(0x12, 0xFF, 0)]),
     # 16-bit grey: by its largest value
     "8 bits in 16": (png(16, 0, u16(0, 100, 255), 3), [0, 100, 255]),
     "9 bits in 16": (png(16, 0, u16(0, 256, 511), 3), [0, 64, 127]),
-    "10 bits in 16": (png(16, 0, u16(0, 512, 1023), 3), [0, 128, 255]),
     "12 bits in 16": (png(16, 0, u16(0, 1024, 4095), 3), [0, 64, 255]),
     "14 bits in 16": (png(16, 0, u16(0, 4097, 16383), 3), [0, 64, 255]),
-    "16 bits": (png(16, 0, u16(0, 257, 65535), 3), [0, 1, 255]),
-    "all black": (png(16, 0, u16(0, 0), 2), [0, 0]),
     "12 bits in a TIFF": (tiff(1, [16], u16(0, 1024, 4095, order="<"), 3), [0, 64, 255]),
-    "12 bits in a TIFF, big endian": (tiff(1, [16], u16(0, 1024, 4095), 3, ">"), [0, 64, 255]),
     "12 bits in a TIFF, white is zero": (tiff(0, [16], u16(0, 1024, 4095, order="<"), 3), [255, 191, 0]),
-    "12 bits in a TIFF, with a sign": (tiff(1, [16], u16(0, 1024, 4095, order="<"), 3, t339=[2]), [0, 64, 255]),
-    "12 bits in a TIFF of 32": (saved(of([0, 1024, 4095], "I"), "TIFF"), [0, 64, 255]),
     "12 bits in a PGM": (b"P5 3 1 65535\n" + u16(0, 1024, 4095), [0, 64, 255]),
     "12 bits with a transparent colour": (png(16, 0, u16(65535, 1024, 4095), 3, (KEY, u16(65535))), [255, 64, 255]),
     "12 bits with alpha": (png(16, 4, u16(65535, 0, 1024, 65535, 4095, 65535, 1024, 51 << 8), 4), [255, 64, 255, 217]),
     # 16-bit grey: by the bits that the file names
     "10 bits, sBIT 12": (png(16, 0, u16(0, 1023), 2, (b"sBIT", b"\x0c")), [0, 64]),
-    "9 bits, sBIT 9": (png(16, 0, u16(0, 511), 2, (b"sBIT", b"\x09")), [0, 255]),
     "10 bits, sBIT 9": (png(16, 0, u16(0, 600), 2, (b"sBIT", b"\x09")), [0, 150]),
-    "12 bits, sBIT 16": (png(16, 0, u16(0, 4112), 2, (b"sBIT", b"\x10")), [0, 16]),
     "12 bits stretched to 16, sBIT 12": (png(16, 0, u16(0, 0x1010, 0xFFF0), 3, (b"sBIT", b"\x0c")), [0, 16, 255]),
-    "10 bits with alpha, sBIT 12": (png(16, 4, u16(1023, 65535), 1, (b"sBIT", b"\x0c\x10")), [64]),
     "senseless sBIT": (png(16, 0, u16(0, 1023), 2, (b"sBIT", b"\xff")), [0, 255]),
     "10 bits in a TIFF of 12": (tiff(1, [12], bytes([0x00, 0x03, 0xFF]), 2), [0, 64]),
     "a PGM of up to 1023": (b"P5 2 1 1023\n" + u16(100, 200), [25, 50]),
@@ -300,59 +262,51 @@ LYING = {  # how the file holds UPRIGHT: orientation k's definition says where i
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG", "PNG of 16 bits", "TIFF of 16 bits"])
-@pytest.mark.parametrize("orientation", LYING)
-def test_orientations(tmp_path, orientation, kind):
+def test_orientations(tmp_path, kind):
     """Photos from a phone would be trained on lying on their side."""
-    stored = np.ascontiguousarray(LYING[orientation])
-    image = Image.fromarray(stored.astype(np.uint16) * 257 if "16" in kind else stored)
-    if kind == "JPEG":  # blocks of one colour: it would blur single pixels
-        image = Image.fromarray(stored.repeat(16, 0).repeat(16, 1))
-    image.save(tmp_path / "x", kind.split()[0], exif=exif_of(orientation))
-    image, changes = shown(tmp_path / "x")
-    assert changes & TURNED == (TURNED if orientation > 1 else 0)
-    pixels = np.asarray(image)[8::16, 8::16] if kind == "JPEG" else np.asarray(image)
-    assert pixels.shape == (2, 3, 3)
-    assert np.abs(pixels.astype(int) - UPRIGHT[..., None]).max() <= (2 if kind == "JPEG" else 0)
+    for orientation, stored in LYING.items():
+        stored = np.ascontiguousarray(stored)
+        image = Image.fromarray(stored.astype(np.uint16) * 257 if "16" in kind else stored)
+        if kind == "JPEG":  # blocks of one colour: it would blur single pixels
+            image = Image.fromarray(stored.repeat(16, 0).repeat(16, 1))
+        image.save(tmp_path / "x", kind.split()[0], exif=exif_of(orientation))
+        image, changes = shown(tmp_path / "x")
+        assert changes & images.TURNED == (images.TURNED if orientation > 1 else 0)
+        pixels = np.asarray(image)[8::16, 8::16] if kind == "JPEG" else np.asarray(image)
+        assert pixels.shape == (2, 3, 3)
+        assert np.abs(pixels.astype(int) - UPRIGHT[..., None]).max() <= (2 if kind == "JPEG" else 0)
 
 
-def test_exif_after_the_pixels(tmp_path):
-    """PNG allows it there: such photos alone would stay on their side."""
+def test_exif_after_the_pixels_and_damaged_exif(tmp_path):
+    """PNG allows EXIF there: such photos would stay on their side; damaged EXIF data would end the run."""
     content = saved(Image.fromarray(np.ascontiguousarray(LYING[6])), "PNG", exif=exif_of(6))
     at = content.index(b"eXIf") - 4
     end = at + 12 + int.from_bytes(content[at : at + 4], "big")
     (tmp_path / "x.png").write_bytes(content[:at] + content[end:-12] + content[at:end] + content[-12:])
     np.testing.assert_array_equal(read_image(tmp_path / "x.png")[..., 0], UPRIGHT)
-
-
-@pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0", exif_of(9)])
-def test_a_sound_image_with_damaged_exif_data(tmp_path, exif):
-    """A camera's or an editor's slip would end the run, and the photo is sound."""
-    Image.fromarray(UPRIGHT).save(tmp_path / "x.png", exif=exif)
-    np.testing.assert_array_equal(read_image(tmp_path / "x.png")[..., 0], UPRIGHT)
+    for exif in (b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0", exif_of(9)):
+        Image.fromarray(UPRIGHT).save(tmp_path / "x.png", exif=exif)
+        np.testing.assert_array_equal(read_image(tmp_path / "x.png")[..., 0], UPRIGHT)
 
 
 def test_what_was_done_is_counted(tmp_path):
     """The user would not hear that photos were turned, or would hear of every screenshot's alpha channel."""
-    [line] = describe_changes(np.array([0, 0, TURNED, TURNED | COMPOSITED, SCALED, TURNED], np.uint8))
+    turned, composited, scaled = images.TURNED, images.COMPOSITED, images.SCALED
+    [line] = describe_changes(np.array([0, 0, turned, turned | composited, scaled, turned], np.uint8))
     assert re.findall(r"\d+ \w+", line)[:3] == ["3 turned", "1 with", "1 of"]
     assert describe_changes(np.zeros(9, np.uint8)) == describe_changes(np.array([], np.uint8)) == []
-    for alpha, expected in ((255, 0), (254, COMPOSITED)):
+    for alpha, expected in ((255, 0), (254, composited)):
         of([(1, 2, 3, alpha)], "RGBA").save(tmp_path / "x.png")
-        image, changes = shown(tmp_path / "x.png")
-        assert changes == expected and (alpha < 255 or image.getpixel((0, 0)) == (1, 2, 3))
+        assert shown(tmp_path / "x.png").changes == expected
 
 
 # ---- Bad files ----
 
 
-def jpeg_of(side: int) -> bytes:
+def huge_jpeg(side: int) -> bytes:
     """A JPEG whose header claims side x side pixels, with the data of few."""
     frame = b"\xff\xc0\x00\x0b\x08" + side.to_bytes(2, "big") * 2 + b"\x01\x01\x11\x00"
     return b"\xff\xd8" + frame + b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" + b"\0" * 20 + b"\xff\xd9"
-
-
-def of_value(value: float, dtype: type) -> bytes:
-    return saved(Image.fromarray(np.full((8, 8), value, dtype)), "TIFF")
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
@@ -362,37 +316,35 @@ BAD = {  # name: (its bytes, or how it is made, what is wrong with it)
     "text": (b"<html>404 not found</html>", "not an image"),
     "truncated": (saved(photo(60, 50), "JPEG")[:-40], "truncated"),
     "truncated PNG": (saved(photo(60, 50), "PNG")[:-40], "truncated"),
-    "a folder": (Path.mkdir, "not a file"),
     "a pipe, which would be waited for": (os.mkfifo, "not a file"),
     "a link to itself": (lambda path: path.symlink_to(path), "levels of symbolic links"),
     "a link that leads out": (lambda path: path.symlink_to("../outside.jpg"), "leads out"),
     "a program, which Pillow would start": (EPS, "not an image"),
-    "a JPEG of 90 million pixels in 100 bytes": (jpeg_of(9_600), "pixels"),
-    "a JPEG of 4 billion pixels in 100 bytes": (jpeg_of(65_500), "pixels"),
+    "a JPEG of 90 million pixels in 100 bytes": (huge_jpeg(9_600), "pixels"),
     "resized to a short side of 256, it takes 295 MB": (saved(Image.new("RGB", (2, 3000)), "JPEG"), "2 x 3000 pixels"),
-    "fractions, of which none is white": (of_value(0.5, np.float32), "fractions"),
-    "more than 16 bits": (of_value(70_000, np.int32), "more than 16"),
-    "below zero": (of_value(-1, np.int32), "below zero"),
+    "fractions, of which none is white": (saved(Image.new("F", (8, 8), 0.5), "TIFF"), "fractions"),
+    "more than 16 bits": (saved(Image.new("I", (8, 8), 70_000), "TIFF"), "more than 16"),
+    "below zero": (saved(Image.new("I", (8, 8), -1), "TIFF"), "below zero"),
 }
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("as_shown", [False, True], ids=["published", "as shown"])
 @pytest.mark.parametrize(("content", "reason"), BAD.values(), ids=BAD)
-def test_what_is_wrong_is_said(tmp_path, content, reason, as_shown):
+def test_what_is_wrong_is_said(tmp_path, content, reason):
     """The user would see a traceback of Pillow's, or a file from elsewhere fill the memory or be run."""
     (tmp_path / "data").mkdir()
     photo(60, 50).save(tmp_path / "outside.jpg")
-    path = tmp_path / "data/photo.jpg"
+    path, boundary = tmp_path / "data/photo.jpg", Boundary(tmp_path / "data")
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
         content(path)
-    with pytest.raises(BadImage, match=reason) as caught:
-        read_image(path, Boundary(tmp_path / "data"), as_shown)
-    assert str(path) not in str(caught.value)
-    for full in (False, True):  # --check_data says it in the same words
-        assert problem(str(path), Boundary(tmp_path / "data"), full, as_shown) == str(caught.value)
+    for as_shown in (False, True):
+        with pytest.raises(BadImage, match=reason) as caught:
+            read_image(path, boundary, as_shown)
+        assert str(path) not in str(caught.value)
+        for full in (False, True):  # --check_data says it in the same words
+            assert problem(str(path), boundary, full, as_shown) == str(caught.value)
 
 
 def test_8_bits_with_a_sign_are_refused(tmp_path):
@@ -400,25 +352,3 @@ def test_8_bits_with_a_sign_are_refused(tmp_path):
     (tmp_path / "x.tif").write_bytes(tiff(1, [8], bytes([255, 1]), 2, t339=[2]))
     with pytest.raises(BadImage, match="sign"):
         read_image(tmp_path / "x.tif")
-
-
-def test_the_longest_image_that_is_read_takes_little_memory(tmp_path):
-    """The bound would not be one; and, without a boundary, a file that a user names may be a link to anywhere."""
-    Image.new("RGB", (MAX_RATIO, 1)).save(tmp_path / "x.jpg")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder/x.jpg").symlink_to(tmp_path / "x.jpg")
-    image = Image.fromarray(read_image(tmp_path / "folder/x.jpg"))
-    assert Views(256, 224).resized(image).nbytes == MAX_RATIO * 256 * 256 * 3 < 50e6
-
-
-@pytest.mark.slow
-def test_pillow_is_silent_and_others_are_not(tmp_path):
-    """A run would end in a screen of remarks on metadata, or the warnings of other threads be lost."""
-    palette(of([0, 1], "P"), [9, 8, 7, 1, 2, 3]).save(tmp_path / "x.png", transparency=b"\0\1")
-    code = f"""
-import warnings
-from dividemix.data.images import read_image
-read_image({str(tmp_path / "x.png")!r}, as_shown=False)
-warnings.warn("of a fit")"""
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert re.findall(r"\w*Warning: .*", ended.stderr) == ["UserWarning: of a fit"]

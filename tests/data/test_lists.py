@@ -1,15 +1,14 @@
 """Lists of images: which image a line stands for, and which lines never get as far as a file."""
 
 import os
-import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
+from helpers.errors import assert_refused
 
-from dividemix import DivideMixError, DivideMixWarning
+from dividemix import DivideMixError
 from dividemix.data.lists import Boundary, ImageList, images_below, list_folders, read_lines, read_table
 
 
@@ -25,17 +24,10 @@ def touch(folder: Path, *names: str) -> None:
         (folder / name).touch()
 
 
-def image_list(paths: list[bytes], labels: list[int], num_class: int = 5, numbers: list[int] | None = None):
-    return ImageList("/d/list.txt", "/d", "images", paths, labels, num_class, numbers)
-
-
-# ---- The list in memory ----
-
-
 def test_paths_labels_and_lines_of_an_image_list():
     """An image would have another image's label, or an error point to the wrong line."""
-    images = image_list([b"a.jpg", b"x/\xc3\xa9t\xc3\xa9 1.jpg", b"b\n\x1b[2J"], [4, 0, 4], numbers=[1, 3, 7])
-    assert len(images) == 3
+    paths = [b"a.jpg", b"x/\xc3\xa9t\xc3\xa9 1.jpg", b"b\n\x1b[2J"]
+    images = ImageList("/d/list.txt", "/d", "images", paths, [4, 0, 4], 5, numbers=[1, 3, 7])
     assert [images.path(i) for i in range(2)] == ["/d/images/a.jpg", "/d/images/x/été 1.jpg"]
     assert [images.name(i) for i in range(2)] == ["a.jpg", "x/été 1.jpg"]
     assert [f"/d/{os.fsdecode(name)}" for name in images.names()] == [images.path(i) for i in range(3)]
@@ -43,27 +35,11 @@ def test_paths_labels_and_lines_of_an_image_list():
     assert images.where(1) == "/d/list.txt, line 3" and images.class_counts().tolist() == [1, 0, 0, 0, 2]
     assert images.problem(0, "empty") == "/d/images/a.jpg: empty (/d/list.txt, line 1)"
     assert images.problem(2, "empty").startswith(r"'/d/images/b\n\x1b[2J': ")
-    images = image_list([b"a", b"bb", b"", b"dddd"], [0, 1, 2, 3], numbers=[1, 2, 3, 9]).select(np.array([3, 0]), 4)
-    assert [images.path(i) for i in range(len(images))] == ["/d/images/dddd", "/d/images/a"]
-    assert images.labels.tolist() == [3, 0] and images.where(0).endswith("line 9") and images.num_class == 4
-    digests = [
-        ImageList("/d/list.txt", root, "", [b"a", b"b"], labels, 5, numbers).digest()
-        for root, labels, numbers in (("/d", [0, 1], [1, 2]), ("/moved", [0, 1], [3, 9]), ("/d", [1, 0], [1, 2]))
-    ]
-    assert digests[0] == digests[1] != digests[2]
-    assert len(images.select(np.array([], int))) == 0
-
-
-def test_a_list_is_compact_and_travels_to_worker_processes():
-    """A million paths as Python objects would cost every worker process 100 MB and a copy at each look."""
-    n = 1000
-    images = image_list([b"0/00/%010d.jpg" % i for i in range(n)], [0] * n, numbers=list(range(n)))
-    content = pickle.dumps(images)
-    assert len(content) < n * (19 + 2 * 8) + 2000
-    assert pickle.loads(content).path(n - 1) == "/d/images/0/00/0000000999.jpg"
-
-
-# ---- List files ----
+    selected = images.select(np.array([2, 1]), 6)
+    assert [selected.path(i) for i in range(len(selected))] == [images.path(2), images.path(1)]
+    assert selected.labels.tolist() == [4, 0] and selected.where(0).endswith("line 7") and selected.num_class == 6
+    moved = replace(images, root="/moved", numbers=np.array([3, 9, 10]))
+    assert images.digest() == moved.digest() != replace(images, labels=[0, 4, 4]).digest()
 
 
 def test_labelled_lines(tmp_path):
@@ -79,16 +55,14 @@ def test_labelled_lines(tmp_path):
 
 BAD_PATHS = {  # what is refused of lists and tables -> a word of the reason
     b"/etc/passwd": "absolute",
-    b"../b.jpg": "'..'",
     b"a/../../b.jpg": "'..'",
-    b"a/..": "'..'",
     b"images/": "folder",
     b".": "folder",
     b"caf\xe9.jpg": "UTF-8",
     b"b\0.jpg": "zero byte",
     b"b" * 5000 + b".jpg": "5004 bytes",
 }
-BAD_LABELS = [b"14", b"-1", b"x", b"1.0", b"1e1", b"+1", b"01", b"1_0", b"nan", b"9" * 5000, b"\xd9\xa3"]
+BAD_LABELS = [b"14", b"-1", b"1.0", b"+1", b"1_0", b"9" * 5000, b"\xd9\xa3"]
 BAD_LINES = {path + b" 1": reason for path, reason in BAD_PATHS.items()} | {b"b.jpg": "'b.jpg'"}
 BAD_LINES |= {b"b.jpg " + label: "0 to 13" for label in BAD_LABELS}
 BAD_ROWS = {path + b",cat": reason for path, reason in BAD_PATHS.items()} | {
@@ -97,7 +71,6 @@ BAD_ROWS = {path + b",cat": reason for path, reason in BAD_PATHS.items()} | {
     b",cat": "no path",
     b"./a.jpg,dog": "line 2",
     b'"b.jpg,cat': "CSV",  # a quotation mark that does not close
-    b'"b".jpg,cat': "CSV",
     b'b.jpg,"a\nb"': "printable",
     b"b.jpg," + b"x" * 140_000: "CSV",
 }
@@ -109,32 +82,17 @@ BAD += [(read_table, b"path,label\na.jpg,cat\n\n", row, reason) for row, reason 
 def test_bad_lines_are_refused_with_their_number(tmp_path, read, start, line, reason):
     """A list from elsewhere could have any file read; a label that does not exist would crash on the GPU."""
     path = written(tmp_path, start + line + b"\nz.jpg,dog 0\n")
-    with pytest.raises(DivideMixError) as caught:
-        read(path)
-    message = str(caught.value)
-    assert message.startswith(f"{path}, line {start.count(10) + 1}: ") and reason in message and "\n" not in message
+    assert_refused(lambda: read(path), f"{path}, line {start.count(10) + 1}: ", reason)
 
 
-def test_the_last_label_of_an_image_that_is_named_again(tmp_path):
-    """An image of the published lists would count twice, or have another label than in the published code."""
-    path = written(tmp_path, b"a.jpg 1\nb.jpg 2\n\n./a.jpg 3\na.jpg 4\nb.jpg 2\n")
-    with pytest.warns(DivideMixWarning, match=f"{path}.*: 3; ") as warned:
-        lines = read_lines(path, num_class=14)
-    assert lines == ([b"a.jpg", b"b.jpg"], [4, 2], [5, 6]) and len(warned) == 1
-
-
-def test_lists_that_cannot_be_read_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "reason"), [(None, "missing"), (b"\n  \n", "not one line"), ("a.jpg 1\n".encode("utf-16"), "line 1: ")]
+)
+def test_lists_that_cannot_be_read_are_refused(tmp_path, content, reason):
     """A missing, empty or unreadable list would end in a traceback, or in a training set without images."""
-    (tmp_path / "folder.txt").mkdir()
-    for name, reason in (("none.txt", "missing"), ("folder.txt", "not a file")):
-        with pytest.raises(DivideMixError, match=rf"{name}.* {reason}"):
-            read_lines(tmp_path / name)
-    for content, reason in ((b"\n  \n", "not one line"), ("a.jpg 1\n".encode("utf-16"), "line 1: not UTF-8")):
-        with pytest.raises(DivideMixError, match=rf"list\.txt.*{reason}"):
-            read_lines(written(tmp_path, content), 14)
-
-
-# ---- Tables ----
+    path = tmp_path / "list.txt" if content is None else written(tmp_path, content)
+    with pytest.raises(DivideMixError, match=rf"list\.txt.*{reason}"):
+        read_lines(path, 14)
 
 
 def test_a_table(tmp_path):
@@ -155,56 +113,23 @@ def test_tables_without_rows_or_columns_are_refused(tmp_path):
             read_table(written(tmp_path, content))
 
 
-# ---- Any file ----
-
-NASTY = [b"a.jpg", b" ", b"\n", b"/", b"..", b"7", b"\xff", b"\0", b"\r", b"images/", b"1" * 50]
-NASTY += [b"path,label\n", b",", b'"']
-
-
-@pytest.mark.parametrize("kind", ["labelled", "keys", "table"])
-@given(content=st.one_of(st.binary(max_size=80), st.lists(st.sampled_from(NASTY), max_size=14).map(b"".join)))
-@example(content=b"\xef\xbb\xbf")
-@pytest.mark.filterwarnings("ignore::dividemix.DivideMixWarning")
-def test_any_bytes_end_in_a_list_or_in_one_line(tmp_path_factory, kind, content):
-    """A damaged or hostile file would end in a traceback, or lead to a file outside the data folder."""
-    path = written(tmp_path_factory.getbasetemp(), b"path,label\n" * (kind == "table") + content)
-    try:
-        if kind == "table":
-            lines = read_table(path)
-        else:
-            lines = read_lines(path, num_class=14 if kind == "labelled" else None, drop=b"images/")
-    except DivideMixError as error:
-        assert str(path) in str(error) and "\n" not in str(error)
-        return
-    resolved = [os.path.normpath(b"/d/" + name) for name in lines.paths]
-    assert all(name.startswith(b"/d/") for name in resolved) and len(set(resolved)) == len(resolved) > 0
-    assert lines.numbers == sorted(lines.numbers) or kind != "table"
-    assert all(lines.labels) if kind == "table" else all(0 <= label < 14 for label in lines.labels)
-
-
-# ---- Class folders and symbolic links ----
-
-
 def test_class_folders(tmp_path):
-    """A validation image would count for another class, or accuracy be measured on fewer classes."""
-    touch(tmp_path / "val", "b/2.JPEG", "b/1.jpg", "b/.hidden.jpg", "b/notes.txt", "a/x.png", "c/no.txt", ".git/y.jpg")
+    """Images would count for another class, be lost or counted twice; links in a circle would never end."""
+    touch(tmp_path / "val", "b/2.JPEG", "b/.hidden.jpg", "b/c/1.pgm", "b/notes.txt", "b/c/x.jpg.part", "a/x.png")
+    touch(tmp_path / "val", "a/.git/y.jpg", "empty/no.txt")
+    (tmp_path / "val/b/circle").symlink_to(tmp_path / "val/b")
+    (tmp_path / "val/b/again").symlink_to(tmp_path / "val/b/c")
+    (tmp_path / "val/b/gone.jpg").symlink_to(tmp_path / "nowhere")  # the reader says that it is missing
     images = list_folders(tmp_path, "val", ["b", "a"])
-    assert [images.name(i) for i in range(len(images))] == ["b/1.jpg", "b/2.JPEG", "a/x.png"]
-    assert images.path(0) == str(tmp_path / "val/b/1.jpg") and images.where(0) == str(tmp_path / "val")
-    assert images.labels.tolist() == [0, 0, 1] and images.num_class == 2
+    names = [images.name(i) for i in range(len(images))]
+    assert names == ["b/2.JPEG", "b/again/1.pgm", "b/gone.jpg", "a/x.png"]
+    assert images.path(0) == str(tmp_path / "val/b/2.JPEG") and images.where(0) == str(tmp_path / "val")
+    assert images.labels.tolist() == [0, 0, 0, 1] and images.num_class == 2
+    assert images_below(tmp_path / "val/b")[1] == 2
     with pytest.raises(DivideMixError, match="missing: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 4 more"):
         list_folders(tmp_path, "val", ["a", *(str(c) for c in range(1, 15))])
-    with pytest.raises(DivideMixError, match=f"{tmp_path}/val: .*: c$"):
-        list_folders(tmp_path, "val", ["a", "c"])
-
-
-def test_images_below_a_folder(tmp_path):
-    """Images in deeper folders would be lost or counted twice; links in a circle would never end."""
-    touch(tmp_path, "b/2.JPEG", "b/.hidden.jpg", "b/c/1.pgm", "b-1.png", "notes.txt", ".git/y.jpg", "b/c/x.jpg.part")
-    (tmp_path / "b/round").symlink_to(tmp_path)
-    (tmp_path / "b/again").symlink_to(tmp_path / "b/c")
-    (tmp_path / "b/gone.jpg").symlink_to(tmp_path / "nowhere")  # the reader says that it is missing
-    assert images_below(tmp_path) == ([b"b-1.png", b"b/2.JPEG", b"b/again/1.pgm", b"b/gone.jpg"], 2)
+    with pytest.raises(DivideMixError, match=f"{tmp_path}/val: .*: empty$"):
+        list_folders(tmp_path, "val", ["a", "empty"])
     with pytest.raises(DivideMixError, match=f"{tmp_path}/nothing"):
         images_below(tmp_path / "nothing")
 
@@ -220,7 +145,7 @@ def test_symbolic_links_out_of_the_data_folder(tmp_path):
     (tmp_path / "link").symlink_to(root)
     for start in (root, tmp_path / "link"):  # the data folder itself may be a link
         boundary = Boundary(start)
-        # "folder_out": a folder directly in the data folder may be a link, as for a part of the data on another disk
+        # "folder_out": a folder directly in the data folder may be a link to another disk
         for name in ("in/x.jpg", "file_in", "folder_in/x.jpg", "absent/x.jpg", "folder_out/x.jpg"):
             assert boundary.holds(str(start / name)), name
         for name in ("file_out", "in/file_out", "in/folder_out/x.jpg", "in/folder_out/no.jpg", "folder_out/away.jpg"):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -47,8 +48,7 @@ def assert_same(exported, run: Path, sizes: tuple[int, ...] = (1, 2, 3, 17)) -> 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A run of grey images with a border, and its export. The networks have half of ResNet-18's blocks: tracing takes
-    seconds."""
+    """A run of grey images with a border, and its export; of half of ResNet-18's blocks, as tracing takes seconds."""
     root = tmp_path_factory.mktemp("export")
     half = networks.Architecture(lambda *size: PreResNet.ResNet(PreResNet.PreActBlock, [1] * 4, *size), 16, True)
     with pytest.MonkeyPatch.context() as patch:
@@ -66,12 +66,8 @@ def start(tmp_path, monkeypatch, capsys):
     return command(export, tmp_path, monkeypatch, capsys)
 
 
-# ---- The export equals the ensemble ----
-
-
 def test_the_export_equals_the_ensemble(done):
-    """Else what is deployed is not what was trained: other weights, another normalisation, train mode, one net; or
-    nobody knows whether that was compared."""
+    """Else what is deployed is not what was trained, or nobody knows whether that was compared."""
     assert_same(done.exported, done.run)
     assert re.search(r"1, 2, 5 images: largest difference \d\.\de[+-]\d\d ", done.out)
     assert "two half, width 4, 6 classes, grey images of 14x14; weights of the best epoch 1; " in done.out
@@ -88,9 +84,6 @@ def test_every_network_can_be_exported(arch, start, tmp_path):
     status, _, error = start(run, "model.pt2")
     assert (status, error) == (0, "")
     assert_same(load(tmp_path / "model.pt2")[0], run, sizes=(1, 3))
-
-
-# ---- What is in the file ----
 
 
 def test_the_metadata_say_what_goes_in_and_what_comes_out(done):
@@ -111,8 +104,7 @@ def test_the_metadata_say_what_goes_in_and_what_comes_out(done):
 
 
 def test_the_program_is_bound_to_no_device(done):
-    """Else a file that was written on a CPU cannot be moved to a card. The device 'meta' stands for it: it is there
-    everywhere."""
+    """Else a file that was written on a CPU cannot be moved to a card, which 'meta' stands for."""
     program = move_to_device_pass(copy.deepcopy(done.exported), "meta")
     graphs = [module for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
     values = [v for graph in graphs for node in graph.graph.nodes for v in (*node.args, *node.kwargs.values())]
@@ -137,8 +129,7 @@ def test_the_program_on_a_card_equals_the_ensemble(done):
 @pytest.mark.slow
 @pytest.mark.parametrize("preparation", [COLOUR, GREY], ids=["colour", "grey"])
 def test_the_documented_code_gives_the_answers_of_predict(preparation, start, tmp_path):
-    """In a process that has PyTorch, Pillow and numpy, and not this project. Else the file cannot be used by those who
-    get it, or the recipe that they copy prepares images otherwise."""
+    """Else the file cannot be used without this project, or the recipe prepares images otherwise."""
     run = make_trained(tmp_path / "run", preparation)
     assert start(run, "model.pt2")[0] == 0
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own-images.md").read_text(), re.DOTALL)
@@ -159,13 +150,9 @@ def test_the_documented_code_gives_the_answers_of_predict(preparation, start, tm
         assert (name, float(probability)) == (row["class"], pytest.approx(float(row["confidence"]), abs=1e-3))
 
 
-# ---- The command ----
-
-
 @pytest.mark.parametrize(("change", "difference"), [(0.01, "0[1-9]"), (float("nan"), "nan")])
 def test_a_program_that_differs_is_not_written(done, start, monkeypatch, tmp_path, change, difference):
-    """Else a fault of the exporter goes into production with a file that looks sound, or networks that diverged do, as
-    NaN is above no tolerance. Here the program is the one from before the change."""
+    """Else a fault of the exporter, or networks that diverged, go into production."""
     run = make_trained(tmp_path / "run", GREY, arch="half")
     state = torch.load(run / "best.pt", weights_only=True)
     state["nets"][0]["linear.bias"][0] += change
@@ -179,27 +166,16 @@ def test_a_program_that_differs_is_not_written(done, start, monkeypatch, tmp_pat
     assert Path("model.pt2").read_bytes() == b"before" and sorted(os.listdir()) == ["model.pt2", "run"]
 
 
-def test_weights_last(done, start, monkeypatch):
-    """Else the best epoch's networks are deployed as the last one's."""
-    monkeypatch.setattr(export, "export", lambda *arguments: exported.append(arguments) or b"")
-    monkeypatch.setattr(export, "relative_difference", lambda *_: 0.0)
-    exported: list = []
-    assert start(done.run, "model.pt2", "--weights", "last")[0] == 0
-    [(ensemble, _, metadata)] = exported
-    assert metadata["run"] == {"name": "a run", "weights": "last", "epochs": ensemble.epochs} and ensemble.epochs == [
-        2,
-        2,
-    ]
-
-
-def test_what_cannot_be_exported_is_one_line(done, start, monkeypatch):
-    """Else the mistake is noticed after a minute of tracing, or the tracer's hundred lines hide the reason."""
-
-    def fail(*_, **__):
-        raise RuntimeError("Could not guard\n  on data-dependent expression\n" + "x" * 5000)
-
-    monkeypatch.setattr(torch.export, "export", fail)
+def test_weights_last_and_what_cannot_be_exported(done, start, monkeypatch):
+    """Else the best epoch's networks are deployed as the last one's, or the tracer's lines hide the reason."""
     refused(start(done.run, "model.pt"), "model.pt: ", ".pt2")
     refused(start("nowhere", "model.pt2"), "nowhere")
+    failure = RuntimeError("Could not guard\n  on data-dependent expression\n" + "x" * 5000)
+    monkeypatch.setattr(torch.export, "export", mock.Mock(side_effect=failure))
     refused(start(done.run, "model.pt2"), "Could not guard on data-dependent")
     assert os.listdir() == []
+    monkeypatch.setattr(export, "export", to_file := mock.Mock(return_value=b""))
+    monkeypatch.setattr(export, "relative_difference", lambda *_: 0.0)
+    assert start(done.run, "model.pt2", "--weights", "last")[0] == 0
+    ensemble, _, metadata = to_file.call_args.args
+    assert metadata["run"] == {"name": "a run", "weights": "last", "epochs": [2, 2]} and ensemble.epochs == [2, 2]

@@ -7,7 +7,6 @@ import functools
 import io
 import pickle
 import struct
-import types
 import zipfile
 from pathlib import Path
 from typing import ClassVar
@@ -42,35 +41,10 @@ def rows_of(images: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(len(images), -1)
 
 
-class Pickler(pickle._Pickler):
-    """Python 3's pickler, which can name numpy's functions as numpy 1 named them."""
+class Python2Pickler(pickle._Pickler):
+    """As Python 2 wrote the published files: every string, array contents included, is a byte string."""
 
     dispatch: ClassVar = dict(pickle._Pickler.dispatch)
-    numpy1 = False
-
-    def save_global(self, obj, name=None):
-        name = name or obj.__qualname__
-        module = pickle.whichmodule(obj, name)
-        if self.numpy1:
-            module = module.replace("numpy._core", "numpy.core")
-        if self.proto < 3 and module == "builtins":
-            module = "__builtin__"
-        if self.proto >= 4:
-            self.save(module)
-            self.save(name)
-            self.write(pickle.STACK_GLOBAL)
-        else:
-            self.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())
-        self.memoize(obj)
-
-    dispatch[types.FunctionType] = save_global
-
-
-class Python2Pickler(Pickler):
-    """As Python 2 and numpy 1 wrote the published files: every string, array contents included, is a byte string."""
-
-    dispatch: ClassVar = dict(Pickler.dispatch)
-    numpy1 = True
 
     def save_string(self, obj):
         value = obj.encode("latin1") if isinstance(obj, str) else obj
@@ -86,11 +60,11 @@ class Python2Pickler(Pickler):
 
 
 def pickled(entry: object, protocol: int = 2, python2: bool = False, numpy1: bool = False) -> bytes:
+    """numpy1: with the names of numpy 1's functions, up to protocol 3, in which names have no length."""
     file = io.BytesIO()
-    pickler = (Python2Pickler if python2 else Pickler)(file, protocol)
-    pickler.numpy1 = pickler.numpy1 or numpy1
-    pickler.dump(entry)
-    return file.getvalue()
+    (Python2Pickler if python2 else pickle._Pickler)(file, protocol).dump(entry)
+    content = file.getvalue()
+    return content.replace(b"numpy._core", b"numpy.core") if numpy1 or python2 else content
 
 
 def write_pickle(path: Path, *arguments, **keywords) -> Path:
@@ -113,79 +87,57 @@ def make_human(path: str | Path, arrays: dict[str, np.ndarray], numpy1: bool = T
     return Path(path)
 
 
-def _folder(root: str | Path, name: str, subfolder: bool) -> Path:
-    folder = Path(root) / name if subfolder else Path(root)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def make_cifar10(
-    root: str | Path,
-    n_train: int = 200,
-    n_test: int = 60,
-    batches: int = 5,
-    protocol: int = 2,
-    seed: int = 0,
-    subfolder: bool = True,
-    meta: bool = True,
-    side: int = 32,
+    root: str | Path, n_train: int = 200, n_test: int = 60, batches: int = 5, side: int = 32, bare: bool = False
 ) -> Path:
-    """CIFAR-10's "python version": up to protocol 2 byte for byte as Python 2 writes it, above it as Python 3 does."""
-    folder = _folder(root, "cifar-10-batches-py", subfolder)
-    images, labels = colour_digits(n_train + n_test, seed, side)
+    """CIFAR-10's "python version", byte for byte as Python 2 writes it. bare: without the folder's published name and
+    without class names."""
+    folder = Path(root) / ("" if bare else "cifar-10-batches-py")
+    folder.mkdir(parents=True, exist_ok=True)
+    images, labels = colour_digits(n_train + n_test, side=side)
     indices = [*np.array_split(np.arange(n_train), batches), np.arange(n_train, n_train + n_test)]
     for number, index in enumerate(indices, start=1):
-        is_test = number > batches
-        title = "testing batch 1 of 1" if is_test else f"training batch {number} of {batches}"
         entry = {
-            b"batch_label": title.encode(),
+            b"batch_label": f"training batch {number} of {batches}".encode(),
             b"labels": labels[index].tolist(),
             b"data": rows_of(images[index]),
             b"filenames": [b"%s_s_%06d.png" % (DIGIT_NAMES[labels[i]], i) for i in index],
         }
-        write_pickle(folder / ("test_batch" if is_test else f"data_batch_{number}"), entry, protocol, protocol <= 2)
-    if meta:
+        name = f"data_batch_{number}" if number <= batches else "test_batch"
+        write_pickle(folder / name, entry, python2=True)
+    if not bare:
         entry = {b"num_cases_per_batch": len(indices[0]), b"label_names": DIGIT_NAMES, b"num_vis": 3 * side * side}
-        write_pickle(folder / "batches.meta", entry, protocol, protocol <= 2)
+        write_pickle(folder / "batches.meta", entry, python2=True)
     return folder
 
 
-def make_cifar100(
-    root: str | Path,
-    n_train: int = 200,
-    n_test: int = 60,
-    protocol: int = 2,
-    seed: int = 0,
-    subfolder: bool = True,
-    meta: bool = True,
-) -> Path:
+def make_cifar100(root: str | Path, n_train: int = 200, n_test: int = 60) -> Path:
     """CIFAR-100's "python version"; each digit is ten fine classes in turn, and five of these are a coarse class."""
-    folder = _folder(root, "cifar-100-python", subfolder)
-    images, digits = colour_digits(n_train + n_test, seed)
+    folder = Path(root) / "cifar-100-python"
+    folder.mkdir(parents=True, exist_ok=True)
+    images, digits = colour_digits(n_train + n_test)
     turn = np.array([np.count_nonzero(digits[:i] == digit) % 10 for i, digit in enumerate(digits)])
     fine = 10 * digits + turn
     for name, index in (("train", np.arange(n_train)), ("test", np.arange(n_train, n_train + n_test))):
         entry = {
             b"filenames": [b"class_%d_s_%06d.png" % (fine[i], i) for i in index],
-            b"batch_label": b"training batch 1 of 1" if name == "train" else b"testing batch 1 of 1",
+            b"batch_label": b"training batch 1 of 1",
             b"fine_labels": fine[index].tolist(),
             b"coarse_labels": (fine[index] // 5).tolist(),
             b"data": rows_of(images[index]),
         }
-        write_pickle(folder / name, entry, protocol, protocol <= 2)
-    if meta:
-        entry = {
-            b"fine_label_names": [b"class_%d" % c for c in range(100)],
-            b"coarse_label_names": [b"superclass_%d" % c for c in range(20)],
-        }
-        write_pickle(folder / "meta", entry, protocol, protocol <= 2)
+        write_pickle(folder / name, entry, python2=True)
+    names = {b"fine_label_names": [b"class_%d" % c for c in range(100)]}
+    names |= {b"coarse_label_names": [b"superclass_%d" % c for c in range(20)]}
+    write_pickle(folder / "meta", names, python2=True)
     return folder
 
 
-def make_fashionmnist(root: str | Path, n_train: int = 200, n_test: int = 60, seed: int = 0) -> Path:
+def make_fashionmnist(root: str | Path, n_train: int = 200, n_test: int = 60) -> Path:
     """The four raw IDX files under FashionMNIST/raw: magic number, sizes (big endian), bytes."""
-    folder = _folder(root, "FashionMNIST/raw", True)
-    grey, labels = grey_digits(n_train + n_test, seed)
+    folder = Path(root) / "FashionMNIST/raw"
+    folder.mkdir(parents=True, exist_ok=True)
+    grey, labels = grey_digits(n_train + n_test)
     images = np.pad(grey.repeat(3, axis=1).repeat(3, axis=2), ((0, 0), (2, 2), (2, 2)))
     for split, index in (("train", slice(n_train)), ("t10k", slice(n_train, None))):
         pixels, classes = images[index], labels[index].astype(np.uint8)

@@ -2,10 +2,12 @@
 
 import json
 from contextlib import nullcontext
+from unittest import mock
 
 import numpy as np
 import pytest
 from helpers.data import make_human
+from helpers.errors import assert_refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +34,12 @@ def folders(tmp_path):
     return [tmp_path / name for name in ("data", "first", "second")]
 
 
+def stored(folder):
+    """The labels in the one file of a folder."""
+    [file] = folder.iterdir()
+    return json.loads(file.read_text())
+
+
 def test_file_names_tell_rates_apart():
     """With one decimal alone, 0.45 and 0.5 would share a file and silently a noise."""
     assert spec().file_name == "0.5_sym.json"
@@ -40,9 +48,6 @@ def test_file_names_tell_rates_apart():
     assert spec(definition="exclude_self").file_name == "0.5_sym_exclude_self.json"
     assert spec("idn", 0.4, dataset="digits").file_name == "digits_0.4_idn.json"
     assert spec("human", None, key="worse_label").file_name == "worse_label.json"
-
-
-# ---- Where the labels come from ----
 
 
 @pytest.mark.parametrize("mode", ["sym", "idn"])
@@ -54,8 +59,7 @@ def test_a_file_wins_over_the_seed_and_the_run_keeps_its_labels(folders, mode):
     if mode == "idn":
         expected = synthetic.inject_instance_dependent(IMAGES, TRUTH, 0.5, 10, 1).tolist()
     assert made.tolist() == expected and "seed 1" in origin and str(data / f"0.5_{mode}.json") in origin
-    for folder in (data, first):
-        assert json.loads((folder / f"0.5_{mode}.json").read_text()) == expected
+    assert stored(data) == stored(first) == expected
     again, origin = noisy_labels(TRUTH, spec(mode, seed=2), data, second, begun=False, images=IMAGES)
     assert again.tolist() == expected and str(data) in origin and "--noise_seed" in origin
     (data / f"0.5_{mode}.json").unlink()
@@ -67,13 +71,10 @@ def test_a_data_folder_that_cannot_be_written(folders, monkeypatch):
     """Data sets are often mounted read-only: the noise is then in the run folder."""
     data, run, _ = folders
     write = noise_file.write_atomically
-
-    def refuse_data(path, content, exclusive=False):
-        if path.parent == data:
-            raise PermissionError("read-only")
-        write(path, content, exclusive)
-
-    monkeypatch.setattr(noise_file, "write_atomically", refuse_data)
+    refuse = mock.Mock(side_effect=PermissionError("read-only"))
+    monkeypatch.setattr(
+        noise_file, "write_atomically", lambda path, *a: (refuse if path.parent == data else write)(path, *a)
+    )
     _, origin = noisy_labels(TRUTH, spec(), data, run, begun=False)
     assert str(run) in origin and [file.name for file in run.iterdir()] == ["0.5_sym.json"]
 
@@ -90,12 +91,7 @@ def test_two_runs_that_start_together_share_one_noise(folders, monkeypatch):
     monkeypatch.setattr(synthetic, "inject", inject_while_another_run_is_quicker)
     labels, _ = noisy_labels(TRUTH, spec(seed=2), data, second, begun=False)
     assert labels.tolist() == inject(TRUTH.tolist(), "sym", 0.5, 10, 1)
-    for folder in folders:
-        assert json.loads((folder / "0.5_sym.json").read_text()) == labels.tolist()
-    assert len([*data.iterdir()]) == 1
-
-
-# ---- Which files are accepted ----
+    assert [*map(stored, folders)] == [labels.tolist()] * 3
 
 
 @pytest.mark.parametrize(
@@ -103,12 +99,10 @@ def test_two_runs_that_start_together_share_one_noise(folders, monkeypatch):
     [
         (json.dumps(GOOD[:-1]), "999 labels"),
         (json.dumps([*GOOD[:-1], 10]), "0..9"),
-        (json.dumps([*GOOD[:-1], -1]), "0..9"),
         (json.dumps([*GOOD[:-1], True]), "whole numbers"),
         (json.dumps({"labels": GOOD}), "list"),
         (json.dumps(GOOD)[:-5], "JSON"),
         ("[" * 30_000, "JSON"),
-        ("\xff\xfe", "JSON"),
         (json.dumps(inject(TRUTH.tolist(), "sym", 0.2, 10, 0)), "another rate"),
         (json.dumps(((TRUTH + 1) % 10).tolist()), "another rate"),
     ],
@@ -117,9 +111,7 @@ def test_files_that_cannot_be_this_noise_are_refused(tmp_path, content, expected
     """Training on the wrong labels gives a plausible wrong number: the worst outcome of all."""
     file = tmp_path / "0.5_sym.json"
     file.write_bytes(content.encode("latin1"))
-    with pytest.raises(DivideMixError, match=expected) as error:
-        read(file, TRUTH, spec())
-    assert str(file) in str(error.value) and "\n" not in str(error.value)
+    assert_refused(lambda: read(file, TRUTH, spec()), file, expected)
 
 
 @pytest.mark.parametrize("r", [0.5, 0.9, 1.0])
@@ -141,49 +133,47 @@ KINDS = [("sym", "with_self"), ("sym", "exclude_self"), ("asym", "with_self"), (
 @given(st.floats(0, 1), st.integers(0, 1000), st.sampled_from(KINDS), st.sampled_from([20, 200, 1000]))
 def test_our_own_noise_is_always_accepted(tmp_path_factory, r, seed, kind, n):
     """A run whose own noise file is refused when it continues would be lost; small sets stray by more than a point."""
-    own_spec = spec(kind[0], r, seed=seed, definition=kind[1])
+    injected = spec(kind[0], r, seed=seed, definition=kind[1])
     run_folder = tmp_path_factory.getbasetemp()
-    made, _ = noisy_labels(TRUTH[:n], own_spec, None, run_folder, begun=False, images=IMAGES[:n])
-    low, high = expected_changed(TRUTH[:n], own_spec)
+    made, _ = noisy_labels(TRUTH[:n], injected, None, run_folder, begun=False, images=IMAGES[:n])
+    low, high = expected_changed(TRUTH[:n], injected)
     assert low <= np.mean(made != TRUTH[:n]) <= high
 
 
 def test_the_two_definitions_of_symmetric_noise():
-    """50 % noise is 45 % or 50 % wrong labels, which cannot be compared; but others' with_self files have 50 %."""
+    """50 % noise is 45 % or 50 % wrong labels, which cannot be compared; others' with_self files have 50 %."""
     truth = np.arange(50_000) % 10
     low, high = expected_changed(truth, spec())
     assert 0.43 < low <= 0.45 <= 0.5 <= high < 0.515
     low, high = expected_changed(truth, spec(definition="exclude_self"))
     assert 0.48 < low <= 0.5 <= high < 0.52
-
-
-# ---- Human labels, and the recipe ----
+    with pytest.raises(ValueError, match="pairflip"):
+        expected_changed(truth, spec(mode="pairflip"))
 
 
 def test_human_labels_come_from_a_file_and_the_run_keeps_a_copy(folders, tmp_path):
-    """Else --noise_file must be typed each time, an older copy wins over the file that is named, or a run that is
-    continued without the file, or on other labels than it began with, has labels that belong to no file."""
-    data, run, other_run = folders
+    """Else a run that is continued without the file, or with another one, has labels that belong to no file."""
+    data, run, second = folders
     worse = np.where(TRUTH == 3, 5, TRUTH)
     arguments = (TRUTH, spec("human", None, key="worse_label"), data)
-    with pytest.raises(DivideMixError, match=r"CIFAR-10_human\.pt is not in .*https://github"):
+    with pytest.raises(DivideMixError, match=r"CIFAR-10_human\.pt"):
         noisy_labels(*arguments, run, begun=False)
     for folder in (data.parent, data):
         file = make_human(folder / "CIFAR-10_human.pt", {"clean_label": TRUTH, "worse_label": worse})
         labels, origin = noisy_labels(*arguments, run, begun=False)
         assert labels.tolist() == worse.tolist() and str(file) in origin
         assert wrong_share(*arguments, run, None) == 0.1
-    other = make_human(tmp_path / "other.pt", {"clean_label": TRUTH, "worse_label": TRUTH})
-    assert noisy_labels(*arguments, other_run, other, begun=False)[0].tolist() == TRUTH.tolist()
-    with pytest.raises(DivideMixError, match="began with"):
-        noisy_labels(*arguments, run, other, begun=True)
-    with pytest.raises(DivideMixError, match=r"mistyped\.pt does not exist"):
+    clean = make_human(tmp_path / "clean.pt", {"clean_label": TRUTH, "worse_label": TRUTH})
+    assert noisy_labels(*arguments, second, clean, begun=False)[0].tolist() == TRUTH.tolist()
+    with pytest.raises(DivideMixError, match="--noise_file"):
+        noisy_labels(*arguments, run, clean, begun=True)
+    with pytest.raises(DivideMixError, match=r"mistyped\.pt"):
         noisy_labels(*arguments, run, tmp_path / "mistyped.pt", begun=False)
     for folder in (data.parent, data):
         (folder / "CIFAR-10_human.pt").unlink()
     labels, origin = noisy_labels(*arguments, run, begun=True)
     assert labels.tolist() == worse.tolist() and str(run / "worse_label.json") in origin
-    with pytest.raises(DivideMixError, match="digits has no published file"):
+    with pytest.raises(DivideMixError, match="digits"):
         noisy_labels(TRUTH, spec("human", None, dataset="digits", key="worse_label"), None, tmp_path, begun=False)
 
 
@@ -192,9 +182,3 @@ def test_wrong_share_is_what_a_recipe_is_found_by(tmp_path):
     specs = [spec("idn", 0.4), spec(definition="exclude_self"), spec(), spec("asym")]
     shares = [wrong_share(TRUTH, of_run, None, tmp_path, None) for of_run in specs]
     assert shares == [pytest.approx(0.4, abs=1e-4), 0.5, None, None]
-
-
-def test_a_noise_mode_without_a_known_share_is_an_error():
-    """Else labels of a noise that a fork adds are checked by another noise's share, and refused in the second run."""
-    with pytest.raises(ValueError, match="pairflip"):
-        expected_changed(TRUTH, spec(mode="pairflip"))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.data import Call, make_human, pickled, torch_archive
+from helpers.errors import assert_refused
 
-from dividemix import DivideMixError
 from dividemix.noise.human import read
 
 TRUTH = np.arange(40) % 10
@@ -23,30 +23,21 @@ def file(tmp_path):
 
 
 def refused(file, *expected: str) -> None:
-    """`read` fails with one line that names the file."""
-    with pytest.raises(DivideMixError) as error:
-        read(file, "worse_label", TRUTH, 10)
-    message = str(error.value)
-    assert "\n" not in message and all(text in message for text in (str(file), *expected)), message
+    assert_refused(lambda: read(file, "worse_label", TRUTH, 10), file, *expected)
 
 
 def test_the_published_format_and_what_torch_saves_are_read(file):
-    """The published files name numpy 1's functions, one that is saved again today numpy 2's."""
+    """The published files name numpy 1's functions, new ones numpy 2's; neither may stay allowed elsewhere."""
+    allowed = set(torch.serialization.get_safe_globals())
     for numpy1 in (True, False):
         make_human(file, SOUND, numpy1)
         np.testing.assert_array_equal(read(file, "worse_label", TRUTH, 10), NOISY)
     torch.save({**SOUND, "worse_label": NOISY.astype(">i8")}, file)
     labels = read(file, "worse_label", TRUTH, 10)
     assert labels.tolist() == NOISY.tolist() and labels.dtype == np.int64
-
-
-def test_no_name_stays_allowed_after_reading(file):
-    """A name that stays allowed would open every later torch.load, that of checkpoints too."""
-    before = set(torch.serialization.get_safe_globals())
-    read(make_human(file, SOUND), "worse_label", TRUTH, 10)
     make_human(file, {"clean_label": TRUTH})
     refused(file)
-    assert set(torch.serialization.get_safe_globals()) == before
+    assert set(torch.serialization.get_safe_globals()) == allowed
 
 
 FAULTS = {
@@ -58,17 +49,15 @@ FAULTS = {
     "keys that cannot be shown": ({"a\nb": TRUTH, 3: TRUTH}, "'clean_label'"),
     "two axes": ({**SOUND, "worse_label": NOISY.reshape(4, 10)}, "'worse_label'"),
     "fractions": ({**SOUND, "worse_label": NOISY / 2}, "int64"),
-    "objects": ({**SOUND, "worse_label": NOISY.astype(object)}, "'worse_label'"),
     "no dict": (list(SOUND.values()), "dict"),
     "a list": ({**SOUND, "worse_label": NOISY.tolist()}, "'worse_label'"),
     "an array without contents": ({**SOUND, "worse_label": Call(np.ndarray, (40,))}, "'worse_label'"),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_labels_that_cannot_be_these_are_refused(file, fault):
+@pytest.mark.parametrize(("entry", "expected"), FAULTS.values(), ids=FAULTS)
+def test_labels_that_cannot_be_these_are_refused(file, entry, expected):
     """Training on labels of other images gives a plausible wrong number: the worst outcome of all."""
-    entry, expected = FAULTS[fault]
     torch.save(entry, file)
     refused(file, expected, "--noise_")
 
@@ -76,14 +65,12 @@ def test_labels_that_cannot_be_these_are_refused(file, fault):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"PK\x03\x04", "damaged"),
         (torch_archive(pickled(SOUND))[:-30], "damaged"),
-        (torch_archive(pickled(SOUND)[:-30]), "damaged"),
         (torch_archive(pickled(SOUND, protocol=4)), "damaged"),  # torch.load knows protocol 2
         (pickled(SOUND), "damaged"),
         (torch_archive(pickled({"a": "x" * 10**8}), zipfile.ZIP_DEFLATED), "too large"),
     ],
-    ids=["a beginning", "cut", "cut inside", "protocol", "no archive", "100 MB packed into 100 kB"],
+    ids=["cut", "protocol", "no archive", "100 MB packed into 100 kB"],
 )
 def test_damaged_files_are_refused(file, recwarn, content, expected):
     """Else half a download ends in a stack trace, or 100 kB fill the memory."""
@@ -108,8 +95,7 @@ def test_code_in_a_file_is_not_run(file, tmp_path):
 
 
 def test_no_file_crashes_the_process(tmp_path):
-    """numpy's own ndarray of an object type takes the file's bytes for addresses of objects: 90 bytes crash whoever
-    reads them, or run what lies there."""
+    """numpy's own ndarray of objects takes 90 bytes of a file for addresses, and crashes or runs what lies there."""
     addresses = np.arange(1, 81).tobytes()
     empty = np._core.multiarray._reconstruct
     forged = Call(np.dtype, "i8", False, True, state=(3, "<", None, None, None, -1, -1, 63))

@@ -35,8 +35,7 @@ KINDS = [("sym", "with_self"), ("sym", "exclude_self"), ("asym", "with_self")]
 
 @given(st.integers(1, 300), st.floats(0, 1), st.integers(2, 20), st.integers(0, 2**32 - 1), st.sampled_from(KINDS))
 def test_exactly_r_n_samples_are_drawn_and_a_seed_gives_one_list(n, r, classes, seed, kind):
-    """A rate that is only about right, or noise that changes between runs, makes two results incomparable. With
-    exclude_self every drawn label is wrong."""
+    """A rate that is only about right, or noise that changes between runs, makes two results incomparable."""
     mode, definition = kind
     labels = np.arange(n) % classes
     noisy = np.array(inject(labels, mode, r, classes, seed, definition=definition))
@@ -51,12 +50,11 @@ def test_exactly_r_n_samples_are_drawn_and_a_seed_gives_one_list(n, r, classes, 
 def test_exclude_self_draws_every_other_class_alike():
     """A class that is never drawn, or twice as often, is another noise."""
     counts = np.bincount(inject([3] * 9_000, "sym", 1.0, 10, 0, definition="exclude_self"), minlength=10)
-    assert counts[3] == 0 and np.abs(np.delete(counts, 3) - 1_000).max() < 150  # five standard deviations
+    assert counts[3] == 0 and stats.chisquare(np.delete(counts, 3)).pvalue > 1e-4
 
 
 def test_asymmetric_maps():
-    """Another map is another experiment: the paper's for CIFAR-10, a ring inside each superclass for CIFAR-100, the
-    next class for other data sets, with 10 classes too."""
+    """Another map is another experiment: the paper's for CIFAR-10, a ring in each superclass for CIFAR-100."""
     assert asym_transition(10)[0] == asym_transition(10, "cifar10")[0] == [0, 1, 0, 5, 7, 3, 6, 7, 8, 1]
     assert asym_transition(10, "digits")[0] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
     transition = asym_transition(100)[0]
@@ -72,9 +70,6 @@ def test_unknown_names_are_refused():
         inject([0, 1], "pairflip", 0.5, 2, 0)
     with pytest.raises(DivideMixError, match="include_self"):
         inject([0, 1], "sym", 0.5, 2, 0, definition="include_self")
-
-
-# ---- Instance-dependent noise ----
 
 
 def random_images(n: int, side: int = 4) -> np.ndarray:
@@ -121,12 +116,3 @@ def test_the_share_of_wrong_labels_is_as_expected(r):
     labels = np.arange(10_000) % 10
     wrong = (inject_instance_dependent(random_images(10_000, side=1), labels, r, 10, 0) != labels).mean()
     assert wrong == pytest.approx(mean, abs=0.025)  # five standard deviations
-
-
-def test_the_new_label_depends_on_the_image():
-    """Else it is class-dependent noise: in one class, equal images must go to one class and others to other classes.
-    Their scores are so large that exp() without care ends in NaN."""
-    images = np.repeat(random_images(8), 50, axis=0)
-    noisy = inject_instance_dependent(images, np.zeros(400, dtype=np.int64), 0.5, 10, 0).reshape(8, 50)
-    new_classes = [set(of_image[of_image != 0]) for of_image in noisy]
-    assert [len(classes) for classes in new_classes] == [1] * 8 and len(set.union(*new_classes)) > 1

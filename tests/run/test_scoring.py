@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.nets import golden_weights
-from helpers.runs import full
+from helpers.runs import full, last_state
 from helpers.scripts import tiny
 from PIL import Image
 
@@ -28,32 +28,23 @@ def scores_of(folder) -> dict[str, np.ndarray]:
     return dict(np.load(Path(folder) / "label_scores.npz", allow_pickle=False))
 
 
-def assert_same(a: dict, b: dict) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], name)
-
-
 # ---- The pass ----
 
 
 @torch.no_grad()
 def test_scores_are_of_the_loss_pass_and_of_the_summed_logits(tiny_images):
-    """Else the list is ranked by other losses than the method divides by, the suggestion is one network's, or its
-    confidence another class's."""
+    """Else the list is ranked by other losses than the method divides by, or suggests one network's class."""
     tiny_images.runtime = Runtime(torch.device("cpu"), eval_batch_size=7)
     nets = [golden_weights(PreResNet.ResNet18(3, 4), seed) for seed in (1, 2)]
-    x, labels = next(iter(tiny_images.eval_batches(24)))
+    x, _ = next(iter(tiny_images.eval_batches(24)))
     for net in nets:
         net.linear.bias -= net.eval()(x).mean(0)  # else all images get the same class
     scores = scoring.ensemble_scores(nets, tiny_images, Phase())
     for k, net in enumerate(nets, start=1):
         np.testing.assert_array_equal(scores[f"loss_net{k}"], per_sample_loss(net, tiny_images).loss)
     p = sum(net.eval()(x) for net in nets).softmax(1)
-    np.testing.assert_array_equal(scores["prediction"], p.argmax(1))
-    np.testing.assert_allclose(scores["confidence"], p.max(1).values, rtol=1e-4)
-    np.testing.assert_allclose(scores["p_given"], p[torch.arange(24), labels], rtol=1e-4)
-    assert scores["prediction"].dtype == np.int32 and len(set(scores["prediction"].tolist())) > 1
+    np.testing.assert_allclose(scores["probabilities"], p, rtol=1e-4)
+    assert len(set(p.argmax(1).tolist())) > 1
 
 
 def test_clean_probabilities_are_those_of_the_next_epoch_and_nothing_is_kept(monkeypatch):
@@ -64,12 +55,20 @@ def test_clean_probabilities_are_those_of_the_next_epoch_and_nothing_is_kept(mon
     for loss in losses[:2]:
         mixture.divide(loss)
         reference.divide(loss)
-    scores = scoring.clean_probabilities({"loss_net1": losses[2]}, [mixture], seed=3, epochs=2)
+    given = np.arange(60) % 2
+    scores = scoring.clean_probabilities({"loss_net1": losses[2]}, [mixture], 3, 2, given)
     assert len(mixture.history) == 2
     expected = reference.divide(losses[2], random_state=int(draws(3, "divide", 2).integers(2**32)))
     np.testing.assert_array_equal(scores["p_clean_net1"], expected.clean_probability)
-    monkeypatch.setattr(scoring, "clean_probability", lambda losses, window, random_state: random_state)
-    states = scoring.clean_probabilities(dict.fromkeys(("loss_net1", "loss_net2"), losses[2]), [mixture] * 2, 3, 2)
+    mixture.division = reference.division = "per_class"
+    scores = scoring.clean_probabilities({"loss_net1": losses[2]}, [mixture], 3, 2, given)
+    reference.history = mixture.history
+    by_class = reference.divide(losses[2], random_state=int(draws(3, "divide", 2).integers(2**32)), labels=given)
+    np.testing.assert_array_equal(scores["p_clean_net1"], by_class.clean_probability)
+    assert (by_class.clean_probability != expected.clean_probability).any()
+    monkeypatch.setattr(scoring, "clean_probability", lambda losses, window, random_state, labels: random_state)
+    losses = dict.fromkeys(("loss_net1", "loss_net2"), losses[2])
+    states = scoring.clean_probabilities(losses, [mixture] * 2, 3, 2, given)
     assert [*states.values()] == [int(draws(3, "divide", 2, k).integers(2**32)) for k in (0, 1)]
 
 
@@ -84,8 +83,7 @@ def test_small_copies_keep_their_shape():
     expected = Image.fromarray(images[0])
     expected.thumbnail((96, 96))
     np.testing.assert_array_equal(pixels[0, :, :48], expected)
-    nothing = scoring.thumbnails([])
-    assert len(nothing[0]) == 0 and nothing[1].shape == (0, 2)
+    assert [len(array) for array in scoring.thumbnails([])] == [0, 0]
 
 
 # ---- In a run ----
@@ -113,7 +111,7 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("done") / "run"
     with pytest.MonkeyPatch.context() as patch:
         without_the_rest(patch)
-        again(folder)
+        again(folder, "--r", "0.9")  # at 90 % losses are averaged over epochs
     return folder
 
 
@@ -123,70 +121,61 @@ def copy(done, tmp_path):
 
 
 def test_clean_probabilities_are_those_of_the_next_division(copy, monkeypatch):
-    """By other means: a run that goes on divides first of all, by the same losses."""
+    """Else the list is another division's; and what it adds to the history of losses changes a run that goes on."""
     before = scores_of(copy)
     with monkeypatch.context() as patch:
         patch.setattr(Run, "finish", lambda self, *_, **__: {})
-        again(copy, "--num_epochs", "3")
-    assert_same(scores_of(copy), before)  # of the epoch before, until the run has ended anew
-    again(copy, "--num_epochs", "3")
+        again(copy, "--r", "0.9", "--num_epochs", "3")  # divides first of all, by the same losses
+    np.testing.assert_equal(scores_of(copy), before)  # of the epoch before, until the run has ended anew
+    again(copy, "--r", "0.9", "--num_epochs", "3")
     divided = np.load(copy / "scores" / "epoch_002.npz")
     for k in (1, 2):
         np.testing.assert_array_equal(before[f"p_clean_net{k}"], divided[f"clean_probability_net{k}"])
         np.testing.assert_array_equal(before[f"loss_net{k}"], divided[f"raw_loss_net{k}"])
-    assert before["epochs"] == 2 and before["threshold"] == divided["threshold_net1"]
-    assert scores_of(copy)["epochs"] == 3
+    assert (before["epochs"], scores_of(copy)["epochs"]) == (2, 3)
 
 
-def test_a_finished_run_is_not_scored_again(copy, monkeypatch, capsys):
-    """Of a million images the pass takes hours."""
-    monkeypatch.setattr(scoring, "ensemble_scores", lambda *_, **__: pytest.fail("scored again"))
-    again(copy)
-    assert "scoring" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("damage", ["cut", "other samples"])
-def test_scores_that_are_lost_are_made_again(copy, damage):
-    """The same command repeats what is missing, and ends with the same."""
+@pytest.mark.parametrize("damage", ["none", "cut", "other samples"])
+def test_scores_are_made_once_and_again_where_they_are_lost(copy, damage, capsys):
+    """Of a million images the pass takes hours; the same command repeats what is missing, and ends with the same."""
     before, file = scores_of(copy), copy / "label_scores.npz"
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:100])
-    else:
+    elif damage == "other samples":
         np.savez(file, **before | {"index": before["index"] + 1})
-    again(copy)
-    assert_same(scores_of(copy), before)
+    again(copy, "--r", "0.9")
+    assert ("scoring" in capsys.readouterr().out) == (damage != "none")
+    np.testing.assert_equal(scores_of(copy), before)
 
 
 @pytest.mark.parametrize("name", ["ensemble_scores", "write"])
 def test_a_failure_does_not_lose_the_run(copy, monkeypatch, name):
-    """Losses that are all equal, a bad image, a full disk: hours of training must not end with an error for it, and the
-    same command tries again."""
+    """A bad image or a full disk: hours of training must not end with an error, and the same command tries again."""
     for file in ("label_scores.npz", "label_issues.csv", "result.json"):
         (copy / file).unlink()
     with monkeypatch.context() as patch:
         patch.setattr(scoring, name, full)
         with pytest.warns(UserWarning, match="no list of doubtful labels"):
-            final = again(copy)
+            final = again(copy, "--r", "0.9")
     assert json.loads((copy / "result.json").read_text()) == final
     assert (copy / "report.html").is_file() and not (copy / "label_issues.csv").exists()
-    again(copy)
+    again(copy, "--r", "0.9")
     assert (copy / "label_issues.csv").is_file()
 
 
 def test_thumbnails_are_the_images_of_the_worst_labels(copy, monkeypatch):
-    """Else the report shows another image beside a label. They are pictures for people: where they cannot be read
-    again, the list of wrong labels is there all the same."""
+    """Else the report shows another image beside a label; images that cannot be read again must not cost the list."""
     thumbs, issues = np.load(copy / "thumbnails.npz"), (copy / "label_issues.csv").read_text().splitlines()[1:]
     images = dataloader_cifar.load("digits", "").train_images
     assert len(thumbs["index"]) == 48 and thumbs["pixels"].shape == (48, 32, 32, 3)
     np.testing.assert_array_equal(thumbs["pixels"], images[thumbs["index"]])
-    listed = {int(line.split(",")[0]) for line in issues if line.split(",")[4] == "True"}
-    assert set(thumbs["index"][: len(listed)].tolist()) == listed
+    worst = sorted(issues, key=lambda line: (line.split(",")[5] != "True", int(line.split(",")[6])))[:48]
+    assert set(thumbs["index"].tolist()) == {int(line.split(",")[0]) for line in worst}
     for name in ("label_scores.npz", "thumbnails.npz"):
         (copy / name).unlink()
     monkeypatch.setattr(scoring, "thumbnails", full)
     with pytest.warns(UserWarning, match="no images"):
-        again(copy)
+        again(copy, "--r", "0.9")
     assert (copy / "label_scores.npz").is_file() and not (copy / "thumbnails.npz").exists()
 
 
@@ -194,20 +183,24 @@ def test_cross_entropy_is_scored_without_a_division(tmp_path):
     """The baseline has a ranking of its own: else there is nothing to compare the list with."""
     again(tmp_path / "run", "--method", "ce", "--num_epochs", "1")
     scores = scores_of(tmp_path / "run")
-    assert "p_clean_net1" not in scores and {"loss_net1", "loss_net2", "p_given", "prediction"} <= scores.keys()
-    head = (tmp_path / "run" / "label_issues.csv").read_text().splitlines()[0]
-    assert "label_quality" in head and not (tmp_path / "run" / "histograms.jsonl").read_text()
+    assert "p_clean_net1" not in scores and {"loss_net1", "loss_net2", "probabilities"} <= scores.keys()
+    assert "label_quality" in (tmp_path / "run" / "label_issues.csv").read_text()
 
 
-def test_the_pass_can_be_left_out(tmp_path):
-    """On a million images it takes as long as some epochs. The same run can be scored later. Samples that are held out
-    are on no list: their labels were not learned from."""
-    folder, flags = tmp_path / "run", ["--val_fraction", "0.25", "--num_epochs", "1"]
+def test_the_pass_can_be_left_out_and_held_out_samples_are_scored(tmp_path):
+    """It takes as long as some epochs, and can come later. A tenth of the labels, held out, was never checked; they are
+    no part of the mean over the divided epochs."""
+    folder, flags = tmp_path / "run", ["--val_fraction", "0.25"]
     again(folder, *flags, "--no_label_scores")
     assert not {"label_scores.npz", "label_issues.csv"} & {path.name for path in folder.iterdir()}
-    assert (folder / "report.html").is_file()
     again(folder, *flags)
     labels, scores = np.load(folder / "labels.npz"), scores_of(folder)
-    np.testing.assert_array_equal(scores["index"], labels["index"])
-    assert len(scores["index"]) == 36 and len(labels["list_given"]) == 1450
-    assert (folder / "label_issues.csv").read_text().count("\n") == 37
+    held_out, (total, count) = scores["held_out"], last_state(folder)["probabilities"]
+    assert scores["index"].tolist() == sorted([*labels["index"], *labels["held_out"]]) and held_out.sum() == 12
+    assert set(scores["index"][held_out]) == {*labels["held_out"]} and len(labels["list_given"]) == 1450
+    np.testing.assert_array_equal(scores["probabilities"][~held_out], total / count)
+    np.testing.assert_allclose(scores["probabilities"].sum(axis=1), 1, rtol=1e-5)
+    assert count == 2 and np.isfinite(scores["loss_net1"]).all()
+    np.testing.assert_array_equal(np.isnan(scores["p_clean_net1"]), held_out)
+    rows = [line.split(",")[:2] for line in (folder / "label_issues.csv").read_text().splitlines()[1:]]
+    assert rows == [[str(i), "val" if i in labels["held_out"] else "train"] for i in scores["index"]]

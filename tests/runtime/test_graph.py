@@ -49,6 +49,23 @@ def test_replayed_steps_equal_eager_ones(merge, precision):
     assert_equal(state(*runs[0]), state(*runs[1]))
 
 
+def test_a_capture_leaves_the_random_streams_alone():
+    """A continued run captures in another epoch than the uninterrupted one: else its dropout is another."""
+
+    def build() -> torch.nn.Module:
+        return torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Dropout(), torch.nn.Linear(784, 10)
+        )
+
+    states = []
+    for runtime in (Runtime(CPU), Runtime(CPU, graph=True)):
+        run = captured.start(runtime, build)
+        train(digits(SIZE, runtime), [0, 1], *run)
+        states.append(state(*run))
+    assert_captured(runtime, 4)
+    assert_equal(*states)
+
+
 @pytest.mark.parametrize("keep", ["host", "no"])
 def test_streamed_batches_are_replayed_too(tmp_path, keep):
     """A graph that reads the memory of the first batch trains on one batch all epoch long."""
