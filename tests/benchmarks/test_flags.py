@@ -2,7 +2,15 @@
 
 import pytest
 
-from benchmarks import accuracy_pairs, bench_checkpoint, bench_cifar, bench_images, bench_jobs, bench_scale
+from benchmarks import (
+    accuracy_pairs,
+    bench_checkpoint,
+    bench_cifar,
+    bench_images,
+    bench_issues,
+    bench_jobs,
+    bench_scale,
+)
 
 
 @pytest.mark.parametrize(
@@ -13,6 +21,7 @@ from benchmarks import accuracy_pairs, bench_checkpoint, bench_cifar, bench_imag
         (bench_cifar, "--test_samples 0"),
         (bench_images, "--labeled 1"),
         (bench_images, "--images 1"),
+        (bench_issues, "--seeds 0"),
         (bench_jobs, "--jobs 0"),
         (bench_jobs, "--samples 60 --labeled 60"),
         (bench_checkpoint, "--repeats 0"),
