@@ -64,12 +64,20 @@ def test_clean_probabilities_are_those_of_the_next_epoch_and_nothing_is_kept(mon
     for loss in losses[:2]:
         mixture.divide(loss)
         reference.divide(loss)
-    scores = scoring.clean_probabilities({"loss_net1": losses[2]}, [mixture], seed=3, epochs=2)
+    given = np.arange(60) % 2
+    scores = scoring.clean_probabilities({"loss_net1": losses[2]}, [mixture], 3, 2, given)
     assert len(mixture.history) == 2
     expected = reference.divide(losses[2], random_state=int(draws(3, "divide", 2).integers(2**32)))
     np.testing.assert_array_equal(scores["p_clean_net1"], expected.clean_probability)
-    monkeypatch.setattr(scoring, "clean_probability", lambda losses, window, random_state: random_state)
-    states = scoring.clean_probabilities(dict.fromkeys(("loss_net1", "loss_net2"), losses[2]), [mixture] * 2, 3, 2)
+    mixture.division = reference.division = "per_class"
+    scores = scoring.clean_probabilities({"loss_net1": losses[2]}, [mixture], 3, 2, given)
+    reference.history = mixture.history
+    by_class = reference.divide(losses[2], random_state=int(draws(3, "divide", 2).integers(2**32)), labels=given)
+    np.testing.assert_array_equal(scores["p_clean_net1"], by_class.clean_probability)
+    assert (by_class.clean_probability != expected.clean_probability).any()
+    monkeypatch.setattr(scoring, "clean_probability", lambda losses, window, random_state, labels: random_state)
+    losses = dict.fromkeys(("loss_net1", "loss_net2"), losses[2])
+    states = scoring.clean_probabilities(losses, [mixture] * 2, 3, 2, given)
     assert [*states.values()] == [int(draws(3, "divide", 2, k).integers(2**32)) for k in (0, 1)]
 
 
