@@ -53,21 +53,14 @@ def choose(args: argparse.Namespace, n: int, side: int, lists: Collection[str]) 
 
     recipe = recipes.OWN_SMALL if args.image_size <= SMALL else recipes.OWN_SCRATCH
     recipe = recipe if args.weights == "none" else recipes.OWN_PRETRAINED
-    default(
-        "batch_size",
-        batch_size(recipe, n),
-        recipe.name if n >= EPOCH_STEPS * recipe.batch_size else f"{n} images to train on: more steps",
-    )
+    source = recipe.name if n >= EPOCH_STEPS * recipe.batch_size else f"for {n} images"
+    default("batch_size", batch_size(recipe, n), source)
     default("lr", recipe.lr, recipe.name)
     default("alpha", recipe.alpha, recipe.name)
     steps = -(-n // (2 * args.batch_size))
     warm_up = min(max(round(recipe.warm_up_steps / steps), 1), MOST_WARM_UP)
-    most = (
-        ""
-        if warm_up * steps >= recipe.warm_up_steps / 2
-        else f"; {recipe.name} {recipe.warm_up_steps}, but at most {MOST_WARM_UP} epochs"
-    )
-    default("warm_up", warm_up, f"{warm_up * steps} steps{most}")
+    source = f"{warm_up * steps} steps; {recipe.warm_up_steps} {recipe.name}, but at most {MOST_WARM_UP} epochs"
+    default("warm_up", warm_up, source)
     # lr_drop does not follow from --num_epochs: a higher number must be able to continue the run.
     divided = divided_epochs(recipe, n, args.batch_size, args.warm_up)
     default("num_epochs", args.warm_up + divided, f"at most {divided * n // args.batch_size} steps after warm-up")

@@ -7,6 +7,8 @@ import re
 import pytest
 
 import Train_cifar
+import Train_clothing1M
+import Train_webvision
 from dividemix import recipes, runtime
 from dividemix.engine import MixMatch
 from dividemix.run import options
@@ -293,3 +295,19 @@ def test_lines_of_several_ranks_say_whose_they_are(monkeypatch, capsys):
         Train_cifar.parse_args(["--r", "2"])
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("rank 3: Train_cifar.py: error: argument --r")
+
+
+def test_a_division_by_class_is_not_the_papers_setting(capsys):
+    """Else a number of another method stands beside the paper's as if it were of the same."""
+    for script, setting in (
+        (Train_cifar, recipes.in_paper("Train_cifar.py", vars(Train_cifar.parse_args([])))[0]),
+        (Train_clothing1M, recipes.CLOTHING1M.setting),
+        (Train_webvision, recipes.WEBVISION.setting),
+    ):
+        args = script.parse_args(["--division", "per_class"])
+        assert "--division per_class (paper: global)" in recipes.setting_differences(vars(args), setting)
+        differences = recipes.setting_differences(vars(script.parse_args([])), setting)
+        assert not any(text.startswith("--division") for text in differences)
+    with pytest.raises(SystemExit):
+        Train_cifar.parse_args(["--division", "classes"])
+    assert "global" in capsys.readouterr().err
