@@ -189,8 +189,8 @@ class Mixture:
         prediction: NDArray[np.int64] | None = None,
         truly_clean: NDArray[np.bool_] | None = None,
         random_state: int = 0,
-        name: str = "net",
         labels: NDArray[np.int64] | None = None,
+        name: str = "net",
     ) -> Division | None:
         """Divide by the losses in the window, of which this epoch's (N,) are the last, and keep them for later epochs.
         labels (N,): the given ones, for the division by class. -> None, with a warning, where no sample is clean: the

@@ -303,7 +303,7 @@ def co_divide(
         random_state = int(phase("divide", k).rng.integers(2**32))
         arguments = scores.loss.numpy(), scores.prediction.numpy(), sets[k].truly_clean, random_state
         with phase("gmm", k):
-            fits[k] = sets[k].runtime.background(mixtures[k].divide, *arguments, f"net {k + 1}", sets[k].given_labels)
+            fits[k] = sets[k].runtime.background(mixtures[k].divide, *arguments, sets[k].given_labels, f"net {k + 1}")
     return Divisions(fits, phase)
 
 
