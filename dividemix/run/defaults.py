@@ -17,7 +17,7 @@ from dividemix.runtime import ranks
 SMALL = 64  # pixels: images up to this side are small
 DEVICE_LIMIT = 4 << 30  # bytes: up to this size a set of small images is kept on the device
 SHORT = 10_000  # training images: with fewer a run is short
-SHORT_STEPS = 1_350  # of a short run, after warm-up
+SHORT_STEPS = 1_000  # of a short run, after warm-up
 FEWEST_EPOCHS = 8  # after warm-up
 MOST_WARM_UP = 10  # epochs: after more, networks begin to memorise wrong labels
 EPOCH_STEPS = 150  # of the labeled batch size: a smaller set gets smaller batches

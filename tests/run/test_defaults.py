@@ -60,7 +60,7 @@ def test_a_flag_wins_and_is_called_given():
 
 @pytest.mark.parametrize(
     ("n", "expected"),
-    [(1, (8, 10, 100)), (360, (16, 10, 76)), (1500, (16, 10, 26)), (60_000, (64, 9, 91)), (600_000, (64, 1, 9))],
+    [(1, (8, 10, 100)), (360, (16, 10, 59)), (1500, (16, 10, 21)), (60_000, (64, 9, 91)), (600_000, (64, 1, 9))],
 )
 def test_sizes_of_sets(n, expected):
     """A handful of images would be a single batch an epoch, or a million take a month."""
@@ -140,4 +140,4 @@ def test_smaller_batches_do_not_change_the_number_of_steps():
     assert [args.warm_up for args in runs] == [7, 10]  # 3,900 steps are 28 epochs of the latter: too many
     small = [chosen("--batch_size", size, n=9000)[0] for size in ("8", "32")]
     steps = [(args.num_epochs - args.warm_up) * 8100 // args.batch_size for args in small]
-    assert steps[0] > steps[1] > 1350  # but never fewer than 8 epochs
+    assert steps[0] > steps[1] > 1000  # but never fewer than 8 epochs
