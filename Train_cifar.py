@@ -20,8 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import dataloader_cifar
-from dividemix import blind, recipes, report
-from dividemix.codivide import Mixture
+from dividemix import recipes, report
 from dividemix.engine import co_divide, test, train_epoch, warmup_epoch
 from dividemix.run import Run, command_line, description, logs, options
 from dividemix.runtime import set_learning_rate
@@ -29,7 +28,7 @@ from dividemix.runtime import set_learning_rate
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = options.Parser(prog="Train_cifar.py", description="DivideMix on small images with noisy labels.")
-    options.add_method(parser, batch_size=64, lr=0.02, alpha=4, num_epochs=300, lr_drop=150)
+    options.add_method(parser, batch_size=64, lr=0.02, alpha=4, num_epochs=300, lr_drop=150, division="global")
     options.add_small_images(parser)
     options.add_run(parser)
     args = parser.parse_args(argv)
@@ -55,18 +54,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
         nets = options.build_networks(args, runtime, run.begun, count=ablation.nets)
         optimizers = [runtime.optimizer(net, args.lr, recipes.CIFAR_WEIGHT_DECAY) for net in nets]
-        loss_window, largest_window = args.loss_window or 1, blind.HISTORY if setting.blind else 1
-        mixtures = [Mixture(args.p_threshold, loss_window, largest_window) for _ in nets]
+        mixtures = options.mixtures(args, len(nets))
         warm_up = math.inf if args.method == "ce" else args.warm_up
         ablated = {"refine": ablation.refine, "views": ablation.views}
         mixmatch = options.mixmatch(args, warm_up=warm_up, conf_penalty=setting.conf_penalty, **ablated)
         shape = args.arch, args.num_class, args.width
         model = description.describe(*shape, images.class_names, images.preparation, len(nets))
         run.start(argv, nets, optimizers, mixtures, mixmatch, data=summary, model=model, lines=[*lines, *setting.lines])
-        choice = None
-        if setting.blind:
-            flags = {name: getattr(args, name) for name in blind.NAMES}
-            choice = blind.Choice(run.records, mixtures, run.labels["given"], args.num_class, flags, run.say)
+        choice = options.blind_choice(args, run, mixtures, train)
 
         for epoch in run.epochs(args.num_epochs):
             lr = set_learning_rate(optimizers, args.lr if epoch < args.lr_drop else args.lr / 10)

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             val, tests = {"val": pipeline.images("val")}, {"test": pipeline.images("test")}
             nets = options.build_networks(args, runtime, run.begun)
             optimizers = [runtime.optimizer(net, args.lr, PAPER.weight_decay) for net in nets]
-            mixtures = [Mixture(args.p_threshold) for _ in nets]
+            mixtures = [Mixture(args.p_threshold, division=args.division) for _ in nets]
             mixmatch = options.mixmatch(args, unlabeled_loss=False, conf_penalty=PAPER.conf_penalty)
             summary = {"classes": data.class_names, **{name: len(images) for name, images in split.lists.items()}}
             preparation = Preparation(data.mean, data.std, views.crop, views.resize)

@@ -22,7 +22,6 @@ from typing import Any
 import dataloader_folder
 from dataloader_folder import IMAGENET_MEAN, IMAGENET_STD, Folder, balance, mean_std
 from dividemix import DivideMixError, report, warn
-from dividemix.codivide import Mixture
 from dividemix.data import DeviceImages, Pipeline, StreamedImages, Views, check, some
 from dividemix.engine import DataSet, co_divide, test, train_epoch, warmup_epoch
 from dividemix.run import Preparation, Run, Split, command_line, defaults, description, logs, options, splits
@@ -65,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             train, tests, mean, std = read(args, split, run, pipeline)
             nets = options.build_networks(args, runtime, run.begun)
             optimizers = [runtime.optimizer(net, args.lr, recipe.weight_decay) for net in nets]
-            mixtures = [Mixture(args.p_threshold) for _ in nets]
-            unlabeled_loss = recipe.unlabeled_loss or args.lambda_u > 0
-            loss_terms = {"unlabeled_loss": unlabeled_loss, "conf_penalty": args.conf_penalty == "on"}
+            mixtures = options.mixtures(args)
+            uses_unlabeled = recipe.unlabeled_loss or args.lambda_u != 0  # None: chosen while it trains
+            loss_terms = {"unlabeled_loss": uses_unlabeled, "conf_penalty": args.conf_penalty == "on"}
             mixmatch = options.mixmatch(args, warm_up=math.inf if args.method == "ce" else args.warm_up, **loss_terms)
             summary = {"classes": data.class_names, "train": len(train)}
             summary |= {name: len(images) for name, images in tests.items()}
@@ -75,9 +74,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             preparation = Preparation(tuple(mean), tuple(std), views.crop, views.resize)
             model = description.describe(args.arch, args.num_class, args.width, data.class_names, preparation)
             lines = [*data.lines, str(survey), *describe(args, data, split, tests, mean, std), *lines]
-            if args.data_mode == "device":  # streamed images have not all been read yet
-                lines += pipeline.describe_changes()
+            lines += pipeline.describe_changes() if args.data_mode == "device" else []  # of streamed images: see below
             run.start(argv, nets, optimizers, mixtures, mixmatch, data=summary, model=model, lines=lines)
+            choice = options.blind_choice(args, run, mixtures, train)
 
             for epoch in run.epochs(args.num_epochs):
                 lr = set_learning_rate(optimizers, args.lr if epoch < args.lr_drop else args.lr / 10)
@@ -86,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 divisions = [None, None]
                 if epoch >= mixmatch.warm_up:
                     divisions = co_divide(nets, [train, train], mixtures, run.phase)
+                    if choice:
+                        mixmatch = choice.update(divisions, mixmatch)
 
                 # Net 1 learns from net 2's division, then net 2 from net 1's with the updated net 1 as its peer.
                 losses = []
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                         phase = run.phase("train", k)
                         losses.append(train_epoch(net, peer, optimizers[k], train, division, mixmatch, phase))
 
-                accuracy = test(nets, tests, run.phase)
+                accuracy = test(nets, tests, run.phase) | (choice.record if choice else {})
                 run.say(*pipeline.describe_changes())  # what was changed in streamed images while reading them
                 run.end_epoch(lr, divisions, losses, accuracy)
 

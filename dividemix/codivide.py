@@ -9,7 +9,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from dividemix import Diverged, warn
 
+DIVISIONS = ("global", "per_class")  # one mixture for all samples, as in the paper, or one for each given class
 FIT_LIMIT = 1_000_000  # a mixture is fitted to at most so many losses: more take time and change almost nothing
+FEWEST = 20  # samples of a given class: with fewer it gets no mixture of its own
+# Distance of a class's two means, in pooled standard deviations: below it the components differ in width, and none is
+# the clean one. Higher limits lose more than they save: real classes with wrong labels have 1.0 to 6 (see RESULTS.md).
+APART = 1.0
 
 # Stopping early is part of the method. Set here, as `fit_gmm` may run in a thread, where changing filters is not safe.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"sklearn\.mixture")
@@ -23,6 +28,8 @@ class Division:
     normalised loss that the mixture was fitted to; means, variances, weights (2,) of the mixture, the clean component
     first; auc of clean_probability against the truth, None where the truth is unknown or all labels are of one kind.
     raw_loss (N,) float32: the cross-entropy before normalisation; prediction (N,) int64: the network's class.
+    Divided by given class, means, variances and weights are still those of the mixture of all samples, which also
+    divides the classes in `fallback`.
     """
 
     clean_probability: NDArray[np.float64]
@@ -35,6 +42,7 @@ class Division:
     auc: float | None
     raw_loss: NDArray[np.float32] | None = None
     prediction: NDArray[np.int64] | None = None
+    fallback: tuple[int, ...] = ()
 
     def precision_recall(self, truly_clean: NDArray[np.bool_]) -> tuple[float | None, float | None]:
         """Of the labeled set, against the truth (N,): the fraction of it whose labels are right, and the fraction of
@@ -80,9 +88,43 @@ def fit_gmm(loss: NDArray, random_state: int = 0) -> Any:
     return gmm.fit(loss.reshape(-1, 1))
 
 
-def clean_probability(losses: ArrayLike, window: int = 1, random_state: int = 0) -> NDArray[np.float64]:
+def posterior(gmm: Any, loss: NDArray) -> NDArray[np.float64]:
+    """Of the component with the smaller mean: loss (N,) -> (N,)."""
+    return gmm.predict_proba(loss.reshape(-1, 1))[:, gmm.means_.argmin()]
+
+
+def distance(gmm: Any) -> float:
+    """How far the two means are apart, in pooled standard deviations."""
+    pooled = np.sqrt(gmm.weights_ @ gmm.covariances_.ravel())
+    return float(np.ptp(gmm.means_) / pooled)
+
+
+def divide_classes(
+    loss: NDArray, labels: NDArray, probability: NDArray, random_state: int = 0
+) -> tuple[NDArray[np.float64], tuple[int, ...]]:
+    """A mixture for each given class, since classes differ in their losses: hard or rare ones have larger losses, so
+    one mixture takes their right labels for wrong ones, and wrong labels of easy classes for right ones.
+
+    loss (N,), as in `smoothed`; labels (N,): the given classes; probability (N,): by one mixture of all samples, which
+    stays for classes with fewer than FEWEST samples or whose components are not APART. -> clean probability (N,), and
+    these classes
+    """
+    probability, fallback = probability.copy(), []
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        gmm = fit_gmm(loss[rows], random_state) if len(rows) >= FEWEST and np.ptp(loss[rows]) > 0 else None
+        if gmm and distance(gmm) >= APART:
+            probability[rows] = posterior(gmm, loss[rows])
+        else:
+            fallback.append(int(label))
+    return probability, tuple(fallback)
+
+
+def clean_probability(
+    losses: ArrayLike, window: int = 1, random_state: int = 0, labels: NDArray[np.int64] | None = None
+) -> NDArray[np.float64]:
     """Posterior of the component with the smaller mean: losses (N,) or (E, N) of E epochs -> (N,); see `codivide`."""
-    return codivide(losses, 0.5, window, random_state=random_state).clean_probability
+    return codivide(losses, 0.5, window, random_state=random_state, labels=labels).clean_probability
 
 
 def codivide(
@@ -92,16 +134,20 @@ def codivide(
     truly_clean: NDArray[np.bool_] | None = None,
     random_state: int = 0,
     prediction: NDArray[np.int64] | None = None,
+    labels: NDArray[np.int64] | None = None,
 ) -> Division:
     """Divide the N samples of one network's raw losses, (N,) or history (E, N), at clean probability `threshold`.
 
-    truly_clean (N,), where it is known, is used for the AUC only. Raises Diverged as `normalise`.
+    labels (N,): with the given labels there is a mixture for each class (`divide_classes`). truly_clean (N,), where it
+    is known, is used for the AUC only. Raises Diverged as `normalise`.
     """
     history = np.atleast_2d(np.asarray(losses))
     loss = smoothed(history, window)
     gmm = fit_gmm(loss, random_state)
     order = np.argsort(gmm.means_.ravel())  # the clean component first
-    probability = gmm.predict_proba(loss.reshape(-1, 1))[:, order[0]]
+    probability, fallback = posterior(gmm, loss), ()
+    if labels is not None:
+        probability, fallback = divide_classes(loss, labels, probability, random_state)
     return Division(
         clean_probability=probability,
         labeled=probability > threshold,
@@ -113,6 +159,7 @@ def codivide(
         auc=auc(probability, truly_clean),
         raw_loss=history[-1],
         prediction=prediction,
+        fallback=fallback,
     )
 
 
@@ -128,9 +175,11 @@ def auc(probability: NDArray, truly_clean: NDArray[np.bool_] | None) -> float | 
 class Mixture:
     """One network's mixture through the epochs. It keeps the losses that the window of the next epoch averages."""
 
-    def __init__(self, threshold: float, window: int = 1, largest_window: int = 1):
-        """threshold and window may change between epochs; largest_window: the largest value that window will have."""
-        self.threshold, self.window = threshold, window
+    def __init__(self, threshold: float, window: int = 1, largest_window: int = 1, division: str = "global"):
+        """threshold and window may change between epochs; largest_window: the largest value that window will have.
+        division: one of DIVISIONS."""
+        self.threshold, self.window, self.division = threshold, window, division
+        self.said = False  # which classes have no mixture of their own
         self.rows = max(window, largest_window) - 1
         self.history: list[NDArray[np.float32]] = []  # raw losses of the last `rows` divided epochs, (N,) each
 
@@ -140,14 +189,21 @@ class Mixture:
         prediction: NDArray[np.int64] | None = None,
         truly_clean: NDArray[np.bool_] | None = None,
         random_state: int = 0,
+        labels: NDArray[np.int64] | None = None,
         name: str = "net",
     ) -> Division | None:
         """Divide by the losses in the window, of which this epoch's (N,) are the last, and keep them for later epochs.
-        -> None, with a warning, where no sample is clean: the network that would learn from it then trains one more
-        warm-up epoch. Raises as `codivide`."""
+        labels (N,): the given ones, for the division by class. -> None, with a warning, where no sample is clean: the
+        network that would learn from it then trains one more warm-up epoch. Raises as `codivide`."""
         losses = [*self.history, loss]
-        division = codivide(np.stack(losses), self.threshold, self.window, truly_clean, random_state, prediction)
+        given = labels if self.division == "per_class" else None
+        division = codivide(np.stack(losses), self.threshold, self.window, truly_clean, random_state, prediction, given)
         self.history = losses[-self.rows :] if self.rows else []
+        if division.fallback and not self.said:
+            self.said = True
+            reason = f"fewer than {FEWEST} samples, or no two groups of losses"
+            classes = ", ".join(map(str, division.fallback))
+            warn(f"{name}: the mixture of all samples divides these classes, too ({reason}): {classes}")
         if not division.labeled.any():
             warn(f"{name} finds no sample clean with p > {self.threshold:g}: its peer gets one more warm-up epoch")
             return None

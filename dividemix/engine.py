@@ -75,6 +75,8 @@ class DataSet(Protocol):
     runtime: Runtime
 
     @property
+    def given_labels(self) -> NDArray[np.int64]: ...  # (N,), of all ranks
+    @property
     def truly_clean(self) -> NDArray[np.bool_] | None: ...  # (N,), None where the truth is unknown; for the AUC only
     @property
     def warmup_views(self) -> Callable[..., tuple[Tensor, ...]]: ...  # (*batch) -> x, labels
@@ -299,9 +301,9 @@ def co_divide(
     for k in reversed(range(len(nets))):
         scores = per_sample_loss(nets[k], sets[k], phase("loss", k))
         random_state = int(phase("divide", k).rng.integers(2**32))
-        arguments = scores.loss.numpy(), scores.prediction.numpy(), sets[k].truly_clean
+        arguments = scores.loss.numpy(), scores.prediction.numpy(), sets[k].truly_clean, random_state
         with phase("gmm", k):
-            fits[k] = sets[k].runtime.background(mixtures[k].divide, *arguments, random_state, f"net {k + 1}")
+            fits[k] = sets[k].runtime.background(mixtures[k].divide, *arguments, sets[k].given_labels, f"net {k + 1}")
     return Divisions(fits, phase)
 
 

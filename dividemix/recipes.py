@@ -59,7 +59,7 @@ def setting(row: Recipe, method: str = "dividemix") -> dict[str, Any]:
     if method == "ce":
         return CIFAR_SETTING | {"conf_penalty": "auto"}
     of_row = {name: getattr(row, name) for name in ("lambda_u", "p_threshold", "loss_window")}
-    of_row |= {"noise_definition": "with_self"} if row.mode == "sym" else {}
+    of_row |= {"division": "global"} | ({"noise_definition": "with_self"} if row.mode == "sym" else {})
     return CIFAR_SETTING | METHOD_SETTING | {"conf_penalty": "auto", "warm_up": warm_up(row.dataset)} | of_row
 
 
@@ -155,7 +155,7 @@ class ImageRecipe:
 
 
 _METHOD = {"batch_size": 32, "lr_drop": 40, "num_epochs": 80, "warm_up": 1}
-_METHOD |= {"alpha": 0.5, "lambda_u": 0, "p_threshold": 0.5}
+_METHOD |= {"alpha": 0.5, "lambda_u": 0, "p_threshold": 0.5, "division": "global"}
 CLOTHING1M = ImageRecipe(
     "Clothing1M",
     _METHOD | {"lr": 0.002},
@@ -212,11 +212,11 @@ class OwnRecipe:
     alpha: float
     weight_decay: float
     unlabeled_loss: bool  # False: unlabeled images are only mixed in
-    warm_up_images: int  # images in all warm-up epochs together
-    train_images: int  # images in all epochs together, for sets of 10,000 images and more
+    warm_up_steps: int
+    divided_steps: int  # after warm-up
     max_epochs: int
 
 
-OWN_SMALL = OwnRecipe("as CIFAR-10", 64, 0.02, 4, CIFAR_WEIGHT_DECAY, True, 500_000, 5_000_000, 100)
-OWN_PRETRAINED = OwnRecipe("as Clothing1M", 32, 0.002, 0.5, 1e-3, False, 20_000, 2_500_000, 80)
-OWN_SCRATCH = OwnRecipe("as WebVision", 32, 0.01, 0.5, 5e-4, False, 66_000, 5_300_000, 80)
+OWN_SMALL = OwnRecipe("as CIFAR-10", 64, 0.02, 4, CIFAR_WEIGHT_DECAY, True, 3_900, 70_000, 100)
+OWN_PRETRAINED = OwnRecipe("as Clothing1M", 32, 0.002, 0.5, 1e-3, False, 320, 78_000, 80)
+OWN_SCRATCH = OwnRecipe("as WebVision", 32, 0.01, 0.5, 5e-4, False, 1_030, 164_000, 80)

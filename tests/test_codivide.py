@@ -1,5 +1,7 @@
 """Co-divide: losses -> clean probability -> an exact partition."""
 
+import warnings
+
 import numpy as np
 import pytest
 from helpers.nets import GOLDEN, half
@@ -158,3 +160,62 @@ def test_past_the_limit_a_seeded_subsample_gives_nearly_the_same_split(monkeypat
     assert (subsampled.labeled != full.labeled).mean() < 0.005
     assert np.abs(subsampled.clean_probability - full.clean_probability).max() < 0.05
     assert subsampled.auc == pytest.approx(full.auc, abs=1e-4)
+
+
+# ---- A mixture for each given class ----
+
+
+def two_classes() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Losses (500,), given labels and which of them are right. Class 1 is hard: its right labels have the losses of
+    class 0's wrong ones."""
+    easy, hard = two_groups(150, 100), two_groups(150, 100, 1) + 3
+    return np.concatenate([easy, hard]), np.repeat([0, 1], 250), np.tile(np.arange(250) < 150, 2)
+
+
+def test_each_given_class_is_divided_by_its_losses():
+    """One mixture calls all of a hard class wrong. Other values than those of a mixture of the class alone, or a
+    changed division of the paper's, would be another method."""
+    losses, labels, clean = two_classes()
+    paper, by_class = codivide(losses, 0.5), codivide(losses, 0.5, truly_clean=clean, labels=labels)
+    assert not paper.labeled[250:].any() and (by_class.labeled == clean).mean() > 0.99 and by_class.auc > 0.99
+    for rows in np.split(np.arange(500), 2):
+        loss = normalise(losses)[rows].reshape(-1, 1)
+        gmm = GaussianMixture(n_components=2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=0).fit(loss)
+        expected = gmm.predict_proba(loss)[:, gmm.means_.argmin()]
+        np.testing.assert_array_equal(by_class.clean_probability[rows], expected)
+    for name in ("means", "variances", "weights", "loss"):  # those of all samples, for histograms and score files
+        np.testing.assert_array_equal(getattr(by_class, name), getattr(paper, name))
+    assert by_class.fallback == paper.fallback == ()
+
+
+def test_classes_that_cannot_be_divided_go_by_all_samples(monkeypatch):
+    """A mixture of nineteen losses, of equal ones, or of one group of them would call labels wrong at random."""
+    one_group = np.random.default_rng(0).normal(3, 0.5, 200)  # the halves are 1.8 apart; both classes' groups over 6
+    monkeypatch.setattr("dividemix.codivide.APART", 2)
+    few, equal = two_groups(10, 9, 2), np.full(40, 0.5)
+    losses = np.concatenate([two_classes()[0], one_group, few, equal])
+    labels = np.repeat([7, 1, 3, 0, 5], [250, 250, 200, 19, 40])
+    division, paper = codivide(losses, 0.5, labels=labels), codivide(losses, 0.5)
+    assert division.fallback == (0, 3, 5)
+    by_all = np.isin(labels, division.fallback)
+    same = division.clean_probability == paper.clean_probability
+    assert same[by_all].all() and not same[~by_all].all()
+
+
+def test_a_run_divides_by_class_in_its_window_and_says_once_where_it_cannot():
+    """Else --loss_window or --division is without effect, or a class that falls back is named in every epoch."""
+    losses, labels, _ = two_classes()
+    labels[:10] = 2
+    mixture, rows = Mixture(0.5, 2, division="per_class"), [losses, losses[::-1].copy()]
+    with pytest.warns(DivideMixWarning, match="net 2.*: 2$"):
+        first = mixture.divide(rows[0], name="net 2", labels=labels)
+    with warnings.catch_warnings(action="error"):
+        second = mixture.divide(rows[1], random_state=3, labels=labels)
+    for division, expected in (
+        (first, codivide(rows[0], 0.5, labels=labels)),
+        (second, codivide(np.stack(rows), 0.5, 2, random_state=3, labels=labels)),
+    ):
+        np.testing.assert_array_equal(division.clean_probability, expected.clean_probability)
+        assert division.fallback == expected.fallback == (2,)
+    paper = Mixture(0.5).divide(losses, labels=labels)
+    np.testing.assert_array_equal(paper.clean_probability, codivide(losses, 0.5).clean_probability)

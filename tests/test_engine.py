@@ -26,7 +26,7 @@ from helpers.nets import (
 )
 
 from dividemix import Diverged, engine, recipes
-from dividemix.codivide import Mixture
+from dividemix.codivide import Mixture, codivide
 from dividemix.engine import MixMatch, Phase
 from dividemix.run.run import RunPhase
 from dividemix.runtime import Runtime
@@ -323,3 +323,16 @@ def test_losses_that_cannot_be_divided_end_the_run_where_the_division_is_read(ti
         divisions[0]
     with pytest.raises(Diverged, match=r"epoch 7.*not finite"):  # where nothing runs in a thread
         engine.co_divide(nets, [tiny_images] * 2, mixtures, run_phase)
+
+
+def test_a_division_by_class_gets_the_given_labels(tiny_images, monkeypatch):
+    """Else each network divides by other labels than those that its losses are of, or by none."""
+    monkeypatch.setattr("dividemix.codivide.FEWEST", 2)
+    nets, labels = linear_nets(), np.arange(24) % 3
+    mixtures = [Mixture(0.5, division="per_class"), Mixture(0.5)]
+    for division, net, given in zip(
+        engine.co_divide(nets, [tiny_images] * 2, mixtures), nets, (labels, None), strict=True
+    ):
+        losses, state = engine.per_sample_loss(net, tiny_images).loss.numpy(), np.random.default_rng(0)
+        expected = codivide(losses, 0.5, random_state=int(state.integers(2**32)), labels=given)
+        np.testing.assert_array_equal(division.clean_probability, expected.clean_probability)

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.runs import assert_same_run, read_records
+from helpers.runs import assert_same_run, last_state, read_records
 from helpers.scripts import SMALL_NET, end_of, note_phases
 from helpers.trees import make_digits, make_folder
 from PIL import ExifTags, Image
 
 import dataloader_folder
 import Train_folder
-from dividemix import DivideMixWarning, networks
+from dividemix import DivideMixWarning, blind, networks
 
 EPOCHS = 3  # one of warm-up
 
@@ -273,3 +273,24 @@ def test_wrong_labels_are_found(tmp_path, monkeypatch):
     assert 250 < wrong.sum() < 400
     assert (flagged & wrong).sum() >= 0.9 * wrong.sum()
     assert (flagged & wrong).sum() >= 0.9 * flagged.sum()
+
+
+# ---- Settings chosen while it trains ----
+
+
+@pytest.mark.parametrize(("flags", "lambda_u"), [((), 50), (("--image_size", "72", "--lambda_u", "3"), 3)])
+def test_the_blind_recipe_is_trained_by(tree, start, tmp_path, monkeypatch, flags, lambda_u):
+    """Else the log tells of a choice that nothing was trained with: large images have no unlabeled loss unless the
+    weight may become one, and a window that comes later has no losses to average."""
+    monkeypatch.setattr(blind, "estimate", lambda *_: blind.Estimate(0.85, 0.12))
+    calls = note_phases(monkeypatch, Train_folder)
+    status, out, _ = start(tree, "--recipe", "blind", "--batch_size", "4", *flags)
+    assert status == 0 and sum(line.startswith("blind: ") for line in out.splitlines()) == 1
+    trained = [call for call in calls if call["kind"] == "train"]
+    assert {(call["mixmatch"].lambda_u, call["mixmatch"].unlabeled_loss) for call in trained} == {(lambda_u, True)}
+    assert [call["division"].threshold for call in trained] == [0.5] * 2 + [0.6] * 2
+    _, first, second = read_records(tmp_path / "run")
+    assert first["loss_window"] == 1 and second["loss_window"] == 5 and second["noise_rate_estimate"] == 0.85
+    assert [len(history) for history in last_state(tmp_path / "run")["histories"]] == [2, 2]
+    config = last_state(tmp_path / "run")["config"]
+    assert (config["recipe"], config["division"]) == ("blind", "per_class")

@@ -43,6 +43,10 @@ class DeviceImages:
         self.mean = torch.tensor(mean, dtype=torch.float32, device=runtime.device)
         self.std = torch.tensor(std, dtype=torch.float32, device=runtime.device)
 
+    @property
+    def given_labels(self) -> NDArray[np.int64]:
+        return self.labels.cpu().numpy()
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -178,7 +178,7 @@ class StreamedImages:
 
     def __init__(self, pipeline: Pipeline, name: str, index: NDArray[np.int64], memory: torch.device | None):
         self.pipeline, self.name, self.index, self.memory = pipeline, name, index, memory
-        self.labels = pipeline.lists[name].labels[index]
+        self.labels = self.given_labels = pipeline.lists[name].labels[index]
         self.runtime, self.device, self.ranks = pipeline.runtime, pipeline.device, pipeline.ranks
         self.truly_clean = None
         self.warmup_views = pipeline.normalise.warmup_views

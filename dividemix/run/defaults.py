@@ -11,14 +11,16 @@ from typing import Any
 from dividemix import DivideMixError, networks, recipes
 from dividemix.data import PAD
 from dividemix.recipes import OwnRecipe
-from dividemix.run.options import set_default
+from dividemix.run.options import blind_lines, set_default
 from dividemix.runtime import ranks
 
 SMALL = 64  # pixels: images up to this side are small
 DEVICE_LIMIT = 4 << 30  # bytes: up to this size a set of small images is kept on the device
 SHORT = 10_000  # training images: with fewer a run is short
-SHORT_EPOCHS = 8  # of a short run, after warm-up
+SHORT_STEPS = 1_000  # of a short run, after warm-up
+FEWEST_EPOCHS = 8  # after warm-up
 MOST_WARM_UP = 10  # epochs: after more, networks begin to memorise wrong labels
+EPOCH_STEPS = 150  # of the labeled batch size: a smaller set gets smaller batches
 IMBALANCE = 10  # size of the largest class / smallest class from which there is a warning
 
 
@@ -51,16 +53,25 @@ def choose(args: argparse.Namespace, n: int, side: int, lists: Collection[str]) 
 
     recipe = recipes.OWN_SMALL if args.image_size <= SMALL else recipes.OWN_SCRATCH
     recipe = recipe if args.weights == "none" else recipes.OWN_PRETRAINED
-    default("batch_size", batch_size(recipe, n), recipe.name if n >= 20 * recipe.batch_size else f"for {n} images")
+    source = recipe.name if n >= EPOCH_STEPS * recipe.batch_size else f"for {n} images"
+    default("batch_size", batch_size(recipe, n), source)
     default("lr", recipe.lr, recipe.name)
     default("alpha", recipe.alpha, recipe.name)
-    default("warm_up", min(max(-(-recipe.warm_up_images // n), 1), MOST_WARM_UP), f"{n} images to train on")
+    steps = -(-n // (2 * args.batch_size))
+    warm_up = min(max(round(recipe.warm_up_steps / steps), 1), MOST_WARM_UP)
+    source = f"{warm_up * steps} steps; {recipe.warm_up_steps} {recipe.name}, but at most {MOST_WARM_UP} epochs"
+    default("warm_up", warm_up, source)
     # lr_drop does not follow from --num_epochs: a higher number must be able to continue the run.
-    divided = divided_epochs(recipe, n, args.warm_up)
-    default("num_epochs", args.warm_up + divided, f"{n} images to train on")
+    divided = divided_epochs(recipe, n, args.batch_size, args.warm_up)
+    default("num_epochs", args.warm_up + divided, f"at most {divided * n // args.batch_size} steps after warm-up")
     default("lr_drop", args.warm_up + divided * 3 // 4, f"after three quarters of {divided} epochs after warm-up")
-    default("lambda_u", 0.0, "as for 20 % and asymmetric noise; about 25 where half of the labels are wrong")
-    default("p_threshold", 0.5, "the paper's below 90 % noise")
+    if args.recipe == "blind":
+        lines += blind_lines(args)
+    else:
+        default("lambda_u", 0.0, "as for 20 % and asymmetric noise; about 25 where half of the labels are wrong")
+        default("p_threshold", 0.5, "the paper's below 90 % noise")
+        default("loss_window", 1, "the paper's below 90 % noise")
+    default("division", "per_class", "classes differ in their losses; the paper: global")
     args.eval_batch_size = args.eval_batch_size or (1000 if args.image_size <= SMALL else 200)
     return recipe, lines
 
@@ -99,15 +110,16 @@ def resize(data_mode: str, image_size: int) -> int:
 
 
 def batch_size(recipe: OwnRecipe, n: int) -> int:
-    """The recipe's batch size, halved while an epoch has fewer than 20 batches; at least 8."""
+    """The recipe's batch size, halved while an epoch has fewer than EPOCH_STEPS batches, but at least 16; at least 8
+    where 16 gives fewer than 20."""
     size = recipe.batch_size
-    while size > 8 and size * 20 > n:
+    while (size > 16 and size * EPOCH_STEPS > n) or (size > 8 and size * 20 > n):
         size //= 2
     return size
 
 
-def divided_epochs(recipe: OwnRecipe, n: int, warm_up: int) -> int:
-    """Epochs after warm-up. Few for a small set: minutes on a CPU at --width 16. Else the whole run trains on about as
-    many images as a run on the paper's most similar set."""
-    epochs = 0 if n < SHORT else min(recipe.train_images // n, recipe.max_epochs)
-    return max(epochs - warm_up, SHORT_EPOCHS)
+def divided_epochs(recipe: OwnRecipe, n: int, batch_size: int, warm_up: int) -> int:
+    """Epochs after warm-up. A small set gets few steps: minutes on a CPU at --width 16. Else they are about as many as
+    on the paper's most similar set."""
+    epochs = (SHORT_STEPS if n < SHORT else recipe.divided_steps) * batch_size // n
+    return max(min(epochs, recipe.max_epochs - warm_up), FEWEST_EPOCHS)

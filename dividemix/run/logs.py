@@ -112,6 +112,14 @@ def labeled_lines(record: Record) -> str:
 # ---- One line an epoch for the console ----
 
 
+def duration(seconds: float) -> str:
+    """To two digits or so: '50 seconds', '12 minutes', '5.5 hours', '3.1 days'."""
+    for size, unit, digits in ((86400, "days", 1), (3600, "hours", 1), (60, "minutes", 0)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
 def epoch_line(record: Record, num_epochs: float) -> str:
     """Without a newline at the end."""
     columns = [f"epoch {record['epoch']}/{num_epochs - 1} {record['phase']}"]

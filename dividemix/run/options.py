@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dividemix import DivideMixError, blind, networks, noise, recipes, runtime
-from dividemix.engine import MixMatch
+from dividemix.codivide import DIVISIONS, Mixture
+from dividemix.engine import DataSet, MixMatch
 from dividemix.noise import NoiseSpec, wrong_share
+from dividemix.run.run import Run
 from dividemix.run.signals import rank_prefix
 from dividemix.runtime import Runtime, available_cores, ranks
 
@@ -85,15 +87,15 @@ def architecture(text: str) -> str:
 # ---- Groups of flags ----
 
 
-def add_method(parser: Parser, source: str = "the paper's", **defaults: float) -> None:
+def add_method(parser: Parser, source: str = "the paper's", **defaults: Any) -> None:
     """The method's hyper-parameters, with the authors' names. A flag without a default gets its value later, and --help
     names the `source` of that value. lambda_u has a default only where it has no effect."""
     group = parser.add_argument_group("method")
     defaults = {"T": 0.5} | defaults
 
-    def add(name: str, kind: Callable[[str], Any], text: str, *other_names: str) -> None:
+    def add(name: str, kind: Callable[[str], Any], text: str, *other_names: str, **more: Any) -> None:
         text += "" if name in defaults else f" (default: {source})"
-        group.add_argument(f"--{name}", *other_names, type=kind, default=defaults.get(name), help=text)
+        group.add_argument(f"--{name}", *other_names, type=kind, default=defaults.get(name), help=text, **more)
 
     add("batch_size", positive_int, "labeled images a step, and as many unlabeled ones; twice that in warm-up")
     add("lr", positive, "learning rate", "--learning_rate")
@@ -105,6 +107,8 @@ def add_method(parser: Parser, source: str = "the paper's", **defaults: float) -
     without_effect = "accepted and without effect: unlabeled images are mixed in, but have no loss of their own"
     add("lambda_u", non_negative, without_effect if "lambda_u" in defaults else "weight of the unlabeled loss")
     add("p_threshold", open_unit, "clean probability above which a sample is labeled")
+    text = "one mixture for all samples, or one for each given class"
+    add("division", str, text, choices=DIVISIONS)
 
 
 def add_small_images(parser: Parser) -> None:
@@ -188,6 +192,9 @@ def add_own_images(parser: Parser) -> None:
     add("--data_mode", choices=["auto", "device", "stream"], default="auto", help=text)
     add("--method", choices=["dividemix", "ce"], default="dividemix", help=METHOD_HELP)
     add("--conf_penalty", choices=["on", "off"], default="off", help="confidence penalty in warm-up")
+    text = "own: fixed values for own images; blind: lambda_u, p_threshold and loss_window are chosen while it trains"
+    add("--recipe", choices=["own", "blind"], default="own", help=text)
+    add("--loss_window", type=positive_int, help="epochs of loss averaged for a division (default: from the data)")
 
 
 def add_run(
@@ -237,7 +244,6 @@ class SmallImageSetting(NamedTuple):
     folder: Path
     noise: NoiseSpec
     ablation: recipes.Ablation
-    blind: bool  # whether lambda_u, p_threshold and loss_window are chosen while it trains
     conf_penalty: bool
     lines: list[str]
 
@@ -260,8 +266,7 @@ def resolve_small_images(
     ablation = recipes.ABLATIONS[args.ablation]
     if args.ablation != "none":
         lines.insert(0, f"ablation {args.ablation}: {ablation.reading} ({ablation.paper_name})")
-    is_blind = args.recipe == "blind" and args.method == "dividemix"
-    return SmallImageSetting(folder, spec, ablation, is_blind, uses_conf_penalty(args), lines)
+    return SmallImageSetting(folder, spec, ablation, uses_conf_penalty(args), lines)
 
 
 def run_folder(args: argparse.Namespace, *names: str) -> Path:
@@ -310,11 +315,7 @@ def resolve_recipe(args: argparse.Namespace, wrong: float | None = None) -> list
     warm_up = recipes.warm_up(args.dataset)
     if args.recipe == "blind":
         lines = ["recipe blind: r, noise_mode and the true labels are used to make and report the noise, not to train"]
-        flags = {name: getattr(args, name) for name in blind.NAMES}
-        chosen = "chosen in each divided epoch by the divisions so far"
-        lines += [f"{name} {chosen if value is None else f'{value:g} (given)'}" for name, value in flags.items()]
-        if args.method == "ce":  # without a division to choose by
-            vars(args).update(blind.setting(None, flags))
+        lines += blind_lines(args)
         lines.append(set_default(args, "warm_up", warm_up, "the paper's for this data set, whatever the noise"))
         rule = f"blind: {'on' if blind.CONF_PENALTY else 'off'} whatever the noise"
     else:
@@ -333,6 +334,34 @@ def resolve_recipe(args: argparse.Namespace, wrong: float | None = None) -> list
     lines.append(f"confidence penalty in warm-up: {'on' if uses_conf_penalty(args) else 'off'} ({rule})")
     setting, _ = recipes.in_paper("Train_cifar.py", vars(args))
     return [*(lines if args.method == "dividemix" else []), *difference_lines(args, setting)]
+
+
+def blind_lines(args: argparse.Namespace) -> list[str]:
+    """With `--recipe blind`: a line for each flag that is chosen while it trains. Cross-entropy, without a division to
+    choose by, gets fixed values."""
+    flags = {name: getattr(args, name) for name in blind.NAMES}
+    if args.method == "ce":
+        vars(args).update(blind.setting(None, flags))
+    chosen = "chosen in each divided epoch by the divisions so far"
+    return [f"{name} {chosen if value is None else f'{value:g} (given)'}" for name, value in flags.items()]
+
+
+def is_blind(args: argparse.Namespace) -> bool:
+    return bool(args.recipe == "blind" and args.method == "dividemix")
+
+
+def mixtures(args: argparse.Namespace, count: int = 2) -> list[Mixture]:
+    """Each network's mixture, as in the flags; for Train_cifar.py and Train_folder.py."""
+    largest_window = blind.HISTORY if is_blind(args) else 1
+    return [Mixture(args.p_threshold, args.loss_window or 1, largest_window, args.division) for _ in range(count)]
+
+
+def blind_choice(args: argparse.Namespace, run: Run, mixtures: Sequence[Mixture], data: DataSet) -> blind.Choice | None:
+    """What chooses lambda_u, p_threshold and loss_window while it trains; None without `--recipe blind`."""
+    if not is_blind(args):
+        return None
+    flags = {name: getattr(args, name) for name in blind.NAMES}
+    return blind.Choice(run.records, mixtures, data.given_labels, args.num_class, flags, run.say)
 
 
 def uses_conf_penalty(args: argparse.Namespace) -> bool:

@@ -34,14 +34,15 @@ def is_scored(folder: Path, epochs: int, index: NDArray) -> bool:
 
 
 def clean_probabilities(
-    scores: dict[str, NDArray], mixtures: Sequence[Mixture], seed: int, epochs: int
+    scores: dict[str, NDArray], mixtures: Sequence[Mixture], seed: int, epochs: int, given_labels: NDArray
 ) -> dict[str, NDArray[np.float64]]:
     """p_clean_net1 and p_clean_net2 (N,): the clean probabilities by which a further epoch would divide."""
     probabilities = {}
     for k, mixture in enumerate(mixtures):
         random_state = int(draws(seed, "divide", epochs, k).integers(2**32))
         losses = np.stack([*mixture.history, scores[f"loss_net{k + 1}"]])
-        probabilities[f"p_clean_net{k + 1}"] = clean_probability(losses, mixture.window, random_state)
+        labels = given_labels if mixture.division == "per_class" else None
+        probabilities[f"p_clean_net{k + 1}"] = clean_probability(losses, mixture.window, random_state, labels)
     return probabilities
 
 

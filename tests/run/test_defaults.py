@@ -7,7 +7,7 @@ from dividemix import DivideMixError, networks, recipes
 from dividemix.run import defaults
 
 NAMES = ("val_fraction", "arch", "weights", "image_size", "data_mode", "batch_size", "lr", "alpha", "warm_up")
-NAMES += ("num_epochs", "lr_drop", "lambda_u", "p_threshold")
+NAMES += ("num_epochs", "lr_drop", "lambda_u", "p_threshold", "loss_window", "division")
 
 
 def chosen(*flags: str, n: int = 3000, side: int = 28, lists=("train",)):
@@ -25,13 +25,15 @@ def test_small_images_and_photos():
     """Photos would be cut down to 64 pixels, or a large network be trained from nothing on a few of them."""
     args, recipe, lines = chosen("--width", "16")  # minutes on two cores: see benchmarks/RESULTS.md
     assert values(args, "arch", "weights", "image_size", "data_mode") == ("preresnet18", "none", 32, "device")
-    assert values(args, "batch_size", "lr", "alpha", "lambda_u", "p_threshold") == (64, 0.02, 4, 0, 0.5)
+    assert values(args, "batch_size", "lr", "alpha", "lambda_u", "p_threshold") == (16, 0.02, 4, 0, 0.5)
+    assert values(args, "loss_window", "division") == (1, "per_class")
     assert values(args, "val_fraction", "warm_up", "num_epochs", "lr_drop") == (0.1, 10, 18, 16)
     assert recipe is recipes.OWN_SMALL and recipe.unlabeled_loss
     assert [line.split()[0] for line in lines] == [*NAMES]
+    assert any(line.startswith("warm_up 10 (850 steps") for line in lines)
     args, recipe, _ = chosen(side=375)
     assert values(args, "arch", "weights", "image_size", "data_mode") == ("resnet50", "imagenet", 224, "stream")
-    assert values(args, "batch_size", "lr", "alpha", "warm_up", "num_epochs") == (32, 0.002, 0.5, 8, 16)
+    assert values(args, "batch_size", "lr", "alpha", "warm_up", "num_epochs") == (16, 0.002, 0.5, 4, 12)
     assert recipe is recipes.OWN_PRETRAINED and not recipe.unlabeled_loss
     args, recipe, _ = chosen("--arch", "inceptionresnetv2", side=375, n=73_333)
     assert values(args, "weights", "image_size", "lr", "warm_up", "num_epochs") == ("none", 299, 0.01, 1, 80)
@@ -42,7 +44,7 @@ def test_a_flag_wins_and_is_called_given():
     """Else somebody's setting is silently another; more --num_epochs that changed others could not continue a run."""
     flags = {"arch": "resnet18", "weights": "none", "image_size": "40", "data_mode": "stream", "batch_size": "16"}
     flags |= {"lr": "0.5", "alpha": "1.0", "warm_up": "3", "num_epochs": "7", "lr_drop": "2", "lambda_u": "25.0"}
-    flags |= {"p_threshold": "0.6", "val_fraction": "0.3"}
+    flags |= {"p_threshold": "0.6", "val_fraction": "0.3", "loss_window": "3", "division": "global"}
     args, _, lines = chosen(*(word for name, value in flags.items() for word in (f"--{name}", value)))
     assert {name: str(getattr(args, name)) for name in flags} == flags
     assert len(lines) == len(flags) and all(line.endswith(" (given)") for line in lines)
@@ -52,7 +54,7 @@ def test_a_flag_wins_and_is_called_given():
 
 @pytest.mark.parametrize(
     ("n", "expected"),
-    [(1, (8, 10, 18)), (360, (16, 10, 18)), (60_000, (64, 10, 92)), (600_000, (64, 1, 9))],
+    [(1, (8, 10, 100)), (360, (16, 10, 59)), (1500, (16, 10, 21)), (60_000, (64, 9, 91)), (600_000, (64, 1, 9))],
 )
 def test_sizes_of_sets(n, expected):
     """A handful of images would be a single batch an epoch, or a million take a month."""
@@ -106,3 +108,21 @@ def test_flags_that_do_not_go_together(capsys):
         Train_folder.parse_args(["--data_path", "x", "--arch", "resnet81"])
     error = capsys.readouterr().err
     assert "argument --arch: 'resnet81'" in error and "resnet18" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", ["dividemix", "ce"])
+def test_the_blind_recipe_leaves_to_the_run_what_it_chooses(method):
+    """A value that is filled in would win over the choice; cross-entropy, which divides nothing, needs one."""
+    args, _, lines = chosen("--recipe", "blind", "--loss_window", "3", "--method", method)
+    expected = (0, 0.5, 3) if method == "ce" else (None, None, 3)
+    assert values(args, "lambda_u", "p_threshold", "loss_window") == expected
+    assert [line.split()[0] for line in lines] == [*NAMES] and "loss_window 3 (given)" in lines
+
+
+def test_smaller_batches_do_not_change_the_number_of_steps():
+    """The defaults count steps: a given batch size would train a quarter as much, or four times."""
+    runs = [chosen("--batch_size", size, n=40_000)[0] for size in ("32", "128")]
+    assert [args.warm_up for args in runs] == [7, 10]  # 3,900 steps are 28 epochs of the latter: too many
+    small = [chosen("--batch_size", size, n=9000)[0] for size in ("8", "32")]
+    steps = [(args.num_epochs - args.warm_up) * 8100 // args.batch_size for args in small]
+    assert steps[0] > steps[1] > 1000  # but never fewer than 8 epochs

@@ -33,6 +33,7 @@ PAPER = {
 DEFAULTS = {
     **{"batch_size": 64, "lr": 0.02, "lr_drop": 150, "num_epochs": 300, "warm_up": None, "alpha": 4, "T": 0.5},
     **{"lambda_u": None, "p_threshold": None, "loss_window": None, "conf_penalty": "auto", "recipe": "paper"},
+    **{"division": "global"},
     **{"dataset": "cifar10", "data_path": "./cifar-10", "download": False, "num_class": None, "limit_train": None},
     **{"noise_mode": "sym", "r": 0.5, "noise_definition": "with_self", "noise_file": None, "noise_key": None},
     **{"noise_seed": 123, "seed": 123, "id": "", "out_dir": "./checkpoint", "run_dir": None, "fresh": False},
@@ -101,7 +102,7 @@ def test_a_setting_that_the_paper_lacks_takes_the_nearest_row(asked, wrong, near
 def test_large_image_recipes_are_the_papers():
     """Else the defaults train something else than the paper's, or are compared with a number nobody published."""
     both = {"batch_size": 32, "lr_drop": 40, "num_epochs": 80, "warm_up": 1}
-    both |= {"alpha": 0.5, "lambda_u": 0, "p_threshold": 0.5}
+    both |= {"alpha": 0.5, "lambda_u": 0, "p_threshold": 0.5, "division": "global"}
     clothing, web = recipes.CLOTHING1M, recipes.WEBVISION
     assert clothing.method == both | {"lr": 0.002} and web.method == both | {"lr": 0.01}
     assert (clothing.weight_decay, web.weight_decay) == (1e-3, 5e-4)
@@ -290,3 +291,16 @@ def test_ranges_of_flag_types(kind, good, bad):
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError, match="expected"):
             kind(text)
+
+
+def test_a_division_by_class_is_not_the_papers_setting(capsys):
+    """Else a number of another method stands beside the paper's as if it were of the same."""
+    for script, setting in (
+        (Train_cifar, recipes.in_paper("Train_cifar.py", vars(Train_cifar.parse_args([])))[0]),
+        (Train_clothing1M, recipes.CLOTHING1M.setting),
+        (Train_webvision, recipes.WEBVISION.setting),
+    ):
+        args = script.parse_args(["--division", "per_class"])
+        assert "--division per_class (paper: global)" in recipes.setting_differences(vars(args), setting)
+        differences = recipes.setting_differences(vars(script.parse_args([])), setting)
+        assert not any(text.startswith("--division") for text in differences)
