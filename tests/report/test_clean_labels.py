@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.run_folder import GIVEN, SUGGESTED, TRUE, N, make_run
+from helpers.run_folder import CLASSES, GIVEN, SUGGESTED, TRUE, N, make_run
 from helpers.trees import make_clothing1M, make_webvision
 
 import dataloader_clothing1M
@@ -21,25 +21,28 @@ from dividemix.run.folder import read_run
 CLEANED = np.where(np.isin(np.arange(N), [0, 3, 6]), SUGGESTED, GIVEN).tolist()
 
 
-def export(folder, target) -> list[str]:
+def export(folder, target) -> tuple[list[str], list[str]]:
+    """-> what is said, and the words of the command in it"""
     run = read_run(folder)
-    return clean_labels.export(run, label_issues.find(run), target)
+    lines = clean_labels.export(run, label_issues.find(run), target)
+    return lines, shlex.split(lines[1].partition(": ")[2])
 
 
 def test_small_sets_get_a_noise_file(tmp_path):
-    """Else --noise_file refuses the list: it is too short, since three labels have no score, or not as --r says. Of the
-    15 labels 2 + 1 are wrong still."""
+    """Else --noise_file refuses the list: it is too short, since three labels have no score, or not as --r says."""
     folder = make_run(tmp_path / "run", dataset="digits")
     given, true = np.append(GIVEN, [2, 2, 0]), np.append(TRUE, [2, 2, 1])
     np.savez(folder / "labels.npz", index=np.arange(N), given=GIVEN, true=TRUE, list_given=given)
-    lines = export(folder, tmp_path / "clean")
+    lines, command = export(folder, tmp_path / "clean")
     assert {path.name for path in (tmp_path / "clean").iterdir()} == {"cleaned_labels.json", "cleaned_labels.csv"}
     assert "3 of 15 changed" in lines[0] and "3 without a score" in lines[0]
-    command = lines[1].partition(": ")[2].split()
-    assert command[command.index("--dataset") + 1] == "digits" and command[command.index("--r") + 1] == "0.3"
+    file = tmp_path / "clean" / "cleaned_labels.json"
+    # Of the 15 labels 2 + 1 are wrong still.
+    assert command[2:] == f"--dataset digits --noise_mode sym --r 0.3 --noise_file {file}".split()
     spec = noise_file.NoiseSpec("digits", "sym", 0.3, 0, 3, noise.synthetic.next_class(3))
-    labels = noise_file.read(tmp_path / "clean" / "cleaned_labels.json", true, spec)
-    assert labels.tolist() == [*CLEANED, 2, 2, 0]
+    assert noise_file.read(file, true, spec).tolist() == [*CLEANED, 2, 2, 0]
+    unknown = make_run(tmp_path / "unknown", dataset="cifar10", data_path="d", truth=False)
+    assert "--noise_mode" not in export(unknown, tmp_path / "of unknown")[1]
 
 
 @pytest.mark.parametrize("kind", ["images/", "without images/", "WebVision"])
@@ -57,7 +60,7 @@ def test_the_published_sets_read_their_corrected_list(tmp_path, kind):
 
     before = read()
     folder = make_run(tmp_path / "run", command=script, paths=before.names().tolist(), truth=False)
-    lines = export(folder, tmp_path / "clean")
+    lines, _ = export(folder, tmp_path / "clean")
     file = Path(name).name
     shutil.copy(tmp_path / "clean" / file, tree / name)
     assert read().paths.tolist() == before.paths.tolist() and read().labels.tolist() == CLEANED
@@ -65,19 +68,22 @@ def test_the_published_sets_read_their_corrected_list(tmp_path, kind):
 
 
 def test_own_images_become_a_csv_with_class_names(tmp_path):
-    """Else own images have no corrected list; a file name that is not UTF-8 keeps its bytes, so that it is found."""
+    """Else own images have no corrected list, or a command that a shell splits; bytes that are not UTF-8 are kept."""
     paths = [b'cat/a,"b".jpg', b"dog/caf\xe9.jpg", *(b"x/%d.jpg" % i for i in range(N - 2))]
-    export(make_run(tmp_path / "run", command="Train_folder.py", paths=paths, truth=False), tmp_path / "clean")
-    with open(tmp_path / "clean" / "labels.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        rows = list(csv.reader(file))
+    flags = {"command": "Train_folder.py", "paths": paths, "data_path": "my data", "truth": False}
+    _, command = export(make_run(tmp_path / "run", **flags), tmp_path / "clean list")
+    file = tmp_path / "clean list" / "labels.csv"
+    assert command == ["python", "Train_folder.py", "--data_path", "my data", "--labels", str(file)]
+    with open(file, encoding="utf-8", errors="surrogateescape", newline="") as lines:
+        rows = list(csv.reader(lines))
     assert rows[0] == ["path", "label"]
     assert [row[0].encode("utf-8", "surrogateescape") for row in rows[1:]] == paths
-    assert [row[1] for row in rows[1:]] == [["cat", "dog", "bird"][label] for label in CLEANED]
+    assert [row[1] for row in rows[1:]] == [CLASSES[label] for label in CLEANED]
 
 
 @pytest.mark.parametrize(
     ("target", "data_path"),
-    [("full", "data"), ("file", "data"), ("file/x", "data"), ("data/new", "data/labels.csv"), ("link", "data")],
+    [("full", "data"), ("file/x", "data"), ("data/new", "data/labels.csv"), ("link", "data")],
 )
 def test_the_originals_are_never_changed(tmp_path, target, data_path):
     """Else a corrected list replaces the published one. A target that cannot be made is an error, too."""
@@ -88,16 +94,6 @@ def test_the_originals_are_never_changed(tmp_path, target, data_path):
     (tmp_path / "link").symlink_to("data/empty")
     run = make_run(tmp_path / "run", data_path=str(tmp_path / data_path))
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(DivideMixError, match=f"--export_clean .*{target}") as caught:
+    with pytest.raises(DivideMixError, match=f"--export_clean .*{target}"):
         export(run, tmp_path / target)
-    assert "\n" not in str(caught.value) and sorted(tmp_path.rglob("*")) == before
-
-
-def test_the_named_command_is_one_that_a_shell_takes(tmp_path):
-    """Else who copies it trains on another folder's images, or gets an error for a name with a blank."""
-    own = make_run(tmp_path / "a", command="Train_folder.py", paths=[b"x"] * N, data_path="my data", truth=False)
-    unknown = make_run(tmp_path / "b", dataset="cifar10", data_path="d", truth=False)
-    lines = [export(run, tmp_path / f"clean {run.name}")[1].partition(": ")[2] for run in (own, unknown)]
-    file = str(tmp_path / "clean a" / "labels.csv")
-    assert shlex.split(lines[0]) == ["python", "Train_folder.py", "--data_path", "my data", "--labels", file]
-    assert "--dataset cifar10 --data_path d --noise_file" in lines[1] and "--noise_mode" not in lines[1]
+    assert sorted(tmp_path.rglob("*")) == before

@@ -31,8 +31,8 @@ def agreements_of(runs):
     return {run.path: label_issues.against_truth(label_issues.find(run)) for run in runs}
 
 
-def sizes(runs) -> list[int]:
-    return [len(group) for _, group in compare.group_by_setting([*map(read_run, runs)])]
+def sizes(folders) -> list[int]:
+    return [len(group) for _, group in compare.group_by_setting([*map(read_run, folders)])]
 
 
 def test_runs_that_differ_only_in_the_seed_are_one_group(runs, tmp_path):
@@ -40,47 +40,37 @@ def test_runs_that_differ_only_in_the_seed_are_one_group(runs, tmp_path):
     groups = compare.group_by_setting(runs)
     assert [(name, len(group)) for name, group in groups] == [("digits_0.5_sym", 3), ("digits_0.5_sym_ce", 2)]
     longer = read_run(make_run(tmp_path / "longer", epochs=4, noise_seed=123))
-    wider = read_run(make_run(tmp_path / "wider", width=32, noise_seed=123))
+    wider = read_run(make_run(tmp_path / "wider_seed1", width=32, noise_seed=123))
     groups = compare.group_by_setting([runs[0], longer, wider])
-    assert [name for name, _ in groups] == ["digits_0.5_sym", "longer", "wider"]
+    assert [name for name, _ in groups] == ["digits_0.5_sym", "longer", "wider_seed1"]  # alone it keeps its seed
     assert compare.differing_flags(groups) == [["epochs", "3", "4", "3"], ["width", "-", "-", "32"]]
-    assert compare.group_by_setting([runs[2]])[0][0] == "digits_0.5_sym_seed1"  # alone it keeps its seed
-    assert sizes(make_run(tmp_path / f"s{u}", lambda_u=u) for u in (25, 25.0, 25.5)) == [
-        2,
-        1,
-    ]  # a recipe's 25, a flag's
+    # A recipe's 25 is a flag's 25.0
+    assert sizes(make_run(tmp_path / f"u{u}", lambda_u=u) for u in (25, 25.0, 25.5)) == [2, 1]
 
 
 def test_other_labels_are_another_setting(tmp_path):
-    """`Train_folder.py --labels corrected.csv` beside the run before, or two folders of images: else their mean is
-    called a mean over seeds. The noise that a seed makes is no other setting, a noise file is one."""
-    kinds = {"paths": [b"%d.jpg" % i for i in range(N)], "command": "Train_folder.py", "truth": False}
-    runs = [make_run(tmp_path / name, seed=k, id=name, **kinds) for k, name in enumerate(("a", "b", "corrected"))]
-    labels = dict(np.load(runs[2] / "labels.npz"))
-    np.savez(runs[2] / "labels.npz", **labels | {"list_given": np.zeros(N, np.int64)})
-    runs.append(make_run(tmp_path / "other", **kinds | {"paths": [b"x%d.jpg" % i for i in range(N)]}))
-    assert sizes(runs) == [2, 1, 1]
-    small = [make_run(tmp_path / f"s{k}", noise_file=file) for k, file in enumerate((None, None, "cleaned.json"))]
-    np.savez(small[1] / "labels.npz", index=np.arange(N), given=np.zeros(N), true=np.zeros(N), list_given=np.zeros(N))
-    assert sizes(small) == [2, 1]
+    """Else the mean of a run and of one with corrected labels or other images is called a mean over seeds."""
+    flags = {"paths": [b"%d.jpg" % i for i in range(N)], "command": "Train_folder.py", "truth": False}
+    folders = [make_run(tmp_path / name, seed=k, id=name, **flags) for k, name in enumerate(("a", "b", "corrected"))]
+    labels = dict(np.load(folders[2] / "labels.npz"))
+    np.savez(folders[2] / "labels.npz", **labels | {"list_given": np.zeros(N, np.int64)})
+    folders.append(make_run(tmp_path / "images", **flags | {"paths": [b"x%d.jpg" % i for i in range(N)]}))
+    assert sizes(folders) == [2, 1, 1]
+    folders = [make_run(tmp_path / f"s{k}", noise_file=file) for k, file in enumerate((None, None, "cleaned.json"))]
+    np.savez(folders[1] / "labels.npz", index=np.arange(N), given=np.zeros(N), true=np.zeros(N), list_given=np.zeros(N))
+    assert sizes(folders) == [2, 1]
 
 
-def test_mean_and_spread_by_hand(runs):
-    """Else the numbers that go into a table of results are wrong."""
-    ours, ce = compare.spread_table(compare.group_by_setting(runs), agreements_of(runs)).to_dict("records")
+def test_the_tables_by_hand(runs):
+    """Else the numbers that go into a table of results are wrong, or another run's."""
+    agreements = agreements_of(runs)
+    ours, ce = compare.spread_table(compare.group_by_setting(runs), agreements).to_dict("records")
     best = [52.0, 55.0, 53.0]
     assert ours["best"] == f"{sum(best) / 3:.2f} ± {statistics.stdev(best):.2f}" == "53.33 ± 1.53"
     assert ce["best"] == "43.00 ± 1.41" and (ours["seeds"], ce["seeds"]) == ("3", "2")
     assert ours["AUC, mean of nets"] == "0.8750 ± 0.0000" and ce["AUC, mean of nets"] == "-"
     assert ours["precision of the list, %"] == "100.0 ± 0.0" and ours["recall of the list, %"] == "75.0 ± 0.0"
-    assert compare.mean_and_deviation([50.0]) == "50.00"
-    assert compare.mean_and_deviation([50.0, None]) == compare.mean_and_deviation([]) == "-"
-
-
-def test_the_table_has_a_row_a_run_with_its_numbers(runs):
-    """Else `make demo` ends with a table that shows another run's numbers, that crashes on the CE run beside it, or in
-    which one space between two columns looks like one inside a name."""
-    table = compare.run_table(runs, agreements_of(runs))
+    table = compare.run_table(runs, agreements)
     listed = ["3 of 4 (75.0%)", "3 of 3 (100.0%)", "4 of 4 (100.0%)"]
     assert table.values[0].tolist() == ["digits_0.5_sym", "3", "52.00", "52.00", "51.00", "0.875/0.875", *listed]
     assert table.values[1, :6].tolist() == ["digits_0.5_sym_ce_seed1", "3", "42.00", "42.00", "41.00", "-"]
@@ -89,23 +79,21 @@ def test_the_table_has_a_row_a_run_with_its_numbers(runs):
 
 
 def test_a_run_without_truth_list_or_test_has_dashes(tmp_path):
-    """Else one run of another kind takes the table of all runs with it, or its accuracy on the images that chose the
-    epoch stands below others' on the test set, or nowhere."""
+    """Else one run of another kind takes the table with it, or validation stands below others' test accuracy."""
     folder = make_run(tmp_path / "a", truth=False, scored=False)
     (folder / "metrics.jsonl").write_text('{"epoch": 0, "val_acc": 60.0, "auc_net1": 0.5, "auc_net2": null}\n')
     run = read_run(folder)
-    row = ["a", "1", "-", "-", "-", "60.00", "0.500/-", "-", "-", "-"]
-    table = compare.run_table([run], {})
-    assert table.values.tolist() == [row] and "validation" in table.columns[5]
-    mixed = compare.run_table([run, read_run(make_run(tmp_path / "b"))], {}).values.tolist()
-    assert mixed[0] == row and mixed[1][2:6] == ["52.00", "52.00", "51.00", "-"]
+    table = compare.run_table([run, read_run(make_run(tmp_path / "b"))], {})
+    assert "validation" in table.columns[5]
+    assert table.values[0].tolist() == ["a", "1", "-", "-", "-", "60.00", "0.500/-", "-", "-", "-"]
+    assert table.values[1, 2:6].tolist() == ["52.00", "52.00", "51.00", "-"]
     spread = compare.spread_table([("a", [run])], {}).values.tolist()
     assert spread == [["a", "1", "-", "-", "-", "60.00", "-", "-", "-"]]
+    assert compare.mean_and_deviation([50.0, None]) == "-"
 
 
 def test_the_page_of_several_runs(runs, tmp_path, monkeypatch):
-    """Else runs cannot be compared without a page for each, a name runs as a script, or the mean of runs of another
-    setting stands beside the paper's number."""
+    """Else a name runs as a script, or runs of another setting stand beside the paper's number without a word."""
     monkeypatch.setattr(figures, "png", lambda draw: b"\x89PNG")
     paper = {"dataset": "cifar10", "noise_mode": "sym", "r": 0.2, "warm_up": 10}
     runs += [read_run(make_run(tmp_path / name, **paper, lambda_u=u)) for name, u in (("as paper", 0), ("b", 25))]
@@ -125,6 +113,3 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     paths = [tmp_path / "bf16" / "digits", tmp_path / "fp32" / "digits", tmp_path / "fp32" / "other"]
     assert compare.distinct_names(paths) == ["bf16/digits", "fp32/digits", "other"]
     assert compare.distinct_names([tmp_path / "a", tmp_path / "b" / "a"])[1] == "b/a"
-    runs = [read_run(make_run(path, precision=path.parent.name)) for path in paths[:2]]
-    names = compare.run_table(runs, {})["run"].tolist()
-    assert names == [name for name, _ in compare.group_by_setting(runs)] == ["bf16/digits", "fp32/digits"]

@@ -15,8 +15,8 @@ from dividemix.run import scoring
 from dividemix.run.folder import read_run
 
 
-def issues_of(tmp_path, **kind):
-    return label_issues.find(read_run(make_run(tmp_path / "run", **kind)))
+def issues_of(folder, **kind):
+    return label_issues.find(read_run(make_run(folder / "run", **kind)))
 
 
 def rows_of(content: bytes) -> list[dict[str, str]]:
@@ -27,12 +27,10 @@ def rows_of(content: bytes) -> list[dict[str, str]]:
 
 
 def test_an_issue_is_doubted_and_has_another_suggestion(tmp_path):
-    """Else the list names labels that nobody would change: sample 1 is doubted, but its own class is suggested, and a
-    quality that equals the threshold is not below it. Worst first: issues, then low quality, then large loss."""
+    """Else the list names labels that nobody would change: sample 1 is doubted, but its class is suggested."""
     issues = issues_of(tmp_path)
     assert issues.is_issue.tolist() == [i in (0, 3, 6) for i in range(N)]
     np.testing.assert_allclose(issues.quality, P_CLEAN - 0.005)
-    assert issues.cleaned_labels.tolist() == [SUGGESTED[i] if i in (0, 3, 6) else GIVEN[i] for i in range(N)]
     assert scoring.worst_first(issues.quality, issues.is_issue, issues.loss)[:5].tolist() == [6, 3, 0, 1, 9]
     scores = label_scores(3) | {"p_clean_net1": np.full(N, 0.4), "p_clean_net2": np.full(N, 0.6)}
     assert not scoring.label_quality(scores, GIVEN)[1].any()
@@ -41,7 +39,6 @@ def test_an_issue_is_doubted_and_has_another_suggestion(tmp_path):
 def test_cross_entropy_is_judged_by_the_probability_of_the_given_label(tmp_path):
     """Else the baseline has no list, or one that what reads the others cannot read."""
     issues = issues_of(tmp_path, method="ce")
-    assert issues.p_clean == []
     assert issues.quality.tolist() == [0.75 if SUGGESTED[i] == GIVEN[i] else 0.125 for i in range(N)]
     assert issues.is_issue.tolist() == [i in (0, 3, 6, 9) for i in range(N)]
     table = label_issues.issues_table(issues)
@@ -50,37 +47,42 @@ def test_cross_entropy_is_judged_by_the_probability_of_the_given_label(tmp_path)
 
 
 def test_against_the_truth_by_hand(tmp_path):
-    """Else precision and recall in the report are not those of its list. Wrong: 0, 3, 6, 9. Listed: 0, 3, 6. After the
-    correction 6, which has another wrong label, and 9 are wrong. By loss: first all four, then 0 and 3 alone."""
+    """Else precision and recall in the report are not those of its list."""
+    # Wrong: 0, 3, 6, 9. Listed: 0, 3, 6. After the correction 6, which has another wrong label, and 9 are wrong.
     truth = label_issues.against_truth(issues_of(tmp_path))
     counts = truth.n, truth.wrong, truth.listed, truth.listed_wrong, truth.by_loss, truth.wrong_after
     assert counts == (12, 4, 3, 3, 4, 2) and (truth.precision, truth.recall) == (1.0, 0.75)
-    loss = np.where(np.isin(np.arange(N), [0, 3, 1, 2]), 5.0, 1.0)  # two wrong labels, two right ones
+    loss = np.where(
+        np.isin(np.arange(N), [0, 3, 1, 2]), 5.0, LOSS
+    )  # the four largest: two wrong labels, two right ones
     assert label_issues.against_truth(replace(issues_of(tmp_path / "b"), loss=loss)).by_loss == 2
     empty = label_issues.Agreement(5, 0, 0, 0, 0, 0)
     assert empty.precision is None and empty.recall is None
 
 
-def test_what_is_missing(tmp_path):
-    """Else an unfinished run ends in a stack trace, or truth is another sample's after damaged images are left out."""
-    assert issues_of(tmp_path / "a", scored=False) is None
-    assert label_issues.against_truth(issues_of(tmp_path / "b", truth=False)) is None
+def test_truth_of_other_samples_is_no_truth(tmp_path):
+    """Else truth is another sample's after damaged images are left out."""
     folder = make_run(tmp_path / "run")
     np.savez(folder / "labels.npz", index=np.arange(N - 1), given=GIVEN[1:], true=TRUE[1:], list_given=GIVEN)
-    assert label_issues.find(read_run(folder)).true_labels is None
+    assert label_issues.against_truth(label_issues.find(read_run(folder))) is None
 
 
 # ---- For the terminal ----
 
 
 def test_the_summary_says_how_many_where_and_how_well(tmp_path):
-    """Else the user reads the first numbers of the tool and they are wrong, or takes in-sample scores for a test."""
-    lines = label_issues.summary(issues_of(tmp_path))
+    """Else the first numbers that the user reads are wrong, or class names move the cursor or fill the screen."""
+    issues = issues_of(tmp_path)
+    lines = label_issues.summary(issues)
     assert lines[0].startswith("labels: 3 of 12 look wrong (25.0%)") and "in-sample" in lines[0]
     assert lines[1] == "  by given class: dog (3 of 8)"
     assert all(words in lines[2] for words in ("precision 100.0%", "recall 75.0%", "33.3% as given", "16.7%"))
     assert "4 of the 4" in lines[3] and "(100.0%)" in lines[3]
-    assert len(label_issues.summary(issues_of(tmp_path / "b", truth=False))) == 2
+    classes = [f"c\x1b[2J\n{k}" for k in range(15)]
+    changed = {"given_labels": np.arange(N), "is_issue": np.ones(N, bool), "class_names": classes}
+    lines = label_issues.summary(replace(issues, **changed))
+    assert all(line.isprintable() for line in lines)
+    assert lines[1].count("(1 of 1)") == 10 and lines[1].endswith("2 more classes (2 of 2)")
 
 
 def test_classes_that_were_not_learned_are_named_in_one_line(tmp_path):
@@ -90,30 +92,18 @@ def test_classes_that_were_not_learned_are_named_in_one_line(tmp_path):
         given = np.repeat([0, 1, 2], [20, 21, 4])
         is_issue = np.concatenate([np.arange(20) < 19, np.arange(21) < listed, np.full(4, True)])
         changed = {"given_labels": given, "suggested_labels": given, "is_issue": is_issue, "true_labels": None}
-        lines = label_issues.summary(replace(issues, index=np.arange(45), **changed))[2:]
-        assert len(lines) == 1
-        assert [name in lines[0] for name in CLASSES] == [k in named for k in range(3)]
-        assert "(19 of 20)" in lines[0]
-
-
-def test_many_classes_are_cut_short_and_odd_names_stay_on_their_line(tmp_path):
-    """A thousand classes would push everything else off the screen; a name may hold what moves the cursor."""
-    classes = [f"c\x1b[2J\n{k}" for k in range(15)]
-    changed = {"given_labels": np.arange(N), "is_issue": np.ones(N, bool), "class_names": classes}
-    lines = label_issues.summary(replace(issues_of(tmp_path), **changed))
-    assert all(line.isprintable() for line in lines)
-    assert lines[1].count("(1 of 1)") == 10 and lines[1].endswith("2 more classes (2 of 2)")
+        [line] = label_issues.summary(replace(issues, index=np.arange(45), **changed))[2:]
+        assert [name in line for name in CLASSES] == [k in named for k in range(3)] and "(19 of 20)" in line
 
 
 # ---- Files ----
-
-HOSTILE = [b'a,"b"\n.jpg', b"\r.jpg", b"caf\xe9.jpg", "=1+1 \u732b.jpg".encode(), b"'; drop table.jpg"]
 
 
 def test_the_files_come_back_to_the_bit(tmp_path):
     """Else whoever works with the lists reads other numbers than the run's, or an odd name shifts the columns."""
     classes = ['c,a"t', "d\nog\udce9", ""]
-    paths = HOSTILE + [b"%d.jpg" % i for i in range(N - len(HOSTILE))]
+    paths = [b'a,"b"\n.jpg', b"\r.jpg", b"caf\xe9.jpg", "=1+1 \u732b.jpg".encode()]
+    paths += [b"%d.jpg" % i for i in range(N - len(paths))]
     issues = issues_of(tmp_path, paths=paths, classes=classes)
     label_issues.write(issues, tmp_path)
     names = [path.decode(errors="backslashreplace") for path in paths]
@@ -133,10 +123,8 @@ def test_the_files_come_back_to_the_bit(tmp_path):
         assert (row["given_class"], row["suggested_class"]) == (classes[GIVEN[i]], classes[SUGGESTED[i]])
     rows = rows_of((tmp_path / "cleaned_labels.csv").read_bytes())
     assert list(rows[0]) == ["index", "path", "label", "was"] and [row["path"] for row in rows] == names
-    assert [int(row["label"]) for row in rows] == issues.cleaned_labels.tolist()
-    assert [int(row["was"]) for row in rows] == GIVEN.tolist()
-    table = pandas.DataFrame({"index": [0, 1], "path": ["a b.jpg", "c"], "loss": np.float32([0.1, 1])})
-    assert csv_bytes(table) == b"index,path,loss\n0,a b.jpg,0.1\n1,c,1.0\n"  # of plain names plain lines
+    cleaned = [SUGGESTED[i] if i in (0, 3, 6) else GIVEN[i] for i in range(N)]
+    assert [(int(row["label"]), int(row["was"])) for row in rows] == list(zip(cleaned, GIVEN, strict=True))
 
 
 def test_the_list_is_what_cleanlab_takes(tmp_path):
@@ -147,7 +135,6 @@ def test_the_list_is_what_cleanlab_takes(tmp_path):
     issues = issues_of(tmp_path)
     label_issues.write(issues, tmp_path)
     frame = pandas.read_csv(tmp_path / "label_issues.csv")
-    assert frame["is_label_issue"].dtype == bool and frame["loss"].dtype == float
     learner = classification.CleanLearning(LogisticRegression(), verbose=False)
     learner.fit(np.eye(N), GIVEN, label_issues=frame)
     assert learner.get_label_issues()["is_label_issue"].tolist() == issues.is_issue.tolist()
