@@ -1,6 +1,7 @@
 """The rows of the paper's tables: made from recipes, each a command that its script takes; and their runs' folders."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,15 @@ SCRIPTS = {script.__name__ + ".py": script for script in (Train_cifar, Train_clo
 ROWS = {row.name: row for row in rows.all_rows()}
 
 
-def plan(names: str, seeds: int = 1, extra: str = "", root: str = "data") -> list[rows.PlannedRun]:
-    return rows.plan(select([], names.split()), seeds, Path(root), Path("out"), extra.split())
+def plan(names: str, seeds: int = 1, extra: str = "", out: Path = Path("out")) -> list[rows.PlannedRun]:
+    return rows.plan(select([], names.split()), seeds, Path("data"), out, extra.split())
 
 
 def test_the_rows_and_numbers_of_the_papers_tables():
     """A missing row is one that nobody can check us on; a wrong number is another row's, or one without a source."""
     by_table = {table: [row.name for row in rows.all_rows() if row.table == table] for table in rows.TABLES}
     assert sum(map(len, by_table.values())) == len(ROWS)
-    assert len(by_table["1"]) == 16 and {"cifar100-sym-90", "cifar10-sym-20-ce"} < {*by_table["1"]}
+    assert len(by_table["1"]) == 16 and "cifar100-sym-90" in by_table["1"]
     assert by_table["2"] == ["cifar10-asym-40-ce", "cifar10-asym-40"]
     assert (by_table["3"], by_table["4"]) == (["clothing1m"], ["webvision"])
     assert len(by_table["5"]) == 5 * 5 and "cifar10-sym-20-one_view" in by_table["5"]
@@ -48,8 +49,7 @@ def test_each_row_is_a_command_of_its_script_and_the_papers_setting(name):
     args = SCRIPTS[row.script].parse_args(run.command[2:])
     if row.script == "Train_cifar.py":
         options.resolve_recipe(args)
-        for flag in ("dataset", "noise_mode", "r", "num_epochs"):
-            assert getattr(args, flag) == row.setting[flag]
+        assert all(getattr(args, flag) == row.setting[flag] for flag in ("dataset", "noise_mode", "r", "num_epochs"))
         variant = name.rsplit("-", 1)[1]
         assert args.method == ("ce" if variant == "ce" else "dividemix")
         assert args.ablation == (variant if variant in recipes.ABLATIONS else "none")
@@ -71,10 +71,8 @@ def test_rows_are_chosen_by_table_and_pattern():
     ("data", "file"),
     [
         ("cifar10", "cifar-10/cifar-10-batches-py/data_batch_1"),
-        ("cifar10", "cifar-10-batches-py/data_batch_3"),  # torchvision's layout, all sets side by side
-        ("cifar100", "cifar-100/cifar-100-python/train"),
+        ("cifar100", "cifar-100-python/train"),  # torchvision's layout, all sets side by side
         ("fashionmnist", "data/FashionMNIST/raw/train-images-idx3-ubyte.gz"),
-        ("clothing1M", "Clothing1M/data/noisy_train_key_list.txt"),
         ("webvision", "webvision/info/train_filelist_google.txt"),
     ],
 )
@@ -91,10 +89,8 @@ def test_a_run_is_its_scripts_command_and_seeds_share_the_noise():
     [run] = plan("cifar10-sym-50")
     flags = ("--data_path", "data/cifar-10", "--r", "0.5", "--run_dir", "out/cifar10-sym-50_seed123")
     assert run.command == (sys.executable, str(rows.ROOT / "Train_cifar.py"), *flags) and run.num_epochs == 300
-    assert run.missing == "needs CIFAR-10 in data/cifar-10"
     first, second = plan("digits-sym-50", seeds=2)
-    assert not {"--data_path", "--seed"} & {*first.command} and first.missing == ""
-    assert second.folder == Path("out/digits-sym-50_seed124")
+    assert not {"--data_path", "--seed"} & {*first.command} and second.folder == Path("out/digits-sym-50_seed124")
     args = Train_cifar.parse_args(second.command[2:])
     assert (args.seed, args.noise_seed) == (124, Train_cifar.parse_args(first.command[2:]).noise_seed)
     _, second = plan("clothing1m", seeds=2)
@@ -102,10 +98,8 @@ def test_a_run_is_its_scripts_command_and_seeds_share_the_noise():
 
 
 def test_runs_have_a_folder_each():
-    """A short run would be continued to the paper's 300 epochs and called the paper's; Table 5's test with one network
-    would train again in a folder that is in use; `-- --download` on a new machine would run nothing."""
-    runs = plan("cifar10-sym-50 cifar10-sym-50-one_net", seeds=2)
-    assert [run.name for run in runs] == ["cifar10-sym-50_seed123", "cifar10-sym-50_seed124"]
+    """Else a short run is continued to 300 epochs and called the paper's, or two runs share a folder."""
+    assert [run.name for run in plan("cifar10-sym-50 cifar10-sym-50-one_net")] == ["cifar10-sym-50_seed123"]
     [run] = plan("cifar10-sym-50", extra="--width 16 --num_epochs 20 --workers 3 --device cpu --no_label_scores")
     assert run.name == "cifar10-sym-50_seed123_num_epochs-20_width-16" and run.num_epochs == 20
     assert run.command[-5:-2] == ("--device", "cpu", "--no_label_scores")
@@ -128,9 +122,9 @@ def test_flags_that_are_not_the_users_to_give_are_refused(extra, flag):
 
 def test_half_a_line_is_no_epoch(tmp_path):
     """A run that was killed while it wrote would end every later command, until somebody mends the file by hand."""
-    [run] = rows.plan(select([], ["digits-sym-50"]), 1, tmp_path, tmp_path, ["--num_epochs", "1"])
+    [run] = plan("digits-sym-50", extra="--num_epochs 1", out=tmp_path)
     run.folder.mkdir()
     (run.folder / "metrics.jsonl").write_text('{"epoch": 0}\n{"epoch": 1, "test_')
     assert rows.read(run.folder) == ({}, [{"epoch": 0}], {}) and not run.is_finished
     (run.folder / "result.json").write_text('{"test_acc": 1}')
-    assert run.is_finished
+    assert run.is_finished and not replace(run, num_epochs=2).is_finished
