@@ -3,7 +3,6 @@
 import copy
 import functools
 import os
-import shutil
 import threading
 
 import numpy as np
@@ -50,38 +49,34 @@ def test_auto_takes_the_card_then_mps_then_the_cpu(monkeypatch):
     """Else `--device cuda` or a card with an old driver trains for days on the CPU, without a word."""
     assert pick_device("auto", 0) == CPU
     for name in ("cuda", "mps"):
-        with pytest.raises(DivideMixError, match=rf"--device {name}: .*--device cpu"):
+        with pytest.raises(DivideMixError, match=f"--device {name}: "):
             pick_device(name, 0)
     monkeypatch.setattr(device, "unusable_card", lambda: "the driver is too old")
-    with pytest.warns(DivideMixWarning, match=r"GPU.*the driver is too old"):
+    with pytest.warns(DivideMixWarning, match="the driver is too old"):
         assert pick_device("auto", 0) == CPU
     with pytest.raises(DivideMixError, match="--device cuda: the driver is too old"):
         pick_device("cuda", 0)
-    monkeypatch.setattr(device, "unusable_card", lambda: None)
     mps(monkeypatch, True)
+    monkeypatch.setattr(device, "unusable_card", lambda: None)
     assert pick_device("auto", 0) == torch.device("mps")
     with_cards(monkeypatch, 2)
-    assert pick_device("auto", 1) == torch.device("cuda", 1)
-    assert pick_device("cuda", 0) == torch.device("cuda", 0)
-    assert pick_device("mps", 0) == torch.device("mps")
-    assert pick_device("cpu", 0) == CPU
-    with pytest.raises(DivideMixError, match="--gpuid 2"):  # not another user's card, nor a stack trace
+    assert pick_device("auto", 1) == pick_device("cuda", 1) == torch.device("cuda", 1)
+    assert pick_device("mps", 0) == torch.device("mps") and pick_device("cpu", 0) == CPU
+    with pytest.raises(DivideMixError, match="--gpuid 2"):  # not another user's card
         pick_device("auto", 2)
 
 
 def test_why_a_card_cannot_be_used(monkeypatch, tmp_path):
-    """Else the advice is wrong: a new torch build and a new driver mend different faults, and a machine without any
-    NVIDIA driver must not be told of one."""
+    """Else the advice is wrong: a new torch build and a new driver mend different faults."""
     monkeypatch.undo()
     proc = tmp_path / "version"
     monkeypatch.setattr(device.shutil, "which", lambda _: None)
     assert device.unusable_card(proc) is None
-    proc.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27 2021\n")
+    proc.touch()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    problem = device.unusable_card(proc)
-    assert "CUDA 13.0" in problem and "driver" in problem and "\n" not in problem
-    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "CUDA 13.0" in device.unusable_card(proc)
     proc.unlink()  # as under WSL, where the driver shows only as nvidia-smi
+    monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(device.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert "CPU-only build" in device.unusable_card(proc)
 
@@ -103,44 +98,38 @@ def test_a_card_compiles_and_captures_unless_told_not_to(monkeypatch):
     fast = start("cuda", width=4)
     assert (fast.precision, fast.compile, fast.graph, fast.merge) == ("bf16", True, True, True)
     assert fast.memory_format == torch.channels_last and torch.backends.cudnn.benchmark
-    assert all(text in fast.describe() for text in ("Card", "bf16", "compiled", "CUDA graphs", torch.__version__))
+    assert all(text in fast.describe() for text in ("Card", "bf16", "compiled", "CUDA graphs"))
     assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
     plain = start("cuda", precision="fp32", compile=False, graph=False)
-    assert not plain.compile and not plain.graph and not plain.merge
-    assert "fp32" in plain.describe() and "compiled" not in plain.describe()
+    assert not (plain.compile or plain.graph or plain.merge) and "compiled" not in plain.describe()
     exact = start("cuda", deterministic=True)
     assert not exact.compile and exact.graph and not torch.backends.cudnn.benchmark
 
 
-def test_a_cpu_neither_compiles_nor_captures_and_narrow_networks_are_contiguous(monkeypatch):
-    """There, compiling costs a minute and was no faster. Channels_last of few channels leaves vector units half empty,
-    and below 8 channels torch writes out of bounds in the backward pass."""
-    layouts = [start("cpu", width=width).memory_format for width in (4, 15, 16)]
-    assert layouts == [torch.contiguous_format, torch.contiguous_format, torch.channels_last]
-    assert Runtime().memory_format == torch.contiguous_format
+def test_a_cpu_neither_compiles_nor_captures_and_narrow_networks_are_contiguous():
+    """There compiling is no faster, and below 8 channels torch writes out of bounds in channels_last."""
+    layouts = [start("cpu", width=width).memory_format for width in (15, 16)]
+    assert layouts == [torch.contiguous_format, torch.channels_last]
     runtime = start("cpu")
-    assert not runtime.compile and not runtime.graph and not runtime.merge
+    assert not (runtime.compile or runtime.graph or runtime.merge)
     assert runtime.prepare(ResNet18(10, 4)).conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_deterministic_switches_torch_to_deterministic_kernels(monkeypatch):
     """Else reruns with --deterministic differ in the last digits, and nobody is told."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # a user's own choice stays
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # a user's choice stays
     start("cpu", deterministic=True)
-    assert torch.are_deterministic_algorithms_enabled()
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
     start("cpu")
     assert not torch.are_deterministic_algorithms_enabled()  # the next run of the process did not ask for it
 
 
-@pytest.mark.parametrize(
-    ("cores", "environment", "expected"), [(2, {}, [2]), (64, {}, []), (2, {"OMP_NUM_THREADS": "7"}, [])]
-)
-def test_threads_are_the_containers_cores(monkeypatch, cores, environment, expected):
+@pytest.mark.parametrize(("cores", "given", "expected"), [(2, None, [2]), (64, None, []), (2, "7", [])])
+def test_threads_are_the_containers_cores(monkeypatch, cores, given, expected):
     """A container with two of a server's 64 cores: 64 threads on them are ten times slower than two."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
     threads = []
     monkeypatch.setattr(device, "available_cores", lambda: cores)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
@@ -149,18 +138,10 @@ def test_threads_are_the_containers_cores(monkeypatch, cores, environment, expec
     assert threads == expected
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_background_work_gives_its_result_or_its_error(kind):
-    """A mixture that cannot be fitted must end the run with its own message, wherever it was fitted."""
-    runtime = Runtime(torch.device(kind))
-    in_this_thread = runtime.background(threading.get_ident)() == threading.get_ident()
-    assert in_this_thread == (kind == "cpu")
-
-    def fail():
-        raise DivideMixError("all losses are equal")
-
-    with pytest.raises(DivideMixError, match="all losses are equal"):
-        runtime.background(fail)()
+def test_a_card_does_not_wait_for_background_work():
+    """Else a card idles while a mixture is fitted. (What is fitted, and its errors: test_engine.py.)"""
+    card = Runtime(torch.device("cuda"))
+    assert card.background(threading.get_ident)() != threading.get_ident()
 
 
 # ---- Precision ----
@@ -168,8 +149,7 @@ def test_background_work_gives_its_result_or_its_error(kind):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_bf16_is_the_default_only_where_it_is_fast(monkeypatch, native):
-    """Else an old CPU or a card before sm80 emulates bf16 and is slower than in fp32, or a new one runs at half its
-    speed."""
+    """Else old hardware emulates bf16, slower than fp32, or new hardware runs at half its speed."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0) if native else (7, 5))
     assert device.computes_bf16(torch.device("cuda", 0)) is native
     monkeypatch.setattr(device, "computes_bf16", lambda _: native)
@@ -199,9 +179,8 @@ def test_logits_are_float32_and_of_the_weights_as_they_are_now(precision):
 
 
 def test_gradients_reach_every_parameter_in_both_precisions_and_memory_formats():
-    """Else only BN and biases train (older autocasts keep weights cast without gradients), or a kernel that reads the
-    other layout's strides scrambles them. Measured: within 0.5 of each norm in bf16, 0.04 in channels_last; cosine
-    0.95."""
+    """Else only BN and biases train, as with older autocasts, or a kernel reads the other layout's strides."""
+    # Measured: within 0.5 of each norm in bf16, 0.04 in channels_last; cosine 0.95
     reference = gradients("fp32", layout=torch.contiguous_format)
     for precision, bound, cosine in (("fp32", 0.1, 0.99), ("bf16", 0.7, 0.9)):
         result = gradients(precision)
@@ -224,64 +203,33 @@ def no_compilations():
     torch._dynamo.reset()
 
 
-def phases(runtime: Runtime, data, build, epochs: int):
-    """Both nets through all phases. -> them and the terms"""
-    torch.manual_seed(0)
-    nets = [runtime.prepare(build()) for _ in range(2)]
-    optimizers, data = [runtime.optimizer(net, 0.02, 5e-4) for net in nets], placed(runtime, data)
-    terms = []
-    for epoch in range(epochs):
-        for k, (net, optimizer) in enumerate(zip(nets, optimizers, strict=True)):
-            phase = Phase(3, np.random.default_rng([epoch, k]))
-            engine.per_sample_loss(net, data)
-            terms.append(engine.warmup_epoch(net, optimizer, data, SETTINGS, phase))
-            terms.append(engine.train_epoch(net, nets[1 - k], optimizer, data, half(24), SETTINGS, phase))
-        engine.test(nets, {"test": data})
-    return nets, terms
-
-
 @pytest.mark.usefixtures("no_compilations")
 def test_two_nets_and_partial_batches_share_five_compilations(monkeypatch, tiny_images):
-    """Five: warm-up step, guesses, the peer's guesses, training step, evaluation. More cost a minute each on a card.
-    What they compute is what eager computes."""
+    """More cost a minute each on a card; and what they compute is what eager computes."""
     compiled = []
 
     def backend(graph, example_inputs):
         compiled.append(graph)
         return graph.forward
 
+    def phases(compile: bool):
+        runtime = Runtime(CPU, merge=True, compile=compile, eval_batch_size=16)
+        torch.manual_seed(0)
+        nets, data, terms = [runtime.prepare(small_net()) for _ in range(2)], placed(runtime, tiny_images), []
+        optimizers = [runtime.optimizer(net, 0.02, 5e-4) for net in nets]
+        for epoch in range(2):
+            for k, (net, optimizer) in enumerate(zip(nets, optimizers, strict=True)):
+                phase = Phase(3, np.random.default_rng([epoch, k]))
+                engine.per_sample_loss(net, data)
+                terms.append(engine.warmup_epoch(net, optimizer, data, SETTINGS, phase))
+                terms.append(engine.train_epoch(net, nets[1 - k], optimizer, data, half(24), SETTINGS, phase))
+            engine.test(nets, {"test": data})
+        assert runtime.compile == compile
+        return terms, [net.state_dict() for net in nets]
+
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    runtime = Runtime(CPU, merge=True, compile=True, eval_batch_size=16)
-    nets, terms = phases(runtime, tiny_images, small_net, epochs=2)
-    assert runtime.compile and len(compiled) == 5
-    eager_nets, eager_terms = phases(Runtime(CPU, merge=True, eval_batch_size=16), tiny_images, small_net, epochs=2)
-    assert np.allclose(terms, eager_terms, rtol=1e-4)
-    for net, eager in zip(nets, eager_nets, strict=True):
-        for name, value in net.state_dict().items():
-            torch.testing.assert_close(value, eager.state_dict()[name], rtol=1e-3, atol=1e-4, msg=name)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_compilations")
-@pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler on a CPU")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_inductors_kernels_train_as_eager_ones(tiny_images, precision):
-    """Anything that fused kernels of two nets share or leave out would train another method."""
-
-    def build():
-        return ResNet18(3, width=8)  # 8: Inductor takes channels_last
-
-    runtime = Runtime(CPU, precision, merge=True, compile=True, eval_batch_size=16)
-    nets, terms = phases(runtime, tiny_images, build, epochs=1)
-    assert runtime.compile
-    eager_nets, eager_terms = phases(Runtime(CPU, "fp32"), tiny_images, build, epochs=1)
-    assert np.allclose(terms, eager_terms, rtol=1e-3 if precision == "fp32" else 0.05, atol=0.01)
-    for net, eager in zip(nets, eager_nets, strict=True):
-        for (name, value), expected in zip(net.named_buffers(), eager.buffers(), strict=True):
-            if name.endswith("num_batches_tracked"):
-                assert value == expected
-            elif precision == "fp32":
-                torch.testing.assert_close(value, expected, rtol=1e-2, atol=1e-3, msg=name)
+    torch.testing.assert_close(phases(compile=True), phases(compile=False), rtol=1e-3, atol=1e-4)
+    assert len(compiled) == 5
 
 
 # ---- Optimiser ----
@@ -294,14 +242,13 @@ def test_a_learning_rate_tensor_is_changed_in_place_and_restored():
     rate = captured.param_groups[0]["lr"]
     assert set_learning_rate([captured, eager], 0.125) == 0.125
     assert captured.param_groups[0]["lr"] is rate and rate.item() == 0.125
-    assert eager.param_groups[0]["lr"] == 0.125 and isinstance(eager.param_groups[0]["lr"], float)
-    set_learning_rate([eager], 0.0625)
-    states = captured.state_dict(), eager.state_dict()
-    load_optimizer(captured, states[1])
-    assert captured.param_groups[0]["lr"] is rate and rate.item() == 0.0625
-    rate.fill_(0.5)
-    load_optimizer(eager, states[0])
-    assert eager.param_groups[0]["lr"] == 0.5 and isinstance(eager.param_groups[0]["lr"], float)
+    assert eager.param_groups[0]["lr"] == 0.125
+    states = [copy.deepcopy(optimizer.state_dict()) for optimizer in (captured, eager)]
+    for optimizer, state in ((captured, states[1]), (eager, states[0])):
+        set_learning_rate([captured, eager], 0.0625)
+        load_optimizer(optimizer, state)
+        assert optimizer.param_groups[0]["lr"] == 0.125
+    assert captured.param_groups[0]["lr"] is rate and isinstance(eager.param_groups[0]["lr"], float)
 
 
 def test_momentum_takes_the_layout_and_the_kernel_of_this_runtime():

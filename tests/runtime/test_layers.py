@@ -27,8 +27,7 @@ def note_rows(net: nn.Module) -> list[int]:
 
 @pytest.mark.parametrize("build", [ResNet18, ResNet50])
 def test_four_batches_together_are_four_forwards_one_after_the_other(build):
-    """Statistics over all four batches, or running statistics updated in another order or only once: the labels that
-    are guessed and the networks that are evaluated would be another method's."""
+    """Else guesses have the statistics of all four batches, or running statistics are updated in another order."""
     plain, replaced = plain_and_replaced(build)
     batches = [scale * torch.randn(6, 3, 16, 16) for scale in (1, 2, 3, 4)]
     rows = note_rows(replaced)
@@ -39,9 +38,6 @@ def test_four_batches_together_are_four_forwards_one_after_the_other(build):
         torch.testing.assert_close(logits, plain(batch), rtol=1e-3, atol=1e-3)
     for (name, a), b in zip(plain.named_buffers(), replaced.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
-    backwards = plain_and_replaced(build)[1].train()
-    MERGING.forward(backwards, *batches[::-1])  # the order of the updates shows, so the test above sees it
-    assert not torch.allclose(backwards.bn1.running_mean, replaced.bn1.running_mean, rtol=1e-2, atol=1e-3)
 
 
 def test_eval_batches_together_change_nothing():
@@ -52,12 +48,13 @@ def test_eval_batches_together_change_nothing():
     for logits, batch in zip(MERGING.forward(replaced.eval(), *batches), batches, strict=True):
         torch.testing.assert_close(logits, plain.eval()(batch), rtol=1e-4, atol=1e-5)
     assert rows == [7] and same(replaced.state_dict(), before)
+    plain.load_state_dict(replaced.state_dict())  # a checkpoint loads into the network of a plain run, and back
+    replaced.load_state_dict(plain.state_dict())
 
 
 @pytest.mark.parametrize("unequal", ["sizes", "layers"])
 def test_what_cannot_be_merged_is_not(unequal):
-    """The batch at an epoch's end has fewer rows, and a fork's BatchNorm1d knows no groups: merged, both would mix the
-    statistics of different views."""
+    """Merged, batches of two sizes, or a layer that knows no groups, would mix the statistics of two views."""
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten())
     if unequal == "layers":
         net.append(nn.BatchNorm1d(4 * 16))
@@ -74,11 +71,3 @@ def test_groups_end_with_the_call():
         MERGING.forward(net.train(), *torch.randn(2, 4, 5, 16, 16))  # five channels
     layers = [module for module in net.modules() if isinstance(module, GroupedBatchNorm2d)]
     assert len(layers) == 17 and {layer.groups for layer in layers} == {1}
-
-
-def test_replaced_layers_keep_keys_and_load_anywhere():
-    """A checkpoint of the fast run must load into the plain network, and the other way round."""
-    plain, replaced = plain_and_replaced()
-    assert list(plain.state_dict()) == list(replaced.state_dict())
-    plain.load_state_dict(replaced.state_dict())
-    replaced.load_state_dict(plain.state_dict())

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers.nets import CPU, half, placed, small_net
+from helpers.nets import CPU, half, placed, same, small_net
 from torch import nn
 
 from dividemix import Diverged, DivideMixError, DivideMixWarning, engine
@@ -14,8 +14,7 @@ from dividemix.seeds import draws, seeded
 
 
 def test_the_first_non_finite_step_stops_all_updates(tiny_images):
-    """Weights that turned NaN an hour ago: the phase must end with the number of the batch, and sound weights and
-    momentum."""
+    """Else a run goes on with weights that turned NaN an hour ago, and nobody knows at which batch."""
     net = small_net()
     optimizer = Runtime(CPU).optimizer(net, 0.02, 5e-4)
     before = []
@@ -46,8 +45,7 @@ def test_a_bad_gradient_of_a_finite_loss_counts_and_so_does_the_reverse(bad_loss
 
 
 def test_the_update_is_the_papers_sgd_by_hand():
-    """Nesterov, dampening, or no decay of BN and biases, as many codes have it, is another method: v = 0.9 v + g +
-    decay p, then p = p - lr v, for every parameter."""
+    """Nesterov, dampening, or no decay of BN and biases, as many codes have it, is another method."""
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     optimizer = Runtime(CPU).optimizer(net, lr=0.1, weight_decay=0.5)
     expected = [p.detach().double().clone() for p in net.parameters()]
@@ -76,17 +74,14 @@ class SmallMemory(nn.Module):
 
 
 def test_evaluation_adapts_to_the_memory(tiny_images):
-    """A card that is too small for the evaluation batch loses the run at its first test; every epoch anew, it would
-    lose the time of the failed attempts."""
+    """A card that is too small for the evaluation batch loses the run at its first test."""
     small, data = SmallMemory(small_net(), room=6), placed(Runtime(CPU, eval_batch_size=100), tiny_images)
     with pytest.warns(DivideMixWarning, match="--eval_batch_size"):
         scores = engine.per_sample_loss(small, data)
     assert small.tried == [24, 12, 6, 6, 6, 6]
     torch.testing.assert_close(scores.loss, engine.per_sample_loss(small.net, tiny_images).loss)
-    small.tried.clear()
-    accuracy = engine.test([small, small.net], {"test": data})
-    assert accuracy["test_acc_net1"] == accuracy["test_acc_net2"]
-    assert small.tried == [6, 6, 6, 6]
+    engine.per_sample_loss(small, data)
+    assert small.tried[6:] == [6] * 4, "every epoch loses the time of the failed attempts"
     small.room = 0
     with pytest.warns(DivideMixWarning), pytest.raises(DivideMixError, match=r"evaluate 1 images.*--eval_batch_size"):
         engine.per_sample_loss(small, data)
@@ -113,14 +108,12 @@ def with_dropout(data, seed: int = 1) -> dict[str, torch.Tensor]:
 
 
 def test_dropout_follows_from_the_phases_generator(tiny_images):
-    """Dropout draws from torch's global stream: a continued run of a network that has it would end elsewhere than the
-    uninterrupted one, and all ranks of a run would leave out the same places."""
-    torch.manual_seed(3)
-    first, stream = with_dropout(tiny_images), torch.rand(3)
-    torch.manual_seed(3)
-    assert torch.equal(torch.rand(3), stream), "the global stream is not as it was"
-    again = with_dropout(tiny_images)
-    assert all(torch.equal(value, again[key]) for key, value in first.items())
+    """Else a continued run ends elsewhere than the uninterrupted one, or all ranks leave out the same places."""
+    before = torch.get_rng_state()
+    first = with_dropout(tiny_images)
+    assert torch.equal(torch.get_rng_state(), before), "the global stream is not as it was"
+    torch.rand(3)
+    assert same(with_dropout(tiny_images), first)
     assert not torch.equal(with_dropout(tiny_images, seed=2)["3.weight"], first["3.weight"])
     drawn = []
     for rank in (0, 1):
