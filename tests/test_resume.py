@@ -6,18 +6,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from helpers.runs import assert_same_run, read_records
-from helpers.scripts import CLOTHING1M, FOLDER, ROOT, SMALL_NET, WEBVISION, end_of, tiny
+from helpers.scripts import CIFAR, CLOTHING1M, FOLDER, ROOT, WEBVISION, end_of, small_run
 
-import Train_cifar
-
-CIFAR = SimpleNamespace(main=Train_cifar, lr=0.02)
-OWN = SimpleNamespace(main=FOLDER.main, make=FOLDER.make, lr=0.02, size=["--lr", "0.02", "--weights", "none"])
+pytestmark = pytest.mark.slow
 # Two epochs of warm-up, two divided ones; in the last the learning rate drops.
-SCHEDULE = ["--warm_up", "2", "--lr_drop", "3", "--num_epochs", "4"]
+SCHEDULE = ["--warm_up", "2", "--lr_drop", "3", "--num_epochs", "4", "--workers", "1"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -26,18 +22,15 @@ def flags(tmp_path, no_figures):
     """-> the flags of a script's run in a folder."""
 
     def flags(script, folder: Path) -> list[str]:
-        if script is CIFAR:
-            return [*tiny(tmp_path, "--run_dir", str(folder)), *SCHEDULE]
-        if not (tmp_path / "data").exists():
-            script.make(tmp_path / "data", noise=0.2, sides=(16, 24))
-        data = ["--data_path", str(tmp_path / "data"), *SMALL_NET, *script.size, "--workers", "1"]
-        return [*data, *SCHEDULE, "--run_dir", str(folder)]
+        tree = tmp_path / "data"
+        if not tree.exists():
+            script.make(tree, noise=0.2, sides=(16, 24))
+        return small_run(script, tree, tmp_path, *SCHEDULE, "--run_dir", str(folder))
 
     return flags
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", [CIFAR, CLOTHING1M, WEBVISION, OWN], ids=lambda script: script.main.__name__)
+@pytest.mark.parametrize("script", [CIFAR, CLOTHING1M, WEBVISION, FOLDER], ids=lambda script: script.id)
 def test_stopped_in_each_epoch(tmp_path, monkeypatch, capsys, flags, script):
     """Stopped in the second warm-up epoch, in the first divided one and in that where the learning rate drops, when
     net 1 has learned and net 2 has not: something of the epoch that was cut off, or a rate, is left in what follows."""
@@ -67,8 +60,7 @@ def test_stopped_in_each_epoch(tmp_path, monkeypatch, capsys, flags, script):
     assert [record["lr"] for record in read_records(stopped)] == [script.lr] * 3 + [script.lr / 10]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", [CLOTHING1M, WEBVISION], ids=lambda script: script.main.__name__)
+@pytest.mark.parametrize("script", [CLOTHING1M, WEBVISION], ids=lambda script: script.id)
 def test_killed_with_its_workers_alive(tmp_path, monkeypatch, flags, script):
     """The main process is killed, its workers notice some seconds later: the same command at once is refused, as if
     another process was training, or reads what they left."""
@@ -90,7 +82,6 @@ def test_killed_with_its_workers_alive(tmp_path, monkeypatch, flags, script):
     assert_same_run(killed, straight)
 
 
-@pytest.mark.slow
 def test_a_signal_ends_the_workers(tmp_path, flags):
     """Processes that live on hold the memory of the card's machine, and of the next job's."""
     argv = [*flags(WEBVISION, tmp_path / "run"), "--workers", "2", "--num_epochs", "500"]

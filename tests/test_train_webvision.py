@@ -7,14 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.nets import same, snapshot
 from helpers.runs import assert_equal, last_state, read_records
-from helpers.scripts import WEBVISION, small_run
+from helpers.scripts import WEBVISION, note_phases, small_run
 from helpers.trees import make_webvision
 
 import dataloader_webvision
 import Train_webvision
-from dividemix import engine
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -45,42 +43,32 @@ def test_a_cache_changes_nothing_and_is_used_again(tree, tmp_path):
 
 def test_val_fraction_selects_off_the_test_set(tree, tmp_path, monkeypatch):
     """Else the best epoch is chosen on what it is then tested with, or the held-out images are trained on."""
-    accuracy = iter([10.0, 30.0, 20.0])
-    states, held_out, scored = [], [], []
-    loss, test = engine.per_sample_loss, Train_webvision.test
+    accuracy, test, held_out = iter([10.0, 30.0, 20.0]), Train_webvision.test, []
+    calls = note_phases(monkeypatch, Train_webvision)
 
     def spy_test(nets, sets, *arguments, **settings):
         if "val" not in sets:
             return test(nets, sets, *arguments, **settings)
         [data] = sets.values()
-        states.append([snapshot(net) for net in nets])
-        held_out.append((data.name, data.index))
+        held_out.append(data)
         return {"val_acc": next(accuracy), "val_acc_net1": 0.0, "val_acc_net2": 0.0}
 
-    def spy_loss(net, data, phase):
-        scored.append((data.name, data.index))
-        return loss(net, data, phase)
-
     monkeypatch.setattr(Train_webvision, "test", spy_test)
-    monkeypatch.setattr(engine, "per_sample_loss", spy_loss)
-    flags = ["--val_fraction", "0.2", "--num_epochs", "3"]
-    final = Train_webvision.main(small_run(WEBVISION, tree, tmp_path, *flags))
+    final = Train_webvision.main(small_run(WEBVISION, tree, tmp_path, "--val_fraction", "0.2", "--num_epochs", "3"))
     folder = Path(final["run_dir"])
-    best = torch.load(folder / "best.pt", weights_only=True)
-    assert best["epochs"] == [1, 1]
-    assert all(same(*pair) for pair in zip(best["nets"], states[1], strict=True))
+    assert torch.load(folder / "best.pt", weights_only=True)["epochs"] == [1, 1]
     assert final["best_acc"] == read_records(folder)[1]["test_acc"] and final["val_acc"] == 20.0
     index = np.load(folder / "labels.npz")["index"]
-    assert {name for name, _ in held_out + scored} == {"train"} and len(held_out[0][1]) == 8 and len(scored) == 4
-    for _, rows in held_out:
-        assert sorted([*rows, *index]) == [*range(40)]
-    for _, rows in scored:
-        np.testing.assert_array_equal(rows, index)
+    assert len(held_out) == 3 and len(held_out[0]) == 8 and [call["kind"] for call in calls[-2:]] == ["train"] * 2
+    for data in held_out:
+        assert data.name == "train" and sorted([*data.index, *index]) == [*range(40)]
+    for call in calls:
+        np.testing.assert_array_equal(call["data"].index, index)
 
 
 @pytest.mark.slow
 def test_it_learns(tmp_path):
-    """Every part can be right and the whole still not learn: 20 % of the labels wrong; chance is 5 %, top-5 25 %."""
+    """Every step can be right and the whole still not learn: 20 % of the labels wrong; chance is 5 %, top-5 25 %."""
     tree = make_webvision(tmp_path / "data", 800, 100, 100, noise=0.2, num_class=20, sides=(16, 32))
     flags = ["--num_class", "20", "--width", "8", "--batch_size", "16", "--lr", "0.05", "--warm_up", "4"]
     flags += ["--num_epochs", "6", "--workers", "1"]

@@ -155,6 +155,10 @@ class Forked:
 # ---- What runs leave ----
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def read_records(folder) -> list[dict]:
     """metrics.jsonl; NaN and Infinity, which are no JSON, are an error."""
 

@@ -21,7 +21,7 @@ import Train_webvision
 from dividemix import engine
 from dividemix.codivide import normalise
 from dividemix.engine import PhaseTerms
-from dividemix.run import command_line
+from dividemix.run import command_line, logs
 from helpers.nets import same, snapshot
 from helpers.trees import make_clothing1M, make_folder, make_webvision
 
@@ -69,35 +69,50 @@ def make_listed_folder(root: Path, n: int = 24, noise: float = 0, sides: tuple[i
 
 # The scripts and what the tests need to know of each. make: (root, noise, sides) -> its data folder. read: the lists of
 # images of such a folder, by the names that they have in an epoch's record. name: the run folder's. size: flags of a
-# tiny run. lists: as the script calls them. paths, labels: the files that list the training images and their labels,
-# with so many lines before the first. The other values are what trains by default.
+# tiny run. keep_scores: the flag that keeps all scores, if any. paths, labels: the files of the training images
+# and labels, with `header` lines before the first. sizes: of each list, as args.json says it. metrics: of an epoch,
+# beside those that all scripts have; * of each network. results: the paper's. resize: the short side of an image before
+# its crop of 16 pixels; crop: its kind. The other values are what trains by default.
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # fmt: off
 CIFAR = SimpleNamespace(
-    id="cifar", main=Train_cifar, make=lambda root, **_: root, name="digits_0.5_sym",
+    id="cifar", main=Train_cifar, logs=logs.CIFAR, make=lambda root, **_: root, name="digits_0.5_sym",
+    keep_scores=["--save_scores"], sizes={"train": 48, "test": 347}, results={},
+    metrics="test_acc test_acc* best_acc last10_acc loss_u auc* clean_precision* clean_recall*",
     weight_decay=5e-4, lr=0.02, alpha=4, conf_penalty=False, num_class=10,
 )
 CLOTHING1M = SimpleNamespace(
-    id="clothing1M", main=Train_clothing1M, make=make_clothing1M, name="clothing1m", size=["--num_batches", "4"],
+    id="clothing1M", main=Train_clothing1M, logs=logs.CLOTHING1M, make=make_clothing1M, name="clothing1m",
+    size=["--num_batches", "4"], keep_scores=["--save_scores"],
     read=lambda tree: lists_of(dataloader_clothing1M.load(tree), train="train", val="val", test="test"),
-    lists=("train", "val", "test"), paths="noisy_train_key_list.txt", labels="noisy_label_kv.txt", separator=" ",
-    header=0, weight_decay=1e-3, lr=0.002, alpha=0.5, conf_penalty=True, num_class=14,
+    paths="noisy_train_key_list.txt", labels="noisy_label_kv.txt", separator=" ", header=0,
+    sizes={"train": 56, "val": 28, "test": 28}, results={"test_acc": 74.76}, metrics="val_acc val_acc* best_val_acc*",
+    mean_std=((0.6959, 0.6537, 0.6371), (0.3113, 0.3192, 0.3214)), resize=round(16 * 256 / 224), crop="crop",
+    weight_decay=1e-3, lr=0.002, alpha=0.5, conf_penalty=True, num_class=14,
 )
 WEBVISION = SimpleNamespace(
-    id="webvision", main=Train_webvision, make=make_webvision, name="webvision", size=["--num_class", "10"],
+    id="webvision", main=Train_webvision, logs=logs.WEBVISION, make=make_webvision, name="webvision",
+    size=["--num_class", "10"], keep_scores=[],
     read=lambda tree: lists_of(dataloader_webvision.load(tree, 10), train="train", test="val", imagenet="imagenet"),
-    lists=("train", "val", "imagenet"), paths="info/train_filelist_google.txt",
-    labels="info/train_filelist_google.txt", separator=" ", header=0,
+    paths="info/train_filelist_google.txt", labels="info/train_filelist_google.txt", separator=" ", header=0,
+    sizes={"train": 40, "val": 20, "imagenet": 20},
+    results={"test_acc": 77.32, "test_acc_top5": 91.64, "imagenet_acc": 75.20, "imagenet_acc_top5": 90.84},
+    metrics="test_acc test_acc* test_acc_top5 imagenet_acc imagenet_acc* imagenet_acc_top5 best_acc last10_acc",
+    mean_std=IMAGENET, resize=round(16 * 320 / 299), crop="resized_crop",
     weight_decay=5e-4, lr=0.01, alpha=0.5, conf_penalty=False, num_class=10,
 )
 FOLDER = SimpleNamespace(
-    id="folder", main=Train_folder, make=make_listed_folder, name="folder_data", size=["--warm_up", "1"],
-    read=lambda tree: dataloader_folder.load(tree).lists,
-    lists=("train",), paths="labels.csv", labels="labels.csv", separator=",", header=1,
+    id="folder", main=Train_folder, logs=logs.FOLDER, make=make_listed_folder, name="folder_data",
+    size=["--warm_up", "1"], keep_scores=["--save_scores"], read=lambda tree: dataloader_folder.load(tree).lists,
+    paths="labels.csv", labels="labels.csv", separator=",", header=1,
+    sizes={"train": 24, "val": 24, "test": 24}, results={},
+    metrics="val_acc val_acc* test_acc test_acc* best_acc last10_acc loss_u",
     weight_decay=5e-4, lr=0.02, alpha=4, conf_penalty=False, num_class=4,
 )
 # fmt: on
 # The same script, but images are read from their files in each pass
-STREAMED = SimpleNamespace(**vars(FOLDER) | {"size": [*FOLDER.size, "--data_mode", "stream"], "id": "folder-streamed"})
+streamed = {"id": "folder-streamed", "size": [*FOLDER.size, "--data_mode", "stream"], "mean_std": IMAGENET}
+STREAMED = SimpleNamespace(**vars(FOLDER) | streamed, resize=round(16 * 256 / 224), crop="crop")
 
 
 def lists_of(data, **names: str) -> dict:

@@ -12,23 +12,17 @@ import torch
 from PIL import Image
 
 import dataloader_cifar
-import dataloader_clothing1M
 import dataloader_folder
-import dataloader_webvision
 import Train_cifar
-import Train_clothing1M
-import Train_folder
-import Train_webvision
 from dividemix import DivideMixWarning, networks
 from dividemix.data.device import to_float
 from dividemix.data.images import Views
-from dividemix.data.lists import ImageList
 from dividemix.run import checkpoint, description
 from dividemix.run.description import Preparation
 from helpers.data import make_cifar10, make_fashionmnist
 from helpers.nets import golden_weights
-from helpers.scripts import SMALL_NET, end_of, tiny
-from helpers.trees import make_clothing1M, make_folder, make_webvision
+from helpers.scripts import CLOTHING1M, FOLDER, WEBVISION, end_of, small_run, tiny
+from helpers.trees import make_folder
 
 COLOUR = Preparation((0.5, 0.45, 0.4), (0.25, 0.2, 0.3), image_size=16, resize=20)
 GREY = Preparation((0.3,) * 3, (0.35,) * 3, image_size=14, resize=14, channels=1, border=2)
@@ -102,7 +96,7 @@ def command(module, folder: Path, monkeypatch, capsys, *flags: str) -> Callable[
         with warnings.catch_warnings(record=True) as caught:
             status = end_of(module, [*map(str, arguments), *flags], monkeypatch)
         out, error = capsys.readouterr()
-        shown = [each.message for each in caught if each.category is DivideMixWarning]
+        shown = [warning.message for warning in caught if warning.category is DivideMixWarning]
         return status, out, "".join(f"warning: {message}\n" for message in shown) + error
 
     return start
@@ -122,29 +116,27 @@ class Trained:
     last: float | None  # None where the last epoch is not tested
 
 
-# Of own images: flags, the network
-FOLDERS = {
-    "folder": (["--image_size", "24", "--data_mode", "device"], "preresnet18"),
-    "folder_stream": (["--image_size", "24", "--data_mode", "stream"], "preresnet18"),
-    "folder_torchvision": (
-        ["--image_size", "64", "--arch", "shufflenet_v2_x0_5", "--width", "64"],
-        "shufflenet_v2_x0_5",
-    ),
+SMALL = ("fashionmnist", "digits", "cifar10")
+TORCHVISION = "shufflenet_v2_x0_5"
+LARGE = {  # the script, and flags of own images: the side first
+    "clothing1M": (CLOTHING1M, []),
+    "webvision": (WEBVISION, []),
+    "folder": (FOLDER, ["--image_size", "24", "--data_mode", "device"]),
+    "folder_stream": (FOLDER, ["--image_size", "24", "--data_mode", "stream"]),
+    "folder_torchvision": (FOLDER, ["--image_size", "64", "--arch", TORCHVISION, "--width", "64", "--weights", "none"]),
 }
-KINDS = ("fashionmnist", "digits", "cifar10", "clothing1M", "webvision", *FOLDERS)
+KINDS = (*SMALL, *LARGE)
 QUICK = ("fashionmnist", "folder")  # of these kinds
 
 
 def train(kind: str, root: Path) -> Trained:
     """Run the script of this kind, tiny, in `root`, in float32; two epochs, which change little: the networks start
     with answers that differ from image to image, which so few steps would not teach them."""
-    make = _own if kind in FOLDERS else _large if kind in ("clothing1M", "webvision") else _small
-    run, images, labels, x = make(kind, root)
-    num_class = 14 if kind == "clothing1M" else 4 if kind in FOLDERS else 10
-    arch = FOLDERS.get(kind, ([], "preresnet18"))[1]
-    nets = [lively(arch, num_class, 4, k, x) for k in range(2)]
+    run, images, labels, x = (_small if kind in SMALL else _large)(kind, root)
+    num_class = 10 if kind in SMALL else LARGE[kind][0].num_class
+    nets = [lively(TORCHVISION if "torchvision" in kind else "preresnet18", num_class, 4, k, x) for k in range(2)]
     torch.save({"nets": [net.state_dict() for net in nets]}, root / "start.pt")
-    final = run("--init_from", str(root / "start.pt"), "--lr", "0.001", "--out_dir", str(root / "out"))
+    final = run("--init_from", str(root / "start.pt"), "--lr", "0.001")
     best = final["test_acc"] if kind == "clothing1M" else final["best_acc"]
     return Trained(Path(final["run_dir"]), images, labels, best, None if kind == "clothing1M" else final["test_acc"])
 
@@ -165,48 +157,30 @@ def _small(kind: str, root: Path):
         Image.fromarray(np.ascontiguousarray(image)).save(path)
 
     def run(*flags: str) -> dict:
-        return Train_cifar.main(tiny(root, "--dataset", kind, "--data_path", str(root / "data"), *flags))
+        return Train_cifar.main(tiny(root / "out", "--dataset", kind, "--data_path", str(root / "data"), *flags))
 
     x = to_float(torch.from_numpy(data.test_images[:60]), torch.tensor(data.mean), torch.tensor(data.std))
     return run, paths, data.test_labels.tolist(), x
 
 
 def _large(kind: str, root: Path):
-    if kind == "clothing1M":
-        make_clothing1M(root / "data", sides=(16, 32))
-        script, size, data = Train_clothing1M, ["--num_batches", "4"], dataloader_clothing1M.load(root / "data")
-        images = data.test
+    script, own_images = LARGE[kind]
+    if script is FOLDER:
+        make_folder(root / "data", splits=("train", "test"), sides=(16, 40))
+        side = resize = int(own_images[1])
+        mean_std = dataloader_folder.IMAGENET_MEAN, dataloader_folder.IMAGENET_STD
     else:
-        make_webvision(root / "data", sides=(16, 32))
-        script, size, data = Train_webvision, ["--num_class", "10"], dataloader_webvision.load(root / "data", 10)
-        images = data.val
-    paths, labels, x = _test_images(images, Views(script.PAPER.resize_for(16), 16), data.mean, data.std)
-    return _starter(script, root, size), paths, labels, x
-
-
-def _own(kind: str, root: Path):
-    make_folder(root / "data", parts=("train", "test"), sides=(16, 40))
-    flags, _ = FOLDERS[kind]
-    images, side = dataloader_folder.load(root / "data").lists["test"], int(flags[1])
-    mean_std = dataloader_folder.IMAGENET_MEAN, dataloader_folder.IMAGENET_STD
-    paths, labels, x = _test_images(images, Views(side, side), *mean_std)
-    return _starter(Train_folder, root, ["--warm_up", "1", "--weights", "none", *flags]), paths, labels, x
-
-
-def _starter(script, root: Path, size: list[str]):
-    def run(*flags: str) -> dict:
-        common = ["--data_path", str(root / "data"), *SMALL_NET, "--num_epochs", "2", "--workers", "0"]
-        return script.main([*common, *size, *flags])
-
-    return run
-
-
-def _test_images(images: ImageList, views: Views, mean: tuple, std: tuple):
-    """-> their files, their labels, and the images as a network sees them."""
+        script.make(root / "data", sides=(16, 32))
+        side, resize, mean_std = 16, script.resize, script.mean_std
+    images, views = script.read(root / "data")["test"], Views(resize, side)
     paths = [Path(images.path(i)) for i in range(len(images))]
     pixels = [views.eval(views.resized(Image.open(path))) for path in paths]
-    x = to_float(torch.from_numpy(np.stack(pixels)), torch.tensor(mean), torch.tensor(std))
-    return paths, images.labels.tolist(), x
+    x = to_float(torch.from_numpy(np.stack(pixels)), *map(torch.tensor, mean_std))
+
+    def run(*flags: str) -> dict:
+        return script.main.main(small_run(script, root / "data", root / "out", *own_images, *flags))
+
+    return run, paths, images.labels.tolist(), x
 
 
 def nets_of(folder: Path, arch: str = "preresnet18", num_class: int = 6, width: int = 4) -> list[torch.nn.Module]:

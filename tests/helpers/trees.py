@@ -133,13 +133,13 @@ def make_webvision(
 
 
 def make_folder(
-    root: str | Path, n: int = 24, num_class: int = 4, parts: tuple[str, ...] = (), sides=(16, 24), seed: int = 0
+    root: str | Path, n: int = 24, num_class: int = 4, splits: tuple[str, ...] = (), sides=(16, 24), seed: int = 0
 ) -> Path:
-    """n images in class folders c0, c1, ..., in turn; with `parts` ("train", "test", ...) n images in each of these."""
+    """n images in class folders c0, c1, ..., in turn; n in each of `splits` ("train", "test", ...)."""
     root, artist = Path(root), Artist(seed, sides)
-    for part in parts or ("",):
+    for split in splits or ("",):
         for i in range(n):
-            artist.draw(root / part / f"c{i % num_class}" / f"{i:04}.jpg", i % num_class)
+            artist.draw(root / split / f"c{i % num_class}" / f"{i:04}.jpg", i % num_class)
     return root
 
 

@@ -4,6 +4,7 @@ import copy
 import io
 import os
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -36,8 +37,7 @@ def folder(tmp_path):
 
 
 def test_two_checkpoints_are_kept_and_copies_of_the_user(folder):
-    """All would fill the disk, one alone could not be fallen back from; a user's copy is not ours to delete; and not a
-    clock decides which is the last."""
+    """All would fill the disk; a user's copy is not ours to delete; no clock decides which is the last."""
     shutil.copy(folder / "epoch-001.pt", folder / "epoch-001-mine.pt")
     for epoch in (2, 3):
         save(folder, epoch)
@@ -46,36 +46,29 @@ def test_two_checkpoints_are_kept_and_copies_of_the_user(folder):
     assert {file.name for file in folder.iterdir()} == left and load(folder) == 3
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "last byte", "one bit", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "one bit", "gone", "another format"])
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(folder, damage):
     """Hours of training would end with an error, or go on from damaged weights, at once or when written again."""
     file = folder / "epoch-001.pt"
     content = bytearray(file.read_bytes())
-    if damage == "one bit":
-        content[len(content) // 2] ^= 1
-    if damage == "gone":
+    content[len(content) // 2] ^= 1
+    if damage == "another format":
+        save(folder, 1, format=checkpoint.FORMAT + 1)
+    elif damage == "gone":
         file.unlink()
     else:
-        cut = {"empty": 0, "cut": len(content) // 2, "last byte": len(content) - 1}
-        file.write_bytes(bytes(content[: cut.get(damage)]))
+        file.write_bytes(content if damage == "one bit" else content[:-1])
     with skipped(r"epoch-001\.pt"):
         assert load(folder) == 0
     save(folder, 1)
-    (folder / "epoch-001.pt").unlink()
+    file.unlink()
     with skipped(r"epoch-001\.pt"):
         assert load(folder) == 0
-
-
-def test_a_checkpoint_of_another_format_is_skipped(folder):
-    """A run under way when the project is updated would go on from values that mean another thing."""
-    save(folder, 2, format=checkpoint.FORMAT + 1)
-    with skipped(r"epoch-002\.pt"):
-        assert load(folder) == 1
 
 
 @pytest.mark.parametrize("name", ["epoch-001.pt", "epoch-100.pt"])
 def test_a_lost_pointer_is_no_new_start(folder, name):
-    """The run would begin again, and delete its checkpoints; but epoch 0 alone is of a run that died before it."""
+    """The run would begin again, and delete its checkpoints; but only epoch 0's is of a run that died before it."""
     (folder / "last.json").unlink()
     (folder / "epoch-001.pt").rename(folder / name)
     with pytest.raises(DivideMixError, match=r"last\.json is missing"):
@@ -84,26 +77,20 @@ def test_a_lost_pointer_is_no_new_start(folder, name):
     assert checkpoint.load_last(folder) == {}
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"file": "a"}', "pipe"])
-def test_a_damaged_pointer_is_one_line(folder, content):
+@pytest.mark.parametrize("content", ["", '{"file": "a"}', "pipe", "of damaged files"])
+def test_what_cannot_be_read_is_one_line(folder, content):
     """Else a stack trace, a new start over what could still be saved, or, of a pipe, a job that waits for ever."""
     pointer = folder / "last.json"
-    pointer.unlink()
-    if content == "pipe":
-        os.mkfifo(pointer)
+    if content == "of damaged files":
+        for file in folder.glob("epoch-*.pt"):
+            file.write_bytes(b"")
     else:
-        pointer.write_text(content)
-    with pytest.raises(DivideMixError, match=r"last\.json .*--fresh") as error:
+        pointer.unlink()
+        os.mkfifo(pointer) if content == "pipe" else pointer.write_text(content)
+    with pytest.raises(DivideMixError, match="--fresh") as error, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         load(folder)
-    assert "\n" not in str(error.value)
-
-
-def test_no_sound_checkpoint_is_an_error(folder):
-    """A new start would overwrite what could still be saved."""
-    for file in folder.glob("epoch-*.pt"):
-        file.write_bytes(b"")
-    with pytest.raises(DivideMixError, match="--fresh"), skipped("epoch-00"):
-        load(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
 # ---- The copy that is written while training goes on ----

@@ -22,14 +22,13 @@ def values(args, *names: str) -> tuple:
 
 
 def test_small_images_and_photos():
-    """Photos would be cut down to 64 pixels, or a large network be trained from nothing on a few of them. 3,000 small
-    images are to be done in ten minutes of two cores at --width 16: see benchmarks/RESULTS.md."""
-    args, recipe, lines = chosen("--width", "16")
+    """Photos would be cut down to 64 pixels, or a large network be trained from nothing on a few of them."""
+    args, recipe, lines = chosen("--width", "16")  # minutes on two cores: see benchmarks/RESULTS.md
     assert values(args, "arch", "weights", "image_size", "data_mode") == ("preresnet18", "none", 32, "device")
     assert values(args, "batch_size", "lr", "alpha", "lambda_u", "p_threshold") == (64, 0.02, 4, 0, 0.5)
     assert values(args, "val_fraction", "warm_up", "num_epochs", "lr_drop") == (0.1, 10, 18, 16)
     assert recipe is recipes.OWN_SMALL and recipe.unlabeled_loss
-    assert [line.split()[0] for line in lines] == [*NAMES] and "warm_up 10 (2700 images to train on)" in lines
+    assert [line.split()[0] for line in lines] == [*NAMES]
     args, recipe, _ = chosen(side=375)
     assert values(args, "arch", "weights", "image_size", "data_mode") == ("resnet50", "imagenet", 224, "stream")
     assert values(args, "batch_size", "lr", "alpha", "warm_up", "num_epochs") == (32, 0.002, 0.5, 8, 16)
@@ -39,25 +38,21 @@ def test_small_images_and_photos():
     assert recipe is recipes.OWN_SCRATCH
 
 
-def test_a_higher_number_of_epochs_changes_nothing_else():
-    """A run could not be continued by it: what follows from the data would no longer be what the run began with."""
-    settings = [vars(chosen("--num_epochs", epochs)[0]) | {"num_epochs": 0} for epochs in ("1", "18", "300")]
-    assert settings[0] == settings[1] == settings[2]
-
-
 def test_a_flag_wins_and_is_called_given():
-    """Else somebody's setting is silently another."""
+    """Else somebody's setting is silently another; more --num_epochs that changed others could not continue a run."""
     flags = {"arch": "resnet18", "weights": "none", "image_size": "40", "data_mode": "stream", "batch_size": "16"}
     flags |= {"lr": "0.5", "alpha": "1.0", "warm_up": "3", "num_epochs": "7", "lr_drop": "2", "lambda_u": "25.0"}
     flags |= {"p_threshold": "0.6", "val_fraction": "0.3"}
     args, _, lines = chosen(*(word for name, value in flags.items() for word in (f"--{name}", value)))
     assert {name: str(getattr(args, name)) for name in flags} == flags
     assert len(lines) == len(flags) and all(line.endswith(" (given)") for line in lines)
+    settings = [vars(chosen("--num_epochs", epochs)[0]) | {"num_epochs": 0} for epochs in ("1", "18", "300")]
+    assert settings[0] == settings[1] == settings[2]
 
 
 @pytest.mark.parametrize(
     ("n", "expected"),
-    [(1, (8, 10, 18)), (360, (16, 10, 18)), (1500, (64, 10, 18)), (60_000, (64, 10, 92)), (600_000, (64, 1, 9))],
+    [(1, (8, 10, 18)), (360, (16, 10, 18)), (60_000, (64, 10, 92)), (600_000, (64, 1, 9))],
 )
 def test_sizes_of_sets(n, expected):
     """A handful of images would be a single batch an epoch, or a million take a month."""
@@ -70,7 +65,7 @@ def test_sizes_of_sets(n, expected):
 
 @pytest.mark.parametrize(
     ("arch", "side", "expected"),
-    [("preresnet18", 8, 32), ("preresnet18", 33, 40), ("preresnet18", 64, 64), ("preresnet18", 500, 64)]
+    [("preresnet18", 8, 32), ("preresnet18", 33, 40), ("preresnet18", 500, 64)]
     + [("resnet50", 28, 128), ("resnet50", 150, 160), ("resnet50", 500, 224), ("inceptionresnetv2", 30, 299)],
 )
 def test_image_size(arch, side, expected):
@@ -96,27 +91,18 @@ def test_what_the_best_epoch_is_chosen_by():
     """Without held-out images there is no accuracy at all; with a test split, holding some out wastes them."""
     assert chosen(lists=("train", "test"))[0].val_fraction == chosen(lists=("train", "val"))[0].val_fraction == 0
     assert chosen("--val_fraction", "0.2", lists=("train", "test"))[0].val_fraction == 0.2
-    with pytest.raises(DivideMixError, match=r"--val_fraction 0\.2"):
-        chosen("--val_fraction", "0.2", lists=("train", "val"))
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--arch", "resnet18", "--width", "16"], "--width 16: resnet18"),
-        (["--weights", "imagenet"], "--weights imagenet: .*preresnet18"),
-    ],
-)
-def test_flags_that_do_not_go_together(flags, said):
-    """Else the run ends in a network's own traceback, after the images were read."""
-    with pytest.raises(DivideMixError, match=said):
-        chosen(*flags)
-
-
-def test_an_unknown_network_is_refused_with_a_guess(capsys):
-    """A typing error would end in a traceback of torchvision's."""
-    for text, guess in (("resnet81", "resnet18"), ("zzz", "preresnet18, ")):
-        with pytest.raises(SystemExit):
-            Train_folder.parse_args(["--data_path", "x", "--arch", text])
-        error = capsys.readouterr().err
-        assert f"argument --arch: '{text}'" in error and guess in error and error.count("\n") == 1
+def test_flags_that_do_not_go_together(capsys):
+    """Else the run ends in a network's traceback, after the images were read."""
+    for flags, lists in (
+        ("--arch resnet18 --width 16", ["train"]),
+        ("--weights imagenet", ["train"]),
+        ("--val_fraction 0.2", ["train", "val"]),
+    ):
+        with pytest.raises(DivideMixError, match=" ".join(flags.split()[-2:])):
+            chosen(*flags.split(), lists=lists)
+    with pytest.raises(SystemExit):
+        Train_folder.parse_args(["--data_path", "x", "--arch", "resnet81"])
+    error = capsys.readouterr().err
+    assert "argument --arch: 'resnet81'" in error and "resnet18" in error and error.count("\n") == 1

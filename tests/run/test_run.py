@@ -14,6 +14,7 @@ from helpers.runs import (
     Forked,
     assert_same_run,
     begin,
+    contents,
     end_epoch,
     full,
     go_on,
@@ -23,9 +24,7 @@ from helpers.runs import (
     read_records,
     validated,
 )
-from helpers.scripts import tiny
 
-import Train_cifar
 from dividemix import DivideMixError, files, runtime
 from dividemix.codivide import Mixture
 from dividemix.engine import PhaseTerms
@@ -33,47 +32,18 @@ from dividemix.run import checkpoint, histograms, logs, run
 from dividemix.run.run import lock_folder, set_aside
 from dividemix.runtime import ranks
 from dividemix.runtime.ranks import Ranks
-from dividemix.seeds import seeded
 
 EPOCH = (60.0, 60.0)  # net 1's and net 2's accuracy
 KEYS = {"nets", "optimizers", "histories", "records", "histograms", "best_epochs", "config", "pins", "versions"}
 KEYS |= {"script", "format"}
 
 
-@pytest.mark.parametrize(
-    "noise",
-    [("--r", "0.9"), pytest.param(("--noise_mode", "asym", "--r", "0.4", "--method", "ce"), marks=pytest.mark.slow)],
-    ids=["dividemix", "ce"],
-)
-def test_interrupted_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch, noise):
-    """A run that a stop changes cannot be reproduced: weights, momentum, losses (at 90 % five epochs are averaged),
-    metrics, the labels' scores. What a checkpoint holds beyond that would have to be kept in line with it."""
-    accuracy = {"test_acc": 50.0, "test_acc_net1": 49.0, "test_acc_net2": 48.0}
-    monkeypatch.setattr(Train_cifar, "test", lambda *_: dict(accuracy))
-    monkeypatch.setattr(Train_cifar.report, "of_finished", lambda _: None)
-
-    def train(name: str, epochs: int) -> Path:
-        flags = ["--num_epochs", str(epochs), "--lr_drop", "3", "--save_scores", *noise]
-        return Path(Train_cifar.main(tiny(tmp_path, "--run_dir", str(tmp_path / name), *flags))["run_dir"])
-
-    straight = train("straight", 4)
-    for epochs in (2, 4):
-        stopped = train("stopped", epochs)
-    if "ce" in noise:
-        (straight / "scores").mkdir(), (stopped / "scores").mkdir()
-    assert_same_run(stopped, straight)
-    for name in ("label_scores.npz", "thumbnails.npz"):
-        np.testing.assert_equal(*(dict(np.load(folder / name)) for folder in (stopped, straight)))
-    state = last_state(stopped)
-    assert state.keys() == KEYS and (state["format"], state["script"]) == (checkpoint.FORMAT, "Train_cifar.py")
-    assert [record["lr"] for record in state["records"]] == [0.02] * 3 + [0.002]
-    for net, optimizer in zip(state["nets"], state["optimizers"], strict=True):
-        assert optimizer["state"][0]["momentum_buffer"].shape == net["conv1.weight"].shape
-    scores = [np.load(file) for file in sorted((stopped / "scores").iterdir())]
-    for k, history in enumerate(state["histories"], start=1):
-        assert [losses.tolist() for losses in history] == [epoch[f"raw_loss_net{k}"].tolist() for epoch in scores]
-    assert {"seed": 123, "dataset": "digits", "width": 4, "num_class": 10}.items() <= state["config"].items()
-    assert len(state["pins"]["labels_sha256"]) == 64 and state["versions"]["torch"] == torch.__version__
+def test_what_a_checkpoint_holds(tmp_path):
+    """What it holds beyond the state of a run would have to be kept in line with that, in each change of the method."""
+    go_on(tmp_path, [EPOCH], r=0.5, num_epochs=1)
+    state = last_state(tmp_path)
+    assert state.keys() == KEYS and (state["format"], state["script"]) == (checkpoint.FORMAT, "Train_clothing1M.py")
+    assert state["config"] == {"seed": 123, "r": 0.5}
 
 
 def test_every_phase_has_draws_of_its_own_that_follow_from_the_seed(tmp_path):
@@ -83,23 +53,13 @@ def test_every_phase_has_draws_of_its_own_that_follow_from_the_seed(tmp_path):
         with opened(tmp_path / str(seed), seed=seed) as this:
             for this.epoch in (0, 1):
                 for key in [(name, k) for name in ("warmup", "train", "divide") for k in (0, 1)]:
-                    drawn, again = (this.phase(*key).rng.integers(2**62, size=2).tolist() for _ in range(2))
-                    assert drawn == again
-                    draws[seed, this.epoch, *key] = tuple(drawn)
+                    first, again = (this.phase(*key).rng.integers(2**62, size=2).tolist() for _ in range(2))
+                    assert first == again
+                    draws[seed, this.epoch, *key] = tuple(first)
     assert len({*draws.values()}) == len(draws) == 24
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    first, second, again = (seeded(5, net, lambda: torch.nn.Linear(4, 4)).weight for net in (0, 1, 0))
-    assert torch.equal(first, again) and not torch.equal(first, second)
-    assert torch.equal(torch.rand(3), expected)  # the global stream is left alone
 
 
 # ---- Whose folder it is ----
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
@@ -108,12 +68,13 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
     go_on(folder, [EPOCH], r=0.5, num_epochs=1)
     before = contents(folder)
     for flags, said in (({"r": 0.2}, r"--r was 0\.5, now 0\.2"), ({"r": 0.5, "new": 1}, "--new was None, now 1")):
-        with pytest.raises(DivideMixError, match=rf"{said}.*--id, or --fresh"):
+        with pytest.raises(DivideMixError, match=rf"{said}.*--fresh"):
             opened(folder, num_epochs=1, **flags)
-    with pytest.raises(DivideMixError, match=r"a run of Train_clothing1M\.py: .*--fresh"):
+    with pytest.raises(DivideMixError, match=r"a run of Train_clothing1M\.py"):
         opened(folder, logs.WEBVISION, r=0.5)
     assert contents(folder) == before
-    with opened(folder, r=0.5, num_epochs=2) as this, pytest.raises(DivideMixError, match="another process"):
+    free = {"num_epochs": 2, "eval_batch_size": 7, "device": "cuda", "workers": 3}  # change nothing that is computed
+    with opened(folder, r=0.5, **free) as this, pytest.raises(DivideMixError, match="another process"):
         opened(folder, r=0.5)
     assert this.begun
 
@@ -137,15 +98,8 @@ def test_data_that_changed_are_refused(tmp_path, monkeypatch):
         monkeypatch.undo()
 
 
-def test_a_folder_is_made_or_refused_at_the_start():
-    """Else what cannot be written is found when the first epoch is to be saved."""
-    with pytest.raises(DivideMixError, match=r"/proc/run cannot be written: .*--out_dir or --run_dir"):
-        opened(Path("/proc/run"))
-
-
 def test_fresh_keeps_the_old_folder_locked_until_the_new_one_is(tmp_path, monkeypatch):
-    """A process that came just before `--fresh` would train in the old folder, beside the one in the new. A run that is
-    refused before it begins leaves the old one where it was."""
+    """A process that came just before `--fresh` would train in the old folder; a refused run would lose it."""
     folder, locked = tmp_path / "run", []
     go_on(folder, [EPOCH])
     before = contents(folder)
@@ -159,9 +113,10 @@ def test_fresh_keeps_the_old_folder_locked_until_the_new_one_is(tmp_path, monkey
 
     monkeypatch.setattr(run, "lock_folder", lock)
     with opened(folder, fresh=True) as this:
-        assert len(locked) == 2 and not this.begun
-        lock_folder(next(tmp_path.glob("run.*"))).release()
-    assert contents(folder) == before and not [*tmp_path.glob("run.*")]
+        [aside] = tmp_path.glob("run.*")
+        assert len(locked) == 2 and not this.begun and contents(aside) == before
+        lock_folder(aside).release()
+    assert contents(folder) == before and not [*tmp_path.glob("run.*")]  # it ended before it began
 
 
 def test_fresh_never_deletes_and_needs_a_folder_with_a_name(tmp_path, monkeypatch):
@@ -223,9 +178,6 @@ def test_a_run_that_goes_on_writes_its_logs_anew(tmp_path):
     assert not [*folder.rglob("*.tmp")]
     starts = json.loads((folder / "args.json").read_text())["starts"]
     assert [start["epoch"] for start in starts] == [0, 2]
-    (folder / "args.json").write_text("{")
-    with pytest.raises(DivideMixError, match=r"args\.json cannot be read .*delete it"):
-        go_on(folder, [EPOCH] * 2)
 
 
 def best(folder) -> list[int]:
@@ -245,22 +197,16 @@ def test_each_network_keeps_the_weights_of_its_own_best_epoch(tmp_path):
         assert [int(state["w"][0]) for state in this.best_networks()] == epochs
     last = this.records[-1]
     assert (last["best_val_acc_net1"], last["best_val_acc_net2"]) == (71.0, 80.0)
-    assert not last.keys() & {"test_acc", "best_acc", "last10_acc"}
     assert go_on(tmp_path / "straight", accuracies).best_epochs == expected[-1] == best(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut"])
-def test_best_weights_that_are_lost_are_said_to_be(tmp_path, damage):
+def test_best_weights_that_are_lost_are_said_to_be(tmp_path):
     """Else a damaged best.pt ends a run of days, or the other network's best weights come from nowhere."""
     go_on(tmp_path / "run", [EPOCH, (70.0, 50.0)])
-    file = tmp_path / "run" / "best.pt"
     lost = pytest.warns(UserWarning, match=r"best\.pt cannot be read .* epoch 2")
     with opened(tmp_path / "run") as this, lost:
         begin(this)
-        if damage == "gone":
-            file.unlink()
-        else:
-            file.write_bytes(file.read_bytes()[:300])
+        (tmp_path / "run" / "best.pt").write_bytes(b"half")
         for _ in this.epochs(3):
             end_epoch(this, validated(65.0, 65.0))
     assert this.best_epochs == best(tmp_path / "run") == [2, 2]
@@ -284,24 +230,22 @@ def test_what_is_kept_of_an_epoch_is_each_networks_own(tmp_path):
     folder, index = tmp_path / "run", [np.array([70, 8, 5, 3]), np.arange(4)]
     losses = [np.array([0.0, 0.1, 0.9, 1.0], np.float32), np.array([1.0, 0.8, 0.2, 0.0], np.float32)]
     divisions = [Mixture(0.5).divide(loss, np.arange(4) + k) for k, loss in enumerate(losses)]
-    nets = [[1, 2], [1], []]  # that found something clean, in each epoch
+    found_clean = [[1, 2], [1], []]  # networks, in each epoch
     with opened(folder, save_scores=True) as this:
         this.save_labels(index=np.arange(4), given=np.array([0, 0, 1, 1]), true=np.zeros(4, int))
         begin(this)
         for epoch in this.epochs(3):
-            present = [division if k in nets[epoch] else None for k, division in enumerate(divisions, start=1)]
+            present = [division if k in found_clean[epoch] else None for k, division in enumerate(divisions, start=1)]
             this.end_epoch(0.1, present, [PhaseTerms(1.0, 1.0, 0.0, 0.0)] * 2, validated(), index)
     assert [record["phase"] for record in this.records] == ["train", "train", "warmup"]
-    labeled = [[k for k in (1, 2) if record[f"labeled_net{k}"] is not None] for record in this.records]
     lines = [json.loads(line) for line in (folder / "histograms.jsonl").read_text().splitlines()]
-    assert labeled == nets and [line["epoch"] for line in lines] == [0, 1] and "net2" not in lines[1]
-    both, alone = map(np.load, sorted((folder / "scores").iterdir()))
-    assert {name[-4:] for name in alone} == {"net1"}
+    assert [line.keys() for line in lines] == [{"epoch", "net1", "net2"}, {"epoch", "net1"}]
+    both, first_only = map(np.load, sorted((folder / "scores").iterdir()))
+    assert {name[-4:] for name in first_only} == {"net1"}
     for k, division in enumerate(divisions):
-        for name, expected in {"raw_loss": losses[k], "prediction": np.arange(4) + k, "index": index[k]}.items():
-            np.testing.assert_array_equal(both[f"{name}_net{k + 1}"], expected)
-        np.testing.assert_array_equal(both[f"loss_net{k + 1}"], division.loss)
-        np.testing.assert_array_equal(both[f"clean_probability_net{k + 1}"], division.clean_probability)
+        expected = {"raw_loss": losses[k], "loss": division.loss, "clean_probability": division.clean_probability}
+        for name, values in (expected | {"prediction": np.arange(4) + k, "index": index[k]}).items():
+            np.testing.assert_array_equal(both[f"{name}_net{k + 1}"], values)
         assert lines[0][f"net{k + 1}"] == histograms.count(division, np.array([True, True, False, False]))
     go_on(folder, [EPOCH] * 2, save_scores=False, fresh=True)  # then the last epoch's are kept
     assert [path.name for path in (folder / "scores").iterdir()] == ["epoch_001.npz"]
@@ -331,11 +275,10 @@ def test_training_goes_on_while_an_epoch_is_written(tmp_path, monkeypatch):
     ("file", "done", "epochs", "left"),
     [
         ("epoch-000.pt", 0, 4, "starts again"),  # said at the next epoch's end, not after the last
-        ("epoch-001.pt", 1, 3, "continues {} with epoch 1"),
         ("epoch-001.pt", 1, 2, "continues {} with epoch 1"),  # no epoch follows
         ("best.pt", 0, 2, "continues {} with epoch 1"),
     ],
-    ids=["first checkpoint", "checkpoint", "last epoch", "after it"],
+    ids=["first checkpoint", "last epoch", "after the checkpoint"],
 )
 def test_a_full_disk_is_told_as_it_is(tmp_path, monkeypatch, file, done, epochs, left):
     """Else a run goes on for days and nothing is kept, or its user relies on a checkpoint that does not exist."""
@@ -376,16 +319,14 @@ def test_a_tensorboard_that_fails(tmp_path, monkeypatch):
     """Extras must not end a run: a folder that cannot be written, a disk that fills up later."""
     from torch.utils.tensorboard import SummaryWriter
 
-    go_on(tmp_path / "straight", [EPOCH])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tensorboard").write_text("")
     with pytest.warns(UserWarning, match="no TensorBoard events"):
         go_on(tmp_path / "run", [EPOCH])
-    assert_same_run(tmp_path / "run", tmp_path / "straight")
     monkeypatch.setattr(SummaryWriter, "add_scalar", full)
     with pytest.warns(UserWarning, match="no more TensorBoard events"):
         go_on(tmp_path / "later", [EPOCH])
-    assert_same_run(tmp_path / "later", tmp_path / "straight")
+    assert_same_run(tmp_path / "later", tmp_path / "run")
 
 
 # ---- Several ranks ----
@@ -393,9 +334,9 @@ def test_a_tensorboard_that_fails(tmp_path, monkeypatch):
 
 def rank_main(folder: Path, lr: float):
     def main(_):
-        me = ranks.join(torch.device("cpu"))
-        mine = folder if me.first else Path("/proc/nowhere")  # the others need not see the folder
-        with opened(mine, runtime=runtime.Runtime(torch.device("cpu"), ranks=me), lr=lr) as this:
+        this_rank = ranks.join(torch.device("cpu"))
+        visible = folder if this_rank.first else Path("/proc/nowhere")  # the others need not see the folder
+        with opened(visible, runtime=runtime.Runtime(torch.device("cpu"), ranks=this_rank), lr=lr) as this:
             this.pin("labels", 1, "other labels")
             read = len(this.state)
             this.save_labels(given=np.zeros(2))
@@ -403,15 +344,11 @@ def rank_main(folder: Path, lr: float):
             this.say("once")
             begun = len(this.records)
             for epoch in this.epochs(begun + 1):
-                accuracy = epoch * (1 + me.rank)  # should the ranks ever differ, the first one's counts
+                accuracy = epoch * (1 + this_rank.rank)  # should the ranks ever differ, the first one's counts
                 end_epoch(this, validated(accuracy, -accuracy))
             nets = [float(state["w"][0]) for state in this.best_networks()]
             this.finish("the end", test_acc=5.0)
             print("seen", begun, this.records[-1]["val_acc_net1"], this.best_epochs, nets, read)
-            if lr == 2:
-                if not me.first:
-                    raise DivideMixError("this one fails")
-                me.sum(torch.zeros(1))
 
     return main
 
@@ -425,23 +362,15 @@ def two_ranks(output: Path, folder: Path, lr: float) -> list[tuple[int, str, str
     return [process.end() for process in processes]
 
 
-def test_two_ranks_have_one_run_folder(tmp_path):
-    """Else several processes write one file, each goes on from what it alone could read, or all print every line."""
+def test_two_ranks_have_one_run_folder_and_end_together(tmp_path):
+    """Else several processes write one file, all print every line, or nodes wait for each other without a word."""
     for begun in (0, 1):
-        first, second = two_ranks(tmp_path, tmp_path / "run", 1)
+        first, second = two_ranks(tmp_path, tmp_path / "run", 1.0)
         seen = f"seen {begun} {begun} [{begun}, 0] [{begun}.0, 0.0] {len(KEYS) if begun else 0}\n"
         assert first[0] == second[0] == 0 and first[2] == second[2] == "", first[2] + second[2]
         assert first[1].endswith(seen) and first[1].count("once") == 1 and second[1] == seen
     assert len(read_records(tmp_path / "run")) == 2
-
-
-def test_a_rank_that_ends_ends_the_others(tmp_path):
-    """Else a cluster's nodes wait for each other until their time is up, without a line that says why."""
-    go_on(tmp_path / "run", [EPOCH], lr=1.0)
     first, second = two_ranks(tmp_path, tmp_path / "run", 3.0)
     assert first[0] == second[0] == 1
     assert first[2].startswith("rank 0: error: ") and "--lr was 1.0, now 3.0" in first[2] and first[2].count("\n") == 1
     assert second[2].splitlines()[-1].startswith("rank 1: error: another rank ended"), second[2]
-    first, second = two_ranks(tmp_path, tmp_path / "other", 2)
-    assert first[0] == second[0] == 1 and second[2] == "rank 1: error: this one fails\n"
-    assert first[2].splitlines()[-1].startswith("rank 0: error: another rank ended"), first[2]
