@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.runs import assert_same_run, read_records
-from helpers.scripts import SMALL_NET, end_of, note_phases, torchrun
+from helpers.scripts import SMALL_NET, end_of, note_phases
 from helpers.trees import make_digits, make_folder
 from PIL import ExifTags, Image
 
@@ -249,23 +249,6 @@ def test_few_and_uneven_images_and_a_faulty_table(tmp_path, start):
         status, _, error = start(*flags, "--fresh")
         assert status == 1 and error.count("\n") == 1 and expected in error
     assert len(read_records(tmp_path / "run")) == EPOCHS  # the first run is as it was
-
-
-# ---- Several ranks ----
-
-
-@pytest.mark.slow
-def test_two_ranks_read_small_images_in_each_pass(tmp_path):
-    """Without a flag for it they would train on all rows each; ranks that hold out other images would train apart."""
-    tree = make_folder(tmp_path / "data")
-    flags = {name: [*tiny(tree, tmp_path / name), "--num_epochs", "2"] for name in ("one", "two")}
-    Train_folder.main(flags["one"])
-    result = torchrun("Train_folder.py", *flags["two"])
-    assert result.returncode == 0, result.stderr
-    modes = [json.loads((tmp_path / name / "args.json").read_text())["args"]["data_mode"] for name in ("one", "two")]
-    assert modes == ["device", "stream"] and result.stdout.count("run folder ") == 1
-    assert [record["phase"] for record in read_records(tmp_path / "two")] == ["warmup", "train"]
-    np.testing.assert_equal(*(dict(np.load(tmp_path / name / "labels.npz")) for name in flags))
 
 
 # ---- What it is for ----

@@ -155,14 +155,6 @@ def test_thumbnails_are_the_images_of_the_worst_labels(copy, monkeypatch):
     assert (copy / "label_scores.npz").is_file() and not (copy / "thumbnails.npz").exists()
 
 
-def test_cross_entropy_is_scored_without_a_division(tmp_path):
-    """The baseline has a ranking of its own: else there is nothing to compare the list with."""
-    again(tmp_path / "run", "--method", "ce", "--num_epochs", "1")
-    scores = scores_of(tmp_path / "run")
-    assert "p_clean_net1" not in scores and {"loss_net1", "loss_net2", "p_given", "prediction"} <= scores.keys()
-    assert "label_quality" in (tmp_path / "run" / "label_issues.csv").read_text()
-
-
 def test_the_pass_can_be_left_out(tmp_path):
     """It takes as long as some epochs, and can come later. Samples that are held out are on no list."""
     folder, flags = tmp_path / "run", ["--val_fraction", "0.25", "--num_epochs", "1"]
