@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             # W = GMM(X, Y, theta): both networks divide the samples before either is trained.
             divisions = [None] * len(nets)
             if epoch >= mixmatch.warm_up:
-                divisions = co_divide(nets, [train] * len(nets), mixtures, run.phase)
+                divisions = co_divide(nets, [train] * len(nets), mixtures, run.phase, run.probabilities)
                 if choice:
                     mixmatch = choice.update(divisions, mixmatch)
 
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             run.end_epoch(lr, divisions, losses, accuracy | (choice.record if choice else {}))
 
         line, paper = options.compare_with_paper(args, run.records, run.best_epochs[0], images.official)
-        final = run.finish(line, train, **paper)
+        final = run.finish(line, train, tests.get("val"), **paper)
         report.of_finished(run)
         return final
 

@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 # W = GMM(X, Y, theta): both networks divide the samples before either is trained.
                 divisions = [None, None]
                 if epoch >= mixmatch.warm_up:
-                    divisions = co_divide(nets, [train, train], mixtures, run.phase)
+                    divisions = co_divide(nets, [train, train], mixtures, run.phase, run.probabilities)
                     if choice:
                         mixmatch = choice.update(divisions, mixmatch)
 
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 run.say(*pipeline.describe_changes())  # what was changed in streamed images while reading them
                 run.end_epoch(lr, divisions, losses, accuracy)
 
-            return finish(run, train, tests)
+            return finish(run, train, tests, tests["val"] if len(split.held_out) else None)
 
 
 def read(
@@ -157,12 +157,12 @@ def describe(args: argparse.Namespace, data: Folder, split: Split, tests: Mappin
     return [*lines, "mean {:.3f} {:.3f} {:.3f}, std {:.3f} {:.3f} {:.3f} ".format(*mean, *std) + f"({source})"]
 
 
-def finish(run: Run, train: DataSet, tests: Mapping[str, DataSet]) -> dict[str, Any]:
-    """Print the best epoch's accuracies, score the labels, and return the final metrics."""
+def finish(run: Run, train: DataSet, tests: Mapping[str, DataSet], held_out: DataSet | None) -> dict[str, Any]:
+    """Print the best epoch's accuracies, score the labels, also the held-out ones, and return the final metrics."""
     best, titles = run.records[run.best_epochs[0]], {"val": "validation", "test": "test"}
     accuracies = ", ".join(f"{title} {best[f'{name}_acc']:.2f}" for name, title in titles.items() if name in tests)
     chosen_on = "the validation images" if "val" in tests else "the test set"
-    final = run.finish(f"best epoch {best['epoch']}, chosen on {chosen_on}: {accuracies}", train)
+    final = run.finish(f"best epoch {best['epoch']}, chosen on {chosen_on}: {accuracies}", train, held_out)
     report.of_finished(run)
     return final
 

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 # W = GMM(X, Y, theta): both networks divide the samples before either is trained.
                 divisions = [None, None]
                 if epoch >= mixmatch.warm_up:
-                    divisions = co_divide(nets, [train, train], mixtures, run.phase)
+                    divisions = co_divide(nets, [train, train], mixtures, run.phase, run.probabilities)
 
                 # Net 1 learns from net 2's division, then net 2 from net 1's with the updated net 1 as its peer.
                 losses = []
@@ -85,10 +85,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 accuracy = test(nets, tests, run.phase, ks=(1, 5)) | test(nets, held_out, run.phase)
                 run.end_epoch(lr, divisions, losses, accuracy)
 
-            return finish(run, args, train)
+            return finish(run, args, train, held_out.get("val"))
 
 
-def finish(run: Run, args: argparse.Namespace, train: StreamedImages) -> dict[str, Any]:
+def finish(
+    run: Run, args: argparse.Namespace, train: StreamedImages, held_out: StreamedImages | None
+) -> dict[str, Any]:
     """Print the best epoch's accuracies and the paper's, score the labels, and return the final metrics."""
     best, paper = run.records[run.best_epochs[0]], PAPER.results
 
@@ -99,7 +101,7 @@ def finish(run: Run, args: argparse.Namespace, train: StreamedImages) -> dict[st
     last10 = f"mean of the last 10 {run.records[-1]['last10_acc']:.2f}"
     differences = options.difference_note(args, PAPER.setting)
     line = f"best epoch {best['epoch']}: {accuracies(best)}; {last10}; paper: {accuracies(paper)}{differences}"
-    final = run.finish(line, train, **{f"paper_{name}": value for name, value in paper.items()})
+    final = run.finish(line, train, held_out, **{f"paper_{name}": value for name, value in paper.items()})
     report.of_finished(run)
     return final
 

@@ -101,7 +101,8 @@ def noisy_sets(
     tests = {"test": DeviceImages(images.test_images, images.test_labels, *shared)}
     if len(held_out):
         tests["val"] = DeviceImages(images.train_images[held_out], noisy[held_out], *shared)
-    run.save_labels(index=index, given=noisy[index], true=truth[index], list_given=noisy)
+    labels = {"given": noisy[index], "true": truth[index], "list_given": noisy, "list_true": truth}
+    run.save_labels(index=index, held_out=held_out, **labels)
     wrong = float((noisy[index] != truth[index]).mean())
     lines = [
         f"{images.name}: {len(index)} training, {len(images.test_labels)} test images, {images.num_class} classes"

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from dividemix.algorithm import co_guess, co_refine, linear_rampup, mixup, neg_entropy, prior_penalty, semi_loss
 from dividemix.codivide import Division, Mixture
-from dividemix.runtime import ALONE, Batches, Forward, Ranks, Runtime, evaluate, run_steps, update
+from dividemix.runtime import ALONE, Batches, Forward, Ranks, Runtime, evaluate, evaluate_rows, run_steps, update
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,27 @@ class Scores(NamedTuple):
 
     loss: Tensor  # (N,) float32 cross-entropy against the given label, on the host
     prediction: Tensor  # (N,) int64, on the host
+    probability: Tensor  # (N, C) float32, on the device
+
+
+_HALF_FROM = 2**30  # bytes: larger sums of probabilities are float16
+
+
+@dataclass
+class MeanProbabilities:
+    """The probabilities of N samples, averaged over all scoring passes of both networks so far (`co_divide`). The label
+    list is made from them: what single networks have memorised counts less."""
+
+    sum: Tensor | None = None  # (N, C) on the device, float16 above 1 GB; None before the first pass
+    count: int = 0  # passes in it
+
+    def add(self, probability: Tensor) -> None:
+        if self.sum is None or self.sum.shape != probability.shape:  # the run goes on without damaged images
+            self.count = 0
+            dtype = torch.float16 if probability.nbytes > _HALF_FROM else torch.float32
+            self.sum = torch.zeros_like(probability, dtype=dtype)
+        self.sum += probability
+        self.count += 1
 
 
 # ---- One step ----
@@ -290,18 +311,21 @@ def co_divide(
     sets: Sequence[DataSet],
     mixtures: Sequence[Mixture],
     phase: Callable[[str, int], Phase] = silent,
+    mean: MeanProbabilities | None = None,
 ) -> Divisions:
     """W = GMM(X, Y, theta): network k scores sets[k], and mixtures[k] divides it (Sec. 3.1), before any is trained.
 
     Net 2 comes first, because net 1 is trained first and learns from its division. On a card each mixture is fitted in
-    a thread while the card goes on. Raises Diverged, here or when a division is read, for losses that are not finite or
-    all equal.
+    a thread while the card goes on. mean gets the networks' probabilities, where they score the same samples in every
+    epoch. Raises Diverged, here or when a division is read, for losses that are not finite or all equal.
     """
     fits: list[Callable[[], Division | None]] = [lambda: None] * len(nets)
     for k in reversed(range(len(nets))):
         scores = per_sample_loss(nets[k], sets[k], phase("loss", k))
         random_state = int(phase("divide", k).rng.integers(2**32))
         arguments = scores.loss.numpy(), scores.prediction.numpy(), sets[k].truly_clean, random_state
+        if mean is not None:
+            mean.add(scores.probability)
         with phase("gmm", k):
             fits[k] = sets[k].runtime.background(mixtures[k].divide, *arguments, sets[k].given_labels, f"net {k + 1}")
     return Divisions(fits, phase)
@@ -314,14 +338,13 @@ def per_sample_loss(net: nn.Module, data: DataSet, phase: Phase | None = None) -
 
     def score(forward: Forward, x: Tensor, labels: Tensor) -> Tensor:
         [logits] = forward(net, x)
-        return torch.stack([F.cross_entropy(logits, labels, reduction="none"), logits.argmax(dim=1).float()])
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        return torch.cat([loss[:, None], logits.argmax(dim=1, keepdim=True), logits.softmax(dim=1)], dim=1)
 
-    scores = torch.zeros(2, len(data), device=data.runtime.device)
     with phase or Phase() as phase:
-        for rows, values in evaluate(score, data, phase.bar):
-            scores[:, rows] = values
-        loss, prediction = data.runtime.ranks.sum(scores).cpu()  # one transfer
-    return Scores(loss, prediction.long())
+        scores = evaluate_rows(score, data, phase.bar)
+        loss, prediction = scores[:, :2].T.contiguous().cpu()  # one transfer
+    return Scores(loss, prediction.long(), scores[:, 2:])
 
 
 def test(

@@ -207,5 +207,4 @@ def test_warm_up_and_cross_entropy_know_nothing_of_the_noise(tmp_path, phases, f
     assert [call["mixmatch"].conf_penalty for call in phases] == [penalty] * 2
     if "ce" in flags:
         assert not set(blind.FIELDS) & final.keys()
-        issues = label_issues.find(read_run(Path(final["run_dir"])))
-        assert issues.threshold == 0.5 and issues.is_issue.any()  # of 32 digits that an untrained network looks at
+        assert len(label_issues.find(read_run(Path(final["run_dir"])))) == 32

@@ -336,3 +336,19 @@ def test_a_division_by_class_gets_the_given_labels(tiny_images, monkeypatch):
         losses, state = engine.per_sample_loss(net, tiny_images).loss.numpy(), np.random.default_rng(0)
         expected = codivide(losses, 0.5, random_state=int(state.integers(2**32)), labels=given)
         np.testing.assert_array_equal(division.clean_probability, expected.clean_probability)
+
+
+@pytest.mark.parametrize("limit", [2**30, 0], ids=["float32", "float16"])
+def test_probabilities_are_averaged_over_networks_and_epochs(tiny_images, monkeypatch, limit):
+    """Else the label list is made from one network, or from one epoch, or it changes how the samples are divided."""
+    monkeypatch.setattr(engine, "_HALF_FROM", limit)
+    data, mean, expected = placed(Runtime(CPU, eval_batch_size=7), tiny_images), engine.MeanProbabilities(), 0
+    x, _ = next(iter(tiny_images.eval_batches(24)))
+    for _ in range(2):
+        nets = linear_nets()
+        with_mean = engine.co_divide(nets, [data] * 2, [Mixture(0.5), Mixture(0.5)], run_phase, mean)
+        without = engine.co_divide(nets, [data] * 2, [Mixture(0.5), Mixture(0.5)], run_phase)
+        np.testing.assert_equal(*([dataclasses.asdict(division) for division in both] for both in (with_mean, without)))
+        expected = expected + sum(net(x).softmax(dim=1).detach() for net in nets) / 4
+    assert mean.count == 4 and mean.sum.dtype is (torch.float32 if limit else torch.float16)
+    torch.testing.assert_close(mean.sum.float() / 4, expected, rtol=0, atol=1e-6 if limit else 1e-3)

@@ -93,7 +93,7 @@ def test_every_noisy_label_is_scored_by_the_networks_that_were_tested(tree, trai
     (x1, losses1), (x2, losses2) = (logits_and_losses(state, images, range(112)) for state in best)
     for k, losses in ((1, losses1), (2, losses2)):
         np.testing.assert_allclose(scores[f"loss_net{k}"], losses, rtol=1e-3, atol=1e-4)
-    assert np.mean(scores["prediction"] == (x1 + x2).argmax(1).numpy()) > 0.98
+    assert np.mean(scores["probabilities"].argmax(1) == (x1 + x2).argmax(1).numpy()) > 0.98
 
 
 def test_no_more_than_two_samples_are_kept_in_memory(train, monkeypatch):

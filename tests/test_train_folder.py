@@ -129,7 +129,7 @@ def test_plain_cross_entropy(tree, start, tmp_path):
     assert [record["phase"] for record in read_records(tmp_path / "run")] == ["ce"] * EPOCHS
     assert not (tmp_path / "run" / "scores").exists()
     scores = np.load(tmp_path / "run" / "label_scores.npz")
-    assert len(scores["loss_net1"]) == len(scores["loss_net2"]) == 22 and "p_clean_net1" not in scores
+    assert len(scores["loss_net1"]) == len(scores["loss_net2"]) == 24 and "p_clean_net1" not in scores
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ Agreements = dict[Path, Agreement | None]  # by run folder
 # noise_file is free because a run may continue with another file of the same labels; of two runs it is a setting.
 _NO_SETTING = (FREE_FLAGS | {"seed", "noise_seed", "id"}) - {"noise_file"}
 _VALIDATION = "best validation"
-_LIST_QUALITY = ("recall of the list", "precision of the list", "precision by loss alone")
+_LIST_QUALITY = ("recall of the list", "precision of the list")
 _FORMS = {"AUC, mean of nets": ".4f", "precision of the list, %": ".1f", "recall of the list, %": ".1f"}
 
 
@@ -67,12 +67,11 @@ def differing_flags(groups: Sequence[Group]) -> list[list[str]]:
 
 
 def run_table(runs: Sequence[RunFolder], agreements: Agreements) -> pd.DataFrame:
-    """One row a run. Where the true labels are known: recall and precision of the run's list of labels that look wrong,
-    and the precision of the largest losses, as many as there are wrong labels."""
+    """One row a run. Where the true labels are known: recall and precision of its list of labels that look wrong."""
     rows = []
     for name, run in zip(distinct_names([run.path for run in runs]), runs, strict=True):
-        truth = agreements.get(run.path) or Agreement(0, 0, 0, 0, 0, 0)
-        counts = (truth.listed_wrong, truth.wrong), (truth.listed_wrong, truth.listed), (truth.by_loss, truth.wrong)
+        truth = agreements.get(run.path) or Agreement(0, 0, 0, 0, 0)
+        counts = (truth.listed_wrong, truth.wrong), (truth.listed_wrong, truth.listed)
         quality = [f"{a} of {b} ({a / b:.1%})" if b else "-" for a, b in counts]
         row = {"run": name, "epochs": str(len(run.records))}
         row |= {column: number(value) for column, value in accuracies(run).items()}

@@ -1,4 +1,4 @@
-"""Which labels look wrong: label_issues.csv and cleaned_labels.csv, made of the scores in the run folder.
+"""Which labels look wrong: label_issues.csv, suspects.csv and cleaned_labels.csv, made of the scores in the run folder.
 
 cleanlab's CleanLearning reads label_issues.csv:
 `CleanLearning(classifier).fit(X, labels, label_issues=pandas.read_csv("label_issues.csv"))`.
@@ -14,29 +14,37 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dividemix.files import csv_bytes, write_atomically
-from dividemix.run import RunFolder, label_quality, net_arrays
+from dividemix.run import RunFolder, net_arrays, quality_by_split, worst_first
 
 IN_SAMPLE = "scores are in-sample: the networks were trained on these labels"
 _CLASSES_SHOWN = 10
-_MIN_LABELS, _NEARLY_ALL = 10, 0.95  # a class of so many labels, of which this share looks wrong, was not learned
+# A class of at least _MIN_LABELS labels may be lost (the networks have not learned it) where _NEARLY_ALL of them look
+# wrong, or most of them and _FAR_MORE times the share of the other classes
+_MIN_LABELS, _NEARLY_ALL, _MOST, _FAR_MORE = 10, 0.95, 0.5, 2
+# A list means nothing where accuracy is no more than this share of the way from guessing the largest class to 1, or
+# where the networks' divisions agree by less than this (Cohen's kappa). Measured: see docs/own-images.md.
+_LITTLE_SKILL, _LITTLE_AGREEMENT = 0.1, 0.25
 
 
 @dataclass(frozen=True)
 class LabelIssues:
-    """N training samples with their labels, as arrays (N,)."""
+    """N training samples with their labels, as arrays (N,), by rising index."""
 
     index: NDArray[np.int64]  # positions in the data set's list of training samples
+    held_out: NDArray[np.bool_]  # not trained on, but used to choose the best epoch
     paths: list[str] | None  # image files below the data folder; bytes that are not UTF-8 as \\x..
     given_labels: NDArray[np.int64]
-    suggested_labels: NDArray[np.int64]  # both networks' prediction
+    suggested_labels: NDArray[np.int64]  # the class with the largest mean probability
     quality: NDArray[np.float64]  # from 0 to 1, see `run.label_quality`
     is_issue: NDArray[np.bool_]
     loss: NDArray[np.float32]  # mean of both networks
-    p_clean: list[NDArray[np.float64]]  # of each network; none after plain cross-entropy
-    confidence: NDArray[np.float32]  # both networks' probability of their prediction
+    p_clean: list[NDArray[np.float64]]  # of each network, NaN for held-out samples; none after plain cross-entropy
+    confidence: NDArray[np.float32]  # mean probability of the suggested class
     true_labels: NDArray[np.int64] | None  # None where they are unknown
     class_names: list[str]
-    threshold: float  # labels of a lower quality can be issues
+    wrong_share: float  # estimated share of wrong labels, and the standard error of the estimate
+    wrong_share_error: float
+    failures: list[str]  # why nothing here means anything; empty for a usable list
     epochs: int  # finished epochs when the scores were made
 
     def __len__(self) -> int:
@@ -47,6 +55,14 @@ class LabelIssues:
         """The given labels, with the suggestion in place of each issue."""
         return np.where(self.is_issue, self.suggested_labels, self.given_labels)
 
+    @property
+    def rank(self) -> NDArray[np.int64]:
+        """The place of each label among those of its split: 1 for the most doubtful; issues come before others."""
+        rank = np.empty(len(self), np.int64)
+        for rows in map(np.flatnonzero, (~self.held_out, self.held_out)):
+            rank[rows[worst_first(self.quality[rows], self.is_issue[rows])]] = np.arange(1, len(rows) + 1)
+        return rank
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -56,7 +72,6 @@ class Agreement:
     wrong: int  # of all n
     listed: int  # issues
     listed_wrong: int  # issues that are wrong
-    by_loss: int  # wrong ones among the `wrong` largest losses: what a ranking by loss lists if told how many
     wrong_after: int  # of all n after the correction
 
     @property
@@ -76,27 +91,44 @@ def find(run: RunFolder) -> LabelIssues | None:
     scores, labels = run.label_scores, run.labels
     if not (scores and labels):
         return None
-    index = scores["index"]
-    given_labels = labels["list_given"][index]
-    quality, is_issue, loss = label_quality(scores, given_labels)
-    # A run that continues without some damaged images has fewer samples than the scores of its earlier end.
-    truth_fits = "true" in labels and np.array_equal(labels["index"], index)
+    index, losses = scores["index"], net_arrays(scores, "loss")
+    judged = quality_by_split(scores, labels["list_given"])
     paths = labels["list_path"][index].tolist() if "list_path" in labels else None
     return LabelIssues(
         index=index,
+        held_out=scores["held_out"],
         paths=paths and [path.decode(errors="backslashreplace") for path in paths],
-        given_labels=given_labels,
-        suggested_labels=scores["prediction"].astype(np.int64),
-        quality=quality,
-        is_issue=is_issue,
-        loss=loss,
+        given_labels=labels["list_given"][index],
+        suggested_labels=judged.suggested,
+        quality=judged.quality,
+        is_issue=judged.is_issue,
+        loss=np.mean(losses, axis=0),
         p_clean=net_arrays(scores, "p_clean"),
-        confidence=scores["confidence"],
-        true_labels=labels["true"] if truth_fits else None,
+        confidence=scores["probabilities"].max(axis=1),
+        true_labels=labels["list_true"][index] if "list_true" in labels else None,
         class_names=run.class_names,
-        threshold=float(scores["threshold"]),
+        wrong_share=judged.wrong_share,
+        wrong_share_error=judged.wrong_share_error,
+        failures=failures(run, labels["list_given"][index], net_arrays(scores, "p_clean")),
         epochs=int(scores["epochs"]),
     )
+
+
+def failures(run: RunFolder, given_labels: NDArray, p_clean: list[NDArray]) -> list[str]:
+    """Why a run's list means nothing; [] for a usable one. given_labels (N,); p_clean: (N,) of each network."""
+    reasons = []
+    accuracy, largest = run.records[-1][run.measured] / 100, np.bincount(given_labels).max() / len(given_labels)
+    if accuracy - largest <= _LITTLE_SKILL * (1 - largest):
+        name = run.measured.removesuffix("_acc")
+        better = f"the {name} accuracy, {accuracy:.1%}, is hardly better than that of guessing the largest class"
+        reasons.append(f"the networks have not learned to tell the classes apart ({better}, {largest:.1%})")
+    if len(p_clean) == 2:
+        one, two = (p[~np.isnan(p)] > 0.5 for p in p_clean)
+        by_chance = one.mean() * two.mean() + (1 - one.mean()) * (1 - two.mean())
+        if (one == two).mean() - by_chance < _LITTLE_AGREEMENT * (1 - by_chance):
+            agree = f"they agree on {(one == two).mean():.1%} of the labels, by chance on {by_chance:.1%}"
+            reasons.append(f"the two networks hardly agree on which labels are clean ({agree})")
+    return reasons
 
 
 def against_truth(issues: LabelIssues | None) -> Agreement | None:
@@ -104,14 +136,11 @@ def against_truth(issues: LabelIssues | None) -> Agreement | None:
     if issues is None or issues.true_labels is None:
         return None
     wrong = issues.given_labels != issues.true_labels
-    n_wrong = int(wrong.sum())
-    by_loss = np.argsort(-issues.loss, kind="stable")[:n_wrong]
     return Agreement(
         n=len(issues),
-        wrong=n_wrong,
+        wrong=int(wrong.sum()),
         listed=int(issues.is_issue.sum()),
         listed_wrong=int((issues.is_issue & wrong).sum()),
-        by_loss=int(wrong[by_loss].sum()),
         wrong_after=int((issues.cleaned_labels != issues.true_labels).sum()),
     )
 
@@ -126,13 +155,16 @@ def by_class(issues: LabelIssues) -> list[tuple[str, int, int]]:
     return [(issues.class_names[c], n_issues, n_labels) for c, n_issues, n_labels in counts.itertuples()]
 
 
-def unlearned_classes(issues: LabelIssues) -> str:
-    """A line that names the classes whose labels nearly all look wrong; empty without such a class. One mixture is
-    fitted to the losses of all classes: a rare class, or one that is hard to learn, has losses as of wrong labels."""
-    rows = [row for row in by_class(issues) if row[2] >= _MIN_LABELS and row[1] >= _NEARLY_ALL * row[2]]
+def lost_classes(issues: LabelIssues) -> str:
+    """A line that names the classes whose labels look wrong far more often than others; empty without such a class."""
+    n_issues, rows = int(issues.is_issue.sum()), []
+    for row in by_class(issues):
+        share, rest = row[1] / row[2], (n_issues - row[1]) / max(len(issues) - row[2], 1)
+        if row[2] >= _MIN_LABELS and (share >= _NEARLY_ALL or (share > _MOST and share > _FAR_MORE * rest)):
+            rows.append(row)
     classes = "this class" if len(rows) == 1 else "these classes"
-    advice = f"probably the networks have not learned {classes}; look at the images before you drop them"
-    return f"nearly all labels of {named_counts(rows)} look wrong: {advice}" if rows else ""
+    advice = f"probably the networks have not learned {classes}; look at the images before you drop or change them"
+    return f"most labels of {named_counts(rows)} look wrong: {advice}" if rows else ""
 
 
 def named_counts(rows: list[tuple[str, int, int]]) -> str:
@@ -144,21 +176,36 @@ def named_counts(rows: list[tuple[str, int, int]]) -> str:
     return ", ".join(shown)
 
 
+def estimate(issues: LabelIssues) -> str:
+    """A sentence on the share of wrong labels, and on what an accuracy that is measured with such labels can reach."""
+    share, error = 100 * issues.wrong_share, 100 * issues.wrong_share_error
+    reach = f"an accuracy against such labels can reach {100 - share:.0f} % at best"
+    uncertainty = f"standard error {error:.1f}, the method's own error may be larger"
+    return f"estimated share of wrong labels: {share:.1f} % ({uncertainty}); {reach}"
+
+
+def warnings(issues: LabelIssues) -> list[str]:
+    """Lines that nobody should miss: the list means nothing, a class is lost, or the suggestions do harm."""
+    lines = [f"THIS LIST MEANS NOTHING: {'; '.join(issues.failures)}"] if issues.failures else []
+    truth, lost = against_truth(issues), lost_classes(issues)
+    if truth and truth.wrong_after > truth.wrong:
+        counts = f"{truth.wrong} are wrong as given, {truth.wrong_after} as corrected"
+        lines.append(f"THE SUGGESTIONS MAKE THE LABELS WORSE: of {truth.n} labels {counts}")
+    return lines + ([lost] if lost else [])
+
+
 def summary(issues: LabelIssues) -> list[str]:
     """Lines for the terminal."""
     lines = [f"labels: {issues.is_issue.sum()} of {len(issues)} look wrong ({issues.is_issue.mean():.1%}); {IN_SAMPLE}"]
-    rows, warning = [row for row in by_class(issues) if row[1]], unlearned_classes(issues)
+    rows = [row for row in by_class(issues) if row[1]]
+    lines += [f"  {estimate(issues)}"]
     lines += [f"  by given class: {named_counts(rows)}"] if rows else []
-    lines += [f"  {warning}"] if warning else []
     if truth := against_truth(issues):
         lines.append(
             f"  against the truth: {truth.listed_wrong} of the {truth.listed} listed labels are wrong (precision "
             f"{percent(truth.precision)}), of {truth.wrong} wrong labels in all (recall {percent(truth.recall)}); "
             f"wrong labels: {truth.wrong / truth.n:.1%} as given, {truth.wrong_after / truth.n:.1%} as corrected"
         )
-        if truth.wrong:
-            share = f"{truth.by_loss} of the {truth.wrong} labels with the largest losses"
-            lines.append(f"  by loss alone: {share} are wrong ({truth.by_loss / truth.wrong:.1%})")
     return lines
 
 
@@ -174,23 +221,38 @@ def printable(name: str) -> str:
 
 
 def write(issues: LabelIssues, folder: Path) -> list[Path]:
-    """label_issues.csv and cleaned_labels.csv. -> their paths"""
-    tables = {"label_issues.csv": issues_table(issues), "cleaned_labels.csv": cleaned_table(issues)}
+    """label_issues.csv, suspects.csv and, unless the list means nothing, cleaned_labels.csv. -> their paths"""
+    table = issues_table(issues)
+    tables = {"label_issues.csv": table, "suspects.csv": suspects_table(issues, table)}
+    tables |= {} if issues.failures else {"cleaned_labels.csv": cleaned_table(issues)}
+    (folder / "cleaned_labels.csv").unlink(missing_ok=True)  # of an earlier end of the run
     for name, table in tables.items():
         write_atomically(folder / name, csv_bytes(table))
     return [folder / name for name in tables]
 
 
 def issues_table(issues: LabelIssues) -> pd.DataFrame:
-    """label_issues.csv, one row a sample. The column of a network that the run does not have is empty."""
+    """label_issues.csv, one row a sample, numbers with four significant digits. The column of a network that the run
+    does not have is empty."""
     p_clean = [*issues.p_clean, None, None]
     names = np.array(issues.class_names, dtype=object)
-    columns = {"given_label": issues.given_labels, "suggested_label": issues.suggested_labels}
-    columns |= {"label_quality": issues.quality, "is_label_issue": issues.is_issue, "loss": issues.loss}
-    columns |= {"p_clean_net1": p_clean[0], "p_clean_net2": p_clean[1], "confidence": issues.confidence}
+    columns = {"split": np.where(issues.held_out, "val", "train")}
+    columns |= {"given_label": issues.given_labels, "suggested_label": issues.suggested_labels}
+    columns |= {"label_quality": issues.quality, "is_label_issue": issues.is_issue, "rank": issues.rank}
+    columns |= {"loss": issues.loss, "p_clean_net1": p_clean[0], "p_clean_net2": p_clean[1]}
+    columns |= {"confidence": issues.confidence}
     classes = [texts(names[labels]) for labels in (issues.given_labels, issues.suggested_labels)]
     columns |= dict(zip(("given_class", "suggested_class"), classes, strict=True))
-    return table_of(issues, columns)
+    table = table_of(issues, columns)
+    for name in table.select_dtypes("floating"):
+        table[name] = [float(f"{value:.4g}") for value in table[name]]
+    return table
+
+
+def suspects_table(issues: LabelIssues, table: pd.DataFrame) -> pd.DataFrame:
+    """suspects.csv: the issues of `issues_table`, worst first: file (index, where there are no files), class names."""
+    rows = worst_first(issues.quality, issues.is_issue)[: issues.is_issue.sum()]
+    return table[["path" if issues.paths else "index", "given_class", "suggested_class"]].iloc[rows]
 
 
 def cleaned_table(issues: LabelIssues) -> pd.DataFrame:

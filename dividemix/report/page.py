@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dividemix import blind, recipes
-from dividemix.report.issues import IN_SAMPLE, LabelIssues, against_truth, by_class, percent, unlearned_classes
+from dividemix.report.issues import IN_SAMPLE, LabelIssues, against_truth, by_class, estimate, percent, warnings
 from dividemix.run import RunFolder, histograms
 
 RESULT_NAMES = {  # of the paper's results, on the page
@@ -85,7 +85,8 @@ def run_page(run: RunFolder, issues: LabelIssues | None, figures: dict[str, Path
         top=histograms.peak(entry[name] for entry in run.histograms for name in ("net1", "net2") if name in entry),
         in_sample=IN_SAMPLE,
         classes=[(*row, percent(row[1] / row[2])) for row in by_class(issues)] if issues else [],
-        unlearned=unlearned_classes(issues) if issues else "",
+        warnings=warnings(issues) if issues else [],
+        estimate=estimate(issues) if issues else "",
         thumbnails=thumbnails(run, issues) if issues and run.thumbnails else [],
         command=shlex.join(run.args_json["command"]),
         settings={key: run.args_json[key] or "-" for key in ("machine", "commit")} | run.args_json["versions"] | data,
@@ -106,8 +107,9 @@ def accuracies(run: RunFolder) -> list[tuple[str, ...]]:
 
 def thumbnails(run: RunFolder, issues: LabelIssues) -> list[tuple[int, str]]:
     """(row of `issues`, data URI) of the small images in the run folder, the most doubtful label first."""
-    return [
-        (row, picture(pixels[:height, :width]))
+    images = [
+        (int(row), picture(pixels[:height, :width]))
         for index, pixels, (height, width) in zip(*map(run.thumbnails.get, ("index", "pixels", "sizes")), strict=True)
         for row in np.flatnonzero(issues.index == index)
     ]
+    return sorted(images, key=lambda image: (not issues.is_issue[image[0]], issues.quality[image[0]]))

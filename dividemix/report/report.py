@@ -43,7 +43,8 @@ def draw(path: Path, out: Path | None = None) -> list[str]:
         files = label_issues.write(issues, out)
         lines += [*label_issues.summary(issues), f"  {', '.join(map(str, files))}"]
     write_atomically(out / PAGE, run_page(run, issues, drawn))
-    return [*lines, f"report: {out / PAGE}"]
+    lines.append(f"report: {out / PAGE}")
+    return lines + ([f"WARNING: {line}" for line in label_issues.warnings(issues)] if issues else [])  # the last words
 
 
 def draw_comparison(runs: Sequence[RunFolder], agreements: compare.Agreements, out: Path) -> list[str]:

@@ -9,6 +9,6 @@ from dividemix.run.folder import RunFolder, read_run
 from dividemix.run.histograms import Histogram
 from dividemix.run.options import Parser
 from dividemix.run.run import FREE_FLAGS, Run
-from dividemix.run.scoring import label_quality, net_arrays
+from dividemix.run.scoring import net_arrays, quality_by_split, worst_first
 from dividemix.run.signals import command_line
 from dividemix.run.splits import Split

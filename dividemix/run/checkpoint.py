@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dividemix import DivideMixError, files, warn
 
-FORMAT = 1  # version number of a checkpoint's content
+FORMAT = 2  # version number of a checkpoint's content
 
 
 def save_last(folder: Path, epoch: int, state: dict[str, Any]) -> None:

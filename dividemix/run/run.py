@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from dividemix import Diverged, DivideMixError, files, networks, warn
 from dividemix.codivide import Division, Mixture
-from dividemix.engine import DataSet, MixMatch, Phase, PhaseTerms
+from dividemix.engine import DataSet, MeanProbabilities, MixMatch, Phase, PhaseTerms
 from dividemix.run import checkpoint, histograms, logs, scoring
 from dividemix.run.description import commit, versions
 from dividemix.run.folder import load
@@ -56,9 +56,9 @@ class Run:
 
     args: the script's flags. logs: its formats. The same on all ranks: state, the content of the last checkpoint until
     `start` restores it, {} for a new run; records, one flat dict for each finished epoch; best_epochs, one for each
-    network, [] before the first epoch's end. labels: what `save_labels` got, on the first rank. Raises DivideMixError,
-    on the first rank, for a folder that cannot be written, is in use by another process, or belongs to another script
-    or to a run with other flags.
+    network, [] before the first epoch's end; probabilities, which `co_divide` fills. labels: what `save_labels` got, on
+    the first rank. Raises DivideMixError, on the first rank, for a folder that cannot be written, is in use by another
+    process, or belongs to another script or to a run with other flags.
     """
 
     def __init__(self, folder: Path, args: Namespace, runtime: Runtime | None = None, logs: Logs = logs.CIFAR):
@@ -78,6 +78,7 @@ class Run:
         self.records: list[dict[str, Any]] = self.state.get("records", [])
         self.histograms: list[dict[str, Any]] = self.state.get("histograms", [])
         self.best_epochs: list[int] = self.state.get("best_epochs", [])
+        self.probabilities = MeanProbabilities()
         self.labels: dict[str, NDArray] = {}
         self._truly_clean: NDArray[np.bool_] | None = None
         self._epochs_saved = len(self.records)
@@ -142,7 +143,8 @@ class Run:
 
     def save_labels(self, **arrays: np.ndarray) -> None:
         """Write labels.npz: of each training sample index, given label and, if it is known, true label, (N,) each; of
-        each entry of the list that `index` refers to list_given, its label, and list_path, its file, (M,) each."""
+        each entry of the list that `index` refers to list_given, its label, list_true and list_path, its file, (M,)
+        each; held_out (H,): the entries that are held out."""
         if self.ranks.first:
             self.labels = arrays
             self._truly_clean = arrays["given"] == arrays["true"] if "true" in arrays else None
@@ -169,6 +171,9 @@ class Run:
                 load_optimizer(optimizer, saved)
             for mixture, history in zip(mixtures, self.state["histories"], strict=True):
                 mixture.history = [losses.numpy() for losses in history]
+            total, count = self.state["probabilities"]
+            self.probabilities.sum = None if total is None else total.to(self.runtime.device)
+            self.probabilities.count = count
             self.best_epochs = self.ranks.broadcast_from_rank0(self._write_best, self.state)
         self.state = {}  # no longer needed; about a gigabyte for large networks
         self.say(self.runtime.describe(), *lines, f"run folder {self.folder}")
@@ -272,6 +277,7 @@ class Run:
                 state: dict[str, Any] = {"nets": [net.state_dict() for net in self.nets]}
                 state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
                 state["histories"] = [[torch.from_numpy(row) for row in mixture.history] for mixture in self.mixtures]
+                state["probabilities"] = [self.probabilities.sum, self.probabilities.count]
                 self._host_state = checkpoint.to_host(state, self._host_state)
         record = self.ranks.broadcast_from_rank0(self._record, lr, list(divisions), losses, accuracy)
         self.records.append(record)
@@ -377,34 +383,40 @@ class Run:
         """The weights of each network at its best epoch, on all ranks. Raises DivideMixError for a damaged file."""
         return self.ranks.broadcast_from_rank0(files.load_file, self.folder / "best.pt")["nets"]
 
-    def finish(self, line: str, train: DataSet | None = None, **results: Any) -> dict[str, Any]:
-        """End the run: print `line`, score the labels of `train`, write result.json and, if the script's format has
-        one, the last line of acc.txt. -> the last record with `results` and run_dir, None instead of NaN. A second
-        call writes the same again."""
+    def finish(
+        self, line: str, train: DataSet | None = None, held_out: DataSet | None = None, /, **results: Any
+    ) -> dict[str, Any]:
+        """End the run: print `line`, score the labels of `train` and of the `held_out` training samples, write
+        result.json and, if the script's format has one, the last line of acc.txt. -> the last record with `results` and
+        run_dir, None instead of NaN. A second call writes the same again."""
         final = without_nan({**self.records[-1], **results, "run_dir": str(self.folder)})
         self.say(line)
         if train is not None and not self.args.no_label_scores:  # before result.json, which marks a finished run
-            self._score_labels(train)
+            self._score_labels(train, held_out)
         if self.ranks.first:
             self._write("result.json", json.dumps(final, indent=1, allow_nan=False))
             self._write("acc.txt", "".join(map(self.logs.acc, self.records)) + self.logs.final(final))
         return final
 
-    def _score_labels(self, train: DataSet) -> None:
+    def _score_labels(self, train: DataSet, held_out: DataSet | None) -> None:
         """Write label_scores.npz, unless the folder has these scores. A failure is a warning, since the run is saved;
         with several ranks, which wait for each other, it is raised."""
-        epochs = len(self.records)
-        if self.ranks.broadcast_from_rank0(lambda: scoring.is_scored(self.folder, epochs, self.labels["index"])):
+        epochs, splits = len(self.records), {"index": train} | ({} if held_out is None else {"held_out": held_out})
+        if self.ranks.broadcast_from_rank0(
+            lambda: scoring.is_scored(self.folder, epochs, np.concatenate([self.labels[name] for name in splits]))
+        ):
             return
-        self.say(f"scoring all {len(train)} training labels with the final networks")
+        self.say(f"scoring all {sum(map(len, splits.values()))} training labels with the final networks")
         try:
-            scores = scoring.ensemble_scores(self.nets, train, self.phase("labels"))
+            scores = [scoring.ensemble_scores(self.nets, data, self.phase("labels")) for data in splits.values()]
             if self.ranks.first:
+                total = self.probabilities.sum
+                if total is not None and len(total) == len(train):  # else damaged images were left out since
+                    scores[0]["probabilities"] = (total / self.probabilities.count).cpu().numpy()
                 if self.mixmatch.warm_up != math.inf:  # cross-entropy has no clean probabilities
                     given = self.labels["given"]
-                    scores |= scoring.clean_probabilities(scores, self.mixtures, self.args.seed, epochs, given)
-                scores |= {"threshold": np.float64(self.mixtures[0].threshold), "epochs": np.int64(epochs)}
-                scoring.write(self.folder, train, scores | {"index": self.labels["index"]}, self.labels["given"])
+                    scores[0] |= scoring.clean_probabilities(scores[0], self.mixtures, self.args.seed, epochs, given)
+                scoring.write(self.folder, epochs, splits, scores, self.labels)
         except Exception as error:
             if self.ranks.world > 1:
                 raise

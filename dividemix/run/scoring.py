@@ -1,10 +1,12 @@
 """After the last epoch: score every training label with both networks, and copy the most doubtful images.
 
 One pass over the training set, in eval mode and without augmentation, as before a division; then a mixture is fitted
-for each network, as in a further epoch. The report reads the results, label_scores.npz and thumbnails.npz.
+for each network, as in a further epoch. The probabilities of the samples are those that `co_divide` averaged. Samples
+that were held out, and all samples where nothing was averaged, have those of the final networks. The report reads the
+results, label_scores.npz and thumbnails.npz.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,21 +18,41 @@ from torch import Tensor, nn
 
 from dividemix import DivideMixError, warn
 from dividemix.codivide import Mixture, clean_probability
-from dividemix.engine import DataSet, Phase, evaluate
+from dividemix.engine import DataSet, Phase
 from dividemix.files import write_arrays
 from dividemix.run.folder import load, parse_arrays
+from dividemix.run.label_quality import LabelQuality, label_quality
+from dividemix.runtime import evaluate_rows
 from dividemix.seeds import draws
 
 THUMBNAILS, SIDE = 48, 96  # number of images for the report; their longer side in pixels, at most
 
 
 def is_scored(folder: Path, epochs: int, index: NDArray) -> bool:
-    """Whether the folder has the scores of the samples `index` (N,) after so many epochs."""
+    """Whether the folder has the scores of the samples `index` (N,), in any order, after so many epochs."""
     try:
         scores = load(folder / "label_scores.npz", parse_arrays, {})
     except DivideMixError:  # damaged: it is written again
         return False
-    return scores.get("epochs") == epochs and np.array_equal(scores["index"], index)
+    return scores.get("epochs") == epochs and np.array_equal(scores["index"], np.sort(index))
+
+
+@torch.no_grad()
+def ensemble_scores(nets: Sequence[nn.Module], data: DataSet, phase: Phase) -> dict[str, NDArray]:
+    """Scores of all N samples. loss_net1, loss_net2 (N,): the cross-entropy with the given label, as in
+    `engine.per_sample_loss`; probabilities (N, C): from the sum of both networks' logits."""
+    for net in nets:
+        net.eval()
+
+    def score(forward: Callable[..., list[Tensor]], x: Tensor, labels: Tensor) -> Tensor:
+        logits = torch.stack([net_logits for net in nets for net_logits in forward(net, x)])  # (nets, B, C)
+        losses = [F.cross_entropy(net_logits, labels, reduction="none") for net_logits in logits]
+        return torch.cat([torch.stack(losses, dim=1), logits.sum(dim=0).softmax(dim=1)], dim=1)
+
+    with phase:
+        scores = evaluate_rows(score, data, phase.bar).cpu().numpy()
+    losses = {f"loss_net{k + 1}": scores[:, k] for k in range(len(nets))}
+    return losses | {"probabilities": scores[:, len(nets) :]}
 
 
 def clean_probabilities(
@@ -46,49 +68,44 @@ def clean_probabilities(
     return probabilities
 
 
-def write(folder: Path, data: DataSet, scores: dict[str, NDArray], given_labels: NDArray) -> None:
-    """Write label_scores.npz and thumbnails.npz, the images of `data` with the worst of the given labels (N,)."""
-    rows = worst_first(*label_quality(scores, given_labels))[:THUMBNAILS]
+def write(folder: Path, epochs: int, sets: Mapping[str, DataSet], scores: Sequence[dict], labels: dict) -> None:
+    """Write label_scores.npz, its samples by rising index, and thumbnails.npz, the images with the worst labels.
+
+    sets: the data sets to list, each under the name of its index in `labels` (see `Run.save_labels`): "index" and, if
+    there are any, "held_out". scores: the arrays of each set; what the second lacks is NaN.
+    """
+    index = np.concatenate([labels[name] for name in sets])
+    order = np.argsort(index)
+    table = {"index": index[order], "held_out": np.repeat([*sets], [*map(len, sets.values())])[order] == "held_out"}
+    for name in scores[0]:
+        columns = [arrays.get(name, np.full(len(arrays["loss_net1"]), np.nan)) for arrays in scores]
+        table[name] = np.concatenate(columns)[order]
+    judged = quality_by_split(table, labels["list_given"])
+    worst = table["index"][worst_first(judged.quality, judged.is_issue)[:THUMBNAILS]]
     try:
-        pixels, sizes = thumbnails(data.originals(rows))
-        write_arrays(folder / "thumbnails.npz", {"index": scores["index"][rows], "pixels": pixels, "sizes": sizes})
+        rows = {name: np.flatnonzero(np.isin(labels[name], worst)) for name in sets}
+        pixels, sizes = thumbnails(image for name, data in sets.items() for image in data.originals(rows[name]))
+        shown = np.concatenate([labels[name][rows[name]] for name in sets])
+        write_arrays(folder / "thumbnails.npz", {"index": shown, "pixels": pixels, "sizes": sizes})
     except Exception as error:  # the scores do not depend on the images
         warn(f"the report shows no images: {error}")
-    write_arrays(folder / "label_scores.npz", scores)  # last, since `is_scored` asks for it
+    # Last, since `is_scored` asks for it
+    write_arrays(folder / "label_scores.npz", table | {"epochs": np.int64(epochs)})
 
 
-@torch.no_grad()
-def ensemble_scores(nets: Sequence[nn.Module], data: DataSet, phase: Phase) -> dict[str, NDArray]:
-    """Scores of all N samples, (N,) each. loss_net1, loss_net2: the cross-entropy with the given label, as in
-    `engine.per_sample_loss`. From the sum of both networks' logits: prediction, its probability (confidence), and the
-    probability of the given label (p_given)."""
-    for net in nets:
-        net.eval()
-
-    def score(forward: Callable[..., list[Tensor]], x: Tensor, labels: Tensor) -> Tensor:
-        logits = [net_logits for net in nets for net_logits in forward(net, x)]
-        ensemble = sum(logits)
-        p, prediction = ensemble.softmax(dim=1), ensemble.argmax(dim=1, keepdim=True)
-        confidence, p_given = p.gather(1, prediction)[:, 0], p.gather(1, labels[:, None])[:, 0]
-        losses = [F.cross_entropy(net_logits, labels, reduction="none") for net_logits in logits]
-        return torch.stack([*losses, prediction[:, 0].float(), confidence, p_given])
-
-    names = [*(f"loss_net{k + 1}" for k in range(len(nets))), "prediction", "confidence", "p_given"]
-    scores = torch.zeros(len(names), len(data), device=data.runtime.device)
-    with phase:
-        for rows, values in evaluate(score, data, phase.bar):
-            scores[:, rows] = values
-        table = dict(zip(names, data.runtime.ranks.sum(scores).cpu().numpy(), strict=True))
-    return table | {"prediction": table["prediction"].astype(np.int32)}
-
-
-def label_quality(scores: dict[str, NDArray], given_labels: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    """Quality, is_issue and mean loss of each of the given labels (N,), from the arrays of label_scores.npz. Quality:
-    the networks' mean clean probability; after plain cross-entropy the label's probability (p_given). A label is an
-    issue if its quality is below the run's p_threshold and the networks predict another class."""
-    p_clean, losses = net_arrays(scores, "p_clean"), net_arrays(scores, "loss")
-    quality = sum(p_clean) / len(p_clean) if p_clean else scores["p_given"].astype(np.float64)
-    return quality, (quality < scores["threshold"]) & (scores["prediction"] != given_labels), sum(losses) / len(losses)
+def quality_by_split(scores: dict[str, NDArray], list_given: NDArray) -> LabelQuality:
+    """`label_quality` of all N samples of label_scores.npz, with the given labels of the whole list. Held-out samples
+    are judged apart: the networks have not learned their labels, so their probabilities are of another kind."""
+    labels, held_out = list_given[scores["index"]], scores["held_out"]
+    n, columns, shares = len(labels), (np.zeros(len(labels)), np.zeros(len(labels), bool), labels.copy()), []
+    for rows in (~held_out, held_out):
+        if rows.any():
+            *values, share, error = label_quality(scores["probabilities"][rows], labels[rows])
+            for column, value in zip(columns, values, strict=True):
+                column[rows] = value
+            shares.append((rows.sum() / n * share, rows.sum() / n * error))
+    wrong_share, errors = np.sum(shares, axis=0)[0], [error for _, error in shares]
+    return LabelQuality(*columns, float(wrong_share), float(np.linalg.norm(errors)))
 
 
 def net_arrays(scores: dict[str, NDArray], name: str) -> list[NDArray]:
@@ -96,9 +113,9 @@ def net_arrays(scores: dict[str, NDArray], name: str) -> list[NDArray]:
     return [scores[f"{name}_net{k}"] for k in (1, 2) if f"{name}_net{k}" in scores]
 
 
-def worst_first(quality: NDArray, is_issue: NDArray, loss: NDArray) -> NDArray[np.int64]:
-    """The rows, most doubtful first: issues before others, then by rising quality, then by falling loss."""
-    return np.lexsort((-loss, quality, ~is_issue))
+def worst_first(quality: NDArray, is_issue: NDArray) -> NDArray[np.int64]:
+    """The rows, most doubtful first: issues before others, then by rising quality."""
+    return np.lexsort((quality, ~is_issue))
 
 
 def thumbnails(images: Iterable[NDArray[np.uint8]], side: int = SIDE) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:

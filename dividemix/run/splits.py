@@ -45,6 +45,7 @@ def split(
     if len(held_out):
         drawn = f"drawn by seed {run.args.seed}, to select the best epoch"
         lines.append(f"{len(held_out)} training images held out with their labels, {drawn}")
-    run.save_labels(index=index, given=train.labels[index], list_given=train.labels, list_path=train.names())
+    every_label = {"list_given": train.labels, "list_path": train.names()}
+    run.save_labels(index=index, held_out=held_out, given=train.labels[index], **every_label)
     usable_rows = (np.searchsorted(rows["train"], numbers) for numbers in (index, held_out))
     return Split({name: images.select(rows[name]) for name, images in lists.items()}, index, *usable_rows, lines)

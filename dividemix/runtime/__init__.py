@@ -4,5 +4,5 @@ several batches at once. `loops`: the steps of a training phase and the batches 
 that train together."""
 
 from dividemix.runtime.device import Runtime, available_cores, is_out_of_memory, set_learning_rate, start
-from dividemix.runtime.loops import Batches, Forward, evaluate, run_steps, update
+from dividemix.runtime.loops import Batches, Forward, evaluate, evaluate_rows, run_steps, update
 from dividemix.runtime.ranks import ALONE, Ranks, from_environment

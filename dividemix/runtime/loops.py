@@ -163,3 +163,13 @@ def evaluate(score: Callable[..., Tensor], data: EvaluationSet, bar: Bar = iter)
         x = labels = results = None  # otherwise they stay in memory during the next attempt
         torch.cuda.empty_cache()
         warn(f"not enough memory to evaluate {size} images at once: {size // 2} from now on (--eval_batch_size)")
+
+
+def evaluate_rows(score: Callable[..., Tensor], data: EvaluationSet, bar: Bar = iter) -> Tensor:
+    """score(forward, x, labels) -> (B, K) float32, of all N samples: (N, K) on the device, the same on all ranks."""
+    results, ranks = evaluate(score, data, bar), data.runtime.ranks
+    width = ranks.broadcast_from_rank0(lambda: results[0][1].shape[1])  # a rank may have no batch
+    table = torch.zeros(len(data), width, device=data.runtime.device)
+    for rows, values in results:
+        table[rows] = values
+    return ranks.sum(table)

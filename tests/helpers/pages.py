@@ -67,7 +67,7 @@ def assert_self_contained(content: str) -> Reader:
     assert read.all("script") == [{}]
     assert read.all("img") and all(image["src"].startswith("data:image/") for image in read.all("img"))
     addresses = [v for _, attributes in read.elements for k, v in attributes.items() if k in ("src", "href")]
-    names = {"label_issues.csv", "cleaned_labels.csv", "metrics.jsonl"}
+    names = {"label_issues.csv", "suspects.csv", "cleaned_labels.csv", "metrics.jsonl"}
     assert {address for address in addresses if not address.startswith("data:")} <= names
     assert not re.search(r"https?://|url\(|@import", content)
     assert not [k for _, attributes in read.elements for k in attributes if k.startswith("on")]

@@ -32,7 +32,7 @@ def test_small_sets_get_a_noise_file(tmp_path):
     """Else --noise_file refuses the list: it is too short, since three labels have no score, or not as --r says."""
     folder = make_run(tmp_path / "run", dataset="digits")
     given, true = np.append(GIVEN, [2, 2, 0]), np.append(TRUE, [2, 2, 1])
-    np.savez(folder / "labels.npz", index=np.arange(N), given=GIVEN, true=TRUE, list_given=given)
+    np.savez(folder / "labels.npz", index=np.arange(N), given=GIVEN, list_given=given, list_true=true)
     lines, command = export(folder, tmp_path / "clean")
     assert {path.name for path in (tmp_path / "clean").iterdir()} == {"cleaned_labels.json", "cleaned_labels.csv"}
     assert "3 of 15 changed" in lines[0] and "3 without a score" in lines[0]

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pandas
 import pytest
-from helpers.run_folder import CLASSES, GIVEN, LOSS, P_CLEAN, SUGGESTED, TRUE, N, label_scores, make_run
+from helpers.run_folder import CLASSES, GIVEN, LOSS, P_CLEAN, P_GIVEN, SUGGESTED, N, label_scores, make_run
 
 from dividemix.files import csv_bytes
+from dividemix.report import figures, report
 from dividemix.report import issues as label_issues
-from dividemix.run import scoring
 from dividemix.run.folder import read_run
 
 
@@ -26,22 +26,18 @@ def rows_of(content: bytes) -> list[dict[str, str]]:
 # ---- Which they are ----
 
 
-def test_an_issue_is_doubted_and_has_another_suggestion(tmp_path):
-    """Else the list names labels that nobody would change: sample 1 is doubted, but its class is suggested."""
+def test_the_list_is_made_from_mean_probabilities(tmp_path):
+    """Else the list names labels that nobody would change: sample 1 is doubted, but its own class is suggested."""
     issues = issues_of(tmp_path)
     assert issues.is_issue.tolist() == [i in (0, 3, 6) for i in range(N)]
-    np.testing.assert_allclose(issues.quality, P_CLEAN - 0.005)
-    assert scoring.worst_first(issues.quality, issues.is_issue, issues.loss)[:5].tolist() == [6, 3, 0, 1, 9]
-    scores = label_scores(3) | {"p_clean_net1": np.full(N, 0.4), "p_clean_net2": np.full(N, 0.6)}
-    assert not scoring.label_quality(scores, GIVEN)[1].any()
+    np.testing.assert_allclose(issues.quality, P_GIVEN)
+    assert issues.suggested_labels.tolist() == SUGGESTED.tolist() and (issues.wrong_share, len(issues)) == (0.25, 12)
+    assert np.argsort(issues.rank)[:4].tolist() == [6, 3, 0, 1] and sorted(issues.rank) == [*range(1, N + 1)]
 
 
-def test_cross_entropy_is_judged_by_the_probability_of_the_given_label(tmp_path):
+def test_cross_entropy_has_a_list_of_the_same_columns(tmp_path):
     """Else the baseline has no list, or one that what reads the others cannot read."""
-    issues = issues_of(tmp_path, method="ce")
-    assert issues.quality.tolist() == [0.75 if SUGGESTED[i] == GIVEN[i] else 0.125 for i in range(N)]
-    assert issues.is_issue.tolist() == [i in (0, 3, 6, 9) for i in range(N)]
-    table = label_issues.issues_table(issues)
+    table = label_issues.issues_table(issues_of(tmp_path, method="ce"))
     assert table.columns.tolist() == label_issues.issues_table(issues_of(tmp_path / "b")).columns.tolist()
     assert {(row["p_clean_net1"], row["p_clean_net2"]) for row in rows_of(csv_bytes(table))} == {("", "")}
 
@@ -50,21 +46,10 @@ def test_against_the_truth_by_hand(tmp_path):
     """Else precision and recall in the report are not those of its list."""
     # Wrong: 0, 3, 6, 9. Listed: 0, 3, 6. After the correction 6, which has another wrong label, and 9 are wrong.
     truth = label_issues.against_truth(issues_of(tmp_path))
-    counts = truth.n, truth.wrong, truth.listed, truth.listed_wrong, truth.by_loss, truth.wrong_after
-    assert counts == (12, 4, 3, 3, 4, 2) and (truth.precision, truth.recall) == (1.0, 0.75)
-    loss = np.where(
-        np.isin(np.arange(N), [0, 3, 1, 2]), 5.0, LOSS
-    )  # the four largest: two wrong labels, two right ones
-    assert label_issues.against_truth(replace(issues_of(tmp_path / "b"), loss=loss)).by_loss == 2
-    empty = label_issues.Agreement(5, 0, 0, 0, 0, 0)
+    counts = truth.n, truth.wrong, truth.listed, truth.listed_wrong, truth.wrong_after
+    assert counts == (12, 4, 3, 3, 2) and (truth.precision, truth.recall) == (1.0, 0.75)
+    empty = label_issues.Agreement(5, 0, 0, 0, 0)
     assert empty.precision is None and empty.recall is None
-
-
-def test_truth_of_other_samples_is_no_truth(tmp_path):
-    """Else truth is another sample's after damaged images are left out."""
-    folder = make_run(tmp_path / "run")
-    np.savez(folder / "labels.npz", index=np.arange(N - 1), given=GIVEN[1:], true=TRUE[1:], list_given=GIVEN)
-    assert label_issues.against_truth(label_issues.find(read_run(folder))) is None
 
 
 # ---- For the terminal ----
@@ -75,31 +60,37 @@ def test_the_summary_says_how_many_where_and_how_well(tmp_path):
     issues = issues_of(tmp_path)
     lines = label_issues.summary(issues)
     assert lines[0].startswith("labels: 3 of 12 look wrong (25.0%)") and "in-sample" in lines[0]
-    assert lines[1] == "  by given class: dog (3 of 8)"
-    assert all(words in lines[2] for words in ("precision 100.0%", "recall 75.0%", "33.3% as given", "16.7%"))
-    assert "4 of the 4" in lines[3] and "(100.0%)" in lines[3]
+    assert "25.0 %" in lines[1] and "12.5" in lines[1] and "reach 75 %" in lines[1]
+    assert lines[2] == "  by given class: dog (3 of 8)"
+    assert all(words in lines[3] for words in ("precision 100.0%", "recall 75.0%", "33.3% as given", "16.7%"))
     classes = [f"c\x1b[2J\n{k}" for k in range(15)]
     changed = {"given_labels": np.arange(N), "is_issue": np.ones(N, bool), "class_names": classes}
     lines = label_issues.summary(replace(issues, **changed))
     assert all(line.isprintable() for line in lines)
-    assert lines[1].count("(1 of 1)") == 10 and lines[1].endswith("2 more classes (2 of 2)")
+    assert lines[2].count("(1 of 1)") == 10 and lines[2].endswith("2 more classes (2 of 2)")
 
 
-def test_classes_that_were_not_learned_are_named_in_one_line(tmp_path):
-    """All 503 shirts of Fashion-MNIST were listed in a run: whoever drops what is listed has no such class left."""
+def test_warnings(tmp_path):
+    """All 503 shirts of Fashion-MNIST were listed in a run: whoever drops what is listed has no such class left. Nor
+    may a list that means nothing, or that does harm, look like the others."""
     issues = issues_of(tmp_path)
-    for listed, named in ((2, [0]), (20, [0, 1])):
+    assert label_issues.warnings(issues) == []
+    for listed, of_cat, named in ((2, 19, [0]), (20, 19, [0, 1]), (1, 12, [0]), (9, 12, [])):
         given = np.repeat([0, 1, 2], [20, 21, 4])
-        is_issue = np.concatenate([np.arange(20) < 19, np.arange(21) < listed, np.full(4, True)])
+        is_issue = np.concatenate([np.arange(20) < of_cat, np.arange(21) < listed, np.full(4, listed > 2)])
         changed = {"given_labels": given, "suggested_labels": given, "is_issue": is_issue, "true_labels": None}
-        [line] = label_issues.summary(replace(issues, index=np.arange(45), **changed))[2:]
-        assert [name in line for name in CLASSES] == [k in named for k in range(3)] and "(19 of 20)" in line
+        lines = label_issues.warnings(replace(issues, index=np.arange(45), **changed))
+        assert len(lines) == bool(named)
+        assert [name in "".join(lines) for name in CLASSES] == [k in named for k in range(3)]
+    harm = replace(issues, true_labels=issues.given_labels, failures=["the networks guess"])
+    means_nothing, worse = label_issues.warnings(harm)
+    assert "the networks guess" in means_nothing and "0 are wrong as given, 3 as corrected" in worse
 
 
 # ---- Files ----
 
 
-def test_the_files_come_back_to_the_bit(tmp_path):
+def test_the_files_come_back(tmp_path):
     """Else whoever works with the lists reads other numbers than the run's, or an odd name shifts the columns."""
     classes = ['c,a"t', "d\nog\udce9", ""]
     paths = [b'a,"b"\n.jpg', b"\r.jpg", b"caf\xe9.jpg", "=1+1 \u732b.jpg".encode()]
@@ -110,17 +101,21 @@ def test_the_files_come_back_to_the_bit(tmp_path):
     classes = [name.encode("utf-8", "backslashreplace").decode() for name in classes]
     rows = rows_of((tmp_path / "label_issues.csv").read_bytes())
     assert ",".join(rows[0]) == (
-        "index,path,given_label,suggested_label,label_quality,is_label_issue,loss,p_clean_net1,p_clean_net2,confidence,"
-        "given_class,suggested_class"
+        "index,path,split,given_label,suggested_label,label_quality,is_label_issue,rank,loss,p_clean_net1,p_clean_net2,"
+        "confidence,given_class,suggested_class"
     )
     assert [row["path"] for row in rows] == names
     for i, row in enumerate(rows):
         assert (int(row["index"]), int(row["given_label"]), int(row["suggested_label"])) == (i, GIVEN[i], SUGGESTED[i])
-        assert row["is_label_issue"] == str(i in (0, 3, 6)) and float(row["label_quality"]) == issues.quality[i]
-        assert np.float32(row["loss"]) == issues.loss[i] == LOSS[i] + np.float32(0.25)
-        assert float(row["p_clean_net1"]) == P_CLEAN[i] and float(row["p_clean_net2"]) == issues.p_clean[1][i]
-        assert np.float32(row["confidence"]) == 0.75
+        assert row["is_label_issue"] == str(i in (0, 3, 6))
+        assert float(row["label_quality"]) == float(f"{P_GIVEN[i]:.4g}")
+        assert (row["split"], int(row["rank"])) == ("train", issues.rank[i])
+        assert float(row["loss"]) == float(f"{LOSS[i] + 0.25:.4g}") and len(row["loss"]) <= 6
+        assert float(row["p_clean_net1"]) == P_CLEAN[i] and float(row["p_clean_net2"]) == round(P_CLEAN[i] - 0.01, 2)
+        assert float(row["confidence"]) == float(f"{max(P_GIVEN[i], 0.8125 * (SUGGESTED[i] != GIVEN[i])):.4g}")
         assert (row["given_class"], row["suggested_class"]) == (classes[GIVEN[i]], classes[SUGGESTED[i]])
+    suspects = [(names[i], classes[GIVEN[i]], classes[SUGGESTED[i]]) for i in (6, 3, 0)]
+    assert [tuple(row.values()) for row in rows_of((tmp_path / "suspects.csv").read_bytes())] == suspects
     rows = rows_of((tmp_path / "cleaned_labels.csv").read_bytes())
     assert list(rows[0]) == ["index", "path", "label", "was"] and [row["path"] for row in rows] == names
     cleaned = [SUGGESTED[i] if i in (0, 3, 6) else GIVEN[i] for i in range(N)]
@@ -152,3 +147,44 @@ def test_the_transition_table_is_by_true_class_and_name(tmp_path):
     rates = [[0.75, 0.25, 0], [0, 0.5, 0.5], [np.nan] * 3]
     np.testing.assert_array_equal(frame[[f"rate_{c}" for c in range(3)]].values, rates)
     assert label_issues.transition_table(read_run(make_run(tmp_path / "b", truth=False))) is None
+
+
+def test_held_out_labels_are_ranked_apart(tmp_path):
+    """The networks have not learned them: their probabilities are lower, and all would come first. Their images have no
+    clean probability."""
+    folder = make_run(tmp_path / "run")
+    held_out = np.isin(np.arange(N), [1, 2, 3])
+    p_clean = np.where(held_out, np.nan, P_CLEAN)
+    scores = label_scores(3) | {"held_out": held_out, "p_clean_net1": p_clean, "p_clean_net2": p_clean}
+    np.savez(folder / "label_scores.npz", **scores)
+    label_issues.write(label_issues.find(read_run(folder)), folder)
+    rows = rows_of((folder / "label_issues.csv").read_bytes())
+    assert [(row["split"], row["rank"]) for row in rows[:5]] == [
+        ("train", "2"), ("val", "2"), ("val", "3"), ("val", "1"), ("train", "9")
+    ]  # fmt: skip
+    assert rows[1]["p_clean_net1"] == "" and [row["index"] for row in rows] == [*map(str, range(N))]
+    assert [row["index"] for row in rows_of((folder / "suspects.csv").read_bytes())] == ["6", "3", "0"]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "p_clean_net2", "words"),
+    [
+        (70.0, P_CLEAN, []),
+        (64.0, P_CLEAN, ["66.7%"]),  # with the last of three epochs 66 %, no better than the largest class
+        (70.0, 1 - P_CLEAN, ["by chance on 44.4%"]),
+        (50.0, 1 - P_CLEAN, ["66.7%", "by chance on"]),
+    ],
+)
+def test_a_list_that_means_nothing_says_so(tmp_path, monkeypatch, accuracy, p_clean_net2, words):
+    """A run that learned nothing ends with a list, too: whoever takes its suggestions has no right labels left."""
+    monkeypatch.setattr(label_issues, "_LITTLE_SKILL", 0.1)
+    monkeypatch.setattr(figures, "draw_all", lambda *_: {})
+    folder = make_run(tmp_path / "run", accuracy=accuracy)
+    np.savez(folder / "label_scores.npz", **label_scores(3) | {"p_clean_net2": p_clean_net2})
+    (folder / "cleaned_labels.csv").touch()  # of an earlier end
+    *_, last = report.draw(folder)
+    assert all(text in last and text in (folder / "report.html").read_text() for text in words)
+    assert ("NOTHING" in last) == bool(words)
+    assert (folder / "cleaned_labels.csv").exists() == (not words)
+    report.main([str(folder), "--export_clean", str(tmp_path / "clean")])
+    assert (tmp_path / "clean" / "cleaned_labels.csv").is_file()

@@ -48,16 +48,17 @@ def test_the_page_of_a_whole_run(tmp_path):
         "both networks 61.00 56.50 61.00 net 1 60.00 55.50 60.00 net 2 59.00 54.50 59.00",
         *("3 of 12 labels look wrong", "100.0% precision of", "75.0% recall of"),
         "scores are in-sample: the networks were trained on these labels",
-        "labels 3 4 wrong labels among them 3 4 precision 100.0% 100.0% recall 75.0% 100.0%",
+        "labels 3 wrong labels among them 3 precision 100.0% recall 75.0%",
         *("Wrong labels: 33.3%", "16.7% of the corrected labels", "dog 3 8 37.5%"),
         *("python Train_cifar.py --r 0.5", "p_threshold 0.5"),
-        "given dog suggested cat clean 0.095 true label cat",
-        "given dog suggested dog clean 0.095 label is right",
+        "given dog suggested cat quality 0.125 true label cat",
+        "given dog suggested dog quality 0.375 label is right",
+        "Estimated share of wrong labels: 25.0 %",
     ):
         assert words in read.text, words
-    suggested = enumerate(["cat", "cat", "bird", "dog"])
+    suggested = enumerate(["bird", "cat", "cat", "dog"])
     shown = [image["alt"] for image in read.all("img") if image["alt"].startswith("sample")]
-    assert shown == [f"sample {(0, 3, 6, 1)[k]}: given dog, suggested {name}" for k, name in suggested]
+    assert shown == [f"sample {(6, 3, 0, 1)[k]}: given dog, suggested {name}" for k, name in suggested]
 
 
 def test_the_slider_has_every_divided_epoch_and_the_last_one_is_shown_without_it(tmp_path):
@@ -86,7 +87,7 @@ def test_hostile_names_are_shown_and_do_nothing(tmp_path):
     edit_records(folder, ('{"epoch"', f'{{"test_acc_x": {json.dumps(HOSTILE)}, "epoch"'))
     (folder / "result.json").write_text(json.dumps({f"paper_{HOSTILE}": HOSTILE, "paper_best": 3}))
     read = assert_self_contained(page_of(folder))
-    assert read.text.count(HOSTILE) >= 10 and f"{HOSTILE}0.jpg" in read.all("figure")[-4]["title"]
+    assert read.text.count(HOSTILE) >= 10 and f"{HOSTILE}6.jpg" in read.all("figure")[-4]["title"]
     assert "<img src=x onerror=alert(1)>" in read.text
     odd = RIGHT_TO_LEFT.replace("\ud800", "\\ud800")
     assert f"given {odd}{HOSTILE}2 suggested {{{{ 7 * 7 }}}}' onmouseover='alert(1)" in read.text
@@ -99,7 +100,7 @@ def test_hostile_names_are_shown_and_do_nothing(tmp_path):
         ({"thumbnails": False}, "no small images"),
         ({"histograms": False}, "no loss histograms"),
         ({"epochs": 1}, "not divided yet"),
-        ({"method": "ce"}, "cross-entropy has no clean probability"),
+        ({"method": "ce"}, "cross-entropy does not divide"),
         ({"truth": False}, "true labels are unknown"),
     ],
     ids=["scores", "thumbnails", "histograms", "division", "dividemix", "truth"],
@@ -108,7 +109,7 @@ def test_what_a_run_lacks_is_left_out_with_a_sentence(tmp_path, lacking, words):
     """Else the report fails, does not say what is missing, or calls a softmax probability a clean one."""
     text = text_of(make_run(tmp_path / "run", **lacking))
     assert words in text and words not in text_of(make_run(tmp_path / "whole"))
-    assert ("clean 0." in text) == (not {"method", "scored", "thumbnails"} & lacking.keys())
+    assert ("quality 0." in text) == (not {"scored", "thumbnails"} & lacking.keys())
     assert "truth" not in lacking or "label is right" not in text
 
 

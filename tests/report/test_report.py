@@ -12,7 +12,7 @@ from helpers.scripts import end_of
 from dividemix import DivideMixError, DivideMixWarning
 from dividemix.report import figures, report
 
-MADE = {"report.html", "figures", "transition.csv", "label_issues.csv", "cleaned_labels.csv"}
+MADE = {"report.html", "figures", "transition.csv", "label_issues.csv", "suspects.csv", "cleaned_labels.csv"}
 
 
 @pytest.fixture(autouse=True)

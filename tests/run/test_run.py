@@ -37,7 +37,7 @@ from dividemix.runtime.ranks import Ranks
 
 EPOCH = (60.0, 60.0)  # net 1's and net 2's accuracy
 KEYS = {"nets", "optimizers", "histories", "records", "histograms", "best_epochs", "config", "pins", "versions"}
-KEYS |= {"script", "format"}
+KEYS |= {"script", "format", "probabilities"}
 
 
 def test_what_a_checkpoint_holds(tmp_path):
