@@ -2,10 +2,10 @@
 
     python Train_folder.py --data_path ./flowers                        # flowers/<class>/*.jpg, or flowers/labels.csv
     python Train_folder.py --data_path ./flowers/labels.csv             # columns path,label; paths beside it
-    python Train_folder.py --data_path ./flowers --arch efficientnet_b0 # any of torchvision's networks
     python Train_folder.py --data_path ./digits --width 16 --no_flip    # small images, minutes on a CPU
     python Train_folder.py --data_path ./flowers --method ce            # plain cross-entropy, to compare
     python Train_folder.py --data_path ./flowers --check_data           # is everything there?
+    python Train_folder.py --data_path ./flowers --features             # heads on a frozen network: minutes on a CPU
     torchrun --nproc_per_node=2 Train_folder.py --data_path ./flowers   # the same batch on two GPUs
 
 The same command again continues the run. Flags that are not given are chosen from the data and printed
@@ -20,11 +20,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dataloader_folder
-from dataloader_folder import IMAGENET_MEAN, IMAGENET_STD, Folder, balance, mean_std
-from dividemix import DivideMixError, report, warn
-from dividemix.data import DeviceImages, Pipeline, StreamedImages, Views, check, some
+from dataloader_folder import IMAGENET_MEAN, IMAGENET_STD, mean_std
+from dividemix import DivideMixError, networks, report
+from dividemix.data import DeviceImages, FeatureSet, Pipeline, StreamedImages, Views, check, features
 from dividemix.engine import DataSet, co_divide, test, train_epoch, warmup_epoch
-from dividemix.run import Preparation, Run, Split, command_line, defaults, description, logs, options, splits
+from dividemix.run import BACKBONE, Preparation, Run, Split, command_line, defaults, description, logs, options, splits
 from dividemix.runtime import is_out_of_memory, set_learning_rate
 
 Images = DeviceImages | StreamedImages
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     recipe, lines = defaults.choose(args, len(data.train), survey.side, data.lists)
     args.num_class = data.num_class
     runtime = options.start_runtime(args)
-    folder = options.run_folder(args, "folder", data.name, "ce" if args.method == "ce" else "")
+    folder = options.run_folder(args, "folder", data.name, "features" * args.features, "ce" * (args.method == "ce"))
     views = Views(defaults.resize(args.data_mode, args.image_size), args.image_size, flip=not args.no_flip)
 
     with Run(folder, args, runtime, logs.FOLDER) as run:
@@ -62,18 +62,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         reading = {"workers": args.workers, "keep": args.keep_images, "cache_dir": args.cache_dir}
         with Pipeline(split.lists, views, IMAGENET_MEAN, IMAGENET_STD, runtime, **reading) as pipeline:
             train, tests, mean, std = read(args, split, run, pipeline)
-            nets = options.build_networks(args, runtime, run.begun)
+            num_features = train.num_features if isinstance(train, FeatureSet) else 0
+            nets = options.build_networks(args, runtime, run.begun, num_features=num_features)
             optimizers = [runtime.optimizer(net, args.lr, recipe.weight_decay) for net in nets]
             mixtures = options.mixtures(args)
             uses_unlabeled = recipe.unlabeled_loss or args.lambda_u != 0  # None: chosen while it trains
             loss_terms = {"unlabeled_loss": uses_unlabeled, "conf_penalty": args.conf_penalty == "on"}
             mixmatch = options.mixmatch(args, warm_up=math.inf if args.method == "ce" else args.warm_up, **loss_terms)
-            summary = {"classes": data.class_names, "train": len(train)}
-            summary |= {name: len(images) for name, images in tests.items()}
+            summary = {"classes": data.class_names, "train": len(train)} | {name: len(tests[name]) for name in tests}
             summary |= {"mean": mean, "std": std, "resize": views.resize, "crop": views.crop}
             preparation = Preparation(tuple(mean), tuple(std), views.crop, views.resize)
-            model = description.describe(args.arch, args.num_class, args.width, data.class_names, preparation)
-            lines = [*data.lines, str(survey), *describe(args, data, split, tests, mean, std), *lines]
+            shape = args.arch, args.num_class, args.width
+            model = description.describe(*shape, data.class_names, preparation, num_features=num_features)
+            about = dataloader_folder.describe(data, data.train.labels[split.index], mean, std, views.flip)
+            lines = [*data.lines, str(survey), *about, *split.lines, *lines, *defaults.hint(args, runtime.device)]
             lines += pipeline.describe_changes() if args.data_mode == "device" else []  # of streamed images: see below
             run.start(argv, nets, optimizers, mixtures, mixmatch, data=summary, model=model, lines=lines)
             choice = options.blind_choice(args, run, mixtures, train)
@@ -119,6 +121,16 @@ def read(
         raise DivideMixError("no images to select the best epoch on: give a larger --val_fraction, or a val split")
     sets: dict[str, Images] = {}
     mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if args.features:
+        if args.feature_file:
+            stored, digest = features.read_file(args.feature_file, split.lists)
+            run.pin("features", digest, f"{args.feature_file} has not the features that {run.folder} began with")
+        else:
+            net = networks.frozen(args.arch, args.width, args.weights, run.folder / BACKBONE, run.runtime, run.begun)
+            folder = args.cache_dir or run.folder / "features"
+            stored = features.of_network(net, pipeline, folder, args.feature_views, run.say)
+        sets = {name: features.of_images(stored, pipeline.images(*source)) for name, source in rows_of.items()}
+        return sets.pop("train"), sets, mean, std
     if args.data_mode == "stream":
         if args.cache_dir:
             with run.phase("cache") as phase:
@@ -140,21 +152,6 @@ def read(
         raise DivideMixError(problem) from error
     pipeline.close()
     return sets.pop("train"), sets, mean, std
-
-
-def describe(args: argparse.Namespace, data: Folder, split: Split, tests: Mapping, mean, std) -> list[str]:
-    """The lines that a run prints about its data. Warns of classes with very few images."""
-    labels = data.train.labels[split.index]
-    line, warning = balance(labels, data.class_names, defaults.IMBALANCE)
-    if warning:
-        warn(warning)
-    lines = [f"{len(labels)} images to train on, {data.num_class} classes: {some(data.class_names)}"]
-    lines += [line, *split.lines]
-    if "test" not in tests:
-        lines.append("no test split: accuracies are measured on the validation images' labels, which may be wrong too")
-    lines.append(f"flip {'off (given)' if args.no_flip else 'on (--no_flip turns it off)'}")
-    source = "ImageNet's" if mean is IMAGENET_MEAN else "of the training images"
-    return [*lines, "mean {:.3f} {:.3f} {:.3f}, std {:.3f} {:.3f} {:.3f} ".format(*mean, *std) + f"({source})"]
 
 
 def finish(run: Run, train: DataSet, tests: Mapping[str, DataSet], held_out: DataSet | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dividemix import DivideMixError
+from dividemix import DivideMixError, warn
 from dividemix.data import (
     BadImage,
     Boundary,
@@ -34,6 +34,7 @@ from dividemix.data import (
 SPLITS = ("train", "val", "test")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixel values in [0, 1]
 _GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I")  # Pillow's modes
+_IMBALANCE = 10  # size of the largest class / smallest class from which there is a warning
 _SURVEY_SIZE = 200  # images whose headers `survey` reads
 
 
@@ -239,6 +240,20 @@ def mean_std(pixels: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float,
     means = [float(histogram @ values) for histogram in histograms]
     variances = [histogram @ (values - mean) ** 2 for histogram, mean in zip(histograms, means, strict=True)]
     return tuple(means), tuple(max(float(np.sqrt(variance)), 1 / 255) for variance in variances)
+
+
+def describe(data: Folder, labels: NDArray, mean: Sequence[float], std: Sequence[float], flip: bool) -> list[str]:
+    """The lines that a run prints about its training images, with the labels (N,), and about accuracies and views.
+    Warns of classes with very few images."""
+    line, warning = balance(labels, data.class_names, _IMBALANCE)
+    if warning:
+        warn(warning)
+    lines = [f"{len(labels)} images to train on, {data.num_class} classes: {some(data.class_names)}", line]
+    if "test" not in data.lists:
+        lines.append("no test split: accuracies are measured on the validation images' labels, which may be wrong too")
+    lines.append(f"flip {'on (--no_flip turns it off)' if flip else 'off (given)'}")
+    source = "ImageNet's" if mean is IMAGENET_MEAN else "of the training images"
+    return [*lines, "mean {:.3f} {:.3f} {:.3f}, std {:.3f} {:.3f} {:.3f} ".format(*mean, *std) + f"({source})"]
 
 
 def balance(labels: NDArray, names: Sequence[str], limit: float) -> tuple[str, str]:

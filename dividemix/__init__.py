@@ -3,11 +3,12 @@
 Reading order: `algorithm` (the equations), `codivide` (loss -> clean probability), `engine` (a step and a phase), then
 `Train_cifar.py` (Algorithm 1). Beside them are `recipes` and `blind` (the paper's settings, or those chosen from the
 data), `networks`, `seeds` and `files`. Around them one folder each: `noise`, `data`, `runtime`, `run`; after training
-`report` and `deploy`; for the paper's tables `reproduction`. Imports go one way: scripts -> run, report, deploy ->
-data -> engine -> algorithm, codivide, runtime.
+`report` and `deploy`; for the paper's tables `reproduction`. Imports go one way: scripts and `api` -> run, report,
+deploy -> data -> engine -> algorithm, codivide, runtime.
 """
 
 import warnings
+from typing import Any
 
 
 class DivideMixError(Exception):
@@ -24,3 +25,11 @@ class DivideMixWarning(UserWarning):
 
 def warn(message: str) -> None:
     warnings.warn(message, DivideMixWarning, stacklevel=2)
+
+
+def __getattr__(name: str) -> Any:
+    if name != "find_label_issues":
+        raise AttributeError(f"module 'dividemix' has no attribute {name!r}")
+    from dividemix.api import find_label_issues  # slow to import: torch, pandas
+
+    return find_label_issues

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import InceptionResNetV2
 import PreResNet
 from dividemix import DivideMixError
-from dividemix.files import load_file
+from dividemix.files import load_file, write_state
 from dividemix.runtime import Ranks, Runtime, is_out_of_memory
 from dividemix.seeds import seeded
 
@@ -39,6 +40,25 @@ class LinearInFloat32(InFloat32, nn.Linear):
 
 class Conv2dInFloat32(InFloat32, nn.Conv2d):
     pass
+
+
+HIDDEN = 256  # units of a head for stored features
+
+
+class BatchNorm1d(nn.BatchNorm1d):
+    """A row that is a batch alone, as a pass may end with, is normalised by the running statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and len(x) == 1:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)
+
+
+def head(num_features: int, num_class: int) -> nn.Module:
+    """The network for stored features: (B, num_features) -> logits (B, num_class), computed in float32. Dropout on the
+    features stands in for the augmentation of images."""
+    hidden = [nn.Dropout(0.5), nn.Linear(num_features, HIDDEN), BatchNorm1d(HIDDEN), nn.ReLU()]
+    return nn.Sequential(*hidden, nn.Dropout(0.5), LinearInFloat32(HIDDEN, num_class))
 
 
 def resnet50(num_class: int) -> nn.Module:
@@ -173,6 +193,18 @@ def build(arch: str, num_class: int, width: int = WIDTH, weights: dict[str, Any]
     return net
 
 
+def backbone(arch: str, width: int = WIDTH, weights: dict[str, Any] | None = None) -> nn.Module:
+    """The network without its classifier, in eval mode: images (B, 3, S, S) -> features (B, D). D is its attribute
+    num_features. Raises as `build`."""
+    with torch.random.fork_rng(devices=[]):  # the classifier's initial weights are not used
+        net = build(arch, 2, width, weights)
+    name = classifier_of(net)
+    layer = net.get_submodule(name)
+    net.num_features = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    net.set_submodule(name, nn.Identity())
+    return net.eval()
+
+
 def with_current_keys(state: dict[str, Any]) -> dict[str, Any]:
     """The state dict of a file of torchvision's with the keys that its networks have today: densenet's `norm.1` is now
     `norm1`; auxiliary classifiers are left out."""
@@ -191,12 +223,17 @@ def pair(
     runtime: Runtime,
     begun: bool,
     count: int = 2,
+    num_features: int = 0,
 ) -> list[nn.Module]:
-    """The two networks on the device, or only the first if `count` is 1. A run that has `begun` continues from its
-    checkpoint and reads no weights."""
-    state = read_weights("none" if begun or init_from else weights, arch, runtime.ranks)
+    """The two networks on the device, or only the first if `count` is 1; heads, if there are `num_features`. A run that
+    has `begun` continues from its checkpoint and reads no weights."""
+    state = read_weights("none" if begun or init_from or num_features else weights, arch, runtime.ranks)
+
+    def make() -> nn.Module:
+        return head(num_features, num_class) if num_features else build(arch, num_class, width, state)
+
     try:
-        nets = [seeded(seed, k, lambda: build(arch, num_class, width, state)) for k in range(count)]
+        nets = [seeded(seed, k, make) for k in range(count)]
         if init_from and not begun:
             states = load_file(Path(init_from).expanduser()).get("nets")
             if not isinstance(states, list) or len(states) < count:
@@ -208,6 +245,17 @@ def pair(
             problem = f"{runtime.device}: not enough memory for two networks of --arch {arch}"
             raise DivideMixError(f"{problem}; is another job using it, or is --width {width} too large?") from error
         raise
+
+
+def frozen(arch: str, width: int, weights: str, path: Path, runtime: Runtime, begun: bool) -> nn.Module:
+    """The `backbone` with the weights for `--weights`, on the device. Its state is in the file `path`, from which a run
+    that has `begun` reads it. Raises DivideMixError for weights that do not fit."""
+    net = backbone(arch, width, None if begun else read_weights(weights, arch, runtime.ranks))
+    if begun:
+        load_weights([net], [load_file(path)], str(path))
+    else:
+        write_state(path, net.state_dict())
+    return runtime.prepare(net)
 
 
 def read_weights(weights: str, arch: str, ranks: Ranks) -> dict[str, Any] | None:

@@ -220,3 +220,20 @@ class OwnRecipe:
 OWN_SMALL = OwnRecipe("as CIFAR-10", 64, 0.02, 4, CIFAR_WEIGHT_DECAY, True, 3_900, 70_000, 100)
 OWN_PRETRAINED = OwnRecipe("as Clothing1M", 32, 0.002, 0.5, 1e-3, False, 320, 78_000, 80)
 OWN_SCRATCH = OwnRecipe("as WebVision", 32, 0.01, 0.5, 5e-4, False, 1_030, 164_000, 80)
+
+
+@dataclass(frozen=True)
+class FeatureRecipe:
+    """Heads on stored features."""
+
+    name: str
+    batch_size: int
+    lr: float
+    alpha: float
+    weight_decay: float
+    warm_up: int  # epochs
+    num_epochs: int
+    unlabeled_loss: bool = True
+
+
+FEATURES = FeatureRecipe("for heads on features", 64, 0.02, 4, CIFAR_WEIGHT_DECAY, warm_up=3, num_epochs=12)

@@ -1,10 +1,11 @@
 """The images. `lists` reads which files and labels there are, `check` finds what is wrong with the files. `device` has
 the sets that live on the device, and their augmentation. Larger images come through `stream`: its `workers` read files
-with `images`, and `store` keeps them."""
+with `images`, and `store` keeps them. `features` has what a frozen network says of them."""
 
 from dividemix.data import check
 from dividemix.data.check import usable
 from dividemix.data.device import PAD, DeviceImages, plan_mixmatch
+from dividemix.data.features import FeatureSet
 from dividemix.data.images import READING, BadImage, Views, describe_changes, opened, shown
 from dividemix.data.lists import (
     IMAGE_SUFFIXES,

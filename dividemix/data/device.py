@@ -53,7 +53,7 @@ class DeviceImages:
     def warmup_batches(self, batch_size: int, rng: np.random.Generator) -> Batches:
         """One pass over all samples in a new order, with the partial last batch: (index, crops) a batch."""
         index = plan_warmup(len(self), batch_size, rng)
-        return self._batches([index], [draw_crops(rng, len(rows), self.flip) for rows in index])
+        return self._batches([index], [self._draw(rng, len(rows)) for rows in index])
 
     def warmup_views(self, index: Tensor, crops: Tensor) -> tuple[Tensor, Tensor]:
         """One augmented view (B, 3, H, W) and the given labels (B,)."""
@@ -62,7 +62,7 @@ class DeviceImages:
     def mixmatch_batches(self, division: Division, batch_size: int, rng: np.random.Generator) -> Batches:
         """One pass over the labeled set: (labeled index, unlabeled index, crops, w) a batch; see `plan_mixmatch`."""
         labeled, unlabeled = plan_mixmatch(division, batch_size, rng)
-        crops = [draw_crops(rng, 2 * (len(x) + len(u)), self.flip) for x, u in zip(labeled, unlabeled, strict=True)]
+        crops = [self._draw(rng, 2 * (len(x) + len(u))) for x, u in zip(labeled, unlabeled, strict=True)]
         w = [division.clean_probability[x].astype(np.float32) for x in labeled]
         return self._batches([labeled, unlabeled], crops, w)
 
@@ -81,6 +81,9 @@ class DeviceImages:
     def originals(self, rows: NDArray) -> Iterator[NDArray[np.uint8]]:
         """The images `rows` (M,) without padding, uint8 (H, W, 3) each."""
         return iter(centre(self.padded)[torch.from_numpy(rows).to(self.runtime.device)].cpu().numpy())
+
+    def _draw(self, rng: np.random.Generator, n: int) -> NDArray[np.uint8]:
+        return draw_crops(rng, n, self.flip)
 
     def _views(self, index: Tensor, crops: Tensor) -> Tensor:
         return to_float(crop_flip(self.padded, index, crops), self.mean, self.std)

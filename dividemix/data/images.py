@@ -292,8 +292,9 @@ class Views:
         return views.unflatten(0, (len(columns), len(images)))
 
     def draw(self, height: int, width: int, seed: int | None) -> Box:
-        """The box of the training view number `seed` of a resized image of this size; without a seed the centre."""
-        if seed is None:
+        """The box of the training view number `seed` of a resized image of this size; without a seed, or with one
+        below 0, the centre."""
+        if seed is None or seed < 0:
             top, left = round((height - self.crop) / 2), round((width - self.crop) / 2)
             return Box(top, left, self.crop, self.crop, False)
         rng = np.random.default_rng(seed)

@@ -225,6 +225,11 @@ class StreamedImages:
         views = (self.pipeline.normalise(views[0]) for views in self._eval_views([(x, None) for x in rows]))
         return Batches([(len(x),) for x in rows], zip(views, labels, strict=True))
 
+    def views(self, seeds: NDArray[np.int64], batch_size: int) -> Iterator[Tensor]:
+        """The views of all images in order, for seeds (M, V); a seed below 0 is the centre. -> uint8 (V, B, S, S, 3) on
+        the device, a batch each."""
+        return self._train_views([(rows, seeds[rows]) for rows in in_batches(np.arange(len(self)), batch_size)])
+
     def originals(self, rows: NDArray) -> Iterator[NDArray[np.uint8]]:
         """The images `rows` (M,), (H, W, 3) each: resized if they come from a cache, else as in their files. Raises
         DivideMixError for a bad image."""

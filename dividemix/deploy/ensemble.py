@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dividemix import DivideMixError, networks
 from dividemix.files import load_file
 from dividemix.networks import load_weights
-from dividemix.run import Description, Preparation, load_last
+from dividemix.run import BACKBONE, Description, Preparation, load_last
 
 WEIGHTS = ("best", "last")
 
@@ -27,15 +27,22 @@ def check_output(path: Path, suffix: str) -> None:
 
 class Ensemble(nn.Module):
     """Images (B, channels, S, S), float32 in [0, 1] -> the sum of the networks' logits (B, num_class), as the paper
-    tests them (Sec. 4.1). S is the preparation's image_size. epochs: the epoch of each network's weights."""
+    tests them (Sec. 4.1). S is the preparation's image_size. epochs: the epoch of each network's weights. backbone: the
+    frozen network whose features they take, where they are heads."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, nets: list[nn.Module], preparation: Preparation, epochs: Sequence[int] = ()):
+    def __init__(
+        self,
+        nets: list[nn.Module],
+        preparation: Preparation,
+        epochs: Sequence[int] = (),
+        backbone: nn.Module | None = None,
+    ):
         super().__init__()
         self.epochs = list(epochs)
-        self.nets = nn.ModuleList(nets)
+        self.nets, self.backbone = nn.ModuleList(nets), backbone or nn.Identity()
         self.border = preparation.border
         self.register_buffer("mean", torch.tensor(preparation.mean)[:, None, None])
         self.register_buffer("std", torch.tensor(preparation.std)[:, None, None])
@@ -44,7 +51,8 @@ class Ensemble(nn.Module):
         if self.border:
             images = F.pad(images, [self.border] * 4)
         x = (images.expand(-1, 3, -1, -1) - self.mean) / self.std  # bit for bit as `to_float` in dividemix.data
-        return sum(net(x) for net in self.nets)
+        features = self.backbone(x)
+        return sum(net(features) for net in self.nets)
 
 
 def epochs_used(weights: str, epochs: Sequence[int]) -> str:
@@ -79,8 +87,20 @@ def load_ensemble(run: Path, description: Description, weights: str = "best") ->
         epochs = state["epochs"]
     else:
         raise DivideMixError(f"{path} is missing: --weights last uses the last checkpoint of the run, if there is one")
+    d = description
+    backbone = load_backbone(run, d) if d.num_features else None
     with torch.random.fork_rng(devices=[]):  # the initial weights are replaced at once
-        shape = description.arch, description.num_class, description.width
-        nets = [networks.build(*shape) for _ in range(description.count)]
+        heads = (networks.head(d.num_features, d.num_class) for _ in range(d.count))
+        nets = [*heads] if d.num_features else [networks.build(d.arch, d.num_class, d.width) for _ in range(d.count)]
     load_weights(nets, state["nets"], str(path) if weights == "best" else f"the last checkpoint of {run}")
-    return Ensemble(nets, description.preparation, epochs).eval()
+    return Ensemble(nets, d.preparation, epochs, backbone).eval()
+
+
+def load_backbone(run: Path, description: Description) -> nn.Module:
+    """The frozen network of a run with --features. Raises DivideMixError for a run with --feature_file."""
+    path = run / BACKBONE
+    if not path.exists():
+        raise DivideMixError(f"{path} is missing: a run with --feature_file has no network for images")
+    backbone = networks.backbone(description.arch, description.width)
+    load_weights([backbone], [load_file(path)], str(path))
+    return backbone

@@ -4,7 +4,7 @@ images, `splits` the choice of training images. `run` writes the run folder, wit
 
 from dividemix.run import defaults, description, histograms, logs, options, splits
 from dividemix.run.checkpoint import load_last, to_host
-from dividemix.run.description import Description, Preparation, commit, describe, read_description, versions
+from dividemix.run.description import BACKBONE, Description, Preparation, commit, describe, read_description, versions
 from dividemix.run.folder import RunFolder, read_run
 from dividemix.run.histograms import Histogram
 from dividemix.run.options import Parser

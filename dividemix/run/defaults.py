@@ -8,10 +8,12 @@ import argparse
 from collections.abc import Collection
 from typing import Any
 
+import torch
+
 from dividemix import DivideMixError, networks, recipes
 from dividemix.data import PAD
-from dividemix.recipes import OwnRecipe
-from dividemix.run.options import blind_lines, set_default
+from dividemix.recipes import FeatureRecipe, OwnRecipe
+from dividemix.run.options import blind_lines, refuse_ranks, set_default
 from dividemix.runtime import ranks
 
 SMALL = 64  # pixels: images up to this side are small
@@ -20,11 +22,13 @@ SHORT = 10_000  # training images: with fewer a run is short
 SHORT_STEPS = 1_000  # of a short run, after warm-up
 FEWEST_EPOCHS = 8  # after warm-up
 MOST_WARM_UP = 10  # epochs: after more, networks begin to memorise wrong labels
+FEATURE_ARCH = "efficientnet_b0"  # on a CPU three times as fast as ResNet-50, and by torchvision's tests as accurate
 EPOCH_STEPS = 150  # of the labeled batch size: a smaller set gets smaller batches
-IMBALANCE = 10  # size of the largest class / smallest class from which there is a warning
 
 
-def choose(args: argparse.Namespace, n: int, side: int, lists: Collection[str]) -> tuple[OwnRecipe, list[str]]:
+def choose(
+    args: argparse.Namespace, n: int, side: int, lists: Collection[str]
+) -> tuple[OwnRecipe | FeatureRecipe, list[str]]:
     """Fill the flags that were not given. n: number of training images; side: their median short side, pixels; lists:
     the names of the image lists, of 'train', 'val', 'test'. -> the recipe, and a line for each value with its source.
     Raises DivideMixError for flags that do not go together."""
@@ -39,6 +43,8 @@ def choose(args: argparse.Namespace, n: int, side: int, lists: Collection[str]) 
     default("val_fraction", 0.1 if alone else 0.0, f"the data have {'no ' if alone else ''}validation or test images")
     n = max(n - round(args.val_fraction * n), 1)
 
+    if args.features or args.feature_file:
+        return recipes.FEATURES, lines + choose_for_features(args, side)
     if (args.image_size or side) <= SMALL:
         default("arch", "preresnet18", f"images of at most {SMALL} px")
     else:
@@ -65,6 +71,17 @@ def choose(args: argparse.Namespace, n: int, side: int, lists: Collection[str]) 
     divided = divided_epochs(recipe, n, args.batch_size, args.warm_up)
     default("num_epochs", args.warm_up + divided, f"at most {divided * n // args.batch_size} steps after warm-up")
     default("lr_drop", args.warm_up + divided * 3 // 4, f"after three quarters of {divided} epochs after warm-up")
+    args.eval_batch_size = args.eval_batch_size or (1000 if args.image_size <= SMALL else 200)
+    return recipe, lines + choose_division(args)
+
+
+def choose_division(args: argparse.Namespace) -> list[str]:
+    """The flags of the division and of the unlabeled loss, which depend on no image."""
+    lines: list[str] = []
+
+    def default(name: str, value: Any, source: str) -> None:
+        lines.append(set_default(args, name, value, source))
+
     if args.recipe == "blind":
         lines += blind_lines(args)
     else:
@@ -72,8 +89,45 @@ def choose(args: argparse.Namespace, n: int, side: int, lists: Collection[str]) 
         default("p_threshold", 0.5, "the paper's below 90 % noise")
         default("loss_window", 1, "the paper's below 90 % noise")
     default("division", "per_class", "classes differ in their losses; the paper: global")
-    args.eval_batch_size = args.eval_batch_size or (1000 if args.image_size <= SMALL else 200)
-    return recipe, lines
+    return lines
+
+
+def choose_for_features(args: argparse.Namespace, side: int) -> list[str]:
+    """The rest of `choose` for heads on features, which are those of --arch or in --feature_file."""
+    recipe, lines = recipes.FEATURES, []
+
+    def default(name: str, value: Any, source: str) -> None:
+        lines.append(set_default(args, name, value, source))
+
+    refuse_ranks("--features")
+    if args.data_mode == "device":
+        raise DivideMixError("--data_mode device: with features each image is read once; leave it out")
+    args.data_mode = "stream"
+    if args.feature_file:
+        for flag in ("features", "arch", "weights", "image_size", "skip_bad_images"):
+            if getattr(args, flag):
+                raise DivideMixError(f"--{flag}: with --feature_file no network sees the images; leave it out")
+        args.features, args.arch, args.weights, args.image_size = True, "head", "none", side
+    else:
+        default("arch", FEATURE_ARCH, "features: a small network, exact for its size")
+        weights = "imagenet" if networks.architecture(args.arch).imagenet else "none"
+        default("weights", weights, "torchvision's")
+        if args.weights == "none":
+            raise DivideMixError(f"--features: --arch {args.arch} has no weights, and its features would say nothing")
+        default("image_size", image_size(args.arch, side), f"the median short side is {side}")
+        networks.check(args.arch, args.width, args.image_size, args.weights)
+    for name in ("batch_size", "lr", "alpha", "warm_up", "num_epochs"):
+        default(name, getattr(recipe, name), recipe.name)
+    default("lr_drop", recipe.num_epochs, "none")
+    args.eval_batch_size = args.eval_batch_size or 1000
+    return lines + choose_division(args)
+
+
+def hint(args: argparse.Namespace, device: torch.device) -> list[str]:
+    """At most one line, for who trains whole networks on photos without a GPU."""
+    if device.type != "cpu" or args.image_size <= SMALL or args.features:
+        return []
+    return ["on a CPU this takes hours: --features trains two heads on a frozen network instead, in minutes"]
 
 
 def set_data_mode(args: argparse.Namespace, n: int) -> str:

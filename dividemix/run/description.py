@@ -17,6 +17,8 @@ from dividemix import networks
 from dividemix.data import READING, Views
 from dividemix.run.folder import read_args_json
 
+BACKBONE = "backbone.pt"  # in the run folder: the frozen network whose features the heads take
+
 
 @dataclass(frozen=True)
 class Preparation:
@@ -50,21 +52,30 @@ class Description:
     classes: list[str] | None  # their names, if they have any
     preparation: Preparation
     count: int = 2  # number of networks; an ablation may have one
+    num_features: int = 0  # of the frozen network `arch`, if the trained networks are heads on it
 
     def __str__(self) -> str:
         width = f", width {self.width}" if self.width != networks.WIDTH else ""
         side = f"{self.preparation.image_size}x{self.preparation.image_size}"
         colour = "grey" if self.preparation.channels == 1 else "colour"
         count = ("one", "two")[self.count - 1]
-        return f"{count} {self.arch}{width}, {self.num_class} classes, {colour} images of {side}"
+        heads = "heads on a frozen " if self.num_features else ""
+        return f"{count} {heads}{self.arch}{width}, {self.num_class} classes, {colour} images of {side}"
 
 
 def describe(
-    arch: str, num_class: int, width: int, classes: list[str] | None, preparation: Preparation, count: int = 2
+    arch: str,
+    num_class: int,
+    width: int,
+    classes: list[str] | None,
+    preparation: Preparation,
+    count: int = 2,
+    num_features: int = 0,
 ) -> dict[str, Any]:
     """The entry "model" of args.json, for `read_description`."""
     preprocessing = {"reading": list(READING), **asdict(preparation), "interpolation": "bilinear"}
     network = {"arch": arch, "count": count, "width": width, "num_class": num_class}
+    network |= {"num_features": num_features} if num_features else {}
     return network | {"classes": classes, "preprocessing": preprocessing}
 
 

@@ -196,6 +196,16 @@ def add_own_images(parser: Parser) -> None:
     add("--recipe", choices=["own", "blind"], default="own", help=text)
     add("--loss_window", type=positive_int, help="epochs of loss averaged for a division (default: from the data)")
 
+    add = parser.add_argument_group("frozen features").add_argument
+    text = (
+        "train two small heads on what the network of --arch, with its --weights, says of each image: minutes on a CPU"
+    )
+    add("--features", action="store_true", help=text)
+    text = "--features: views of an image: the centre, mirrored, and random crops"
+    add("--feature_views", type=positive_int, default=4, metavar="V", help=text)
+    text = "train heads on these features, (N, D) or (V, N, D), instead; N: the images of train, val and test, in order"
+    add("--feature_file", metavar="FILE.npy", help=text)
+
 
 def add_run(
     parser: Parser,
@@ -378,13 +388,15 @@ def mixmatch(args: argparse.Namespace, *, conf_penalty: bool, **settings: Any) -
     return MixMatch(**flags | {"conf_penalty": conf_penalty} | settings)
 
 
-def build_networks(args: argparse.Namespace, runtime: Runtime, begun: bool, count: int = 2) -> list[nn.Module]:
-    """The networks that the flags ask for, on the device. begun: whether the run continues from a checkpoint; then no
-    weights are read. Raises DivideMixError for weights that do not fit."""
+def build_networks(
+    args: argparse.Namespace, runtime: Runtime, begun: bool, count: int = 2, num_features: int = 0
+) -> list[nn.Module]:
+    """The networks that the flags ask for, on the device; heads, if there are `num_features`. begun: whether the run
+    continues from a checkpoint; then no weights are read. Raises DivideMixError for weights that do not fit."""
     shape = args.arch, args.num_class, args.width
     weights = getattr(args, "weights", "none")  # Train_cifar.py has no such flag
     start = {"init_from": args.init_from, "seed": args.seed, "runtime": runtime, "begun": begun}
-    return networks.pair(*shape, weights, **start, count=count)
+    return networks.pair(*shape, weights, **start, count=count, num_features=num_features)
 
 
 def refuse_ranks(script: str) -> None:

@@ -43,6 +43,12 @@ from dividemix.seeds import PHASES, draws
 FREE_FLAGS = {"num_epochs", "fresh", "out_dir", "run_dir", "save_scores", "no_label_scores"}
 FREE_FLAGS |= {"data_path", "download", "noise_file", "labels", "check_data", "skip_bad_images", "keep_images"}
 FREE_FLAGS |= {"cache_dir", "device", "gpuid", "workers", "eval_batch_size", "deterministic", "no_compile", "no_graph"}
+FREE_FLAGS |= {"feature_file"}  # its content is pinned
+
+# For the expected time, measured once in a run's first warm-up phase
+SLOW_STEPS = 3  # at its beginning: compilation, memory, file caches
+TIMED_SECONDS = 5.0
+LABELED = 0.75  # share of the samples that a division is assumed to label
 
 # For the expected time, measured once in a run's first warm-up phase
 SLOW_STEPS = 3  # at its beginning: compilation, memory, file caches
@@ -442,7 +448,8 @@ class Run:
                     self._tensorboard.close()
             if self._lock:
                 self._lock.release()
-        begun = any((self.folder / name).exists() for name in ("args.json", "skipped.json"))  # the latter takes hours
+        made = [*self.folder.glob("skipped.json"), *self.folder.glob("features/*.npy")]  # these take hours
+        begun = made or (self.folder / "args.json").exists()
         if self._is_new and not self.records and not begun:  # refused before it began: restore what was there
             shutil.rmtree(self.folder, ignore_errors=True)
             if self._old_folder:

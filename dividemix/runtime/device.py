@@ -78,7 +78,7 @@ class Runtime:
             net = self.parallel.get(net, net)
 
         def logits(x: Tensor) -> Tensor:
-            x = x.contiguous(memory_format=self.memory_format)
+            x = x.contiguous(memory_format=self.memory_format) if x.ndim == 4 else x  # features have no such format
             bf16 = self.precision == "bf16"
             # No cache of cast weights: a later forward would get those from before an update, or without gradients.
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):

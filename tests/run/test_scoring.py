@@ -15,11 +15,13 @@ from PIL import Image
 import dataloader_cifar
 import PreResNet
 import Train_cifar
+from dividemix.codivide import Mixture
 from dividemix.engine import Phase, per_sample_loss
 from dividemix.report import figures
 from dividemix.run import scoring
 from dividemix.run.run import Run
 from dividemix.runtime.device import Runtime
+from dividemix.seeds import draws
 
 
 def scores_of(folder) -> dict[str, np.ndarray]:
@@ -43,6 +45,31 @@ def test_scores_are_of_the_loss_pass_and_of_the_summed_logits(tiny_images):
     p = sum(net.eval()(x) for net in nets).softmax(1)
     np.testing.assert_allclose(scores["probabilities"], p, rtol=1e-4)
     assert len(set(p.argmax(1).tolist())) > 1
+
+
+def test_clean_probabilities_are_those_of_the_next_epoch_and_nothing_is_kept(monkeypatch):
+    """The run may go on afterwards: a loss history with one epoch twice would divide otherwise."""
+    rng = np.random.default_rng(0)
+    losses = [rng.gamma(1 + 3 * (rng.random(60) < 0.4), 1).astype(np.float32) for _ in range(3)]
+    mixture, reference = Mixture(0.5, window=5), Mixture(0.5, window=5)
+    for loss in losses[:2]:
+        mixture.divide(loss)
+        reference.divide(loss)
+    given = np.arange(60) % 2
+    scores = scoring.clean_probabilities({"loss_net1": losses[2]}, [mixture], 3, 2, given)
+    assert len(mixture.history) == 2
+    expected = reference.divide(losses[2], random_state=int(draws(3, "divide", 2).integers(2**32)))
+    np.testing.assert_array_equal(scores["p_clean_net1"], expected.clean_probability)
+    mixture.division = reference.division = "per_class"
+    scores = scoring.clean_probabilities({"loss_net1": losses[2]}, [mixture], 3, 2, given)
+    reference.history = mixture.history
+    by_class = reference.divide(losses[2], random_state=int(draws(3, "divide", 2).integers(2**32)), labels=given)
+    np.testing.assert_array_equal(scores["p_clean_net1"], by_class.clean_probability)
+    assert (by_class.clean_probability != expected.clean_probability).any()
+    monkeypatch.setattr(scoring, "clean_probability", lambda losses, window, random_state, labels: random_state)
+    losses = dict.fromkeys(("loss_net1", "loss_net2"), losses[2])
+    states = scoring.clean_probabilities(losses, [mixture] * 2, 3, 2, given)
+    assert [*states.values()] == [int(draws(3, "divide", 2, k).integers(2**32)) for k in (0, 1)]
 
 
 def test_small_copies_keep_their_shape():

@@ -1,0 +1,188 @@
+"""Features in place of images: what a frozen network says of V views of each image, made once. Heads train on them."""
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dividemix import DivideMixError, warn
+from dividemix.data import store
+from dividemix.data.device import DeviceImages
+from dividemix.data.lists import ImageList
+from dividemix.data.stream import Pipeline, StreamedImages
+from dividemix.files import atomic_file
+from dividemix.runtime import Batches, Runtime
+
+_FORMAT = 1  # of the files; another number makes another file
+_BATCH = 50  # images that go through the network at once
+_HALF_FROM = 2**30  # bytes: larger sets of features are float16
+
+
+class FeatureSet(DeviceImages):
+    """N samples with labels (the given labels, for training) and V stored views of each, on the runtime's device.
+
+    features (V, N, D) float32 or float16; labels int64 (N,); images: what `originals` shows; truly_clean bool (N,),
+    where it is known. A training view is one of the V, drawn for each sample and step. Evaluation takes the first.
+    """
+
+    def __init__(
+        self,
+        features: NDArray[np.floating],
+        labels: NDArray[np.int64],
+        runtime: Runtime | None = None,
+        images: StreamedImages | None = None,
+        truly_clean: NDArray[np.bool_] | None = None,
+    ):
+        self.runtime, self.images, self.truly_clean = runtime or Runtime(), images, truly_clean
+        self.features = torch.from_numpy(features).to(self.runtime.device)
+        self.labels = torch.from_numpy(labels).to(self.runtime.device)
+
+    @property
+    def num_features(self) -> int:
+        return self.features.shape[2]
+
+    def eval_batches(self, batch_size: int) -> Batches:
+        """(x, labels) of all samples in order, of their first views: x float32 (B, D)."""
+        labels = self.labels.split(batch_size)
+        batches = ((x.float(), y) for x, y in zip(self.features[0].split(batch_size), labels, strict=True))
+        return Batches([(len(y),) for y in labels], batches)
+
+    def originals(self, rows: NDArray) -> Iterator[NDArray[np.uint8]]:
+        """As `StreamedImages.originals`. Raises DivideMixError where there are no images."""
+        if self.images is None:
+            raise DivideMixError("these features come without images")
+        return self.images.originals(rows)
+
+    def _draw(self, rng: np.random.Generator, n: int) -> NDArray[np.uint8]:
+        return rng.integers(0, len(self.features), size=n, dtype=np.uint8)
+
+    def _views(self, index: Tensor, view: Tensor) -> Tensor:
+        return self.features[view.long(), index].float()
+
+
+def of_images(features: Mapping[str, NDArray[np.floating]], images: StreamedImages) -> FeatureSet:
+    """The set of these images, with the features (V, N, D) of each list."""
+    rows = features[images.name][:, images.index]
+    return FeatureSet(rows, images.labels, images.runtime, images)
+
+
+# ---- Features of others ----
+
+
+def as_views(features: ArrayLike, name: str = "features") -> NDArray[np.floating]:
+    """Features (N, D) or (V, N, D) of any real type -> (V, N, D), float32 or float16. Raises DivideMixError, naming
+    `name`, for another shape, for values that are not finite, and for more than 255 views."""
+    features = np.asarray(features)
+    if features.ndim not in (2, 3) or 0 in features.shape or features.dtype.kind not in "fiu":
+        problem = f"{features.dtype} of shape {features.shape}"
+        raise DivideMixError(f"{name}: expected numbers of shape (N, D) or (V, N, D), got {problem}")
+    features = features if features.ndim == 3 else features[None]
+    if len(features) > 255:
+        raise DivideMixError(f"{name}: {len(features)} views, expected at most 255 of the shape (V, N, D)")
+    features = np.require(features, None if features.dtype == np.float16 else np.float32, ["C", "W"])  # as torch wants
+    if not np.isfinite(features).all():
+        raise DivideMixError(f"{name}: some values are not finite numbers, or larger than float32 can hold")
+    return features
+
+
+def read_file(path: str, lists: Mapping[str, ImageList]) -> tuple[dict[str, NDArray[np.floating]], str]:
+    """The features (V, N, D) of each list from a .npy file, which has them in the order of the lists; and their
+    SHA-256. Raises DivideMixError for a file that cannot be read, or has another number of samples."""
+    name = f"--feature_file {path}"
+    try:
+        content = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DivideMixError(f"{name} cannot be read as a .npy file ({error})") from error
+    if not isinstance(content, np.ndarray):
+        raise DivideMixError(f"{name} holds several arrays: expected a .npy file with one")
+    features = as_views(content, name)
+    sizes = [len(images) for images in lists.values()]
+    if features.shape[1] != sum(sizes):
+        expected = ", then ".join(f"{size} of {list_name}" for list_name, size in zip(lists, sizes, strict=True))
+        raise DivideMixError(f"{name} has features of {features.shape[1]} images, expected {expected}")
+    parts = np.split(features, np.cumsum(sizes)[:-1], axis=1)
+    return dict(zip(lists, parts, strict=True)), hashlib.sha256(features).hexdigest()
+
+
+# ---- Features of a network ----
+
+
+def of_network(
+    net: nn.Module, pipeline: Pipeline, folder: str | Path, num_views: int, say: Callable[[str], None]
+) -> dict[str, NDArray[np.floating]]:
+    """The features (V, N, D) of each list of a pipeline, from `folder` if they are there, else made and written there.
+    The names of the files depend on the images, the network and the views. `say` gets a line for each list. Raises
+    DivideMixError for a bad image, for features that are not finite, and where the disk refuses."""
+    folder = Path(folder).expanduser()
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    arrays = {name: _stored(net, pipeline.images(name), folder, num_views, say) for name in pipeline.lists}
+    pipeline.close()
+    return arrays
+
+
+def _stored(
+    net: nn.Module, images: StreamedImages, folder: Path, num_views: int, say: Callable[[str], None]
+) -> NDArray[np.floating]:
+    path = _path(folder, net, images, num_views)
+    try:
+        features = np.load(path, allow_pickle=False)
+        say(f"features of {images.name}: {path}")
+        return features
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, EOFError) as error:
+        warn(f"{path} cannot be read ({error}): the features are made again")
+    begin = time.perf_counter()
+    features = as_views(make(net, images, num_views), f"the network's features of {images.name}")
+    seconds = time.perf_counter() - begin
+    if features.nbytes > _HALF_FROM:
+        features = as_views(features.astype(np.float16), f"the network's features of {images.name} in float16")
+    with _writing(path), atomic_file(path) as file:
+        np.save(file, features)
+    rate = f"{seconds:.0f} s, {len(images) / seconds:.3g} images a second"
+    say(f"features of {images.name}: {len(images)} images, {len(features)} views, {rate}")
+    return features
+
+
+@torch.no_grad()
+def make(net: nn.Module, images: StreamedImages, num_views: int) -> NDArray[np.float32]:
+    """What `net` says of V views of each image, (V, N, D): the centre, the centre mirrored (where the pipeline's views
+    are), and random crops, the same in every call. A progress bar counts the images."""
+    runtime, normalise, n = images.runtime, images.pipeline.normalise, len(images)
+    mirror = images.pipeline.views.flip and num_views > 1
+    crops = np.random.default_rng(0).integers(0, 2**63 - 1, (n, num_views - 1 - mirror))
+    features = []
+    with tqdm(total=n, desc=f"features of {images.name}", unit=" images", disable=None) as bar:
+        for pixels in images.views(np.column_stack([np.full(n, -1), crops]), _BATCH):
+            views = [normalise(view) for view in pixels]
+            if mirror:
+                views.insert(1, views[0].flip(3))
+            features.append(torch.stack([runtime.forward(net, view)[0] for view in views]).cpu())
+            bar.update(len(views[0]))
+    return torch.cat(features, dim=1).numpy()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DivideMixError(f"cannot write the features to {path}: {error.strerror or error}") from error
+
+
+def _path(folder: Path, net: nn.Module, images: StreamedImages, num_views: int) -> Path:
+    pipeline = images.pipeline
+    normalise = pipeline.normalise.mean.tolist(), pipeline.normalise.std.tolist()
+    key = hashlib.sha256(f"{_FORMAT} {pipeline.views} {num_views} {normalise} {images.runtime.precision}".encode())
+    for name, tensor in net.state_dict().items():
+        key.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    name = store.cache_path(folder, images.name, pipeline.lists[images.name], pipeline.views.resize)
+    return Path(f"{name}-features-{key.hexdigest()[:16]}.npy")

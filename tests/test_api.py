@@ -1,0 +1,69 @@
+"""`dividemix.find_label_issues`: a list of the wrong labels, for whoever has features and a notebook."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.metrics import average_precision_score
+
+import dividemix
+from dividemix import DivideMixError
+
+NAMES = np.array(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """600 digits as 64 numbers, their true labels and given ones, 30 % of which are wrong."""
+    x, truth = (array[:600] for array in load_digits(return_X_y=True))
+    rng = np.random.default_rng(0)
+    given = np.where(rng.random(600) < 0.3, (truth + rng.integers(1, 10, 600)) % 10, truth)
+    return x, truth, given
+
+
+def test_wrong_labels_are_found(digits):
+    """The one thing that it is for; and the columns that a notebook reads."""
+    x, truth, given = digits
+    table = dividemix.find_label_issues(features=x, labels=given, seed=0)
+    columns = ["index", "given_label", "suggested_label", "label_quality", "is_label_issue", "rank"]
+    assert [*table.columns] == columns and table["index"].tolist() == [*range(600)]
+    wrong = given != truth
+    assert average_precision_score(wrong, -table["label_quality"]) > 0.93
+    assert (table.suggested_label == truth).mean() > 0.85 and (table.given_label == given).all()
+    assert sorted(table["rank"]) == [*range(1, 601)] and table.label_quality.between(0, 1).all()
+    ranked = table.sort_values("rank")
+    issues = int(table.is_label_issue.sum())
+    assert ranked.is_label_issue.tolist() == [True] * issues + [False] * (600 - issues) and 100 < issues < 260
+    assert ranked.label_quality[:issues].is_monotonic_increasing
+    assert (table.suggested_label != table.given_label)[table.is_label_issue].all()
+
+
+def test_names_and_views_and_the_seed(digits):
+    """Class names must come back as names; several views are views, not samples; and the same seed gives the same
+    list, or no figure could be repeated."""
+    x, _, given = digits
+    views = np.stack([x, x + 0.1]).astype(np.float16)[:, :200]
+    first, again, other = (
+        dividemix.find_label_issues(features=views, labels=NAMES[given[:200]].tolist(), seed=seed) for seed in (1, 1, 2)
+    )
+    pandas.testing.assert_frame_equal(first, again)
+    assert set(first.suggested_label) <= {*NAMES} and first.given_label.tolist() == NAMES[given[:200]].tolist()
+    assert not np.array_equal(first.label_quality, other.label_quality)
+
+
+def test_what_cannot_be_listed_is_refused(digits):
+    """A list of other samples, or of one class, would be nonsense without a word."""
+    x, _, given = digits
+    for features, labels in ((x, given[:-1]), (x, np.zeros(600)), (x, given[:, None]), (x[0], given)):
+        with pytest.raises(DivideMixError, match=r"^(labels|features)"):
+            dividemix.find_label_issues(features=features, labels=labels)
+
+
+def test_importing_the_package_loads_no_torch():
+    """Else every command that only prints its flags takes seconds."""
+    code = "import dividemix, sys; assert 'torch' not in sys.modules; dividemix.nothing"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stderr.strip().endswith("AttributeError: module 'dividemix' has no attribute 'nothing'")
