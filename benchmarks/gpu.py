@@ -63,7 +63,7 @@ def run(arguments: list[str], seconds: float) -> int | None:
         process.wait()
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--seconds", type=float, default=480)
@@ -71,6 +71,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if unknown := [part for part in args.parts if part not in PARTS]:
         parser.error(f"{unknown[0]}: expected parts of {', '.join(PARTS)}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
     end, lines, failed = time.monotonic() + args.seconds, [], False
     for part in args.parts or PARTS:
         left = end - time.monotonic() - GRACE

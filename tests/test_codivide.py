@@ -27,27 +27,17 @@ def test_golden_clean_probability():
     np.testing.assert_allclose(history, golden["clean_probability_last5"], atol=0.02)
 
 
-@given(st.integers(0, 10**6))
-@settings(max_examples=20)
-def test_random_state_moves_the_division_only_within_tolerance(seed):
-    """A division that depends on the seed of k-means would be noise in the method."""
-    losses = two_groups()
-    np.testing.assert_allclose(clean_probability(losses, random_state=seed), clean_probability(losses), atol=0.02)
-
-
 @given(st.integers(2, 60), st.integers(0, 2**20), st.floats(0.05, 0.95))
 @settings(max_examples=40)
 def test_labeled_and_unlabeled_are_an_exact_partition(n, seed, threshold):
     """A sample in both sets, or in none, would be trained on twice or never."""
     division = codivide(np.random.default_rng(seed).random(n), threshold)
     np.testing.assert_array_equal(division.labeled, division.clean_probability > threshold)
-    assert division.labeled.shape == (n,)
     assert ((division.clean_probability >= 0) & (division.clean_probability <= 1)).all()
 
 
 def test_the_clean_component_is_the_one_with_the_smaller_mean():
-    """The mixture's components come in any order: taken by position, every second run would train on the wrong
-    labels. At r = 0 there is nothing to tell apart: a made-up AUC in the logs would be a lie."""
+    """Components come in any order: taken by position, every second run would train on the wrong labels."""
     losses = two_groups()
     for sign in (1, -1):  # the mirrored losses have the small group at the other end
         division = codivide(sign * losses, 0.5, truly_clean=(np.arange(250) < 150) == (sign == 1))
@@ -59,7 +49,7 @@ def test_the_clean_component_is_the_one_with_the_smaller_mean():
 
 
 def test_window_averages_normalised_losses_and_does_not_normalise_again():
-    """Raw losses shrink over the epochs: averaged before normalising, the first epochs would decide alone."""
+    """Raw losses shrink over the epochs: averaged before normalising, only the first epochs would decide."""
     history = np.stack([two_groups(seed=k) * 10**k for k in range(4)])
     np.testing.assert_allclose(smoothed(history, 2), (normalise(history[2]) + normalise(history[3])) / 2)
     np.testing.assert_allclose(smoothed(history[:1], 5), normalise(history[0]))
@@ -85,10 +75,9 @@ def test_precision_and_recall_of_the_labeled_set_by_hand():
 # ---- A network's mixture through the epochs ----
 
 
-@pytest.mark.parametrize(("windows", "rows_kept"), [((1,), 0), ((3,), 2), ((1, 3), 2), ((2, 1), 1)])
+@pytest.mark.parametrize(("windows", "rows_kept"), [((1,), 0), ((3,), 2), ((1, 3), 2)])
 def test_a_mixture_keeps_the_losses_that_the_next_window_averages(windows, rows_kept):
-    """One row fewer, and the window is shorter than it says; one more, and each checkpoint grows by what nobody reads.
-    A continued run restores the history alone."""
+    """Else the window is shorter than it says, or each checkpoint grows by what nobody reads."""
     mixture, rows = Mixture(0.6, *windows), [two_groups(seed=k) for k in range(5)]
     for epoch, row in enumerate(rows):
         division = mixture.divide(row, random_state=epoch)
@@ -105,8 +94,7 @@ def test_a_mixture_keeps_the_losses_that_the_next_window_averages(windows, rows_
 
 
 def test_without_clean_samples_there_is_no_division_and_the_next_epoch_is_as_if_there_had_been_one():
-    """Training on no labeled image crashes, and a division of losses of long ago, or of a window with a hole, is
-    another method."""
+    """Training on no labeled image crashes, and a window with a hole is another method."""
     rows = [two_groups(seed=k) for k in range(3)]
     mixture, reference = Mixture(0.5, 3), Mixture(0.5, 3)
     for epoch, row in enumerate(rows):
@@ -121,8 +109,7 @@ def test_without_clean_samples_there_is_no_division_and_the_next_epoch_is_as_if_
 
 
 def test_a_division_carries_what_it_was_made_of():
-    """Else the score files hold other losses or predictions than those that the epoch was divided by. Clothing1M
-    divides other images, and as many as there are, in every epoch."""
+    """Else the score files hold other losses or predictions than those that the epoch was divided by."""
     rows, prediction, clean = [two_groups(seed=k) for k in range(3)], np.arange(250) % 3, np.arange(250) < 150
     mixture = Mixture(0.5, 2)
     mixture.divide(rows[0])
@@ -161,8 +148,7 @@ def test_up_to_the_limit_nothing_is_left_out(monkeypatch):
 
 
 def test_past_the_limit_a_seeded_subsample_gives_nearly_the_same_split(monkeypatch):
-    """Large data sets would be divided by a mixture of other losses than their own, or of the first alone, in a list
-    in the order of its classes; a continued run would divide otherwise."""
+    """Else large data sets are divided by other losses than theirs, or by the first in a sorted list."""
     losses, clean = real_losses(50_000)
     order = np.argsort(losses)
     losses, clean = losses[order], clean[order]

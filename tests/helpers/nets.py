@@ -145,8 +145,8 @@ def snapshot(net: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in net.state_dict().items()}
 
 
-def same(state: dict, other: dict) -> bool:
-    return state.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in state.items())
+def same(state: dict, reference: dict) -> bool:
+    return state.keys() == reference.keys() and all(torch.equal(state[key], reference[key]) for key in state)
 
 
 def reference_logits(net, paths, resize: int, crop: int, mean: tuple, std: tuple) -> torch.Tensor:

@@ -17,7 +17,7 @@ def refused(ended: tuple[int, str, str], *expected: object) -> None:
     """Exit status 1 and one line that contains each of `expected`."""
     status, _, error = ended
     assert status == 1 and error.startswith("error: ") and error.count("\n") == 1, error
-    assert all(str(part) in error for part in expected), error
+    assert all(str(words) in error for words in expected), error
 
 
 HOSTILE = '"><script>alert(1)</script>'
@@ -60,12 +60,12 @@ def assert_self_contained(content: str) -> Reader:
     """No address outside the file but its neighbours, each image a data URI, no script but the page's own, and a policy
     that admits no other."""
     read = Reader(content)
-    [policy] = [each["content"] for each in read.all("meta") if "http-equiv" in each]
+    [policy] = [meta["content"] for meta in read.all("meta") if "http-equiv" in meta]
     [script] = re.findall(r"<script>(.*?)</script>", content, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert "default-src 'none'" in policy and f"script-src 'sha256-{digest}'" in policy and "img-src data:;" in policy
     assert read.all("script") == [{}]
-    assert read.all("img") and all(each["src"].startswith("data:image/") for each in read.all("img"))
+    assert read.all("img") and all(image["src"].startswith("data:image/") for image in read.all("img"))
     addresses = [v for _, attributes in read.elements for k, v in attributes.items() if k in ("src", "href")]
     names = {"label_issues.csv", "suspects.csv", "cleaned_labels.csv", "metrics.jsonl"}
     assert {address for address in addresses if not address.startswith("data:")} <= names

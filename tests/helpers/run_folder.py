@@ -51,7 +51,7 @@ def make_run(
     labels |= {"list_path": np.array(paths, np.bytes_)} if paths else {}
     np.savez(folder / "labels.npz", **labels)
     records = [record(e, accuracy + e, accuracy, divided and e >= warm_up, truth) for e in range(epochs)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
     if histograms and divided:
         lines = [{"epoch": e, "net1": histogram(truth, e), "net2": histogram(truth, e)} for e in range(warm_up, epochs)]
         (folder / "histograms.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -25,12 +25,8 @@ from dividemix.codivide import Mixture  # noqa: E402
 from dividemix.data.device import DeviceImages, draw_crops, plan_mixmatch, plan_warmup  # noqa: E402
 from dividemix.engine import MixMatch, Phase  # noqa: E402
 from dividemix.report import report  # noqa: E402
-from dividemix.run import command_line, run  # noqa: E402
-from dividemix.runtime import (  # noqa: E402
-    Batches,
-    Runtime,
-    start,
-)
+from dividemix.run import command_line  # noqa: E402
+from dividemix.runtime import Batches, Runtime, start  # noqa: E402
 from dividemix.seeds import seeded  # noqa: E402
 from helpers.nets import half, small_net, snapshot  # noqa: E402
 
@@ -41,8 +37,7 @@ def runtime_of_two() -> Runtime:
     return start("cpu", precision="fp32", width=4, batch_size=2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the ranks compute, and the test itself as one process
+# ---- What the ranks compute, and the test itself as one process ----
 
 
 class RankImages(DeviceImages):
@@ -124,17 +119,7 @@ def local_index() -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(3).permutation(16))
 
 
-def passes(runtime: Runtime) -> dict:
-    """A warm-up pass of a network without BN whose batches two ranks divide, and its terms."""
-    net = without_bn(runtime, 5)
-    optimizer = runtime.optimizer(net, 0.1, 5e-4)
-    settings = MixMatch(num_class=4, batch_size=4, conf_penalty=True)
-    terms = engine.warmup_epoch(net, optimizer, digits(24, runtime), settings, Phase())
-    return {"weights": snapshot(net), "terms": list(terms)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The ranks' part
+# ---- What the ranks run ----
 
 
 def small(out: str) -> None:
@@ -146,19 +131,16 @@ def small(out: str) -> None:
         torch.save(result, Path(out, f"{name}.{ranks.rank}.pt"))
 
     save("scored", [scored(runtime, n, batch_size) for n, batch_size in SIZES])
-    save("passes", passes(runtime))
 
     # One step: each rank its rows, and the same rows on both ranks
-    for name, rows in (("split", slice(ranks.rank, None, 2)), ("copies", slice(0, None, 2))):
-        net, peer = without_bn(runtime, 1), without_bn(runtime, 2)
-        optimizer = runtime.optimizer(net, 0.1, 5e-4)
-        terms = step_of(net, peer, optimizer, rows, local_index(), runtime.forward, ranks)
-        gradients = [p.grad.clone() for p in net.parameters()]
-        save(name, {"terms": list(terms), "weights": snapshot(net), "gradients": gradients, "peer": snapshot(peer)})
+    net, peer = without_bn(runtime, 1), without_bn(runtime, 2)
+    optimizer = runtime.optimizer(net, 0.1, 5e-4)
+    terms = step_of(net, peer, optimizer, slice(ranks.rank, None, 2), local_index(), runtime.forward, ranks)
+    save("split", {"terms": list(terms), "weights": snapshot(net), "peer": snapshot(peer)})
     net, peer = network(runtime, 1), network(runtime, 2)
     optimizer = runtime.optimizer(net, 0.1, 5e-4)
     step_of(net, peer, optimizer, slice(0, None, 2), local_index(), runtime.forward, ranks)
-    save("copies_bn", snapshot(net))
+    save("copies", snapshot(net))
 
     # Phases with BN: tails of one row, an unlabeled set of one sample, more ranks than rows
     phases = []
@@ -216,44 +198,30 @@ def fail(kind: str, stamp: str, *argv: str) -> None:
     rank = int(os.environ["RANK"])
     steps = 0
 
-    def happen(fault) -> None:
+    def happen(*_, **__) -> None:
         Path(stamp).write_text(str(time.time()))
-        fault()
+        if kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise {
+            "error": DivideMixError("images/7.jpg: not an image"),
+            "bug": ValueError("a fault of ours"),
+            "mixture": DivideMixError("all per-sample losses are equal"),
+        }[kind]
 
-    def throw(error: Exception) -> None:
-        raise error
+    def failing(*args, **kwargs):
+        nonlocal steps
+        steps += 1
+        if kind == "wait":
+            Path(stamp).touch()
+            time.sleep(0.2)
+        elif rank == (0 if kind == "kill" else 1) and steps == 2:
+            happen()
+        return step(*args, **kwargs)
 
-    def wait() -> None:
-        if rank == 0:
-            Path(stamp).write_text(str(time.time()))
-        time.sleep(0.2)
-
-    fault, at_rank = {
-        "kill": (lambda: os.kill(os.getpid(), signal.SIGKILL), 1),
-        "kill_first": (lambda: os.kill(os.getpid(), signal.SIGKILL), 0),
-        "bad_image": (lambda: throw(DivideMixError("images/7.jpg: not an image")), 1),
-        "bug": (lambda: throw(ValueError("a fault of ours")), 1),
-        "mixture": (lambda: throw(DivideMixError("all per-sample losses are equal")), 0),
-        "disk": (lambda: throw(OSError(28, "No space left on device")), 0),
-        "wait": (wait, rank),
-    }[kind]
+    step = engine.train_step
     if kind == "mixture":
-        Mixture.divide = lambda *_, **__: happen(fault)
-    elif kind == "disk":
-        saved = run.checkpoint.save_last
-        run.checkpoint.save_last = lambda folder, epoch, state: happen(fault) if epoch else saved(folder, epoch, state)
+        Mixture.divide = happen
     else:
-        step = engine.train_step
-
-        def failing(*args, **kwargs):
-            nonlocal steps
-            steps += 1
-            if kind == "wait":
-                wait()
-            elif rank == at_rank and steps == 2:
-                happen(fault)
-            return step(*args, **kwargs)
-
         engine.train_step = failing
     Train_folder.main(list(argv))
 

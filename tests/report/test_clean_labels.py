@@ -70,8 +70,8 @@ def test_the_published_sets_read_their_corrected_list(tmp_path, kind):
 def test_own_images_become_a_csv_with_class_names(tmp_path):
     """Else own images have no corrected list, or a command that a shell splits; bytes that are not UTF-8 are kept."""
     paths = [b'cat/a,"b".jpg', b"dog/caf\xe9.jpg", *(b"x/%d.jpg" % i for i in range(N - 2))]
-    own = {"command": "Train_folder.py", "paths": paths, "data_path": "my data", "truth": False}
-    _, command = export(make_run(tmp_path / "run", **own), tmp_path / "clean list")
+    flags = {"command": "Train_folder.py", "paths": paths, "data_path": "my data", "truth": False}
+    _, command = export(make_run(tmp_path / "run", **flags), tmp_path / "clean list")
     file = tmp_path / "clean list" / "labels.csv"
     assert command == ["python", "Train_folder.py", "--data_path", "my data", "--labels", str(file)]
     with open(file, encoding="utf-8", errors="surrogateescape", newline="") as lines:

@@ -49,13 +49,12 @@ def test_runs_that_differ_only_in_the_seed_are_one_group(runs, tmp_path):
 
 
 def test_other_labels_are_another_setting(tmp_path):
-    """Else the mean of a run and of one with corrected labels, or of two folders, is called a mean over seeds. The
-    noise that a seed makes is no other setting, a noise file is one."""
-    own = {"paths": [b"%d.jpg" % i for i in range(N)], "command": "Train_folder.py", "truth": False}
-    folders = [make_run(tmp_path / name, seed=k, id=name, **own) for k, name in enumerate(("a", "b", "corrected"))]
+    """Else the mean of a run and of one with corrected labels or other images is called a mean over seeds."""
+    flags = {"paths": [b"%d.jpg" % i for i in range(N)], "command": "Train_folder.py", "truth": False}
+    folders = [make_run(tmp_path / name, seed=k, id=name, **flags) for k, name in enumerate(("a", "b", "corrected"))]
     labels = dict(np.load(folders[2] / "labels.npz"))
     np.savez(folders[2] / "labels.npz", **labels | {"list_given": np.zeros(N, np.int64)})
-    folders.append(make_run(tmp_path / "images", **own | {"paths": [b"x%d.jpg" % i for i in range(N)]}))
+    folders.append(make_run(tmp_path / "images", **flags | {"paths": [b"x%d.jpg" % i for i in range(N)]}))
     assert sizes(folders) == [2, 1, 1]
     folders = [make_run(tmp_path / f"s{k}", noise_file=file) for k, file in enumerate((None, None, "cleaned.json"))]
     np.savez(folders[1] / "labels.npz", index=np.arange(N), given=np.zeros(N), true=np.zeros(N), list_given=np.zeros(N))
@@ -80,8 +79,7 @@ def test_the_tables_by_hand(runs):
 
 
 def test_a_run_without_truth_list_or_test_has_dashes(tmp_path):
-    """Else one run of another kind takes the table of all runs with it, or its accuracy on the images that chose the
-    epoch stands below others' on the test set."""
+    """Else one run of another kind takes the table with it, or validation stands below others' test accuracy."""
     folder = make_run(tmp_path / "a", truth=False, scored=False)
     (folder / "metrics.jsonl").write_text('{"epoch": 0, "val_acc": 60.0, "auc_net1": 0.5, "auc_net2": null}\n')
     run = read_run(folder)
@@ -95,8 +93,7 @@ def test_a_run_without_truth_list_or_test_has_dashes(tmp_path):
 
 
 def test_the_page_of_several_runs(runs, tmp_path, monkeypatch):
-    """Else runs cannot be compared without a page for each, a name runs as a script, or the mean of runs of another
-    setting stands beside the paper's number."""
+    """Else a name runs as a script, or runs of another setting stand beside the paper's number without a word."""
     monkeypatch.setattr(figures, "png", lambda draw: b"\x89PNG")
     paper = {"dataset": "cifar10", "noise_mode": "sym", "r": 0.2, "warm_up": 10}
     runs += [read_run(make_run(tmp_path / name, **paper, lambda_u=u)) for name, u in (("as paper", 0), ("b", 25))]

@@ -1,6 +1,5 @@
 """The report's figures: what their curves and bars say of runs made by hand."""
 
-import json
 import struct
 import warnings
 from functools import partial
@@ -22,11 +21,6 @@ def axes():
 
 def curves(axes) -> dict[str, list]:
     return {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
-
-
-def with_records(folder, records):
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    return read_run(folder)
 
 
 ALWAYS = {"accuracy", "seconds"}
@@ -83,19 +77,6 @@ def test_accuracy_has_each_net_both_and_the_last_ten(tmp_path, axes):
     assert np.isnan(drawn["precision, net 1"][0]) and drawn["precision, net 1"][1:] == [0.75] * 11
 
 
-def test_runs_on_validation_sets(tmp_path, axes):
-    """Else what chose Clothing1M's epoch is called a test, or WebVision's figure lacks ImageNet."""
-    records = [{"epoch": e, "val_acc": 60.0 + v, "val_acc_net1": 59.0} for e, v in enumerate((0, 4, 2))]
-    figures.draw_accuracy(axes, with_records(make_run(tmp_path / "clothing"), records))
-    assert axes.get_title() == "validation accuracy" and curves(axes)["best 64.00"] == [64]
-    assert curves(axes)["both networks"] == [60, 64, 62] and curves(axes)["net 1"] == [59] * 3
-    values = {"test_acc": 70.0, "imagenet_acc": 65.0, "best_acc": 70.0, "val_acc": 60.0}
-    webvision = with_records(make_run(tmp_path / "webvision"), [{"epoch": e, **values} for e in range(3)])
-    axes = Figure().subplots()
-    figures.draw_accuracy(axes, webvision)
-    assert curves(axes)["both networks, ImageNet"] == [65] * 3 and curves(axes)["validation accuracy"] == [60] * 3
-
-
 def test_losses_are_coloured_by_truth_and_are_densities(axes):
     """Else right and wrong labels are exchanged in the figure, or its bars and its curves have different units."""
     figures.draw_losses(axes, histogram(truth=True), "net 1")
@@ -122,14 +103,3 @@ def test_the_transition_matrix_is_true_where_the_truth_is_known(tmp_path, axes, 
     assert [text.get_text() for text in axes.get_xticklabels()] == ["cat", "dog", "bird"]
     assert axes.get_ylabel() == label
     np.testing.assert_allclose(axes.images[0].get_array().filled(np.nan), matrix)
-
-
-def test_runs_of_one_group_share_a_colour_and_a_name(tmp_path, axes):
-    """Else seeds look like settings, or a curve carries another run's name."""
-    runs = [read_run(make_run(tmp_path / f"a{s}", seed=s, accuracy=50.0 + s)) for s in range(2)]
-    ce = read_run(make_run(tmp_path / "_ce", method="ce", accuracy=20.0))
-    figures.draw_overlay(axes, [("a", runs), ("_ce", [ce])], None)
-    lines = axes.get_lines()
-    assert [list(line.get_ydata()) for line in lines] == [[50, 51, 52], [51, 52, 53], [20, 21, 22]]
-    assert lines[0].get_color() == lines[1].get_color() != lines[2].get_color()
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a (2 seeds)", " _ce"]

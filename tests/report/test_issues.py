@@ -43,8 +43,8 @@ def test_cross_entropy_has_a_list_of_the_same_columns(tmp_path):
 
 
 def test_against_the_truth_by_hand(tmp_path):
-    """Else precision and recall in the report are not those of its list. Wrong: 0, 3, 6, 9. Listed: 0, 3, 6. After the
-    correction 6, which has another wrong label, and 9 are wrong."""
+    """Else precision and recall in the report are not those of its list."""
+    # Wrong: 0, 3, 6, 9. Listed: 0, 3, 6. After the correction 6, which has another wrong label, and 9 are wrong.
     truth = label_issues.against_truth(issues_of(tmp_path))
     counts = truth.n, truth.wrong, truth.listed, truth.listed_wrong, truth.wrong_after
     assert counts == (12, 4, 3, 3, 2) and (truth.precision, truth.recall) == (1.0, 0.75)
@@ -56,8 +56,7 @@ def test_against_the_truth_by_hand(tmp_path):
 
 
 def test_the_summary_says_how_many_where_and_how_well(tmp_path):
-    """Else the first numbers that the user reads are wrong; or a thousand class names push all else off the screen,
-    and one that moves the cursor spoils it."""
+    """Else the first numbers that the user reads are wrong, or class names move the cursor or fill the screen."""
     issues = issues_of(tmp_path)
     lines = label_issues.summary(issues)
     assert lines[0].startswith("labels: 3 of 12 look wrong (25.0%)") and "in-sample" in lines[0]
@@ -147,6 +146,7 @@ def test_the_transition_table_is_by_true_class_and_name(tmp_path):
     assert frame[[f"count_{c}" for c in range(3)]].values.tolist() == [[3, 1, 0], [0, 1, 1], [0] * 3]
     rates = [[0.75, 0.25, 0], [0, 0.5, 0.5], [np.nan] * 3]
     np.testing.assert_array_equal(frame[[f"rate_{c}" for c in range(3)]].values, rates)
+    assert label_issues.transition_table(read_run(make_run(tmp_path / "b", truth=False))) is None
 
 
 def test_held_out_labels_are_ranked_apart(tmp_path):

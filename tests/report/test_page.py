@@ -42,10 +42,10 @@ def edit_records(folder, *replacements: tuple[str, str]):
 
 def test_the_page_of_a_whole_run(tmp_path):
     """Else a number on it, or a label beside an image, is another one's."""
-    read = assert_self_contained(page_of(make_run(tmp_path / "run")))
+    read = assert_self_contained(page_of(make_run(tmp_path / "run", epochs=12)))
     for words in (
-        *("52.00 best test accuracy", "51.00 mean of the last 10", "0.875/0.875 AUC, net 1/2"),
-        "both networks 52.00 51.00 52.00 net 1 51.00 50.00 51.00 net 2 50.00 49.00 50.00",
+        *("61.00 best test accuracy", "55.50 mean of the last 10", "0.875/0.875 AUC, net 1/2"),
+        "both networks 61.00 56.50 61.00 net 1 60.00 55.50 60.00 net 2 59.00 54.50 59.00",
         *("3 of 12 labels look wrong", "100.0% precision of", "75.0% recall of"),
         "scores are in-sample: the networks were trained on these labels",
         "labels 3 wrong labels among them 3 precision 100.0% recall 75.0%",

@@ -81,15 +81,15 @@ def test_what_fails_is_reported_and_the_rest_goes_on(tmp_path, capsys):
 
 
 def test_ctrl_c_ends_all_runs_cleanly_and_the_same_runs_continue(tmp_path):
-    """Hours of every run are lost, or processes are left that hold cards and folders. More runs at once than slots do
-    not fit in a card's memory; fewer leave it idle."""
+    """Else hours of every run are lost, or processes are left that hold cards and folders."""
     runs = [fake_run(tmp_path, f"run{k}", "--seconds", "0.1", epochs=300) for k in range(2)]
     once_begun(runs, lambda: os.kill(os.getpid(), signal.SIGINT))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started pytest so
     with pytest.raises(signals.Stopped) as stopped, signals.stoppable():
         jobs.launch([*runs, fake_run(tmp_path, "waits")], tmp_path / "logs", [{}] * 2)
     signal.signal(signal.SIGINT, before)
-    assert stopped.value.status == 130 and not (tmp_path / "waits").exists()
+    assert stopped.value.status == 130
+    assert not (tmp_path / "logs" / "waits.log").exists(), "more runs at once than slots"
     for run in runs:
         log = (tmp_path / "logs" / f"{run.name}.log").read_text()
         assert log.splitlines()[-1] == "interrupted: by SIGTERM"  # once, and not killed
@@ -141,8 +141,7 @@ def test_a_queue_runs_several_runs_a_job(tmp_path, monkeypatch):
 
 
 def test_a_job_that_is_requeued_ends_cleanly_and_goes_on(tmp_path):
-    """The end of a job's time kills the script in mid-epoch; or `checkpoint`, which submitit calls in a signal's
-    handler while the job waits, hangs, and the runs are never queued again."""
+    """Else the end of a job's time kills the script in mid-epoch, or `checkpoint` hangs in its signal handler."""
     run = fake_run(tmp_path, "run", "--seconds", "0.1", epochs=20)
     job, requeued = jobs.Job([run], tmp_path, {}, in_queue=True), []
     before = signal.signal(signal.SIGUSR2, lambda *_: requeued.append(job.checkpoint()))
@@ -161,8 +160,7 @@ def test_a_job_that_is_requeued_ends_cleanly_and_goes_on(tmp_path):
 
 
 def test_a_queue_that_takes_no_more_jobs_or_loses_one(tmp_path):
-    """A limit of jobs a user would end the command while the jobs that were taken train on unseen; a run on a node that
-    died would count as finished."""
+    """Else a limit of jobs a user ends the command, or a run on a node that died counts as finished."""
     taken = []
 
     def submit(job):
@@ -179,18 +177,3 @@ def test_a_queue_that_takes_no_more_jobs_or_loses_one(tmp_path):
     assert line.startswith("d: failed: ") and "lost" in line
     with pytest.raises(DivideMixError, match="division by zero"):
         jobs.launch([fake_run(tmp_path, "d")], tmp_path, [{}], 1, SimpleNamespace(submit=lambda job: 1 / 0))
-
-
-def test_what_slurm_is_told(tmp_path, monkeypatch):
-    """A job of the default five minutes, or without a card; of a laptop's user a stack trace of submitit."""
-    monkeypatch.setenv("PYTHONPATH", "before")
-    monkeypatch.setattr(submitit.SlurmExecutor, "affinity", classmethod(lambda cls: 2))
-    parameters = {"slurm_time": 90, "slurm_gpus_per_node": 1, "slurm_partition": "small"}
-    executor = jobs.slurm_executor(tmp_path, **parameters, slurm_additional_parameters={"qos": "high"})
-    script = executor._executor._make_submission_file_text("", "")
-    for flag in ("--partition=small", "--gpus-per-node=1", "--time=90", "--qos=high", "--job-name=dividemix"):
-        assert f"#SBATCH {flag}\n" in script
-    assert os.environ["PYTHONPATH"] == f"{rows.ROOT}:before"
-    monkeypatch.setattr(submitit.SlurmExecutor, "affinity", classmethod(lambda cls: -1))
-    with pytest.raises(DivideMixError, match="--launcher slurm"):
-        jobs.slurm_executor(tmp_path)

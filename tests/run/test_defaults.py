@@ -29,9 +29,8 @@ def test_small_images_and_photos():
     assert values(args, "loss_window", "division") == (1, "per_class")
     assert values(args, "val_fraction", "warm_up", "num_epochs", "lr_drop") == (0.1, 10, 18, 16)
     assert recipe is recipes.OWN_SMALL and recipe.unlabeled_loss
-    assert [line.split()[0] for line in lines] == [*NAMES] and any(
-        line.startswith("warm_up 10 (850 steps") for line in lines
-    )
+    assert [line.split()[0] for line in lines] == [*NAMES]
+    assert any(line.startswith("warm_up 10 (850 steps") for line in lines)
     args, recipe, _ = chosen(side=375)
     assert values(args, "arch", "weights", "image_size", "data_mode") == ("resnet50", "imagenet", 224, "stream")
     assert values(args, "batch_size", "lr", "alpha", "warm_up", "num_epochs") == (16, 0.002, 0.5, 4, 12)

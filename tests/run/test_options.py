@@ -304,6 +304,3 @@ def test_a_division_by_class_is_not_the_papers_setting(capsys):
         assert "--division per_class (paper: global)" in recipes.setting_differences(vars(args), setting)
         differences = recipes.setting_differences(vars(script.parse_args([])), setting)
         assert not any(text.startswith("--division") for text in differences)
-    with pytest.raises(SystemExit):
-        Train_cifar.parse_args(["--division", "classes"])
-    assert "global" in capsys.readouterr().err

@@ -179,14 +179,6 @@ def test_thumbnails_are_the_images_of_the_worst_labels(copy, monkeypatch):
     assert (copy / "label_scores.npz").is_file() and not (copy / "thumbnails.npz").exists()
 
 
-def test_cross_entropy_is_scored_without_a_division(tmp_path):
-    """The baseline has a ranking of its own: else there is nothing to compare the list with."""
-    again(tmp_path / "run", "--method", "ce", "--num_epochs", "1")
-    scores = scores_of(tmp_path / "run")
-    assert "p_clean_net1" not in scores and {"loss_net1", "loss_net2", "probabilities"} <= scores.keys()
-    assert "label_quality" in (tmp_path / "run" / "label_issues.csv").read_text()
-
-
 def test_the_pass_can_be_left_out_and_held_out_samples_are_scored(tmp_path):
     """It takes as long as some epochs, and can come later. A tenth of the labels, held out, was never checked; they are
     no part of the mean over the divided epochs."""

@@ -3,7 +3,6 @@
 import copy
 import functools
 import os
-import shutil
 import threading
 
 import numpy as np
@@ -68,8 +67,7 @@ def test_auto_takes_the_card_then_mps_then_the_cpu(monkeypatch):
 
 
 def test_why_a_card_cannot_be_used(monkeypatch, tmp_path):
-    """Else the advice is wrong: a new torch build and a new driver mend different faults, and a machine without any
-    NVIDIA driver must not be told of one."""
+    """Else the advice is wrong: a new torch build and a new driver mend different faults."""
     monkeypatch.undo()
     proc = tmp_path / "version"
     monkeypatch.setattr(device.shutil, "which", lambda _: None)
@@ -109,8 +107,7 @@ def test_a_card_compiles_and_captures_unless_told_not_to(monkeypatch):
 
 
 def test_a_cpu_neither_compiles_nor_captures_and_narrow_networks_are_contiguous():
-    """There, compiling costs a minute and was no faster. Channels_last of few channels leaves vector units half empty,
-    and below 8 channels torch writes out of bounds in the backward pass."""
+    """There compiling is no faster, and below 8 channels torch writes out of bounds in channels_last."""
     layouts = [start("cpu", width=width).memory_format for width in (15, 16)]
     assert layouts == [torch.contiguous_format, torch.channels_last]
     runtime = start("cpu")
@@ -141,18 +138,10 @@ def test_threads_are_the_containers_cores(monkeypatch, cores, given, expected):
     assert threads == expected
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_background_work_gives_its_result_or_its_error(kind):
-    """A mixture that cannot be fitted must end the run with its own message, wherever it was fitted."""
-    runtime = Runtime(torch.device(kind))
-    in_this_thread = runtime.background(threading.get_ident)() == threading.get_ident()
-    assert in_this_thread == (kind == "cpu")
-
-    def fail():
-        raise DivideMixError("all losses are equal")
-
-    with pytest.raises(DivideMixError, match="all losses are equal"):
-        runtime.background(fail)()
+def test_a_card_does_not_wait_for_background_work():
+    """Else a card idles while a mixture is fitted. (What is fitted, and its errors: test_engine.py.)"""
+    card = Runtime(torch.device("cuda"))
+    assert card.background(threading.get_ident)() != threading.get_ident()
 
 
 # ---- Precision ----
@@ -160,8 +149,7 @@ def test_background_work_gives_its_result_or_its_error(kind):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_bf16_is_the_default_only_where_it_is_fast(monkeypatch, native):
-    """Else an old CPU or a card before sm80 emulates bf16 and is slower than in fp32, or a new one runs at half its
-    speed."""
+    """Else old hardware emulates bf16, slower than fp32, or new hardware runs at half its speed."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0) if native else (7, 5))
     assert device.computes_bf16(torch.device("cuda", 0)) is native
     monkeypatch.setattr(device, "computes_bf16", lambda _: native)
@@ -191,9 +179,8 @@ def test_logits_are_float32_and_of_the_weights_as_they_are_now(precision):
 
 
 def test_gradients_reach_every_parameter_in_both_precisions_and_memory_formats():
-    """Else only BN and biases train (older autocasts keep weights cast without gradients), or a kernel that reads the
-    other layout's strides scrambles them. Measured: within 0.5 of each norm in bf16, 0.04 in channels_last; cosine
-    0.95."""
+    """Else only BN and biases train, as with older autocasts, or a kernel reads the other layout's strides."""
+    # Measured: within 0.5 of each norm in bf16, 0.04 in channels_last; cosine 0.95
     reference = gradients("fp32", layout=torch.contiguous_format)
     for precision, bound, cosine in (("fp32", 0.1, 0.99), ("bf16", 0.7, 0.9)):
         result = gradients(precision)
@@ -209,22 +196,6 @@ def test_gradients_reach_every_parameter_in_both_precisions_and_memory_formats()
 # ---- Compilation: on a CPU, where no run uses it, so that it is tested everywhere ----
 
 
-def phases(runtime: Runtime, data, build, epochs: int):
-    """Both nets through all phases. -> their states and the terms"""
-    torch.manual_seed(0)
-    nets = [runtime.prepare(build()) for _ in range(2)]
-    optimizers, data = [runtime.optimizer(net, 0.02, 5e-4) for net in nets], placed(runtime, data)
-    terms = []
-    for epoch in range(epochs):
-        for k, (net, optimizer) in enumerate(zip(nets, optimizers, strict=True)):
-            phase = Phase(3, np.random.default_rng([epoch, k]))
-            engine.per_sample_loss(net, data)
-            terms.append(engine.warmup_epoch(net, optimizer, data, SETTINGS, phase))
-            terms.append(engine.train_epoch(net, nets[1 - k], optimizer, data, half(24), SETTINGS, phase))
-        engine.test(nets, {"test": data})
-    return [net.state_dict() for net in nets], terms
-
-
 @pytest.fixture
 def no_compilations():
     torch._dynamo.reset()
@@ -234,40 +205,31 @@ def no_compilations():
 
 @pytest.mark.usefixtures("no_compilations")
 def test_two_nets_and_partial_batches_share_five_compilations(monkeypatch, tiny_images):
-    """Five: warm-up step, guesses, the peer's guesses, training step, evaluation. More cost a minute each on a card.
-    What they compute is what eager computes."""
+    """More cost a minute each on a card; and what they compute is what eager computes."""
     compiled = []
 
     def backend(graph, example_inputs):
         compiled.append(graph)
         return graph.forward
 
+    def phases(compile: bool):
+        runtime = Runtime(CPU, merge=True, compile=compile, eval_batch_size=16)
+        torch.manual_seed(0)
+        nets, data, terms = [runtime.prepare(small_net()) for _ in range(2)], placed(runtime, tiny_images), []
+        optimizers = [runtime.optimizer(net, 0.02, 5e-4) for net in nets]
+        for epoch in range(2):
+            for k, (net, optimizer) in enumerate(zip(nets, optimizers, strict=True)):
+                phase = Phase(3, np.random.default_rng([epoch, k]))
+                engine.per_sample_loss(net, data)
+                terms.append(engine.warmup_epoch(net, optimizer, data, SETTINGS, phase))
+                terms.append(engine.train_epoch(net, nets[1 - k], optimizer, data, half(24), SETTINGS, phase))
+            engine.test(nets, {"test": data})
+        assert runtime.compile == compile
+        return terms, [net.state_dict() for net in nets]
+
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    runtime = Runtime(CPU, merge=True, compile=True, eval_batch_size=16)
-    states, terms = phases(runtime, tiny_images, small_net, epochs=2)
-    assert runtime.compile and len(compiled) == 5
-    eager_states, eager_terms = phases(Runtime(CPU, merge=True, eval_batch_size=16), tiny_images, small_net, epochs=2)
-    assert np.allclose(terms, eager_terms, rtol=1e-4)
-    torch.testing.assert_close(states, eager_states, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_compilations")
-@pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler on a CPU")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_inductors_kernels_train_as_eager_ones(tiny_images, precision):
-    """Anything that fused kernels of two nets share or leave out would train another method."""
-
-    def build():
-        return ResNet18(3, width=8)  # 8: Inductor takes channels_last
-
-    runtime = Runtime(CPU, precision, merge=True, compile=True, eval_batch_size=16)
-    states, terms = phases(runtime, tiny_images, build, epochs=1)
-    assert runtime.compile
-    eager_states, eager_terms = phases(Runtime(CPU, "fp32"), tiny_images, build, epochs=1)
-    assert np.allclose(terms, eager_terms, rtol=1e-3 if precision == "fp32" else 0.05, atol=0.01)
-    if precision == "fp32":
-        torch.testing.assert_close(states, eager_states, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(phases(compile=True), phases(compile=False), rtol=1e-3, atol=1e-4)
+    assert len(compiled) == 5
 
 
 # ---- Optimiser ----

@@ -38,8 +38,7 @@ def assert_captured(runtime: Runtime, count: int) -> None:
 
 @pytest.mark.parametrize(("precision", "merge"), [("fp32", False), ("bf16", True)])
 def test_replayed_steps_equal_eager_ones(merge, precision):
-    """A number that was frozen (lam, the ramp, the learning rate), a tensor that was copied too late, momentum or
-    statistics spoiled by the runs before the capture: all would train another method without an error."""
+    """A number that was frozen, or momentum that the capture spoiled, trains another method without an error."""
     eager, replayed = (Runtime(CPU, precision, merge=merge, graph=on) for on in (False, True))
     runs = [start(eager), start(replayed)]
     terms = [train(digits(SIZE, runtime), [0, 1], *run) for runtime, run in zip((eager, replayed), runs, strict=True)]
@@ -140,8 +139,7 @@ class Extended(MixMatch):
 
 @pytest.mark.parametrize(("precision", "merge"), [("fp32", False), ("bf16", True)])
 def test_a_step_is_captured_anew_for_each_setting_that_it_reads_and_for_no_other(precision, merge):
-    """A graph of T = 0.5 that is replayed for T = 1 sharpens as before; so would an ablation, or a setting of one's
-    own. A lambda_u that the step reads would be frozen; captured anew for each lambda_u, the card fills up."""
+    """Else T = 0.5 is replayed for T = 1, a lambda_u is frozen, or captures for each lambda_u fill the card."""
     fields = dataclasses.asdict(SETTINGS)
     calls = [  # labeled, settings, the peer's number, captures so far
         (9, SETTINGS, 1, 1),

@@ -27,8 +27,7 @@ def note_rows(net: nn.Module) -> list[int]:
 
 @pytest.mark.parametrize("build", [ResNet18, ResNet50])
 def test_four_batches_together_are_four_forwards_one_after_the_other(build):
-    """Statistics over all four batches, or running statistics updated in another order or only once: the labels that
-    are guessed and the networks that are evaluated would be another method's."""
+    """Else guesses have the statistics of all four batches, or running statistics are updated in another order."""
     plain, replaced = plain_and_replaced(build)
     batches = [scale * torch.randn(6, 3, 16, 16) for scale in (1, 2, 3, 4)]
     rows = note_rows(replaced)
@@ -55,8 +54,7 @@ def test_eval_batches_together_change_nothing():
 
 @pytest.mark.parametrize("unequal", ["sizes", "layers"])
 def test_what_cannot_be_merged_is_not(unequal):
-    """The batch at an epoch's end has fewer rows, and a fork's BatchNorm1d knows no groups: merged, both would mix the
-    statistics of different views."""
+    """Merged, batches of two sizes, or a layer that knows no groups, would mix the statistics of two views."""
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten())
     if unequal == "layers":
         net.append(nn.BatchNorm1d(4 * 16))

@@ -14,8 +14,7 @@ from dividemix.seeds import draws, seeded
 
 
 def test_the_first_non_finite_step_stops_all_updates(tiny_images):
-    """Weights that turned NaN an hour ago: the phase must end with the number of the batch, and sound weights and
-    momentum."""
+    """Else a run goes on with weights that turned NaN an hour ago, and nobody knows at which batch."""
     net = small_net()
     optimizer = Runtime(CPU).optimizer(net, 0.02, 5e-4)
     before = []
@@ -46,8 +45,7 @@ def test_a_bad_gradient_of_a_finite_loss_counts_and_so_does_the_reverse(bad_loss
 
 
 def test_the_update_is_the_papers_sgd_by_hand():
-    """Nesterov, dampening, or no decay of BN and biases, as many codes have it, is another method: v = 0.9 v + g +
-    decay p, then p = p - lr v, for every parameter."""
+    """Nesterov, dampening, or no decay of BN and biases, as many codes have it, is another method."""
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     optimizer = Runtime(CPU).optimizer(net, lr=0.1, weight_decay=0.5)
     expected = [p.detach().double().clone() for p in net.parameters()]
@@ -110,8 +108,7 @@ def with_dropout(data, seed: int = 1) -> dict[str, torch.Tensor]:
 
 
 def test_dropout_follows_from_the_phases_generator(tiny_images):
-    """Dropout draws from torch's global stream: a continued run of a network that has it would end elsewhere than the
-    uninterrupted one, and all ranks of a run would leave out the same places."""
+    """Else a continued run ends elsewhere than the uninterrupted one, or all ranks leave out the same places."""
     before = torch.get_rng_state()
     first = with_dropout(tiny_images)
     assert torch.equal(torch.get_rng_state(), before), "the global stream is not as it was"

@@ -9,10 +9,9 @@ import pytest
 import torch
 from helpers import torchrun_driver as driver
 from helpers.nets import CPU, snapshot
-from helpers.runs import without_times
-from helpers.scripts import CLOTHING1M, LIMIT, SMALL_NET, WEBVISION, Job, torchrun
-from helpers.trees import make_clothing1M, make_digits, make_folder
-from sklearn.metrics import roc_auc_score
+from helpers.runs import assert_equal
+from helpers.scripts import CLOTHING1M, LIMIT, SMALL_NET, WEBVISION, Job, image_of, torchrun
+from helpers.trees import make_folder
 
 import Train_folder
 from dividemix import DivideMixError
@@ -36,27 +35,22 @@ def tiny(data, *flags) -> list[str]:
 
 
 def same(a, b) -> bool:
-    """Whether two nested structures are equal to the bit."""
-    if isinstance(a, torch.Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, np.ndarray):
-        return a.dtype == b.dtype and np.array_equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+    """Whether two nested structures of tensors, arrays and numbers are equal to the bit."""
+    try:
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    except AssertionError:
+        return False
+    return True
 
 
-def same_arrays(folder, other, name: str) -> bool:
-    return same(dict(np.load(folder / name)), dict(np.load(other / name)))
+def assert_same_arrays(folder, reference, name: str) -> None:
+    np.testing.assert_equal(*(dict(np.load(run / name)) for run in (folder, reference)))
 
 
-def same_checkpoint(folder, other) -> bool:
-    """Whether the last checkpoints hold the same, but for the seconds."""
-    one, two = load_last(folder), load_last(other)
-    records = [[without_times(record) for record in state["records"]] for state in (one, two)]
-    return records[0] == records[1] and all(same(one[key], two[key]) for key in ("nets", "optimizers", "histories"))
+def assert_same_checkpoint(folder, reference) -> None:
+    """The last checkpoints hold the same, but for the seconds."""
+    for name in ("records", "nets", "optimizers", "histories"):
+        assert_equal(*(load_last(run)[name] for run in (folder, reference)))
 
 
 def start(out, command: str, argument, *runs: list[str]):
@@ -93,21 +87,19 @@ def job(tmp_path_factory):
 
 
 def test_losses_accuracy_and_division_are_those_of_one_process(job):
-    """Sizes that do not divide, fewer batches than ranks: a batch that is counted twice or by no rank would show as
-    another accuracy, and as losses of 0, which are divided as clean."""
+    """A batch counted by no rank has losses of 0, which are divided as clean; one counted twice shows, too."""
     _, load, _, _ = job
     of_ranks = load("scored")
     for k, (n, batch_size) in enumerate(driver.SIZES):
-        alone = driver.scored(ONE, n, batch_size)
-        assert all(same(results[k], alone) for results in of_ranks), (n, batch_size)
+        of_one = driver.scored(ONE, n, batch_size)
+        assert all(same(results[k], of_one) for results in of_ranks), (n, batch_size)
 
 
 def test_a_batch_split_among_ranks_gives_the_update_of_one_process(job):
-    """A gradient that is summed instead of averaged, a penalty of each rank's own rows, or a weight of lambda_u counted
-    twice is training with another learning rate or another loss."""
+    """A gradient that is summed, or a penalty of each rank's rows, is another learning rate or another loss."""
     _, load, _, _ = job
     first, second = load("split")
-    assert same(first["weights"], second["weights"]) and same(first["gradients"], second["gradients"])
+    assert same(first["weights"], second["weights"])
     # Row i of block p (x1, x2, u1, u2) of rank r's 16 rows is row 2 i + r of block p of all 32.
     index = torch.empty(32, dtype=torch.int64)
     for rank in range(2):
@@ -115,8 +107,6 @@ def test_a_batch_split_among_ranks_gives_the_update_of_one_process(job):
         index[rows] = rows[driver.local_index()]
     net, peer = driver.without_bn(ONE, 1), driver.without_bn(ONE, 2)
     terms = driver.step_of(net, peer, ONE.optimizer(net, 0.1, 5e-4), slice(None), index)
-    for gradient, expected in zip(first["gradients"], net.parameters(), strict=True):
-        torch.testing.assert_close(gradient, expected.grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(first["weights"], snapshot(net), rtol=1e-5, atol=1e-6)
     assert same(first["peer"], snapshot(peer))
     for k, term in enumerate(terms):
@@ -124,34 +114,19 @@ def test_a_batch_split_among_ranks_gives_the_update_of_one_process(job):
 
 
 def test_the_same_rows_on_every_rank_give_the_update_of_those_rows(job):
-    """With BN too, whose statistics are then the same: K ranks must not train K times as fast, nor as slowly."""
+    """With BN, whose statistics are then the same: K ranks must not train K times as fast, nor as slowly."""
     _, load, _, _ = job
-    for name, build in (("copies", driver.without_bn), ("copies_bn", driver.network)):
-        first, second = load(name)
-        if name == "copies":
-            first, second = first["weights"], second["weights"]
-        net, peer = build(ONE, 1), build(ONE, 2)
-        driver.step_of(net, peer, ONE.optimizer(net, 0.1, 5e-4), slice(0, None, 2), driver.local_index())
-        assert same(first, second)
-        torch.testing.assert_close(first, snapshot(net), rtol=1e-4, atol=1e-6)
-
-
-def test_a_pass_of_full_batches_is_that_of_one_process(job):
-    """Other draws, other crops or rows that no rank has: all of it would show in the weights after a pass."""
-    _, load, _, _ = job
-    first, second = load("passes")
-    alone = driver.passes(ONE)
+    first, second = load("copies")
+    net, peer = driver.network(ONE, 1), driver.network(ONE, 2)
+    driver.step_of(net, peer, ONE.optimizer(net, 0.1, 5e-4), slice(0, None, 2), driver.local_index())
     assert same(first, second)
-    torch.testing.assert_close(first["weights"], alone["weights"], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(first["terms"], alone["terms"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(first, snapshot(net), rtol=1e-4, atol=1e-6)
 
 
 def test_weights_and_statistics_are_the_same_on_all_ranks_after_every_phase(job):
-    """Tails of one row, an unlabeled set of one sample or none, fewer labeled samples than ranks: ranks that drift
-    apart score and save different networks, and one with a step more waits for ever."""
+    """Ranks that drift apart score and save different networks, and one with a step more waits for ever."""
     _, load, _, _ = job
     first, second = load("phases")
-    assert len(first) == 4
     assert same(first, second)
     assert all(torch.isfinite(value).all() for phase in first for value in phase[2].values())
     averaged = load("averaged")
@@ -174,18 +149,17 @@ def test_a_bad_loss_of_one_rank_stops_the_update_of_all(job):
 def test_a_run_is_divided_and_its_labels_are_scored_the_same_on_one_rank_and_on_two(job):
     """Else a run that moves to two GPUs goes on with other labeled sets, or with labels that no rank scored."""
     out, _, _, flags = job
-    assert same_arrays(out / "one", out / "two", "labels.npz")
-    assert same_arrays(out / "one", out / "two", "scores/epoch_002.npz")
+    for name in ("labels.npz", "scores/epoch_002.npz"):
+        assert_same_arrays(out / "two", out / "one", name)
     scores = dict(np.load(out / "one/scores/epoch_002.npz"))
-    assert {"raw_loss_net1", "clean_probability_net2", "prediction_net1", "means_net2"} <= scores.keys()
     labeled = scores["clean_probability_net1"] > scores["threshold_net1"]
     assert labeled.any() and not labeled.all()
-    shutil.copytree(out / "two", out / "alone")
-    (out / "alone/label_scores.npz").unlink()
-    Train_folder.main(flags("alone", 3))
+    shutil.copytree(out / "two", out / "back")  # one process goes on with a run of two
+    (out / "back/label_scores.npz").unlink()
+    Train_folder.main(flags("back", 3))
     for name in ("label_scores.npz", "thumbnails.npz"):
-        assert same_arrays(out / "alone", out / "two", name)
-    assert Train_folder.main(flags("alone", 4))["epoch"] == 3  # one process goes on with a run of two
+        assert_same_arrays(out / "back", out / "two", name)
+    assert Train_folder.main(flags("back", 4))["epoch"] == 3
 
 
 def test_one_rank_writes_and_speaks(job):
@@ -222,84 +196,60 @@ def uninterrupted(job, tmp_path_factory):
 @pytest.mark.slow
 def test_interrupted_is_uninterrupted_with_the_same_number_of_ranks(uninterrupted):
     """Else a night's work cannot be repeated, and a queue's time limit changes the result."""
-    assert same_checkpoint(uninterrupted / "straight", uninterrupted / "stopped")
-
-
-DEATHS = {
-    "kill": None,  # it says nothing; torchrun does
-    "kill_first": None,
-    "bad_image": "rank 1: error: images/7.jpg",
-    "bug": "rank 1: Traceback",
-    "mixture": "rank 0: error: all per-sample losses are equal",
-    "disk": "No space left on device",
-}
+    assert_same_checkpoint(uninterrupted / "stopped", uninterrupted / "straight")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", DEATHS)
-def test_the_death_of_a_rank_ends_the_job(uninterrupted, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("kill", "Signal 9 (SIGKILL)"),  # by torchrun
+        ("error", "rank 1: error: images/7.jpg"),
+        ("bug", "rank 1: Traceback"),
+        ("mixture", "rank 0: error: all per-sample losses are equal"),
+    ],
+)
+def test_the_death_of_a_rank_ends_the_job(uninterrupted, tmp_path, kind, words):
     """A job that hangs until its time is up costs a night of eight GPUs and says nothing. The same command goes on."""
     flags = tiny(uninterrupted / "images", "--run_dir", tmp_path / "run", "--num_epochs", "3", "--save_scores")
     result = torchrun(DRIVER, "fail", kind, tmp_path / "stamp", *flags)
     seconds = time.time() - float((tmp_path / "stamp").read_text())
     assert result.returncode != 0
     assert seconds < 45, seconds  # torchrun's own end takes some of it
-    lines = lines_of_ranks(result.stderr)
-    if DEATHS[kind]:
-        assert any(DEATHS[kind] in line for line in lines), result.stderr
-    else:
-        assert "Signal 9 (SIGKILL)" in result.stderr
-    assert sum("Traceback" in line for line in lines) == (kind == "bug"), result.stderr
-    epochs = len((tmp_path / "run/acc.txt").read_text().splitlines())  # the first may still have been on its way to it
-    assert epochs == 1 or (epochs == 0 and kind != "disk")
-    if kind == "kill_first":
+    assert words in result.stderr
+    traceback_lines = [line for line in lines_of_ranks(result.stderr) if "Traceback" in line]
+    assert len(traceback_lines) == (kind == "bug"), result.stderr
+    if kind == "kill":
         assert torchrun("Train_folder.py", *flags).returncode == 0
-        assert same_checkpoint(tmp_path / "run", uninterrupted / "straight")
+        assert_same_checkpoint(tmp_path / "run", uninterrupted / "straight")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_torchrun_ends_the_job(tmp_path, number):
-    """Ctrl-C, or a queue that takes the nodes back: ranks that live on hold the cards and the run folder."""
+def test_a_signal_to_torchrun_ends_the_job(tmp_path):
+    """A queue that takes the nodes back: ranks that live on hold the cards and the run folder."""
     data = make_folder(tmp_path / "images", 40)
-    flags = tiny(data, "--run_dir", tmp_path / "run", "--num_epochs", "500")
     stamp = tmp_path / "stamp"
-    job = Job(DRIVER, "fail", "wait", stamp, *flags)
+    job = Job(DRIVER, "fail", "wait", stamp, *tiny(data, "--run_dir", tmp_path / "run", "--num_epochs", "500"))
     begun = time.monotonic()
     while not stamp.exists() and time.monotonic() - begun < LIMIT and job.process.poll() is None:
         time.sleep(0.2)
-    job.process.send_signal(number)
+    job.process.send_signal(signal.SIGTERM)
     sent = time.monotonic()
     result = job.end()
     assert time.monotonic() - sent < 45
     assert result.returncode != 0
     epochs = len((tmp_path / "run/acc.txt").read_text().splitlines())
-    assert 1 <= epochs < 500
     flags = tiny(data, "--run_dir", tmp_path / "run", "--num_epochs", epochs + 1)
     assert Train_folder.main(flags)["epoch"] == epochs  # nobody holds the folder any more
 
 
 @pytest.mark.slow
-def test_two_ranks_learn_as_one_process_does(tmp_path):
-    """Every collective can be right and the whole still learn worse: half the batch for BN, or half the penalty."""
-    data, truth = make_digits(tmp_path / "digits", wrong=0.3)
-    size = ["--width", "16", "--image_size", "32", "--batch_size", "32", "--lr", "0.02", "--no_flip"]
-    size += ["--warm_up", "6", "--num_epochs", "8"]
-    result = torchrun("Train_folder.py", *tiny(data, *size, "--run_dir", tmp_path / "run"))
-    assert result.returncode == 0, result.stderr
-    labels, scores = (dict(np.load(tmp_path / "run" / f"{name}.npz")) for name in ("labels", "label_scores"))
-    rows = np.flatnonzero(~scores["held_out"])
-    numbers = [int(path.split(b"/")[-1][:4]) for path in labels["list_path"][labels["index"]]]
-    assert (scores["probabilities"][rows].argmax(1) == truth[numbers]).mean() > 0.9
-    p_clean = (scores["p_clean_net1"] + scores["p_clean_net2"])[rows] / 2
-    assert roc_auc_score(labels["given"] == truth[numbers], p_clean) > 0.93
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", [CLOTHING1M, WEBVISION], ids=lambda script: script.name)
+@pytest.mark.parametrize("script", [CLOTHING1M, WEBVISION], ids=lambda script: script.id)
 def test_the_image_scripts_divide_on_two_ranks_as_in_one_process(tmp_path, script):
-    """Else a run that moves to two GPUs goes on with other labeled sets than it would have had."""
-    flags = ["--data_path", script.make(tmp_path / "data"), *script.size, *SMALL_NET, "--weights", "none"]
+    """Else a run that moves to two GPUs goes on with other labeled sets, or leaves out other damaged images."""
+    tree = script.make(tmp_path / "data")
+    image_of(script, tree, 9).write_bytes(b"no image")
+    flags = ["--data_path", tree, *script.size, *SMALL_NET, "--weights", "none", "--skip_bad_images"]
     flags += ["--lr", "0.01", "--workers", "1", "--eval_batch_size", "7"]
     flags += ["--save_scores"] if script is CLOTHING1M else []  # WebVision saves them always
 
@@ -311,25 +261,7 @@ def test_the_image_scripts_divide_on_two_ranks_as_in_one_process(tmp_path, scrip
     script.main.main(until("one", 2))
     result = torchrun(f"{script.main.__name__}.py", *until("two", 2))
     assert result.returncode == 0, result.stderr
-    assert lines_of_ranks(result.stderr) == [] and result.stdout.count("epoch 1/1 train") == 1
-    assert same_arrays(tmp_path / "one", tmp_path / "two", "scores/epoch_001.npz")
+    assert "1 unreadable" in result.stdout and result.stdout.count("epoch 1/1 train") == 1
+    assert_same_arrays(tmp_path / "two", tmp_path / "one", "scores/epoch_001.npz")
     first, second = load_last(tmp_path / "two")["records"]
     assert first == load_last(tmp_path / "one")["records"][0] and second["phase"] == "train"
-
-
-@pytest.mark.slow
-def test_an_image_that_one_rank_cannot_read_ends_the_job_and_can_be_left_out(tmp_path):
-    """The other ranks must not wait for this one's batch for ever; and all must leave out the same images."""
-    data = make_clothing1M(tmp_path / "data", n_train=28, n_val=14, n_test=14)
-    image = next((data / "images/9").rglob("*0000000009,*.jpg"))
-    image.write_bytes(b"no image")
-    flags = ["--data_path", data, *SMALL_NET, "--weights", "none", "--batch_size", "4", "--num_batches", "7"]
-    flags += ["--num_epochs", "1", "--workers", "1", "--run_dir", tmp_path / "run"]
-    result = torchrun("Train_clothing1M.py", *flags)
-    assert result.returncode != 0
-    assert any(f"error: {image}: " in line for line in lines_of_ranks(result.stderr)), result.stderr
-    assert "Traceback" not in "".join(lines_of_ranks(result.stderr))
-    result = torchrun("Train_clothing1M.py", *flags, "--skip_bad_images", "--fresh")
-    assert result.returncode == 0, result.stderr
-    assert "1 of 28 images" in result.stdout and "1 unreadable" in result.stdout
-    assert result.stdout.count("moved to") == 1 and len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1
