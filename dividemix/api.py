@@ -68,4 +68,4 @@ def train_heads(
                 warmup_epoch(net, optimizers[k], data, mixmatch, phase("warmup", k))
             else:
                 train_epoch(net, peer, optimizers[k], data, division, mixmatch, phase("train", k))
-    return nets, (mean.sum / mean.count).float().cpu().numpy()
+    return nets, mean.mean.float().cpu().numpy()

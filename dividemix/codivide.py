@@ -11,10 +11,10 @@ from dividemix import Diverged, warn
 
 DIVISIONS = ("global", "per_class")  # one mixture for all samples, as in the paper, or one for each given class
 FIT_LIMIT = 1_000_000  # a mixture is fitted to at most so many losses: more take time and change almost nothing
-FEWEST = 20  # samples of a given class: with fewer it gets no mixture of its own
+MIN_CLASS_SIZE = 20  # a given class with fewer samples gets no mixture of its own
 # Distance of a class's two means, in pooled standard deviations: below it the components differ in width, and none is
-# the clean one. Higher limits lose more than they save: real classes with wrong labels have 1.0 to 6 (see RESULTS.md).
-APART = 1.0
+# the clean one. Higher limits lose more than they save: real classes with wrong labels have 1.0 to 15 (see RESULTS.md).
+MIN_DISTANCE = 1.0
 
 # Stopping early is part of the method. Set here, as `fit_gmm` may run in a thread, where changing filters is not safe.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"sklearn\.mixture")
@@ -106,14 +106,14 @@ def divide_classes(
     one mixture takes their right labels for wrong ones, and wrong labels of easy classes for right ones.
 
     loss (N,), as in `smoothed`; labels (N,): the given classes; probability (N,): by one mixture of all samples, which
-    stays for classes with fewer than FEWEST samples or whose components are not APART. -> clean probability (N,), and
-    these classes
+    stays for classes with fewer than MIN_CLASS_SIZE samples or means closer than MIN_DISTANCE. -> clean probability
+    (N,), and these classes
     """
     probability, fallback = probability.copy(), []
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
-        gmm = fit_gmm(loss[rows], random_state) if len(rows) >= FEWEST and np.ptp(loss[rows]) > 0 else None
-        if gmm and distance(gmm) >= APART:
+        gmm = fit_gmm(loss[rows], random_state) if len(rows) >= MIN_CLASS_SIZE and np.ptp(loss[rows]) > 0 else None
+        if gmm and distance(gmm) >= MIN_DISTANCE:
             probability[rows] = posterior(gmm, loss[rows])
         else:
             fallback.append(int(label))
@@ -179,9 +179,14 @@ class Mixture:
         """threshold and window may change between epochs; largest_window: the largest value that window will have.
         division: one of DIVISIONS."""
         self.threshold, self.window, self.division = threshold, window, division
-        self.said = False  # which classes have no mixture of their own
+        self.has_warned = False  # of classes without a mixture of their own
         self.rows = max(window, largest_window) - 1
         self.history: list[NDArray[np.float32]] = []  # raw losses of the last `rows` divided epochs, (N,) each
+
+    def in_window(self, loss: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The losses kept so far, with this epoch's (N,) as the last: (E, N). A run that goes on without damaged images
+        has fewer samples than before, and starts again."""
+        return np.stack([*(row for row in self.history if len(row) == len(loss)), loss])
 
     def divide(
         self,
@@ -195,15 +200,15 @@ class Mixture:
         """Divide by the losses in the window, of which this epoch's (N,) are the last, and keep them for later epochs.
         labels (N,): the given ones, for the division by class. -> None, with a warning, where no sample is clean: the
         network that would learn from it then trains one more warm-up epoch. Raises as `codivide`."""
-        losses = [*self.history, loss]
+        losses = self.in_window(loss)
         given = labels if self.division == "per_class" else None
-        division = codivide(np.stack(losses), self.threshold, self.window, truly_clean, random_state, prediction, given)
-        self.history = losses[-self.rows :] if self.rows else []
-        if division.fallback and not self.said:
-            self.said = True
-            reason = f"fewer than {FEWEST} samples, or no two groups of losses"
-            classes = ", ".join(map(str, division.fallback))
-            warn(f"{name}: the mixture of all samples divides these classes, too ({reason}): {classes}")
+        division = codivide(losses, self.threshold, self.window, truly_clean, random_state, prediction, given)
+        self.history = [*losses[-self.rows :]] if self.rows else []
+        if division.fallback and not self.has_warned:
+            self.has_warned = True
+            shown = ", ".join(map(str, division.fallback[:10])) + (", ..." if len(division.fallback) > 10 else "")
+            reason = f"fewer than {MIN_CLASS_SIZE} samples, or only one group of losses"
+            warn(f"{name}: the mixture of all samples divides these classes, too ({reason}): {shown}")
         if not division.labeled.any():
             warn(f"{name} finds no sample clean with p > {self.threshold:g}: its peer gets one more warm-up epoch")
             return None

@@ -122,10 +122,10 @@ class Scores(NamedTuple):
 
     loss: Tensor  # (N,) float32 cross-entropy against the given label, on the host
     prediction: Tensor  # (N,) int64, on the host
-    probability: Tensor  # (N, C) float32, on the device
+    probability: Tensor | None = None  # (N, C) float32, on the device, if asked for
 
 
-_HALF_FROM = 2**30  # bytes: larger sums of probabilities are float16
+_HALF_FROM = 2**30  # bytes: larger mean probabilities are float16
 
 
 @dataclass
@@ -133,16 +133,16 @@ class MeanProbabilities:
     """The probabilities of N samples, averaged over all scoring passes of both networks so far (`co_divide`). The label
     list is made from them: what single networks have memorised counts less."""
 
-    sum: Tensor | None = None  # (N, C) on the device, float16 above 1 GB; None before the first pass
+    mean: Tensor | None = None  # (N, C) on the device, float16 above 1 GB; None before the first pass
     count: int = 0  # passes in it
 
     def add(self, probability: Tensor) -> None:
-        if self.sum is None or self.sum.shape != probability.shape:  # the run goes on without damaged images
+        if self.mean is None or self.mean.shape != probability.shape:  # the run goes on without damaged images
             self.count = 0
             dtype = torch.float16 if probability.nbytes > _HALF_FROM else torch.float32
-            self.sum = torch.zeros_like(probability, dtype=dtype)
-        self.sum += probability
+            self.mean = torch.zeros_like(probability, dtype=dtype)
         self.count += 1
+        self.mean += (probability - self.mean) / self.count
 
 
 # ---- One step ----
@@ -321,10 +321,10 @@ def co_divide(
     """
     fits: list[Callable[[], Division | None]] = [lambda: None] * len(nets)
     for k in reversed(range(len(nets))):
-        scores = per_sample_loss(nets[k], sets[k], phase("loss", k))
+        scores = per_sample_loss(nets[k], sets[k], phase("loss", k), with_probability=mean is not None)
         random_state = int(phase("divide", k).rng.integers(2**32))
         arguments = scores.loss.numpy(), scores.prediction.numpy(), sets[k].truly_clean, random_state
-        if mean is not None:
+        if scores.probability is not None:
             mean.add(scores.probability)
         with phase("gmm", k):
             fits[k] = sets[k].runtime.background(mixtures[k].divide, *arguments, sets[k].given_labels, f"net {k + 1}")
@@ -332,19 +332,22 @@ def co_divide(
 
 
 @torch.no_grad()
-def per_sample_loss(net: nn.Module, data: DataSet, phase: Phase | None = None) -> Scores:
+def per_sample_loss(
+    net: nn.Module, data: DataSet, phase: Phase | None = None, with_probability: bool = False
+) -> Scores:
     """Cross-entropy of all N samples against their given labels: eval mode, no augmentation (Sec. 3.1)."""
     net.eval()
 
     def score(forward: Forward, x: Tensor, labels: Tensor) -> Tensor:
         [logits] = forward(net, x)
         loss = F.cross_entropy(logits, labels, reduction="none")
-        return torch.cat([loss[:, None], logits.argmax(dim=1, keepdim=True), logits.softmax(dim=1)], dim=1)
+        columns = [loss[:, None], logits.argmax(dim=1, keepdim=True)]
+        return torch.cat([*columns, logits.softmax(dim=1)] if with_probability else columns, dim=1)
 
     with phase or Phase() as phase:
         scores = evaluate_rows(score, data, phase.bar)
         loss, prediction = scores[:, :2].T.contiguous().cpu()  # one transfer
-    return Scores(loss, prediction.long(), scores[:, 2:])
+    return Scores(loss, prediction.long(), scores[:, 2:] if with_probability else None)
 
 
 def test(

@@ -191,7 +191,7 @@ def test_each_given_class_is_divided_by_its_losses():
 def test_classes_that_cannot_be_divided_go_by_all_samples(monkeypatch):
     """A mixture of nineteen losses, of equal ones, or of one group of them would call labels wrong at random."""
     one_group = np.random.default_rng(0).normal(3, 0.5, 200)  # the halves are 1.8 apart; both classes' groups over 6
-    monkeypatch.setattr("dividemix.codivide.APART", 2)
+    monkeypatch.setattr("dividemix.codivide.MIN_DISTANCE", 2)
     few, equal = two_groups(10, 9, 2), np.full(40, 0.5)
     losses = np.concatenate([two_classes()[0], one_group, few, equal])
     labels = np.repeat([7, 1, 3, 0, 5], [250, 250, 200, 19, 40])
@@ -219,3 +219,13 @@ def test_a_run_divides_by_class_in_its_window_and_says_once_where_it_cannot():
         assert division.fallback == expected.fallback == (2,)
     paper = Mixture(0.5).divide(losses, labels=labels)
     np.testing.assert_array_equal(paper.clean_probability, codivide(losses, 0.5).clean_probability)
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_run_goes_on_without_damaged_images(window):
+    """A window of losses of other samples cannot be averaged: the run would end in a traceback."""
+    rng = np.random.default_rng(0)
+    mixture = Mixture(0.5, window)
+    for n in (60, 60, 58):
+        division = mixture.divide(rng.gamma(1 + 3 * (rng.random(n) < 0.4), 1).astype(np.float32))
+    assert len(division.labeled) == 58 and len(mixture.history) == (1 if window > 1 else 0)

@@ -280,7 +280,9 @@ def test_a_mixture_that_is_fitted_in_a_thread_gives_the_same_division(tiny_image
     """Else a card divides other samples than a CPU, or each network's samples by the other's losses."""
     nets, scored, divided = linear_nets(), [], []
     loss = engine.per_sample_loss
-    monkeypatch.setattr(engine, "per_sample_loss", lambda net, *args: scored.append(net) or loss(net, *args))
+    monkeypatch.setattr(
+        engine, "per_sample_loss", lambda net, *args, **more: scored.append(net) or loss(net, *args, **more)
+    )
     for runtime in (Runtime(CPU), Threaded(CPU)):
         divisions = engine.co_divide(nets, [placed(runtime, tiny_images)] * 2, [Mixture(0.5), Mixture(0.6)], run_phase)
         divided.append([dataclasses.asdict(division) for division in divisions])
@@ -327,7 +329,7 @@ def test_losses_that_cannot_be_divided_end_the_run_where_the_division_is_read(ti
 
 def test_a_division_by_class_gets_the_given_labels(tiny_images, monkeypatch):
     """Else each network divides by other labels than those that its losses are of, or by none."""
-    monkeypatch.setattr("dividemix.codivide.FEWEST", 2)
+    monkeypatch.setattr("dividemix.codivide.MIN_CLASS_SIZE", 2)
     nets, labels = linear_nets(), np.arange(24) % 3
     mixtures = [Mixture(0.5, division="per_class"), Mixture(0.5)]
     for division, net, given in zip(
@@ -350,5 +352,5 @@ def test_probabilities_are_averaged_over_networks_and_epochs(tiny_images, monkey
         without = engine.co_divide(nets, [data] * 2, [Mixture(0.5), Mixture(0.5)], run_phase)
         np.testing.assert_equal(*([dataclasses.asdict(division) for division in both] for both in (with_mean, without)))
         expected = expected + sum(net(x).softmax(dim=1).detach() for net in nets) / 4
-    assert mean.count == 4 and mean.sum.dtype is (torch.float32 if limit else torch.float16)
-    torch.testing.assert_close(mean.sum.float() / 4, expected, rtol=0, atol=1e-6 if limit else 1e-3)
+    assert mean.count == 4 and mean.mean.dtype is (torch.float32 if limit else torch.float16)
+    torch.testing.assert_close(mean.mean.float(), expected, rtol=0, atol=1e-6 if limit else 1e-3)

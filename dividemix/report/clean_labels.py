@@ -1,5 +1,5 @@
 """A corrected copy of a run's labels, in the format of its data set. The original files are neither changed nor read.
-Samples without a score (held-out or damaged ones) keep their given labels.
+Samples without a score (damaged images) keep their given labels.
 
     python -m dividemix report RUN --export_clean DIR
 """

@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dividemix.files import csv_bytes, write_atomically
-from dividemix.run import RunFolder, net_arrays, quality_by_split, worst_first
+from dividemix.run import RunFolder, net_arrays, quality_by_split, rank_by_split
 
 IN_SAMPLE = "scores are in-sample: the networks were trained on these labels"
 _CLASSES_SHOWN = 10
@@ -22,8 +22,9 @@ _CLASSES_SHOWN = 10
 # wrong, or most of them and _FAR_MORE times the share of the other classes
 _MIN_LABELS, _NEARLY_ALL, _MOST, _FAR_MORE = 10, 0.95, 0.5, 2
 # A list means nothing where accuracy is no more than this share of the way from guessing the largest class to 1, or
-# where the networks' divisions agree by less than this (Cohen's kappa). Measured: see docs/own-images.md.
-_LITTLE_SKILL, _LITTLE_AGREEMENT = 0.1, 0.25
+# where the networks' divisions agree by less than this (Cohen's kappa). Measured: see RESULTS.md. With
+# fewer samples than _FEWEST these are chance.
+_LITTLE_SKILL, _LITTLE_AGREEMENT, _FEWEST = 0.1, 0.25, 50
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,7 @@ class LabelIssues:
     @property
     def rank(self) -> NDArray[np.int64]:
         """The place of each label among those of its split: 1 for the most doubtful; issues come before others."""
-        rank = np.empty(len(self), np.int64)
-        for rows in map(np.flatnonzero, (~self.held_out, self.held_out)):
-            rank[rows[worst_first(self.quality[rows], self.is_issue[rows])]] = np.arange(1, len(rows) + 1)
-        return rank
+        return rank_by_split(self.quality, self.is_issue, self.held_out)
 
 
 @dataclass(frozen=True)
@@ -92,23 +90,23 @@ def find(run: RunFolder) -> LabelIssues | None:
     if not (scores and labels):
         return None
     index, losses = scores["index"], net_arrays(scores, "loss")
-    judged = quality_by_split(scores, labels["list_given"])
+    listed = quality_by_split(scores, labels["list_given"])
     paths = labels["list_path"][index].tolist() if "list_path" in labels else None
     return LabelIssues(
         index=index,
         held_out=scores["held_out"],
         paths=paths and [path.decode(errors="backslashreplace") for path in paths],
         given_labels=labels["list_given"][index],
-        suggested_labels=judged.suggested,
-        quality=judged.quality,
-        is_issue=judged.is_issue,
+        suggested_labels=listed.suggested,
+        quality=listed.quality,
+        is_issue=listed.is_issue,
         loss=np.mean(losses, axis=0),
         p_clean=net_arrays(scores, "p_clean"),
         confidence=scores["probabilities"].max(axis=1),
         true_labels=labels["list_true"][index] if "list_true" in labels else None,
         class_names=run.class_names,
-        wrong_share=judged.wrong_share,
-        wrong_share_error=judged.wrong_share_error,
+        wrong_share=listed.wrong_share,
+        wrong_share_error=listed.wrong_share_error,
         failures=failures(run, labels["list_given"][index], net_arrays(scores, "p_clean")),
         epochs=int(scores["epochs"]),
     )
@@ -118,15 +116,16 @@ def failures(run: RunFolder, given_labels: NDArray, p_clean: list[NDArray]) -> l
     """Why a run's list means nothing; [] for a usable one. given_labels (N,); p_clean: (N,) of each network."""
     reasons = []
     accuracy, largest = run.records[-1][run.measured] / 100, np.bincount(given_labels).max() / len(given_labels)
-    if accuracy - largest <= _LITTLE_SKILL * (1 - largest):
-        name = run.measured.removesuffix("_acc")
+    name = run.measured.removesuffix("_acc")
+    if accuracy - largest <= _LITTLE_SKILL * (1 - largest) and run.data.get(name, _FEWEST) >= _FEWEST:
         better = f"the {name} accuracy, {accuracy:.1%}, is hardly better than that of guessing the largest class"
         reasons.append(f"the networks have not learned to tell the classes apart ({better}, {largest:.1%})")
     if len(p_clean) == 2:
-        one, two = (p[~np.isnan(p)] > 0.5 for p in p_clean)
-        by_chance = one.mean() * two.mean() + (1 - one.mean()) * (1 - two.mean())
-        if (one == two).mean() - by_chance < _LITTLE_AGREEMENT * (1 - by_chance):
-            agree = f"they agree on {(one == two).mean():.1%} of the labels, by chance on {by_chance:.1%}"
+        clean_net1, clean_net2 = (p[~np.isnan(p)] > 0.5 for p in p_clean)
+        share1, share2, agreement = clean_net1.mean(), clean_net2.mean(), (clean_net1 == clean_net2).mean()
+        by_chance = share1 * share2 + (1 - share1) * (1 - share2)
+        if agreement - by_chance < _LITTLE_AGREEMENT * (1 - by_chance) and len(clean_net1) >= _FEWEST:
+            agree = f"they agree on {agreement:.1%} of the labels, by chance on {by_chance:.1%}"
             reasons.append(f"the two networks hardly agree on which labels are clean ({agree})")
     return reasons
 
@@ -179,7 +178,7 @@ def named_counts(rows: list[tuple[str, int, int]]) -> str:
 def estimate(issues: LabelIssues) -> str:
     """A sentence on the share of wrong labels, and on what an accuracy that is measured with such labels can reach."""
     share, error = 100 * issues.wrong_share, 100 * issues.wrong_share_error
-    reach = f"an accuracy against such labels can reach {100 - share:.0f} % at best"
+    reach = f"measured with these labels, even a perfect classifier gets about {100 - share:.0f} %"
     uncertainty = f"standard error {error:.1f}, the method's own error may be larger"
     return f"estimated share of wrong labels: {share:.1f} % ({uncertainty}); {reach}"
 
@@ -198,7 +197,7 @@ def summary(issues: LabelIssues) -> list[str]:
     """Lines for the terminal."""
     lines = [f"labels: {issues.is_issue.sum()} of {len(issues)} look wrong ({issues.is_issue.mean():.1%}); {IN_SAMPLE}"]
     rows = [row for row in by_class(issues) if row[1]]
-    lines += [f"  {estimate(issues)}"]
+    lines += [] if issues.failures else [f"  {estimate(issues)}"]
     lines += [f"  by given class: {named_counts(rows)}"] if rows else []
     if truth := against_truth(issues):
         lines.append(
@@ -250,9 +249,10 @@ def issues_table(issues: LabelIssues) -> pd.DataFrame:
 
 
 def suspects_table(issues: LabelIssues, table: pd.DataFrame) -> pd.DataFrame:
-    """suspects.csv: the issues of `issues_table`, worst first: file (index, where there are no files), class names."""
-    rows = worst_first(issues.quality, issues.is_issue)[: issues.is_issue.sum()]
-    return table[["path" if issues.paths else "index", "given_class", "suggested_class"]].iloc[rows]
+    """suspects.csv: the issues of `issues_table`, worst first: file (index, where there are no files), class names.
+    Those of held-out samples come between the others, by their rank."""
+    columns = ["path" if issues.paths else "index", "split", "given_class", "suggested_class"]
+    return table[table["is_label_issue"]].sort_values("rank", kind="stable")[columns]
 
 
 def cleaned_table(issues: LabelIssues) -> pd.DataFrame:

@@ -86,7 +86,7 @@ def run_page(run: RunFolder, issues: LabelIssues | None, figures: dict[str, Path
         in_sample=IN_SAMPLE,
         classes=[(*row, percent(row[1] / row[2])) for row in by_class(issues)] if issues else [],
         warnings=warnings(issues) if issues else [],
-        estimate=estimate(issues) if issues else "",
+        estimate=estimate(issues) if issues and not issues.failures else "",
         thumbnails=thumbnails(run, issues) if issues and run.thumbnails else [],
         command=shlex.join(run.args_json["command"]),
         settings={key: run.args_json[key] or "-" for key in ("machine", "commit")} | run.args_json["versions"] | data,

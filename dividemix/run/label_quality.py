@@ -30,9 +30,9 @@ def label_quality(probabilities: NDArray[np.floating], labels: NDArray[np.intege
     p = np.asarray(probabilities, np.float64)
     num_class, rows = p.shape[1], np.arange(len(labels))
     suggested, p_given = p.argmax(axis=1), p[rows, labels]
-    others = p.copy()
-    others[rows, labels] = 0
-    quality = p_given / (p_given + others.max(axis=1)).clip(_SMALLEST)
+    without_given = p.copy()
+    without_given[rows, labels] = 0
+    quality = p_given / (p_given + without_given.max(axis=1)).clip(_SMALLEST)
 
     counts = np.bincount(labels, minlength=num_class)
     means = np.bincount(labels, p_given, minlength=num_class) / counts.clip(1)

@@ -50,11 +50,6 @@ SLOW_STEPS = 3  # at its beginning: compilation, memory, file caches
 TIMED_SECONDS = 5.0
 LABELED = 0.75  # share of the samples that a division is assumed to label
 
-# For the expected time, measured once in a run's first warm-up phase
-SLOW_STEPS = 3  # at its beginning: compilation, memory, file caches
-TIMED_SECONDS = 5.0
-LABELED = 0.75  # share of the samples that a division is assumed to label
-
 
 class Run:
     """An open run folder. With several ranks each has a Run, but only the first reads, locks, writes and prints; the
@@ -177,8 +172,8 @@ class Run:
                 load_optimizer(optimizer, saved)
             for mixture, history in zip(mixtures, self.state["histories"], strict=True):
                 mixture.history = [losses.numpy() for losses in history]
-            total, count = self.state["probabilities"]
-            self.probabilities.sum = None if total is None else total.to(self.runtime.device)
+            mean, count = self.state["probabilities"]
+            self.probabilities.mean = None if mean is None else mean.to(self.runtime.device)
             self.probabilities.count = count
             self.best_epochs = self.ranks.broadcast_from_rank0(self._write_best, self.state)
         self.state = {}  # no longer needed; about a gigabyte for large networks
@@ -232,7 +227,7 @@ class Run:
         hidden = not (self.ranks.first and sys.stderr.isatty())
         bar = partial(tqdm, desc=f"epoch {self.epoch} {title}", leave=False, dynamic_ncols=True, disable=hidden)
         if title == "warmup1" and self._is_untimed and self.ranks.first:
-            self._is_untimed, bar = False, partial(self._timed, bar)
+            bar = partial(self._timed, bar)
         return RunPhase(self.epoch, rng, bar, title, self.seconds)
 
     def _timed(self, bar: Callable[[Iterable], Iterable], batches: Batches) -> Iterator:
@@ -254,6 +249,7 @@ class Run:
 
     def _say_expected_time(self, seconds: float, steps: int) -> None:
         """From the seconds of a network's warm-up step, of which an epoch has `steps`."""
+        self._is_untimed = False
         # A labeled image costs as much as 7 in warm-up: measured 5 on an H200, 7 to 8 on a CPU. By forward passes it is
         # 6: 6 to guess and refine and 4 x 3 to train, against 3. Without an unlabeled loss 2 x 3 fall away.
         ratio = LABELED * (7 if self.mixmatch.unlabeled_loss else 5) + 1 / 3  # and scoring, one forward pass
@@ -283,7 +279,7 @@ class Run:
                 state: dict[str, Any] = {"nets": [net.state_dict() for net in self.nets]}
                 state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
                 state["histories"] = [[torch.from_numpy(row) for row in mixture.history] for mixture in self.mixtures]
-                state["probabilities"] = [self.probabilities.sum, self.probabilities.count]
+                state["probabilities"] = [self.probabilities.mean, self.probabilities.count]
                 self._host_state = checkpoint.to_host(state, self._host_state)
         record = self.ranks.broadcast_from_rank0(self._record, lr, list(divisions), losses, accuracy)
         self.records.append(record)
@@ -412,13 +408,13 @@ class Run:
             lambda: scoring.is_scored(self.folder, epochs, np.concatenate([self.labels[name] for name in splits]))
         ):
             return
-        self.say(f"scoring all {sum(map(len, splits.values()))} training labels with the final networks")
+        self.say(f"scoring all {sum(map(len, splits.values()))} training labels")
         try:
             scores = [scoring.ensemble_scores(self.nets, data, self.phase("labels")) for data in splits.values()]
             if self.ranks.first:
-                total = self.probabilities.sum
-                if total is not None and len(total) == len(train):  # else damaged images were left out since
-                    scores[0]["probabilities"] = (total / self.probabilities.count).cpu().numpy()
+                mean = self.probabilities.mean
+                if mean is not None and len(mean) == len(train):  # else damaged images were left out since
+                    scores[0]["probabilities"] = mean.float().cpu().numpy()
                 if self.mixmatch.warm_up != math.inf:  # cross-entropy has no clean probabilities
                     given = self.labels["given"]
                     scores[0] |= scoring.clean_probabilities(scores[0], self.mixtures, self.args.seed, epochs, given)

@@ -62,7 +62,7 @@ def clean_probabilities(
     probabilities = {}
     for k, mixture in enumerate(mixtures):
         random_state = int(draws(seed, "divide", epochs, k).integers(2**32))
-        losses = np.stack([*mixture.history, scores[f"loss_net{k + 1}"]])
+        losses = mixture.in_window(scores[f"loss_net{k + 1}"])
         labels = given_labels if mixture.division == "per_class" else None
         probabilities[f"p_clean_net{k + 1}"] = clean_probability(losses, mixture.window, random_state, labels)
     return probabilities
@@ -80,8 +80,8 @@ def write(folder: Path, epochs: int, sets: Mapping[str, DataSet], scores: Sequen
     for name in scores[0]:
         columns = [arrays.get(name, np.full(len(arrays["loss_net1"]), np.nan)) for arrays in scores]
         table[name] = np.concatenate(columns)[order]
-    judged = quality_by_split(table, labels["list_given"])
-    worst = table["index"][worst_first(judged.quality, judged.is_issue)[:THUMBNAILS]]
+    listed = quality_by_split(table, labels["list_given"])
+    worst = table["index"][rank_by_split(listed.quality, listed.is_issue, table["held_out"]).argsort()[:THUMBNAILS]]
     try:
         rows = {name: np.flatnonzero(np.isin(labels[name], worst)) for name in sets}
         pixels, sizes = thumbnails(image for name, data in sets.items() for image in data.originals(rows[name]))
@@ -95,7 +95,7 @@ def write(folder: Path, epochs: int, sets: Mapping[str, DataSet], scores: Sequen
 
 def quality_by_split(scores: dict[str, NDArray], list_given: NDArray) -> LabelQuality:
     """`label_quality` of all N samples of label_scores.npz, with the given labels of the whole list. Held-out samples
-    are judged apart: the networks have not learned their labels, so their probabilities are of another kind."""
+    are listed apart: the networks have not learned their labels, so their probabilities are of another kind."""
     labels, held_out = list_given[scores["index"]], scores["held_out"]
     n, columns, shares = len(labels), (np.zeros(len(labels)), np.zeros(len(labels), bool), labels.copy()), []
     for rows in (~held_out, held_out):
@@ -116,6 +116,14 @@ def net_arrays(scores: dict[str, NDArray], name: str) -> list[NDArray]:
 def worst_first(quality: NDArray, is_issue: NDArray) -> NDArray[np.int64]:
     """The rows, most doubtful first: issues before others, then by rising quality."""
     return np.lexsort((quality, ~is_issue))
+
+
+def rank_by_split(quality: NDArray, is_issue: NDArray, held_out: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The place of each label (N,) among those of its split: 1 for the most doubtful."""
+    rank = np.empty(len(quality), np.int64)
+    for rows in map(np.flatnonzero, (~held_out, held_out)):
+        rank[rows[worst_first(quality[rows], is_issue[rows])]] = np.arange(1, len(rows) + 1)
+    return rank
 
 
 def thumbnails(images: Iterable[NDArray[np.uint8]], side: int = SIDE) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:

@@ -187,10 +187,10 @@ def test_the_pass_can_be_left_out_and_held_out_samples_are_scored(tmp_path):
     assert not {"label_scores.npz", "label_issues.csv"} & {path.name for path in folder.iterdir()}
     again(folder, *flags)
     labels, scores = np.load(folder / "labels.npz"), scores_of(folder)
-    held_out, (total, count) = scores["held_out"], last_state(folder)["probabilities"]
+    held_out, (mean, count) = scores["held_out"], last_state(folder)["probabilities"]
     assert scores["index"].tolist() == sorted([*labels["index"], *labels["held_out"]]) and held_out.sum() == 12
     assert set(scores["index"][held_out]) == {*labels["held_out"]} and len(labels["list_given"]) == 1450
-    np.testing.assert_array_equal(scores["probabilities"][~held_out], total / count)
+    np.testing.assert_array_equal(scores["probabilities"][~held_out], mean)
     np.testing.assert_allclose(scores["probabilities"].sum(axis=1), 1, rtol=1e-5)
     assert count == 2 and np.isfinite(scores["loss_net1"]).all()
     np.testing.assert_array_equal(np.isnan(scores["p_clean_net1"]), held_out)
