@@ -107,8 +107,8 @@ def read_file(path: str, lists: Mapping[str, ImageList]) -> tuple[dict[str, NDAr
     if features.shape[1] != sum(sizes):
         expected = ", then ".join(f"{size} of {list_name}" for list_name, size in zip(lists, sizes, strict=True))
         raise DivideMixError(f"{name} has features of {features.shape[1]} images, expected {expected}")
-    parts = np.split(features, np.cumsum(sizes)[:-1], axis=1)
-    return dict(zip(lists, parts, strict=True)), hashlib.sha256(features).hexdigest()
+    arrays = np.split(features, np.cumsum(sizes)[:-1], axis=1)
+    return dict(zip(lists, arrays, strict=True)), hashlib.sha256(features).hexdigest()
 
 
 # ---- Features of a network ----
