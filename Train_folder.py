@@ -24,6 +24,7 @@ from dataloader_folder import IMAGENET_MEAN, IMAGENET_STD, mean_std
 from dividemix import DivideMixError, networks, report
 from dividemix.data import DeviceImages, FeatureSet, Pipeline, StreamedImages, Views, check, features
 from dividemix.engine import DataSet, co_divide, test, train_epoch, warmup_epoch
+from dividemix.recipes import FeatureRecipe
 from dividemix.run import BACKBONE, Preparation, Run, Split, command_line, defaults, description, logs, options, splits
 from dividemix.runtime import is_out_of_memory, set_learning_rate
 
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             nets = options.build_networks(args, runtime, run.begun, num_features=num_features)
             optimizers = [runtime.optimizer(net, args.lr, recipe.weight_decay) for net in nets]
             mixtures = options.mixtures(args)
-            uses_unlabeled = recipe.unlabeled_loss or args.lambda_u != 0  # None: chosen while it trains
+            # lambda_u is None where it is chosen while it trains
+            uses_unlabeled = isinstance(recipe, FeatureRecipe) or recipe.unlabeled_loss or args.lambda_u != 0
             loss_terms = {"unlabeled_loss": uses_unlabeled, "conf_penalty": args.conf_penalty == "on"}
             mixmatch = options.mixmatch(args, warm_up=math.inf if args.method == "ce" else args.warm_up, **loss_terms)
             summary = {"classes": data.class_names, "train": len(train)} | {name: len(tests[name]) for name in tests}
@@ -122,13 +124,14 @@ def read(
     sets: dict[str, Images] = {}
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if args.features:
+        place = args.feature_file or args.cache_dir or run.folder / "features"
         if args.feature_file:
-            stored, digest = features.read_file(args.feature_file, split.lists)
-            run.pin("features", digest, f"{args.feature_file} has not the features that {run.folder} began with")
+            stored = features.read_file(place, split.lists)
         else:
             net = networks.frozen(args.arch, args.width, args.weights, run.folder / BACKBONE, run.runtime, run.begun)
-            folder = args.cache_dir or run.folder / "features"
-            stored = features.of_network(net, pipeline, folder, args.feature_views, run.say)
+            stored = features.of_network(net, pipeline, place, args.feature_views, run.say)
+        problem = f"{place} does not hold the features with which {run.folder} began"
+        run.pin("features", features.digest(stored), problem)
         sets = {name: features.of_images(stored, pipeline.images(*source)) for name, source in rows_of.items()}
         return sets.pop("train"), sets, mean, std
     if args.data_mode == "stream":

@@ -222,6 +222,10 @@ OWN_PRETRAINED = OwnRecipe("as Clothing1M", 32, 0.002, 0.5, 1e-3, False, 320, 78
 OWN_SCRATCH = OwnRecipe("as WebVision", 32, 0.01, 0.5, 5e-4, False, 1_030, 164_000, 80)
 
 
+# The flags of the division and the unlabeled loss, for own images and for heads on features
+OWN_DIVISION: dict[str, Any] = {"lambda_u": 0.0, "p_threshold": 0.5, "loss_window": 1, "division": "per_class"}
+
+
 @dataclass(frozen=True)
 class FeatureRecipe:
     """Heads on stored features."""
@@ -233,7 +237,8 @@ class FeatureRecipe:
     weight_decay: float
     warm_up: int  # epochs
     num_epochs: int
-    unlabeled_loss: bool = True
 
 
-FEATURES = FeatureRecipe("for heads on features", 64, 0.02, 4, CIFAR_WEIGHT_DECAY, warm_up=3, num_epochs=12)
+FEATURES = FeatureRecipe(
+    "for heads on features, see benchmarks/RESULTS.md", 64, 0.02, 4, CIFAR_WEIGHT_DECAY, warm_up=3, num_epochs=12
+)

@@ -78,6 +78,22 @@ def test_features_outlive_a_start_that_fails(root, tmp_path, start, monkeypatch)
     assert start(*flags(root, tmp_path / "run", "--num_epochs", "1"))[0] == 0
 
 
+def test_features_that_were_made_anew_must_be_the_same(root, tmp_path, start):
+    """Another card or version computes others: the heads would go on with numbers that they were not trained on."""
+    assert start(*flags(root, tmp_path / "run", "--num_epochs", "1"))[0] == 0
+    for path in (tmp_path / "run" / "features").iterdir():
+        np.save(path, np.load(path) + np.float32(1e-3))
+    status, _, error = start(*flags(root, tmp_path / "run", "--num_epochs", "2"))
+    assert status == 1 and error.count("\n") == 1 and "does not hold the features with which" in error
+
+
+@pytest.mark.parametrize("views", ["0", "256"])
+def test_more_views_than_are_drawn_are_refused_at_once(root, tmp_path, start, views):
+    """The features would be made, for hours, and then refused."""
+    status, _, error = start(*flags(root, tmp_path / "run", "--feature_views", views))
+    assert status == 2 and "--feature_views" in error and not (tmp_path / "run").exists()
+
+
 def test_predict_and_export_are_the_tested_classifier(root, done, tmp_path, monkeypatch, capsys):
     """Heads on another network, or on another view, answer nonsense; and whoever gets the run folder has not the
     weights' file."""
@@ -117,7 +133,7 @@ def test_a_feature_file(root, tmp_path, start, monkeypatch, capsys):
     status, _, error = command(predict, tmp_path, monkeypatch, capsys)(run, root / "tree/test")
     assert status == 1 and "--feature_file" in error
     path.rename(tmp_path / "moved.npy")
-    assert start(*given, "--feature_file", tmp_path / "moved.npy", "--num_epochs", "12")[0] == 0
+    assert start(*given, "--features", "--feature_file", tmp_path / "moved.npy", "--num_epochs", "12")[0] == 0
     np.save(path, features[::-1])
     status, _, error = start(*given, "--num_epochs", "13")
     assert status == 1 and error.count("\n") == 1 and str(path) in error
@@ -133,7 +149,6 @@ def test_a_feature_file(root, tmp_path, start, monkeypatch, capsys):
         (["--features", "--arch", "preresnet18"], "--features"),
         (["--features", "--data_mode", "device"], "--data_mode"),
         (["--feature_file", "F.npy", "--arch", "resnet18"], "--arch"),
-        (["--feature_file", "F.npy", "--features"], "--features"),
         (["--feature_file", "F.npy", "--skip_bad_images"], "--skip_bad_images"),
     ],
 )

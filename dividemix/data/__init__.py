@@ -1,6 +1,6 @@
 """The images. `lists` reads which files and labels there are, `check` finds what is wrong with the files. `device` has
 the sets that live on the device, and their augmentation. Larger images come through `stream`: its `workers` read files
-with `images`, and `store` keeps them. `features` has what a frozen network says of them."""
+with `images`, and `store` keeps them. `features` has numbers that a frozen network computes from each image."""
 
 from dividemix.data import check
 from dividemix.data.check import usable

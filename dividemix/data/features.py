@@ -1,6 +1,6 @@
-"""Features in place of images: what a frozen network says of V views of each image, made once. Heads train on them."""
+"""Features in place of images: numbers that a frozen network computes from V views of each image, once, and on which
+heads train."""
 
-import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +18,7 @@ from dividemix.data.device import DeviceImages
 from dividemix.data.lists import ImageList
 from dividemix.data.stream import Pipeline, StreamedImages
 from dividemix.files import atomic_file
-from dividemix.runtime import Batches, Runtime
+from dividemix.runtime import Batches, Runtime, is_out_of_memory
 
 _FORMAT = 1  # of the files; another number makes another file
 _BATCH = 50  # images that go through the network at once
@@ -30,6 +30,7 @@ class FeatureSet(DeviceImages):
 
     features (V, N, D) float32 or float16; labels int64 (N,); images: what `originals` shows; truly_clean bool (N,),
     where it is known. A training view is one of the V, drawn for each sample and step. Evaluation takes the first.
+    Raises DivideMixError where the device has no memory for them.
     """
 
     def __init__(
@@ -41,7 +42,14 @@ class FeatureSet(DeviceImages):
         truly_clean: NDArray[np.bool_] | None = None,
     ):
         self.runtime, self.images, self.truly_clean = runtime or Runtime(), images, truly_clean
-        self.features = torch.from_numpy(features).to(self.runtime.device)
+        try:
+            self.features = torch.from_numpy(features).to(self.runtime.device)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            size = f"{features.nbytes / 1e9:.1f} GB of shape {features.shape} on {self.runtime.device}"
+            problem = f"not enough memory for the features: {size}; use fewer views or another device"
+            raise DivideMixError(problem) from error
         self.labels = torch.from_numpy(labels).to(self.runtime.device)
 
     @property
@@ -78,8 +86,12 @@ def of_images(features: Mapping[str, NDArray[np.floating]], images: StreamedImag
 
 def as_views(features: ArrayLike, name: str = "features") -> NDArray[np.floating]:
     """Features (N, D) or (V, N, D) of any real type -> (V, N, D), float32 or float16. Raises DivideMixError, naming
-    `name`, for another shape, for values that are not finite, and for more than 255 views."""
-    features = np.asarray(features)
+    `name`, for what numpy cannot read, another shape, values that are not finite, and more than 255 views."""
+    try:
+        features = np.asarray(features)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; bfloat16, a gradient, a card's tensor
+        problem = f"{name}: expected numbers that numpy can read as an array: {str(error).splitlines()[0]}"
+        raise DivideMixError(problem) from error
     if features.ndim not in (2, 3) or 0 in features.shape or features.dtype.kind not in "fiu":
         problem = f"{features.dtype} of shape {features.shape}"
         raise DivideMixError(f"{name}: expected numbers of shape (N, D) or (V, N, D), got {problem}")
@@ -92,9 +104,9 @@ def as_views(features: ArrayLike, name: str = "features") -> NDArray[np.floating
     return features
 
 
-def read_file(path: str, lists: Mapping[str, ImageList]) -> tuple[dict[str, NDArray[np.floating]], str]:
-    """The features (V, N, D) of each list from a .npy file, which has them in the order of the lists; and their
-    SHA-256. Raises DivideMixError for a file that cannot be read, or has another number of samples."""
+def read_file(path: str | Path, lists: Mapping[str, ImageList]) -> dict[str, NDArray[np.floating]]:
+    """The features (V, N, D) of each list from a .npy file, which has them in the order of the lists. Raises
+    DivideMixError for a file that cannot be read, or has another number of samples."""
     name = f"--feature_file {path}"
     try:
         content = np.load(path, allow_pickle=False)
@@ -108,7 +120,15 @@ def read_file(path: str, lists: Mapping[str, ImageList]) -> tuple[dict[str, NDAr
         expected = ", then ".join(f"{size} of {list_name}" for list_name, size in zip(lists, sizes, strict=True))
         raise DivideMixError(f"{name} has features of {features.shape[1]} images, expected {expected}")
     arrays = np.split(features, np.cumsum(sizes)[:-1], axis=1)
-    return dict(zip(lists, arrays, strict=True)), hashlib.sha256(features).hexdigest()
+    return dict(zip(lists, arrays, strict=True))
+
+
+def digest(features: Mapping[str, NDArray[np.floating]]) -> str:
+    """The SHA-256 of the features of all lists."""
+    key = hashlib.sha256()
+    for array in features.values():
+        key.update(np.ascontiguousarray(array))
+    return key.hexdigest()
 
 
 # ---- Features of a network ----
@@ -121,7 +141,7 @@ def of_network(
     The names of the files depend on the images, the network and the views. `say` gets a line for each list. Raises
     DivideMixError for a bad image, for features that are not finite, and where the disk refuses."""
     folder = Path(folder).expanduser()
-    with _writing(folder):
+    with store.writing("the features", folder):
         folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: _stored(net, pipeline.images(name), folder, num_views, say) for name in pipeline.lists}
     pipeline.close()
@@ -145,7 +165,7 @@ def _stored(
     seconds = time.perf_counter() - begin
     if features.nbytes > _HALF_FROM:
         features = as_views(features.astype(np.float16), f"the network's features of {images.name} in float16")
-    with _writing(path), atomic_file(path) as file:
+    with store.writing("the features", path), atomic_file(path) as file:
         np.save(file, features)
     rate = f"{seconds:.0f} s, {len(images) / seconds:.3g} images a second"
     say(f"features of {images.name}: {len(images)} images, {len(features)} views, {rate}")
@@ -154,8 +174,8 @@ def _stored(
 
 @torch.no_grad()
 def make(net: nn.Module, images: StreamedImages, num_views: int) -> NDArray[np.float32]:
-    """What `net` says of V views of each image, (V, N, D): the centre, the centre mirrored (where the pipeline's views
-    are), and random crops, the same in every call. A progress bar counts the images."""
+    """The numbers that `net` computes from V views of each image, (V, N, D): the centre, the centre mirrored (where the
+    pipeline's views are), and random crops, the same in every call. A progress bar counts the images."""
     runtime, normalise, n = images.runtime, images.pipeline.normalise, len(images)
     mirror = images.pipeline.views.flip and num_views > 1
     crops = np.random.default_rng(0).integers(0, 2**63 - 1, (n, num_views - 1 - mirror))
@@ -168,14 +188,6 @@ def make(net: nn.Module, images: StreamedImages, num_views: int) -> NDArray[np.f
             features.append(torch.stack([runtime.forward(net, view)[0] for view in views]).cpu())
             bar.update(len(views[0]))
     return torch.cat(features, dim=1).numpy()
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DivideMixError(f"cannot write the features to {path}: {error.strerror or error}") from error
 
 
 def _path(folder: Path, net: nn.Module, images: StreamedImages, num_views: int) -> Path:

@@ -142,7 +142,7 @@ def is_whole(path: str, n: int) -> bool:
 
 def check_space(folder: Path, need: int) -> None:
     """Makes the cache's folder. Raises DivideMixError where it has no room for `need` bytes."""
-    with _writing(folder):
+    with writing("the resized images", folder):
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
     if need > free:
@@ -155,7 +155,7 @@ def write_cache(path: str, results: Iterable[TaskResult]) -> None:
     """Writes uncut images, in the order of the list. The cache gets its name when it is whole; a failure leaves nothing
     behind. Raises DivideMixError where the disk refuses."""
     index, temporary = [], f"{path}.tmp"
-    with _writing(path):
+    with writing("the resized images", path):
         try:
             with open(temporary, "wb") as file:
                 for result in results:
@@ -170,17 +170,18 @@ def write_cache(path: str, results: Iterable[TaskResult]) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: str | Path) -> Iterator[None]:
+def writing(what: str, path: str | Path) -> Iterator[None]:
+    """Raises DivideMixError, which names both, where the block cannot write `what` to `path`."""
     try:
         yield
     except OSError as error:
-        raise DivideMixError(f"cannot write the resized images to {path}: {error.strerror or error}") from error
+        raise DivideMixError(f"cannot write {what} to {path}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
 def locked(path: str) -> Iterator[None]:
     """Lets one process at a time into the block: several runs with one cache are often started together."""
-    with _writing(path):
+    with writing("the resized images", path):
         try:
             lock = lock_file(f"{path}.lock")
         except Timeout:

@@ -6,6 +6,7 @@ rarely half of the labels are wrong."""
 
 import argparse
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,10 +34,7 @@ def choose(
     the names of the image lists, of 'train', 'val', 'test'. -> the recipe, and a line for each value with its source.
     Raises DivideMixError for flags that do not go together."""
     lines: list[str] = []
-
-    def default(name: str, value: Any, source: str) -> None:
-        lines.append(set_default(args, name, value, source))
-
+    default = partial(fill, args, lines)
     if "val" in lists and args.val_fraction:
         raise DivideMixError(f"--val_fraction {args.val_fraction:g}: the data have validation images; leave it out")
     alone = "val" not in lists and "test" not in lists
@@ -75,50 +73,52 @@ def choose(
     return recipe, lines + choose_division(args)
 
 
+def fill(args: argparse.Namespace, lines: list[str], name: str, value: Any, source: str) -> None:
+    """Fill the flag `name` unless it was given, and add the line with its value and source."""
+    lines.append(set_default(args, name, value, source))
+
+
 def choose_division(args: argparse.Namespace) -> list[str]:
     """The flags of the division and of the unlabeled loss, which depend on no image."""
+    values = recipes.OWN_DIVISION
     lines: list[str] = []
-
-    def default(name: str, value: Any, source: str) -> None:
-        lines.append(set_default(args, name, value, source))
-
+    default = partial(fill, args, lines)
     if args.recipe == "blind":
         lines += blind_lines(args)
     else:
-        default("lambda_u", 0.0, "as for 20 % and asymmetric noise; about 25 where half of the labels are wrong")
-        default("p_threshold", 0.5, "the paper's below 90 % noise")
-        default("loss_window", 1, "the paper's below 90 % noise")
-    default("division", "per_class", "classes differ in their losses; the paper: global")
+        source = "as for 20 % and asymmetric noise; about 25 where half of the labels are wrong"
+        default("lambda_u", values["lambda_u"], source)
+        for name in ("p_threshold", "loss_window"):
+            default(name, values[name], "the paper's below 90 % noise")
+    default("division", values["division"], "classes differ in their losses; the paper: global")
     return lines
 
 
 def choose_for_features(args: argparse.Namespace, side: int) -> list[str]:
     """The rest of `choose` for heads on features, which are those of --arch or in --feature_file."""
-    recipe, lines = recipes.FEATURES, []
-
-    def default(name: str, value: Any, source: str) -> None:
-        lines.append(set_default(args, name, value, source))
-
+    recipe = recipes.FEATURES
+    lines: list[str] = []
+    default = partial(fill, args, lines)
     refuse_ranks("--features")
     if args.data_mode == "device":
         raise DivideMixError("--data_mode device: with features each image is read once; leave it out")
     args.data_mode = "stream"
     if args.feature_file:
-        for flag in ("features", "arch", "weights", "image_size", "skip_bad_images"):
+        for flag in ("arch", "weights", "image_size", "skip_bad_images"):
             if getattr(args, flag):
                 raise DivideMixError(f"--{flag}: with --feature_file no network sees the images; leave it out")
         args.features, args.arch, args.weights, args.image_size = True, "head", "none", side
     else:
-        default("arch", FEATURE_ARCH, "features: a small network, exact for its size")
+        default("arch", FEATURE_ARCH, "features: small, and accurate for its size")
         weights = "imagenet" if networks.architecture(args.arch).imagenet else "none"
         default("weights", weights, "torchvision's")
         if args.weights == "none":
-            raise DivideMixError(f"--features: --arch {args.arch} has no weights, and its features would say nothing")
+            raise DivideMixError(f"--features: --arch {args.arch} has no weights, and its features would be random")
         default("image_size", image_size(args.arch, side), f"the median short side is {side}")
         networks.check(args.arch, args.width, args.image_size, args.weights)
     for name in ("batch_size", "lr", "alpha", "warm_up", "num_epochs"):
         default(name, getattr(recipe, name), recipe.name)
-    default("lr_drop", recipe.num_epochs, "none")
+    default("lr_drop", recipe.num_epochs, "no drop")
     args.eval_batch_size = args.eval_batch_size or 1000
     return lines + choose_division(args)
 

@@ -197,12 +197,11 @@ def add_own_images(parser: Parser) -> None:
     add("--loss_window", type=positive_int, help="epochs of loss averaged for a division (default: from the data)")
 
     add = parser.add_argument_group("frozen features").add_argument
-    text = (
-        "train two small heads on what the network of --arch, with its --weights, says of each image: minutes on a CPU"
-    )
+    text = "train two small heads on numbers that a frozen network, --arch, computes from each image: minutes on a CPU"
     add("--features", action="store_true", help=text)
     text = "--features: views of an image: the centre, mirrored, and random crops"
-    add("--feature_views", type=positive_int, default=4, metavar="V", help=text)
+    views = number(int, "a whole number from 1 to 255", lambda v: 1 <= v <= 255)
+    add("--feature_views", type=views, default=4, metavar="V", help=text)
     text = "train heads on these features, (N, D) or (V, N, D), instead; N: the images of train, val and test, in order"
     add("--feature_file", metavar="FILE.npy", help=text)
 

@@ -1,6 +1,7 @@
 """Features in place of images: the stored views of the right images, by a frozen network without its classifier."""
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -74,13 +75,20 @@ def test_a_batch_of_one_row_is_trained():
     assert all(not torch.equal(a, b) for a, b in zip(before, nets[0].parameters(), strict=True))
 
 
+def test_features_that_the_device_cannot_hold(monkeypatch):
+    """After hours of making them, a run would end in a traceback."""
+    monkeypatch.setattr(torch.Tensor, "to", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(DivideMixError, match=r"^not enough memory for the features: 0\.0 GB"):
+        numbered(2, 3)
+
+
 # ---- Features of others ----
 
 
 def test_features_of_any_real_type_become_views():
     """A double, or a list of lists, would stop the first layer; float16 would take twice the memory."""
     plain = [[1, 2], [3, 4], [5, 6]]
-    for given in (plain, np.array(plain, np.float64), np.array([plain], np.int64)):
+    for given in (plain, np.array(plain, np.float64), np.array([plain], np.int64), torch.tensor(plain)):
         views = as_views(given)
         assert views.dtype == np.float32 and views.tolist() == [plain]
     assert as_views(np.zeros((2, 3, 4), np.float16)).dtype == np.float16
@@ -96,6 +104,9 @@ def test_features_of_any_real_type_become_views():
         np.full((4, 2), np.nan),
         np.full((4, 2), 1e300),
         np.full((4, 2), "a"),
+        [[1, 2], [3]],
+        torch.ones((4, 2), dtype=torch.bfloat16),
+        torch.ones((4, 2), requires_grad=True),
     ],
 )
 def test_other_arrays_are_refused(wrong):
@@ -114,14 +125,14 @@ def test_a_feature_file_has_the_lists_one_after_the_other(lists, tmp_path):
     """Features of test images would train, under labels of other images."""
     path = tmp_path / "FILE.npy"
     np.save(path, np.arange(16 * 3, dtype=np.float32).reshape(16, 3))
-    parts, digest = features.read_file(str(path), lists)
+    parts = features.read_file(str(path), lists)
     assert (
         [*parts] == ["train", "test"]
         and parts["train"].shape == (1, 8, 3)
         and parts["test"][0, 0].tolist() == [24, 25, 26]
     )
     np.save(path, np.ones((16, 3)))
-    assert features.read_file(str(path), lists)[1] != digest
+    assert features.digest(features.read_file(str(path), lists)) != features.digest(parts)
     for content in (np.ones((8, 3)), np.array([None] * 16)):
         np.save(path, content)
         with pytest.raises(DivideMixError, match="FILE"):
