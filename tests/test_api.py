@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pandas
 import pytest
+import torch
 from sklearn.datasets import load_digits
 from sklearn.metrics import average_precision_score
 
@@ -57,9 +59,39 @@ def test_names_and_views_and_the_seed(digits):
 def test_what_cannot_be_listed_is_refused(digits):
     """A list of other samples, or of one class, would be nonsense without a word."""
     x, _, given = digits
-    for features, labels in ((x, given[:-1]), (x, np.zeros(600)), (x, given[:, None]), (x[0], given)):
-        with pytest.raises(DivideMixError, match=r"^(labels|features)"):
+    for features, labels in (
+        *((x, given[:-1]), (x, np.zeros(600)), (x, given[:, None]), (x[0], given)),
+        *((x, [None, *NAMES[given[1:]]]), (x, [float("nan"), *NAMES[given[1:]]]), (x, [np.nan, *given[1:]])),
+        *((x, ["one", *given[1:].tolist(), pandas.NA]), (x, [[0], *given[1:].tolist()])),
+    ):
+        with pytest.raises(DivideMixError, match=r"^(labels|features)") as error:
             dividemix.find_label_issues(features=features, labels=labels)
+        assert "\n" not in str(error.value)
+
+
+def test_a_list_that_means_nothing_is_said_to(digits):
+    """Hundreds of labels would be dropped by who has features of other images, or in another order; and a warning where
+    the list is of use would make people ignore it."""
+    x, truth, given = digits
+    rng = np.random.default_rng(0)
+    for features, labels in (
+        (x, rng.permutation(truth)),
+        (rng.normal(size=x.shape), truth),
+        (rng.normal(size=x.shape), rng.permutation(truth < 5)),
+        (np.ones((60, 4)), truth[:60]),
+        (x * 1e-8, given),  # the networks learn nothing from them
+    ):
+        with pytest.warns(dividemix.DivideMixWarning, match="^THIS LIST MEANS NOTHING: ") as caught:
+            dividemix.find_label_issues(features=features, labels=labels)
+        assert sum("MEANS NOTHING" in str(warning.message) for warning in caught) == 1
+    half_wrong = np.where(rng.random(600) < 0.5, rng.integers(0, 10, 600), truth)
+    few = np.where(rng.random(600) < 0.03, truth != 3, truth == 3)
+    for rows, labels in ((600, given), (600, half_wrong), (600, few), (100, truth), (4, [0, 0, 1, 1])):
+        with warnings.catch_warnings(record=True) as recorded:
+            warnings.simplefilter("always")
+            dividemix.find_label_issues(features=torch.from_numpy(x[:rows]), labels=labels[:rows])
+        said = any("MEANS NOTHING" in str(warning.message) for warning in recorded)
+        assert said == (rows == 4)
 
 
 def test_importing_the_package_loads_no_torch():
