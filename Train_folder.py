@@ -24,7 +24,6 @@ from dataloader_folder import IMAGENET_MEAN, IMAGENET_STD, mean_std
 from dividemix import DivideMixError, networks, report
 from dividemix.data import DeviceImages, FeatureSet, Pipeline, StreamedImages, Views, check, features
 from dividemix.engine import DataSet, co_divide, test, train_epoch, warmup_epoch
-from dividemix.recipes import FeatureRecipe
 from dividemix.run import BACKBONE, Preparation, Run, Split, command_line, defaults, description, logs, options, splits
 from dividemix.runtime import is_out_of_memory, set_learning_rate
 
@@ -67,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             nets = options.build_networks(args, runtime, run.begun, num_features=num_features)
             optimizers = [runtime.optimizer(net, args.lr, recipe.weight_decay) for net in nets]
             mixtures = options.mixtures(args)
-            # lambda_u is None where it is chosen while it trains
-            uses_unlabeled = isinstance(recipe, FeatureRecipe) or recipe.unlabeled_loss or args.lambda_u != 0
+            uses_unlabeled = recipe.unlabeled_loss or args.lambda_u != 0  # None: chosen while it trains
             loss_terms = {"unlabeled_loss": uses_unlabeled, "conf_penalty": args.conf_penalty == "on"}
             mixmatch = options.mixmatch(args, warm_up=math.inf if args.method == "ce" else args.warm_up, **loss_terms)
             summary = {"classes": data.class_names, "train": len(train)} | {name: len(tests[name]) for name in tests}

@@ -237,6 +237,7 @@ class FeatureRecipe:
     weight_decay: float
     warm_up: int  # epochs
     num_epochs: int
+    unlabeled_loss: bool = True
 
 
 FEATURES = FeatureRecipe(

@@ -34,7 +34,7 @@ def choose(
     the names of the image lists, of 'train', 'val', 'test'. -> the recipe, and a line for each value with its source.
     Raises DivideMixError for flags that do not go together."""
     lines: list[str] = []
-    default = partial(fill, args, lines)
+    default = partial(set_flag, args, lines)
     if "val" in lists and args.val_fraction:
         raise DivideMixError(f"--val_fraction {args.val_fraction:g}: the data have validation images; leave it out")
     alone = "val" not in lists and "test" not in lists
@@ -73,8 +73,8 @@ def choose(
     return recipe, lines + choose_division(args)
 
 
-def fill(args: argparse.Namespace, lines: list[str], name: str, value: Any, source: str) -> None:
-    """Fill the flag `name` unless it was given, and add the line with its value and source."""
+def set_flag(args: argparse.Namespace, lines: list[str], name: str, value: Any, source: str) -> None:
+    """Set the flag `name` unless it was given, and add the line with its value and source."""
     lines.append(set_default(args, name, value, source))
 
 
@@ -82,7 +82,7 @@ def choose_division(args: argparse.Namespace) -> list[str]:
     """The flags of the division and of the unlabeled loss, which depend on no image."""
     values = recipes.OWN_DIVISION
     lines: list[str] = []
-    default = partial(fill, args, lines)
+    default = partial(set_flag, args, lines)
     if args.recipe == "blind":
         lines += blind_lines(args)
     else:
@@ -98,7 +98,7 @@ def choose_for_features(args: argparse.Namespace, side: int) -> list[str]:
     """The rest of `choose` for heads on features, which are those of --arch or in --feature_file."""
     recipe = recipes.FEATURES
     lines: list[str] = []
-    default = partial(fill, args, lines)
+    default = partial(set_flag, args, lines)
     refuse_ranks("--features")
     if args.data_mode == "device":
         raise DivideMixError("--data_mode device: with features each image is read once; leave it out")
