@@ -106,7 +106,7 @@ def test_no_more_than_two_samples_are_kept_in_memory(train, monkeypatch):
             made.add(self)
 
     def spy(net, data, phase):
-        scores = score(net, data, phase)
+        scores = score(*arguments, **settings)
         gc.collect()
         kept.append(len(made))
         return scores

@@ -194,8 +194,8 @@ def note_co_division(monkeypatch, script) -> list[dict]:
     events: list[dict] = []
     loss, train, test = engine.per_sample_loss, script.train_epoch, script.test
 
-    def spy_loss(net, data, phase):
-        scored = loss(net, data, phase)
+    def spy_loss(net, data, *arguments, **settings):
+        scored = loss(net, data, *arguments, **settings)
         event = {"what": "score", "net": snapshot(net), "rows": getattr(data, "index", ())}
         events.append(event | {"loss": normalise(scored.loss.numpy())})
         return scored
