@@ -105,7 +105,7 @@ def test_no_more_than_two_samples_are_kept_in_memory(train, monkeypatch):
             super().__init__(*args)
             made.add(self)
 
-    def spy(net, data, phase):
+    def spy(*arguments, **settings):
         scores = score(*arguments, **settings)
         gc.collect()
         kept.append(len(made))
