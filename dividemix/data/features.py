@@ -160,6 +160,7 @@ def _stored(
         pass
     except (OSError, ValueError, EOFError) as error:
         warn(f"{path} cannot be read ({error}): the features are made again")
+    say(f"features of {images.name}: {num_views} views of {len(images)} images are made, for {path}")
     begin = time.perf_counter()
     features = as_views(make(net, images, num_views), f"the network's features of {images.name}")
     seconds = time.perf_counter() - begin

@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dividemix.files import csv_bytes, write_atomically
-from dividemix.run import RunFolder, net_arrays, quality_by_split, rank_by_split
+from dividemix.run import RunFolder, net_arrays, quality_by_split, rank_by_split, worst_first
 
 IN_SAMPLE = "scores are in-sample: the networks were trained on these labels"
 _CLASSES_SHOWN = 10
@@ -46,6 +46,7 @@ class LabelIssues:
     wrong_share: float  # estimated share of wrong labels, and the standard error of the estimate
     wrong_share_error: float
     failures: list[str]  # why nothing here means anything; empty for a usable list
+    relabelled: bool  # whether --labels replaced the labels
     epochs: int  # finished epochs when the scores were made
 
     def __len__(self) -> int:
@@ -60,6 +61,11 @@ class LabelIssues:
     def rank(self) -> NDArray[np.int64]:
         """The place of each label among those of its split: 1 for the most doubtful; issues come before others."""
         return rank_by_split(self.quality, self.is_issue, self.held_out)
+
+    @property
+    def worst(self) -> NDArray[np.int64]:
+        """The rows, most doubtful first."""
+        return worst_first(self.quality, self.is_issue, self.held_out)
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,7 @@ def find(run: RunFolder) -> LabelIssues | None:
         wrong_share=listed.wrong_share,
         wrong_share_error=listed.wrong_share_error,
         failures=failures(run, labels["list_given"][index], net_arrays(scores, "p_clean")),
+        relabelled=bool(run.args.get("labels")),
         epochs=int(scores["epochs"]),
     )
 
@@ -180,6 +187,7 @@ def estimate(issues: LabelIssues) -> str:
     share, error = 100 * issues.wrong_share, 100 * issues.wrong_share_error
     reach = f"measured with these labels, even a perfect classifier gets about {100 - share:.0f} %"
     uncertainty = f"standard error {error:.1f}, the method's own error may be larger"
+    uncertainty += "; labels that such a run has corrected wrongly are not counted" if issues.relabelled else ""
     return f"estimated share of wrong labels: {share:.1f} % ({uncertainty}); {reach}"
 
 
@@ -190,7 +198,7 @@ def warnings(issues: LabelIssues) -> list[str]:
     if truth and truth.wrong_after > truth.wrong:
         counts = f"{truth.wrong} are wrong as given, {truth.wrong_after} as corrected"
         lines.append(f"THE SUGGESTIONS MAKE THE LABELS WORSE: of {truth.n} labels {counts}")
-    return lines + ([lost] if lost else [])
+    return lines + ([lost] if lost and not issues.failures else [])
 
 
 def summary(issues: LabelIssues) -> list[str]:
@@ -250,9 +258,9 @@ def issues_table(issues: LabelIssues) -> pd.DataFrame:
 
 def suspects_table(issues: LabelIssues, table: pd.DataFrame) -> pd.DataFrame:
     """suspects.csv: the issues of `issues_table`, worst first: file (index, where there are no files), class names.
-    Those of held-out samples come between the others, by their rank."""
+    Held-out samples come between the others: the worst tenth of each split stands first, and so on."""
     columns = ["path" if issues.paths else "index", "split", "given_class", "suggested_class"]
-    return table[table["is_label_issue"]].sort_values("rank", kind="stable")[columns]
+    return table[columns].iloc[issues.worst[: issues.is_issue.sum()]]
 
 
 def cleaned_table(issues: LabelIssues) -> pd.DataFrame:

@@ -112,4 +112,5 @@ def thumbnails(run: RunFolder, issues: LabelIssues) -> list[tuple[int, str]]:
         for index, pixels, (height, width) in zip(*map(run.thumbnails.get, ("index", "pixels", "sizes")), strict=True)
         for row in np.flatnonzero(issues.index == index)
     ]
-    return sorted(images, key=lambda image: (not issues.is_issue[image[0]], issues.quality[image[0]]))
+    place = issues.worst.argsort()
+    return sorted(images, key=lambda image: place[image[0]])

@@ -81,7 +81,7 @@ def write(folder: Path, epochs: int, sets: Mapping[str, DataSet], scores: Sequen
         columns = [arrays.get(name, np.full(len(arrays["loss_net1"]), np.nan)) for arrays in scores]
         table[name] = np.concatenate(columns)[order]
     listed = quality_by_split(table, labels["list_given"])
-    worst = table["index"][rank_by_split(listed.quality, listed.is_issue, table["held_out"]).argsort()[:THUMBNAILS]]
+    worst = table["index"][worst_first(listed.quality, listed.is_issue, table["held_out"])[:THUMBNAILS]]
     try:
         rows = {name: np.flatnonzero(np.isin(labels[name], worst)) for name in sets}
         pixels, sizes = thumbnails(image for name, data in sets.items() for image in data.originals(rows[name]))
@@ -113,8 +113,11 @@ def net_arrays(scores: dict[str, NDArray], name: str) -> list[NDArray]:
     return [scores[f"{name}_net{k}"] for k in (1, 2) if f"{name}_net{k}" in scores]
 
 
-def worst_first(quality: NDArray, is_issue: NDArray) -> NDArray[np.int64]:
-    """The rows, most doubtful first: issues before others, then by rising quality."""
+def worst_first(quality: NDArray, is_issue: NDArray, held_out: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+    """The rows, most doubtful first: issues before others, then by rising quality. The quality of held-out samples is
+    of another kind: with them, the worst tenth of each split comes first, and so on."""
+    if held_out is not None:
+        quality = rank_by_split(quality, is_issue, held_out) / np.where(held_out, held_out.sum(), (~held_out).sum())
     return np.lexsort((quality, ~is_issue))
 
 

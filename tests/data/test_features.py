@@ -192,7 +192,7 @@ def test_features_are_made_once_for_the_same_images_network_and_views(lists, tmp
     since, are taken."""
     net, folder = Counted(), tmp_path / "new" / "cache"
     first, said = of_network(net, lists, folder)
-    assert net.seen == 3 * 16 and "8 images, 3 views" in said[0] and "images a second" in said[1]
+    assert net.seen == 3 * 16 and str(folder) in said[0] and "8 images, 3 views" in said[1]
     again, said = of_network(net, lists, folder)
     assert net.seen == 3 * 16 and str(folder) in said[0]
     assert all(np.array_equal(first[name], again[name]) for name in ("train", "test"))

@@ -163,7 +163,7 @@ def test_held_out_labels_are_ranked_apart(tmp_path):
         ("train", "2"), ("val", "2"), ("val", "3"), ("val", "1"), ("train", "9")
     ]  # fmt: skip
     assert rows[1]["p_clean_net1"] == "" and [row["index"] for row in rows] == [*map(str, range(N))]
-    assert [row["index"] for row in rows_of((folder / "suspects.csv").read_bytes())] == ["3", "6", "0"]
+    assert [row["index"] for row in rows_of((folder / "suspects.csv").read_bytes())] == ["6", "0", "3"]
 
 
 @pytest.mark.parametrize(
