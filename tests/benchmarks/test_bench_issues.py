@@ -35,3 +35,17 @@ def test_every_method_beats_chance_where_it_is_easy(flags, tmp_path, capsys):
     bench_issues.main([*flags, "--settings", "sym 30"])
     assert (tmp_path / "out.jsonl").read_text() == before
     assert "DivideMix" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_from_scratch_every_method_trains_the_same_network(tmp_path, monkeypatch):
+    """Else Train_folder.py gets other images, labels or settings than the methods that it is compared with."""
+    monkeypatch.setattr("dividemix.run.defaults.SHORT_STEPS", 0)
+    monkeypatch.setattr("dividemix.run.defaults.MOST_WARM_UP", 1)
+    monkeypatch.setattr("dividemix.run.defaults.FEWEST_EPOCHS", 1)
+    sizes = ["--images", "100", "--test_images", "50", "--seeds", "1", "--cache", str(tmp_path)]
+    bench_issues.main(["--digits", "--settings", "scratch digits", *sizes, "--out", str(tmp_path / "out.jsonl")])
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [record["function"] for record in records].count("dividemix") == 1 and len(records) == 5
+    assert {record["wrong"] for record in records} == {50}
+    assert all(0 <= record["accuracy"] <= 1 for record in records)
