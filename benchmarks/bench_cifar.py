@@ -190,8 +190,8 @@ def variants(runtime: Runtime, eval_batch_size: int) -> dict[str, tuple[Runtime,
         return dataclasses.replace(runtime, steps={}, **changed), eval_batch_size
 
     off: dict[str, tuple[Runtime, int]] = {}
-    if runtime.precision == "bf16":
-        off["bf16 (fp32 instead)"] = without(precision="fp32")
+    if runtime.precision != "fp32":
+        off[f"{runtime.precision} (fp32 instead)"] = without(precision="fp32")
     if runtime.memory_format == torch.channels_last:
         suffix = " outside compiled code" if runtime.compile else ""  # Inductor chooses its layouts itself
         off[f"channels_last{suffix}"] = without(memory_format=torch.contiguous_format)
@@ -325,7 +325,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name, default in (sizes | {"repeats": 8, "warmups": 2, "eval_batch_size": 1000}).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--no_graph", action="store_true")
     parser.add_argument("--no_compile", action="store_true")
     parser.add_argument("--against_plain", action="store_true", help="time benchmarks/baseline_plain.py beside it")

@@ -24,7 +24,7 @@ from dividemix.data.images import Views
 from dividemix.data.stream import Pipeline
 from dividemix.engine import MixMatch, Phase
 from dividemix.run.checkpoint import to_host
-from dividemix.runtime import graph
+from dividemix.runtime import device, graph
 from dividemix.runtime.device import Runtime, start
 from PreResNet import ResNet18
 
@@ -69,10 +69,12 @@ def card(**options) -> Runtime:
     ("name", "num_class", "lr", "weight_decay", "unlabeled_loss"),
     [("cifar", 10, 0.02, 5e-4, True), ("webvision", 50, 0.01, 5e-4, False), ("clothing1M", 14, 0.002, 1e-3, False)],
 )
-def test_golden_step(runtime, name, num_class, lr, weight_decay, unlabeled_loss):
-    """TF32, or another order of the forwards, on the machine that results are made on."""
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_golden_step(precision, name, num_class, lr, weight_decay, unlabeled_loss):
+    """TF32, another order of the forwards, or a loss scale whose first step overflows, where results are made."""
+    runtime, loss = card(precision=precision), 1e-4 if precision == "fp32" else 1e-3
     golden, net, terms = golden_step(name, num_class, lr, weight_decay, runtime, unlabeled_loss=unlabeled_loss)
-    assert terms.loss.item() == pytest.approx(golden["loss"][0], rel=1e-4)
+    assert terms.loss.item() == pytest.approx(golden["loss"][0], rel=loss)
     for key, norm in zip(golden["keys"], golden["param_norm"], strict=True):
         assert net.state_dict()[key].double().norm().item() == pytest.approx(norm, rel=2e-4, abs=1e-12)
 
@@ -86,10 +88,10 @@ def test_bf16_gradients_reach_every_parameter():
             assert (grad - reference[name]).norm() < 0.7 * reference[name].norm(), name
 
 
-@pytest.mark.parametrize("merge", [False, True])
-def test_no_host_sync_in_a_step(tiny_images, merge):
+@pytest.mark.parametrize(("precision", "merge"), [("bf16", False), ("bf16", True), ("fp16", True)])
+def test_no_host_sync_in_a_step(tiny_images, precision, merge):
     """A single sync in a step makes the card wait for Python 391 times an epoch."""
-    runtime = card(precision="bf16", merge=merge)
+    runtime = card(precision=precision, merge=merge)
     net, peer = (runtime.prepare(golden_weights(ResNet18(3, width=8), seed)) for seed in (2, 3))
     optimizer = runtime.optimizer(net, 0.02, 5e-4)
     data = placed(runtime, tiny_images)
@@ -121,10 +123,11 @@ def test_an_epoch_on_the_card_draws_what_the_cpu_draws(tiny_images, runtime):
 # ---- Captured steps ----
 
 
-@pytest.mark.parametrize("merge", [False, True])
-def test_graph_equals_eager_step_by_step(exact, merge):
+@pytest.mark.parametrize(("precision", "merge"), [("fp32", False), ("fp32", True), ("fp16", True)])
+def test_graph_equals_eager_step_by_step(exact, monkeypatch, precision, merge):
     """Whatever froze in the graph, or was left by the runs before the capture, shows in weights and momentum."""
-    eager, replayed = card(merge=merge), card(merge=merge, graph=True)
+    monkeypatch.setattr(device, "FIRST_SCALE", 2.0**23)  # in fp16 the first gradients overflow
+    eager, replayed = (card(precision=precision, merge=merge, graph=on) for on in (False, True))
     runs = [start_nets(eager), start_nets(replayed)]
     sets = [digits(SIZE, runtime) for runtime in (eager, replayed)]
     for epoch in range(2):

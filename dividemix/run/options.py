@@ -234,7 +234,8 @@ def add_run(
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, else mps, else cpu")
     add("--gpuid", type=count, default=0, help="which CUDA card")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 if the device has it")
+    text = "auto: bf16 if the device has it, else fp32; fp16 (with a loss scale): for GPUs without bf16"
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help=text)
     add("--deterministic", action="store_true", help="only deterministic kernels: equal bits on one GPU model")
     add("--no_compile", action="store_true", help="on a GPU: do not fuse operators (torch.compile)")
     add("--no_graph", action="store_true", help="on a GPU: do not capture steps in CUDA graphs")

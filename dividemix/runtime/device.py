@@ -21,15 +21,17 @@ from dividemix.runtime.graph import CapturedStep, GraphPool, preserved
 from dividemix.runtime.layers import GroupedBatchNorm2d, can_merge, grouped
 from dividemix.runtime.ranks import Ranks, from_environment, join
 
+FIRST_SCALE = 2.0**12  # of the loss in fp16
+
 
 @dataclass
 class Runtime:
     """One device and how it is used. The defaults are the reference: eager, fp32, each batch in its own forward pass.
 
-    precision: 'fp32' (no TF32) or 'bf16' (autocast; head and losses in float32). merge: several batches of one size
-    go through a network together. compile: torch.compile fuses the layers between convolutions. graph: training steps
-    are captured in CUDA graphs. If either fails, there is one warning and the run goes on without it. ranks: the
-    processes that train together; gradients are averaged over them.
+    precision: 'fp32' (no TF32), 'bf16' or 'fp16' (autocast; head and losses in float32; fp16 with a scaled loss, see
+    `loops.update`). merge: several batches of one size go through a network together. compile: torch.compile fuses the
+    layers between convolutions. graph: training steps are captured in CUDA graphs. If either fails, there is one
+    warning and the run goes on without it. ranks: the processes that train together; gradients are averaged over them.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -79,9 +81,9 @@ class Runtime:
 
         def logits(x: Tensor) -> Tensor:
             x = x.contiguous(memory_format=self.memory_format) if x.ndim == 4 else x  # features have no such format
-            bf16 = self.precision == "bf16"
+            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
             # No cache of cast weights: a later forward would get those from before an update, or without gradients.
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None, cache_enabled=False):
                 return function(net, x).float()
 
         sizes = [len(x) for x in batches]
@@ -164,7 +166,9 @@ class Runtime:
     def optimizer(self, net: nn.Module, lr: float, weight_decay: float, momentum: float = 0.9) -> torch.optim.SGD:
         """SGD without Nesterov, weight decay on every parameter, BN and biases included. Once `loops.update` has set
         its flag `found_inf`, on the device, fused SGD leaves weights and momentum unchanged. For CUDA graphs, the
-        learning rate is a tensor on a card, and the momentum exists, as 0, before the first step."""
+        learning rate is a tensor on a card, and the momentum exists, as 0, before the first step. In fp16 SGD divides
+        the gradients by `grad_scale`; this and `growth`, the finite steps since it last changed, are tensors of the
+        only group, so that the state dict has them."""
         fused = self.device.type in ("cuda", "cpu")
         rate = torch.tensor(lr, device=self.device) if self.graph or self.device.type == "cuda" else lr
         optimizer = torch.optim.SGD(net.parameters(), rate, momentum, weight_decay=weight_decay, fused=fused)
@@ -172,6 +176,10 @@ class Runtime:
             optimizer.found_inf = torch.zeros((), device=self.device)
         for parameter in net.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        if self.precision == "fp16":
+            optimizer.grad_scale = torch.tensor(FIRST_SCALE, device=self.device)
+            growth = torch.zeros((), dtype=torch.int32, device=self.device)
+            optimizer.param_groups[0] |= {"grad_scale": optimizer.grad_scale, "growth": growth}
         return optimizer
 
     def describe(self) -> str:
@@ -179,7 +187,7 @@ class Runtime:
         threads = f"{self.device.type}, {torch.get_num_threads()} threads"
         name = torch.cuda.get_device_name(self.device) if on_card else threads
         ranks = f"{self.ranks.world} ranks, each: " if self.ranks.world > 1 else ""
-        arithmetic = "fp32, TF32 off" if self.precision == "fp32" else "bf16 autocast, losses in fp32"
+        arithmetic = "fp32, TF32 off" if self.precision == "fp32" else f"{self.precision} autocast, losses in fp32"
         faster = "".join(f", {text}" for text, on in (("compiled", self.compile), ("CUDA graphs", self.graph)) if on)
         return f"{ranks}{name}; {arithmetic}{faster}; torch {torch.__version__}"
 
@@ -197,11 +205,13 @@ def at_once(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Restore an optimizer from its state dict, also from one of another device: momentum takes the memory layout of
     its parameter; the SGD kernel, and whether the learning rate is a tensor, stay as this runtime has them."""
-    fused, lr = (optimizer.param_groups[0][name] for name in ("fused", "lr"))
+    [kept] = optimizer.param_groups
     optimizer.load_state_dict(state)
     [group] = optimizer.param_groups
-    saved, group["fused"], group["lr"] = float(group["lr"]), fused, lr
+    saved, group["fused"], group["lr"] = float(group["lr"]), kept["fused"], kept["lr"]
     set_learning_rate([optimizer], saved)
+    for name in kept.keys() & {"grad_scale", "growth"}:  # in place: a captured step reads them there
+        group[name] = kept[name].copy_(group[name])
     for parameter in group["params"]:
         momentum = optimizer.state[parameter]["momentum_buffer"]
         optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
@@ -244,10 +254,11 @@ def start(
         raise DivideMixError(f"--batch_size {batch_size} {problem}; take {-(-batch_size // world) * world}")
     chosen = pick_device(device, local_rank if world > 1 else gpuid)
     on_card, on_cpu, native = chosen.type == "cuda", chosen.type == "cpu", computes_bf16(chosen)
-    if chosen.type == "mps" and (world > 1 or precision == "bf16"):
-        raise DivideMixError("--device mps: neither --precision bf16 nor several ranks are supported: use --device cpu")
-    if precision == "bf16" and not native:
-        warn(f"--precision bf16: {chosen.type} here has no bf16 units, fp32 would be faster")
+    if chosen.type == "mps" and (world > 1 or precision in ("bf16", "fp16")):
+        problem = f"--precision {precision} is not supported" if world == 1 else "several ranks are not supported"
+        raise DivideMixError(f"--device mps: {problem}: use --device cpu")
+    if (precision == "bf16" and not native) or (precision == "fp16" and not on_card):
+        warn(f"--precision {precision}: on this {chosen.type} fp32 is usually faster")
     if on_card:
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = not deterministic

@@ -52,22 +52,34 @@ class EvaluationSet(Protocol):
 
 def update(optimizer: Optimizer, loss: Tensor, ranks: Ranks = ALONE) -> None:
     """Backward pass and SGD step. If the optimizer has a `found_inf` flag (see `Runtime.optimizer`), the first
-    non-finite loss or gradient of any rank sets it, on the device; neither this update nor any later one is applied."""
+    non-finite loss or gradient of any rank sets it, on the device; neither this update nor any later one is applied.
+
+    In fp16 (`grad_scale`) the loss is scaled for the backward pass. A non-finite gradient of a finite loss halves the
+    scale, and only this update is left out, down to a scale of 1; 2000 finite steps double it (torch's GradScaler). A
+    non-finite loss, which no scale mends, has also made BN's running statistics so: it stops all updates, as above."""
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    found_inf = getattr(optimizer, "found_inf", None)
+    scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    (loss if scale is None else loss * scale).backward()
+    found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
     if found_inf is not None:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        finite = torch.isfinite(torch.nn.utils.get_total_norm(grads)) & torch.isfinite(loss.detach())
-        found_inf.copy_(ranks.maximum(torch.maximum(found_inf, (~finite).to(found_inf.dtype))))
+        finite = torch.isfinite(torch.stack([loss.detach(), torch.nn.utils.get_total_norm(grads)]))
+        not_finite = ranks.maximum((~finite).to(found_inf.dtype))  # loss, gradient
+        found_inf.copy_(torch.maximum(found_inf, not_finite.max()))
     optimizer.step()
+    if found_inf is not None and scale is not None:
+        torch._amp_update_scale_(scale, optimizer.param_groups[0]["growth"], found_inf, 2.0, 0.5, 2000)
+        scale.mul_(1 - not_finite[0])
+        found_inf.copy_(scale < 1)
 
 
 def changed_by_step(net: nn.Module, optimizer: Optimizer) -> list[Tensor]:
-    """All tensors that a step changes in place: weights, BN statistics, momentum, the flag of a non-finite loss."""
+    """All tensors that a step changes in place: weights, BN statistics, momentum, the flag of a non-finite loss, the
+    scale of the loss."""
     momentum = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     flag = [optimizer.found_inf] if hasattr(optimizer, "found_inf") else []
-    return [*net.parameters(), *net.buffers(), *momentum, *flag]
+    scale = [group[name] for group in optimizer.param_groups for name in ("grad_scale", "growth") if name in group]
+    return [*net.parameters(), *net.buffers(), *momentum, *flag, *scale]
 
 
 @contextlib.contextmanager
@@ -128,9 +140,10 @@ def run_steps(
     steps = len(batches)
     if finite_steps < steps:
         stopped = "" if found_inf is None else ", and no update was applied from there on"
+        fp16 = ", or values too large for fp16 (--precision fp32)" if runtime.precision == "fp16" else ""
         raise Diverged(
             f"the loss or a gradient was not finite at batch {int(finite_steps) + 1} of {steps}{stopped}. "
-            "Likely causes: --lr too high, damaged images, or a weight file that does not fit"
+            f"Likely causes: --lr too high, damaged images, a weight file that does not fit{fp16}"
         )
     return [total / steps for total in totals]
 

@@ -5,6 +5,7 @@ torchrun --nproc_per_node=2 tests/helpers/torchrun_driver.py runs FILE      # ea
 torchrun --nproc_per_node=2 tests/helpers/torchrun_driver.py fail KIND STAMP <flags of Train_folder.py>
 """
 
+import dataclasses
 import os
 import signal
 import sys
@@ -182,6 +183,17 @@ def small(out: str) -> None:
         error = str(raised)
     weights = [{key: value for key, value in state.items() if "weight" in key} for state in [*after, snapshot(net)]]
     save("bad", [error, weights, float(optimizer.found_inf)])
+
+    # In fp16: a gradient that overflows on the second rank alone, then a bad loss there
+    fp16 = dataclasses.replace(runtime, precision="fp16", parallel={})
+    net = network(fp16, 1)
+    optimizer, steps = fp16.optimizer(net, 0.02, 5e-4), []
+    for factor in (1.0, 1e4, torch.nan):
+        [logits] = fp16.forward(net, views(4, 0)[0])
+        engine.update(optimizer, logits.square().mean() * (factor if ranks.rank == 1 else 1.0), ranks)
+        weights = [parameter.detach().clone() for parameter in net.parameters()]
+        steps.append([float(optimizer.grad_scale), float(optimizer.found_inf), weights])
+    save("fp16", steps)
 
     warn("the disk is nearly full")
     runs(f"{out}/runs.txt")

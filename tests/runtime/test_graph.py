@@ -19,7 +19,7 @@ from dividemix import DivideMixError, DivideMixWarning, engine
 from dividemix.data.images import Views
 from dividemix.data.stream import Pipeline
 from dividemix.engine import MixMatch, Phase
-from dividemix.runtime import graph
+from dividemix.runtime import device, graph
 from dividemix.runtime.device import Runtime, load_optimizer
 
 start = partial(captured.start, build=lambda: small_net(10))
@@ -29,6 +29,7 @@ SIZE = 39  # `train` labels 22: in batches of 4, partial ones at the end and whe
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
     graph_emulator.install(monkeypatch)
+    monkeypatch.setattr(device, "FIRST_SCALE", 2.0**23)  # in fp16 the first gradients overflow
 
 
 def assert_captured(runtime: Runtime, count: int) -> None:
@@ -36,7 +37,7 @@ def assert_captured(runtime: Runtime, count: int) -> None:
     assert all(isinstance(step, graph.CapturedStep) for step in runtime.steps.values())
 
 
-@pytest.mark.parametrize(("precision", "merge"), [("fp32", False), ("bf16", True)])
+@pytest.mark.parametrize(("precision", "merge"), [("fp32", False), ("bf16", True), ("fp16", True)])
 def test_replayed_steps_equal_eager_ones(merge, precision):
     """A number that was frozen, or momentum that the capture spoiled, trains another method without an error."""
     eager, replayed = (Runtime(CPU, precision, merge=merge, graph=on) for on in (False, True))
@@ -46,6 +47,8 @@ def test_replayed_steps_equal_eager_ones(merge, precision):
     assert eager.steps == {}, "networks and data sets that were trained stay in memory"
     assert terms[0] == terms[1]
     assert_equal(state(*runs[0]), state(*runs[1]))
+    for optimizer in runs[1][1] if precision == "fp16" else ():
+        assert 1 < optimizer.grad_scale < 2**23 and optimizer.param_groups[0]["growth"] > 0
 
 
 def test_a_capture_leaves_the_random_streams_alone():
@@ -81,9 +84,10 @@ def test_streamed_batches_are_replayed_too(tmp_path, keep):
     assert_equal(*states)
 
 
-def test_a_restored_run_captures_the_restored_state():
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_restored_run_captures_the_restored_state(precision):
     """A graph that holds the addresses of what was there before a checkpoint was loaded would train something else."""
-    straight, resumed = (Runtime(CPU, graph=True) for _ in range(2))
+    straight, resumed = (Runtime(CPU, precision, graph=True) for _ in range(2))
     run, again = start(straight), start(resumed)
     train(digits(SIZE, straight), [0], *run)
     saved = copy.deepcopy([trained.state_dict() for trained in (*run[0], *run[1])])

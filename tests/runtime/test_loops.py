@@ -44,10 +44,11 @@ def test_a_bad_gradient_of_a_finite_loss_counts_and_so_does_the_reverse(bad_loss
         assert optimizer.found_inf == 1 and torch.equal(weight, before)
 
 
-def test_the_update_is_the_papers_sgd_by_hand():
-    """Nesterov, dampening, or no decay of BN and biases, as many codes have it, is another method."""
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_update_is_the_papers_sgd_by_hand(precision):
+    """Nesterov, dampening, no decay of BN and biases, as many codes have it, or a scaled gradient is another method."""
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    optimizer = Runtime(CPU).optimizer(net, lr=0.1, weight_decay=0.5)
+    optimizer = Runtime(CPU, precision).optimizer(net, lr=0.1, weight_decay=0.5)
     expected = [p.detach().double().clone() for p in net.parameters()]
     velocity = [torch.zeros_like(p) for p in expected]
     for g in (1.0, -3.0, 0.25):
@@ -57,6 +58,69 @@ def test_the_update_is_the_papers_sgd_by_hand():
             p.sub_(0.1 * v)
     for p, value in zip(net.parameters(), expected, strict=True):
         torch.testing.assert_close(p.detach().double(), value, rtol=1e-6, atol=1e-6)
+
+
+# ---- The scale of the loss in fp16 ----
+
+
+def fp16_weight(scale: float) -> tuple[nn.Parameter, torch.optim.SGD]:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = Runtime(CPU, "fp16").optimizer(nn.ParameterList([weight]), lr=0.125, weight_decay=0.0)
+    optimizer.grad_scale.fill_(scale)
+    return weight, optimizer
+
+
+def test_a_gradient_that_overflows_halves_the_scale_until_it_does_not():
+    """Else one large batch ends a run of two days, or a scale that is too small for ever rounds gradients to 0."""
+    weight, optimizer = fp16_weight(2.0**17)
+    for power in (16, 15, 14):  # half of the largest number of fp16 is 2^15
+        update(optimizer, 2 * weight.half().float().sum())
+        assert optimizer.grad_scale == 2**power and optimizer.found_inf == 0 and (weight == 1).all()
+    optimizer.param_groups[0]["growth"].fill_(1998)
+    for value, power in ((0.75, 14), (0.275, 15)):  # momentum 0.9
+        update(optimizer, 2 * weight.half().float().sum())
+        torch.testing.assert_close(weight.detach(), torch.full((2,), value))
+        assert optimizer.grad_scale == 2**power
+    assert optimizer.param_groups[0]["growth"] == 0
+
+
+@pytest.mark.parametrize(
+    ("bad_loss", "updates"),
+    [(lambda w: (0 * w).sum().sqrt(), 4), (lambda w: w.sum() + torch.inf, 1), (lambda w: w.sum() * torch.nan, 1)],
+)
+def test_what_no_scale_mends_stops_all_updates(bad_loss, updates):
+    """Else a run whose gradients are NaN for good goes on until its last epoch with weights that never change."""
+    weight, optimizer = fp16_weight(8.0)
+    for k in range(1, updates + 1):
+        update(optimizer, bad_loss(weight))
+        assert optimizer.found_inf == (k == updates)
+    update(optimizer, weight.sum())
+    assert optimizer.found_inf == 1 and (weight == 1).all()
+
+
+@pytest.mark.parametrize("scale", [2.0**12, 2.0**30])
+def test_a_run_in_fp16_learns_whatever_its_first_scale(tiny_images, scale):
+    """Overflows at the beginning cost a few updates, and no more."""
+    runtime, losses = Runtime(CPU, "fp16"), []
+    net, data = runtime.prepare(small_net()), placed(runtime, tiny_images)
+    optimizer = runtime.optimizer(net, 0.1, 0.0)
+    optimizer.grad_scale.fill_(scale)
+    for epoch in range(12):
+        losses.append(engine.warmup_epoch(net, optimizer, data, MixMatch(3, batch_size=2), Phase(epoch)).loss)
+    assert 2**12 <= optimizer.grad_scale < 2**26
+    assert all(torch.isfinite(value).all() for value in net.state_dict().values())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_forward_pass_beyond_fp16_is_an_error_that_names_the_precision(tiny_images):
+    """No scale of the loss mends it, and BN's statistics are then not finite: the network would be lost unnoticed."""
+    runtime = Runtime(CPU, "fp16")
+    net = runtime.prepare(small_net())
+    with torch.no_grad():
+        net[1].weight.fill_(1e6)
+    optimizer = runtime.optimizer(net, 0.02, 5e-4)
+    with pytest.raises(Diverged, match=r"batch 1 of 6.*--precision fp32"):
+        engine.warmup_epoch(net, optimizer, placed(runtime, tiny_images), MixMatch(3, batch_size=2), Phase())
 
 
 class SmallMemory(nn.Module):

@@ -143,6 +143,15 @@ def test_a_bad_loss_of_one_rank_stops_the_update_of_all(job):
         assert same(weights[1], weights[2]) and same(weights[2], weights[3])
 
 
+def test_ranks_have_one_loss_scale_in_fp16(job):
+    """Else a rank applies an update that the others leave out, or unscales the gradients by another number."""
+    _, load, _, _ = job
+    first, second = load("fp16")
+    assert same(first, second)
+    assert [step[:2] for step in first] == [[4096, 0], [2048, 0], [0, 1]]
+    assert same(first[0][2], first[1][2]) and same(first[1][2], first[2][2])
+
+
 # ---- Runs ----
 
 
