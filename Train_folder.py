@@ -42,12 +42,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, or continue a run. Returns the last epoch's metrics with `run_dir`; {} after --check_data."""
     args = parse_args(argv)
+    tables = {"path_column": args.path_column, "label_column": args.label_column}
+    tables["skip_bad"] = bool(args.skip_bad_images)
     if args.check_data:
-        lists, problems, lines = dataloader_folder.find(args.data_path, args.labels)
+        lists, problems, lines = dataloader_folder.find(args.data_path, args.labels, **tables)
         depth = {"full": args.check_data == "full", "skip": bool(args.skip_bad_images)}
         check.run_check(lists, problems, lines, **depth)
         return {}
-    data = dataloader_folder.load(args.data_path, args.labels)
+    data = dataloader_folder.load(args.data_path, args.labels, **tables)
     survey = dataloader_folder.survey(data.train)
     recipe, lines = defaults.choose(args, len(data.train), survey.side, data.lists)
     args.num_class = data.num_class

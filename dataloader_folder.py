@@ -1,7 +1,8 @@
-"""Your own images: a folder of class folders, or a CSV file with the columns path and label. D is --data_path, or the
-folder of a CSV file given as --data_path. Training images come from the first of these that exists: `--labels
-FILE.csv`, `--data_path FILE.csv`, D/train.csv, D/labels.csv, D/train/<class>/..., D/<class>/...; the other splits from
-D/val.csv or D/val/<class>/..., D/test.csv or D/test/<class>/... Paths in CSV files start at D.
+"""Your own images: a folder of class folders, or a table with columns of paths and labels. D is --data_path, or the
+folder of a table given as --data_path. Training images come from the first of these that exists: `--labels FILE.csv`,
+`--data_path FILE.csv`, D/train.csv, D/labels.csv, D/train/<class>/..., D/<class>/...; the other splits from the column
+split of that table, D/val.csv or D/val/<class>/..., D/test.csv or D/test/<class>/... Paths in tables are absolute, or
+start at D or at the table's folder.
 """
 
 import os
@@ -11,20 +12,26 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas
 from numpy.typing import NDArray
 
 from dividemix import DivideMixError, warn
 from dividemix.data import (
+    TABLE_SUFFIXES,
     BadImage,
     Boundary,
     ImageList,
     Lines,
+    Table,
     absolute,
+    bad_line,
+    file_finder,
     images_below,
     images_of_classes,
+    is_hidden,
     is_image,
     opened,
     read_table,
@@ -32,6 +39,9 @@ from dividemix.data import (
 )
 
 SPLITS = ("train", "val", "test")
+_SPLIT_OF = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
+_SPLIT_OF |= {"test": "test", "testing": "test"}  # in a table's column split
+_LONGEST = 4096  # bytes of a path, and letters of a label
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixel values in [0, 1]
 _GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I")  # Pillow's modes
 _IMBALANCE = 10  # size of the largest class / smallest class from which there is a warning
@@ -54,26 +64,47 @@ class Folder:
         return len(self.class_names)
 
 
-def load(data_path: str | Path, labels: str | Path | None = None) -> Folder:
-    """Reads the lists of the splits. Raises DivideMixError, one line that names the file or folder and what to do."""
+def load(
+    data_path: str | Path,
+    labels: str | Path | None = None,
+    *,
+    path_column: str | None = None,
+    label_column: str | None = None,
+    skip_bad: bool = False,
+    allow_missing: bool = False,
+) -> Folder:
+    """Reads the lists of the splits. path_column, label_column: names in the first line of every table, where they are
+    not found by themselves. skip_bad: leaves out the rows of tables without a path or a label, and keeps missing images
+    for `usable` to leave out; allow_missing: keeps missing images alone. Raises DivideMixError, one line that names the
+    file or folder and what to do."""
     root, sources = _sources(data_path, labels)
-    splits = {name: _read(source, may_be_empty=name != "train") for name, source in sources.items()}
-    classes = class_order(splits["train"][0].labels)
+    splits: dict[str, _Split] = {}
+    for name, source in sources.items():  # train first: its table may hold the other splits
+        if name not in splits and source.is_dir():
+            splits[name] = _read_folder(source, is_train=name == "train")
+        elif name not in splits:
+            table = read_table(source, path_column, label_column)
+            splits |= _read_rows(name, source, root, table, skip_bad, allow_missing or skip_bad)
+    splits = {name: splits[name] for name in SPLITS if name in splits}
+    classes = class_order(splits["train"].lines.labels)
     if len(classes) < 2:
         raise DivideMixError(f"{sources['train']}: all images are of one class, {classes[0]!r:.100}: nothing to learn")
-    lists = {name: _image_list(sources[name], root, lines, classes) for name, (lines, _) in splits.items()}
+    lists = {name: _image_list(split, root, classes) for name, split in splits.items()}
     _refuse_shared([*lists.values()])
-    lines = [f"{name}: {len(images)} images, {images.source}" for name, images in lists.items()]
-    if ignored := sum(n_other for _, n_other in splits.values()):
+    lines = [f"{name}: {len(images)} images, {images.source}{splits[name].about}" for name, images in lists.items()]
+    if ignored := sum(split.n_other for split in splits.values()):
         lines.append(f"{ignored} files ignored: not in a class folder, or not named like an image")
-    table = labels or (data_path if not absolute(data_path).is_dir() else "")
-    return Folder("_".join(filter(None, [root.name, Path(table).stem])), lists, classes, lines)
+    table_name = labels or (data_path if not absolute(data_path).is_dir() else "")
+    return Folder("_".join(filter(None, [root.name, Path(table_name).stem])), lists, classes, lines)
 
 
-def find(data_path: str | Path, labels: str | Path | None = None) -> tuple[dict[str, ImageList], list[str], list[str]]:
-    """For `check.run_check`: the lists of the splits, the problems that prevent reading them, and lines to print."""
+def find(
+    data_path: str | Path, labels: str | Path | None = None, **tables: Any
+) -> tuple[dict[str, ImageList], list[str], list[str]]:
+    """For `check.run_check`: the lists of the splits, also with missing images, the problems that prevent reading them,
+    and lines to print. tables: as for `load`."""
     try:
-        data = load(data_path, labels)
+        data = load(data_path, labels, **tables, allow_missing=True)
     except DivideMixError as error:
         return {}, [str(error)], []
     classes = ", ".join(f"{c} {name}" for c, name in enumerate(data.class_names))
@@ -100,10 +131,11 @@ def _sources(data_path: str | Path, labels: str | Path | None) -> tuple[Path, di
         root, table = path, absolute(labels) if labels else None
     elif labels:
         raise DivideMixError(f"--labels {labels}: --data_path must be the folder of the images, and {path} is a file")
-    elif path.suffix.lower() == ".csv":
+    elif path.suffix.lower() in TABLE_SUFFIXES:
         root, table = path.parent, path
     else:
-        raise DivideMixError(f"--data_path {path}: expected a folder, or a file whose name ends in .csv")
+        expected = " or ".join(TABLE_SUFFIXES)
+        raise DivideMixError(f"--data_path {path}: expected a folder, or a file whose name ends in {expected}")
     sources = {"train": table or _training_source(root)}
     for split in SPLITS[1:]:
         if (root / f"{split}.csv").is_file():
@@ -143,9 +175,9 @@ def _holds_images(folder: Path) -> bool:
 
 
 def _entries(base: Path) -> list[os.DirEntry]:
-    """The files and folders in a folder, without hidden ones."""
+    """The files and folders in a folder, without hidden ones and those of systems."""
     with os.scandir(base) as entries:
-        return [entry for entry in entries if not entry.name.startswith(".")]
+        return [entry for entry in entries if not is_hidden(entry.name)]
 
 
 def _folders(base: Path) -> list[str]:
@@ -161,23 +193,83 @@ def _folders(base: Path) -> list[str]:
 # ---- Reading a split ----
 
 
-def _read(source: Path, may_be_empty: bool) -> tuple[Lines, int]:
-    """A split's images, labelled with the names of their classes, and the number of other files."""
-    if not source.is_dir():
-        return read_table(source), 0
+class _Split(NamedTuple):
+    source: Path  # the table, or the folder of class folders
+    lines: Lines  # labelled with the names of the classes
+    about: str = ""  # to print behind the source
+    n_other: int = 0  # files that are no images
+
+
+def _read_folder(source: Path, is_train: bool) -> _Split:
     classes = class_order(_folders(source))
     paths, labels, n_other = images_of_classes(source, classes)
     if not paths:
         expected = f"{source.name}/<class>/<image>, or a CSV file with a line path,label"
         raise DivideMixError(f"{source}: no class folder with an image in it: expected {expected}")
     names = [classes[c] for c in labels]
-    if not may_be_empty and (empty := sorted({*classes} - {*names})):
-        raise DivideMixError(f"{source}: class folders without an image: {some(empty)}: remove them, or fill them")
-    return Lines(paths, names, None), n_other + sum(entry.is_file() for entry in _entries(source))
+    if is_train and (empty := sorted({*classes} - {*names})):
+        warn(f"{source}: folders without an image, so no classes: {some(empty)}")
+    n_other += sum(entry.is_file() for entry in _entries(source))
+    return _Split(source, Lines(paths, names, None), n_other=n_other)
 
 
-def _image_list(source: Path, root: Path, lines: Lines, classes: Sequence[str]) -> ImageList:
+def _read_rows(
+    name: str, source: Path, root: Path, table: Table, skip_empty: bool, allow_missing: bool
+) -> dict[str, _Split]:
+    """The rows of a table as the split `name`, or as the splits that the column split of the training table names."""
+    rows, about = table.rows.apply(lambda column: column.str.strip()), table.columns
+    if name != "train":
+        rows = rows[["path", "label"]]
+    advice = "correct the table, or leave them out by --skip_bad_images"
+    if count := (is_empty := rows.eq("").any(axis=1)).sum():
+        first = rows.index[is_empty][:3].tolist()
+        problem = f"rows without a path or a label: {count}, first in line {some([*map(str, first)])}"
+        if not skip_empty or count == len(rows):
+            raise DivideMixError(f"{source}, line {first[0]}: {problem}: {advice}")
+        rows, about = rows[~is_empty], f"{about}; left out: {problem}"
+    for label in rows["label"].unique():
+        if not label.isprintable() or len(label) > _LONGEST:
+            expected = f"expected printable text of at most {_LONGEST} letters"
+            raise bad_line(source, rows.index[rows["label"] == label][0], f"label {label!r:.100}, {expected}")
+    lines: dict[str, int] = {}
+    missing: list[tuple[int, str]] = []
+    find, inside = file_finder([root, source.parent]), os.path.join(root, "")
+    for number, path in zip(rows.index.tolist(), rows["path"].tolist(), strict=True):
+        files, exists = find(path)
+        if len(files) > 1:
+            raise bad_line(source, number, f"{path!r:.100} can be {files[0]} and {files[1]}, expected one file")
+        key = files[0].removeprefix(inside).replace(os.sep, "/")
+        if len(key) > _LONGEST:
+            raise bad_line(source, number, f"{path!r:.100} ... has {len(key)} letters, expected at most {_LONGEST}")
+        if key in lines:
+            raise bad_line(source, number, f"{key!r:.100} is already in line {lines[key]}")
+        lines[key] = number
+        if not exists:
+            missing.append((number, files[0]))
+    if missing and not allow_missing:
+        (number, _), *_ = missing
+        first, *others = (place if place.isprintable() else repr(place) for _, place in missing[:3])
+        problem = f"{len(missing)} of {len(rows)} images are missing" + "".join(f", {place}" for place in others)
+        raise DivideMixError(f"{first}: missing ({source}, line {number}); {problem}: {advice}")
+    split_of = pandas.Series(name, rows.index)
+    if "split" in rows:
+        split_of = rows["split"].str.lower().map(_SPLIT_OF)
+        if split_of.isna().any():
+            number = rows.index[split_of.isna()][0]
+            raise bad_line(source, number, f"split {rows['split'][number]!r:.100}, expected {', '.join(SPLITS)}")
+    rows["path"] = [key.encode() for key in lines]
+    parts = {split: rows[split_of == split] for split in split_of.unique()}
+    if name not in parts:
+        raise DivideMixError(f"{source}: no row whose split is {name}: nothing to train on")
+    return {
+        split: _Split(source, Lines([*part["path"]], [*part["label"]], [*part.index]), f" ({about})")
+        for split, part in parts.items()
+    }
+
+
+def _image_list(split: _Split, root: Path, classes: Sequence[str]) -> ImageList:
     """A split with class numbers as labels. Raises DivideMixError for a class that no training image has."""
+    source, lines = split.source, split.lines
     number_of = {name: c for c, name in enumerate(classes)}
     labels = [number_of.get(name, -1) for name in lines.labels]
     folder = source.relative_to(root).as_posix().removeprefix(".") if source.is_dir() else ""

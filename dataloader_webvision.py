@@ -49,7 +49,7 @@ def find(data_path: str | Path, num_class: int = 50) -> tuple[dict[str, ImageLis
         raise DivideMixError(f"--num_class {num_class}: expected 2 to {ALL_CLASSES}, the number of WebVision's classes")
     root = absolute(data_path)
     readers = {
-        "train": partial(_read_list, root, "info/train_filelist_google.txt", ""),
+        "train": partial(_read_list, root, "info/train_filelist_google.txt", "google"),
         "val": partial(_read_list, root, "info/val_filelist.txt", "val_images_256"),
         "imagenet": partial(_imagenet, root),
     }
@@ -63,7 +63,7 @@ def find(data_path: str | Path, num_class: int = 50) -> tuple[dict[str, ImageLis
 
 
 def _read_list(root: Path, name: str, folder: str, num_class: int) -> ImageList:
-    lines = read_lines(root / name, ALL_CLASSES)
+    lines = read_lines(root / name, ALL_CLASSES, drop=f"{folder}/".encode())  # some lists have it, some do not
     images = ImageList(root / name, root, folder, lines.paths, lines.labels, ALL_CLASSES, lines.numbers)
     first_classes = np.flatnonzero(images.labels < num_class)
     if not len(first_classes):

@@ -1,5 +1,5 @@
 """dataloader_folder: which images, labels and splits the run gets from class folders and CSV tables, and what is
-refused. What is wrong with a single row of a table is in data/test_lists.py."""
+refused. How the text of a table is read is in data/test_tables.py."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from helpers.errors import assert_refused
 from PIL import Image
 
 from dataloader_folder import balance, class_order, find, load, mean_std, survey
-from dividemix import DivideMixError
+from dividemix import DivideMixError, DivideMixWarning
 
 
 def put(root: Path, *names: str) -> Path:
@@ -49,6 +49,16 @@ def test_class_folders(tmp_path):
     assert find(tmp_path / "a") == ({}, [refused(tmp_path / "a")], [])
 
 
+def test_folders_that_are_no_classes(tmp_path):
+    """The thumbnails of a file server would be a class, or one empty folder stop the run."""
+    names = ["__MACOSX/b/1.jpg", "@eaDir/1.jpg", ".ipynb_checkpoints/1.jpg", "lost+found/1.jpg", "$RECYCLE.BIN/1.jpg"]
+    root = put(tmp_path, "a/1.jpg", "b/1.jpg", "b/@eaDir/1.jpg", "empty/1.txt", "System Volume Information/1", *names)
+    with pytest.warns(DivideMixWarning, match=f"{root}: .* empty$"):
+        data = load(root)
+    assert read(data.train) == {"a/1.jpg": 0, "b/1.jpg": 1} and data.class_names == ["a", "b"]
+    assert data.lines[1].startswith("1 files ignored")
+
+
 def test_splits_in_folders(tmp_path):
     """A test image would be trained on, or counted for another class; a class without a test image stop the run."""
     names = ["train/cat/1.jpg", "train/dog/1.jpg", "train/emu/1.jpg", "val/emu/2.jpg", "test/dog/d/3.jpg"]
@@ -76,6 +86,7 @@ def test_a_class_named_like_a_split(tmp_path):
 @pytest.mark.parametrize("flag", ["folder", "file", "labels"])
 def test_a_table(tmp_path, flag):
     """Rows would go to other images, or a column more, as other programs write it, would stop the run."""
+    put(tmp_path, "x/2.jpg", "x/1.jpg", "a, b.jpg")
     rows = ["x/2.jpg,dog,0.5", '"a, b.jpg", cat ,0.7', "", "x/1.jpg,dog,"]
     path = tmp_path / ("elsewhere/mine.csv" if flag == "labels" else "labels.csv")
     table(path, *rows, head="Path,label,score")
@@ -91,12 +102,35 @@ def test_splits_in_tables(tmp_path):
     """A test set beside the training table would be left out, or its images be trained on."""
     table(tmp_path / "train.csv", "1.jpg,10", "2.jpg,9", "3.jpg,10")
     table(tmp_path / "val.csv", "4.jpg,10")
-    put(tmp_path, "test/9/5.jpg", "9/6.jpg")
+    put(tmp_path, "test/9/5.jpg", "9/6.jpg", *(f"{i}.jpg" for i in range(1, 5)))
     for path in (tmp_path, tmp_path / "train.csv"):
         data = load(path)
         assert data.class_names == ["9", "10"]  # by value
         assert (read(data.train), read(data.lists["val"])) == ({"1.jpg": 1, "2.jpg": 0, "3.jpg": 1}, {"4.jpg": 1})
         assert read(data.lists["test"]) == {"test/9/5.jpg": 0}
+
+
+@pytest.mark.parametrize(
+    ("head", "columns"), [("path,split,label", "path, label, split"), ("Image,Split,class", "Image, class, Split")]
+)
+def test_a_table_of_all_splits(tmp_path, head, columns):
+    """Test images would be trained on, where one table lists the whole data set."""
+    splits = ["train", "Validation", "test", "TRAINING", "valid", "testing", "train"]
+    put(tmp_path, "test/b/9.jpg", *(f"{i}.jpg" for i in range(7)))
+    path = table(tmp_path / "all.csv", *(f"{i}.jpg,{split},{'ab'[i % 2]}" for i, split in enumerate(splits)), head=head)
+    data = load(path)
+    assert {name: read(images) for name, images in data.lists.items()} == {
+        "train": {"0.jpg": 0, "3.jpg": 1, "6.jpg": 0},
+        "val": {"1.jpg": 1, "4.jpg": 0},
+        "test": {"2.jpg": 0, "5.jpg": 1},
+    }
+    assert data.lists["test"].where(1) == f"{path}, line 7" and [*data.lists] == ["train", "val", "test"]
+    assert data.lines[2] == f"test: 2 images, {path} (columns {columns})"
+    refused(table(path, "0.jpg,train,a", "1.jpg,fold2,b", head=head), f"{path}, line 3: split 'fold2'")
+    refused(table(path, "0.jpg,test,a", "1.jpg,val,b", head=head), f"{path}: no row whose split is train")
+    refused(table(path, "0.jpg,train,a", "1.jpg,,b", head=head), f"{path}, line 3: rows without")
+    table(path, "0.jpg,train,a", "1.jpg,train,b", "2.jpg,val,b", head=head)
+    assert [read(images) for images in load(path).lists.values()][1:] == [{"2.jpg": 1}, {"test/b/9.jpg": 1}]
 
 
 def test_a_table_round_trips_the_class_folders(tmp_path):
@@ -107,6 +141,52 @@ def test_a_table_round_trips_the_class_folders(tmp_path):
     again = load(tmp_path, table(tmp_path / "out/cleaned.csv", *rows))
     assert again.class_names == data.class_names == ["10", "a", "b"]
     assert again.train.digest() == data.train.digest()
+
+
+def test_paths_as_people_have_them(tmp_path):
+    """Tables from Windows, with whole paths, or beside the images' folder could not be used; or the wrong file be."""
+    root = put(tmp_path / "data", "a/1.jpg", "a/2.jpg", "both.jpg")
+    put(tmp_path, "photos/3.jpg", "lists/4.jpg", "lists/both.jpg")
+    names = ["a\\1.jpg", f"{root}/a/./2.jpg", f"{tmp_path}/photos/3.jpg", "4.jpg"]
+    path = table(tmp_path / "lists/mine.csv", *(f"{name},{i % 2}" for i, name in enumerate(names)))
+    data = load(root, path)
+    assert read(data.train) == {"a/1.jpg": 0, "a/2.jpg": 1, f"{tmp_path}/photos/3.jpg": 0, f"{tmp_path}/lists/4.jpg": 1}
+    assert [data.train.path(i) for i in (1, 2)] == [f"{root}/a/2.jpg", f"{tmp_path}/photos/3.jpg"]
+    for name in ("a/1.jpg", "photos/3.jpg"):
+        draw((root if name < "b" else tmp_path) / name, (20, 30))
+    assert survey(data.train).checked == 2
+    refused(
+        root, f"{path}, line 2: ", f"{root}/both.jpg and {tmp_path}/lists/both.jpg", labels=table(path, "both.jpg,0")
+    )
+    refused(root, f"{path}, line 3: 'a/1.jpg' is already in line 2", labels=table(path, "a/1.jpg,0", ".\\a\\1.jpg,1"))
+    refused(root, f"{path}, line 2: ", "5004 letters", labels=table(path, f"{'b' * 5000}.jpg,0"))
+    for label in ("x" * 5000, '"a\nb"'):
+        refused(root, f"{path}, line 3: label ", labels=table(path, "a/1.jpg,0", f"a/2.jpg,{label}"))
+
+
+def test_rows_without_labels_and_images(tmp_path):
+    """One image that was deleted would stop a run for good, or labels that nobody gave be made up."""
+    put(tmp_path, *(f"{i}.jpg" for i in range(4)))
+    rows = [*(f"{i}.jpg,{i % 2}" for i in range(9)), "x.jpg, ", "y.jpg", ",1", "z.jpg,"]
+    path = table(tmp_path / "labels.csv", *rows)
+    refused(
+        tmp_path, f"{path}, line 11: rows without a path or a label: 4, first in line 11, 12, 13", "--skip_bad_images"
+    )
+    data = load(tmp_path, skip_bad=True)
+    assert len(data.train) == 9 and "left out: rows without a path or a label: 4, first in line 11" in data.lines[0]
+    table(path, *rows[:9])
+    first = f"{tmp_path}/4.jpg: missing ({path}, line 6); 5 of 9 images are missing"
+    refused(tmp_path, first, f"{tmp_path}/5.jpg, {tmp_path}/6.jpg: ", "--skip_bad_images")
+    lists, problems, _ = find(tmp_path)  # --check_data names them all
+    assert problems == [] and len(lists["train"]) == len(load(tmp_path, skip_bad=True).train) == 9
+
+
+def test_columns_by_flags(tmp_path):
+    """The columns of another program's table could not be named, or a flag be ignored."""
+    path = table(put(tmp_path, "1.jpg", "2.jpg") / "labels.csv", "1.jpg,x,a", "2.jpg,x,b", head="where,label,what")
+    data = load(tmp_path, path_column="where", label_column="what")
+    assert data.class_names == ["a", "b"] and data.lines == [f"train: 2 images, {path} (columns where, what)"]
+    refused(tmp_path, f"{path}, line 1: no column of paths", "where, label, what", "--path_column")
 
 
 def test_class_order_of_numbers():
@@ -122,7 +202,6 @@ def test_what_is_no_data_folder(tmp_path):
     refused(tmp_path, "no class folder", "<class>/<image>")
     refused(put(tmp_path / "x", "a.txt") / "a.txt", "a.txt", ".csv")
     refused(put(tmp_path / "one", "a/1.jpg", "a/2.jpg"), "one class, 'a'")
-    refused(put(tmp_path / "two", "a/1.jpg", "b/1.txt"), "without an image: b")
     for name in ("both/train.csv", "both/labels.csv", "test/test.csv"):
         table(tmp_path / name, "1.jpg,0", "2.jpg,1")
     refused(tmp_path / "both", "train.csv and labels.csv")
@@ -137,7 +216,7 @@ def test_a_test_set_that_does_not_fit(tmp_path):
     refused(root, f"{root / 'test'}: 'c' ", "(a, b)")
     path = table(root / "test.csv", "test/a/2.jpg,a", "test/c/3.jpg,A")
     refused(root, f"{path}, line 3: 'A' ")
-    root = put(tmp_path / "images", "test/a/1.jpg")
+    root = put(tmp_path / "images", "test/a/1.jpg", "x.jpg", "y.jpg")
     train = table(root / "labels.csv", "x.jpg,a", "test/./a/1.jpg,b")
     refused(root, f"{root / 'test'}: 'test/a/1.jpg' ", f"({train}, line 3)")
     test = table(root / "test.csv", "y.jpg,a", "x.jpg,a")

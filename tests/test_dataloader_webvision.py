@@ -40,6 +40,21 @@ def test_only_the_first_classes(tmp_path):
     assert data.val.where(20) == f"{root}/info/val_filelist.txt, line 51"  # image 46, after four lines of later classes
 
 
+@pytest.mark.parametrize("has_folder", [False, True])
+def test_lists_with_and_without_the_leading_folder(tmp_path, has_folder):
+    """A copy of the lists that begins one folder above or below would name no image."""
+    root = make_webvision(tmp_path, 20, 10, 10)
+    expected = load(root, 10)
+    for name, folder in (("train_filelist_google", "google/"), ("val_filelist", "val_images_256/")):
+        path = root / f"info/{name}.txt"
+        lines = [line.removeprefix(folder) for line in path.read_text().splitlines()]
+        path.write_text("\n".join(folder * has_folder + line for line in lines))
+    data = load(root, 10)
+    for images, others in ((data.train, expected.train), (data.val, expected.val)):
+        assert images.digest() == others.digest() and Path(images.path(3)).is_file()
+    assert data.train.names()[0].startswith(b"google/q0001/") and data.val.name(3) == "val000003.jpg"
+
+
 def test_the_order_of_the_classes_is_that_of_the_synsets(tmp_path):
     """ImageNet accuracy would be measured with shuffled classes, and be near chance."""
     root = make_webvision(tmp_path, 20, 10, 10, wnid_folders=True)

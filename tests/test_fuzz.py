@@ -73,7 +73,9 @@ def noise_json(root: Path) -> Target:
         (root / "noise.json").write_bytes(content)
         assert_labels(noise_file.read(root / "noise.json", TRUTH, spec))
 
-    return Target([json.dumps(labels).encode(), json.dumps(labels, indent=1).encode("utf-16")], read)
+    np.save(root / "noise.npy", np.array(labels))
+    as_json = [json.dumps(labels).encode(), json.dumps(labels, indent=1).encode("utf-16")]
+    return Target([*as_json, (root / "noise.npy").read_bytes()], read)
 
 
 def human_labels(root: Path) -> Target:
@@ -123,7 +125,7 @@ def webvision(root: Path) -> Target:
 def folder_table(root: Path) -> Target:
     make_folder(root, 4, 2)
     (root / "train.csv").write_text('path,label\nc0/0000.jpg,cat\n"c1/0001.jpg", dog \n')
-    return lists(root, ["train.csv"], lambda: dataloader_folder.find(root)[:2])
+    return lists(root, ["train.csv"], lambda: (dataloader_folder.load(root).lists, []))
 
 
 def tiny_state() -> dict:

@@ -248,7 +248,7 @@ def test_few_and_uneven_images_and_a_faulty_table(tmp_path, start):
     for flags, expected in (
         ((tree, "--val_fraction", "0"), "--val_fraction"),
         ((one_of_each,), "--val_fraction"),
-        ((tree, "--labels", str(table)), f"error: {table}, line 3: "),
+        ((tree, "--labels", str(table)), f"error: {tree.parent}/x.jpg: missing ({table}, line 3)"),
     ):
         status, _, error = start(*flags, "--fresh")
         assert status == 1 and error.count("\n") == 1 and expected in error

@@ -1,12 +1,13 @@
-"""The images. `lists` reads which files and labels there are, `check` finds what is wrong with the files. `device` has
-the sets that live on the device, and their augmentation. Larger images come through `stream`: its `workers` read files
-with `images`, and `store` keeps them. `features` has numbers that a frozen network computes from each image."""
+"""The images. `lists` and `tables` read which files and labels there are, `check` finds what is wrong with the files.
+`device` has the sets that live on the device, and their augmentation. Larger images come through `stream`: its
+`workers` read files with `images`, and `store` keeps them. `features` has numbers that a frozen network computes from
+each image."""
 
 from dividemix.data import check
 from dividemix.data.check import usable
 from dividemix.data.device import PAD, DeviceImages, plan_mixmatch
 from dividemix.data.features import FeatureSet
-from dividemix.data.images import READING, BadImage, Views, describe_changes, opened, shown
+from dividemix.data.images import MISSING, READING, BadImage, Views, describe_changes, opened, shown
 from dividemix.data.lists import (
     IMAGE_SUFFIXES,
     Boundary,
@@ -16,11 +17,12 @@ from dividemix.data.lists import (
     bad_line,
     images_below,
     images_of_classes,
+    is_hidden,
     is_image,
     list_folders,
     numbered_lines,
     read_lines,
-    read_table,
     some,
 )
 from dividemix.data.stream import Pipeline, StreamedImages
+from dividemix.data.tables import TABLE_SUFFIXES, Table, file_finder, read_table

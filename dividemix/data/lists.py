@@ -1,11 +1,10 @@
-"""Lists of images with labels: files of lines `path label` or `path`, CSV tables, and folders of classes.
+"""Lists of images with labels: files of lines `path label` or `path`, and folders of classes.
 
 Only the text of a list is read here. Whoever opens the image files finds out whether they exist and whether symbolic
 links lead out of the data folder (`Boundary`).
 """
 
 import codecs
-import csv
 import hashlib
 import io
 import os
@@ -23,6 +22,8 @@ from dividemix.files import read_file
 
 _LONGEST = 4096  # bytes of a path, as in Linux; a longer one would make the array of all paths huge
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")  # in folders
+# of macOS archives, Synology, ext4 and Windows, in lower case
+SYSTEM_FOLDERS = ("__macosx", "@eadir", "#recycle", "lost+found", "$recycle.bin", "system volume information")
 
 
 @dataclass(eq=False)
@@ -126,60 +127,28 @@ def read_lines(path: Path, num_class: int | None = None, drop: bytes = b"") -> L
     return Lines([*labels], [*labels.values()], [*numbers.values()])
 
 
-def read_table(path: Path) -> Lines:
-    """Reads a CSV file whose first line names the columns `path` and `label`; other columns are ignored. Raises
-    DivideMixError with the file and the line number for the paths and texts that `read_lines` refuses, an image that
-    is named again, missing columns, and rows that cannot be read or lack a path or a label."""
-    rows = csv.reader(io.StringIO(_read_text(path).decode(), newline=""), strict=True)
-    columns: dict[str, int] = {}
-    labels: dict[bytes, str] = {}
-    numbers: dict[bytes, int] = {}
-    number = 1  # of the line in which the row begins
-    try:
-        for row in rows:
-            if columns and any(map(str.strip, row)):
-                cells = [*map(str.strip, row), *[""] * len(columns)]  # a row may be shorter than the first
-                name, label = cells[columns["path"]], cells[columns["label"]]
-                if not name or not label:
-                    raise bad_line(path, number, "no path or no label, expected `path,label`")
-                if not label.isprintable():
-                    raise bad_line(path, number, f"label {label!r:.100}, expected printable text")
-                key = _inside(path, number, name.encode())
-                if key in numbers:
-                    raise bad_line(path, number, f"{key.decode()!r:.100} is already in line {numbers[key]}")
-                labels[key], numbers[key] = label, number
-            elif any(map(str.strip, row)):
-                columns = {name.strip().lower(): k for k, name in reversed([*enumerate(row)])}
-                if "path" not in columns or "label" not in columns:
-                    problem = f"columns {','.join(row)!r:.100}, expected `path,label`, with commas"
-                    advice = "name the columns so, or add such a line before the first"
-                    raise DivideMixError(f"{path}, line {number}: {problem}: {advice}")
-            number = rows.line_num + 1
-    except csv.Error as error:
-        raise bad_line(path, number, f"not a row of a CSV file ({error})") from error
-    if not labels:
-        raise DivideMixError(f"{path}: not one row with an image below a line `path,label`: use a good copy")
-    return Lines([*labels], [*labels.values()], [*numbers.values()])
-
-
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The lines of a text file, without blank ones, with their numbers, counted from 1."""
-    for number, line in enumerate(io.BytesIO(_read_text(path)), start=1):
+    for number, line in enumerate(io.BytesIO(read_text(path)), start=1):
         if stripped := line.strip():
             yield number, stripped
 
 
-def _read_text(path: Path) -> bytes:
-    """Raises DivideMixError for a file that is missing, cannot be read, or is no UTF-8 text."""
+def read_text(path: Path) -> bytes:
+    """A file's text in UTF-8; it may also be UTF-16 with a byte-order mark. Raises DivideMixError for a file that is
+    missing, cannot be read, or is no such text."""
     try:
         content = read_file(path).removeprefix(codecs.BOM_UTF8)
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            content = content.decode("utf-16").encode()
         content.decode()
     except FileNotFoundError as error:
         raise DivideMixError(f"{path} is missing") from error
     except OSError as error:
         raise DivideMixError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise bad_line(path, content.count(b"\n", 0, error.start) + 1, "not UTF-8 text") from error
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DivideMixError(f"{path}, line {line}: not UTF-8 text: save the file as UTF-8") from error
     if b"\0" in content:
         raise bad_line(path, content.count(b"\n", 0, content.index(b"\0")) + 1, "a zero byte, expected text")
     return content
@@ -234,8 +203,8 @@ def images_of_classes(base: Path, names: Sequence[str]) -> tuple[list[bytes], li
 
 
 def images_below(base: Path) -> tuple[list[bytes], int]:
-    """The images in a folder and all its subfolders: (paths below it, sorted; the number of other files). Hidden files
-    do not count. Links to folders are followed, so that `Boundary` refuses those that lead out and nothing is silently
+    """The images in a folder and all its subfolders: (paths below it, sorted; the number of other files), without what
+    `is_hidden`. Links to folders are followed, so that `Boundary` refuses those that lead out and nothing is silently
     skipped; each folder is taken once, however many links lead to it. Raises DivideMixError for a folder that cannot be
     read and for an image whose name is not UTF-8."""
 
@@ -244,14 +213,14 @@ def images_below(base: Path) -> tuple[list[bytes], int]:
 
     images, others, visited = [], 0, set()
     for folder, folders, files in os.walk(base, followlinks=True, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         real_path = os.path.realpath(folder)
         if real_path in visited:
             folders.clear()
             continue
         visited.add(real_path)
         start = "" if folder == str(base) else os.path.relpath(folder, base) + "/"
-        visible = [name for name in files if not name.startswith(".")]
+        visible = [name for name in files if not is_hidden(name)]
         names = [start + name for name in visible if is_image(name)]
         others += len(visible) - len(names)
         try:
@@ -260,6 +229,11 @@ def images_below(base: Path) -> tuple[list[bytes], int]:
             name = os.fsencode(os.path.join(base, error.object)).decode(errors="backslashreplace")
             raise DivideMixError(f"{name}: its name is not UTF-8 text: rename it") from error
     return sorted(images), others
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or is one that systems and tools leave among images."""
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
 
 
 def is_image(name: str) -> bool:
@@ -292,13 +266,16 @@ class Boundary:
         self._inside: dict[str, bool] = {}
 
     def holds(self, path: str) -> bool:
-        """Whether a path below the data folder, as `ImageList.path` gives it, still is when links are followed."""
+        """Whether a path below the data folder, as `ImageList.path` gives it, still is when links are followed. True
+        for one that is not below it as written: only the user's own table can name such a file."""
         folder = os.path.dirname(path)
         if folder not in self._inside:
             self._inside[folder] = self._below(folder)
         return self._inside[folder] and (not os.path.islink(path) or self._below(path))
 
     def _below(self, path: str) -> bool:
+        if not os.path.join(os.path.abspath(path), "").startswith(os.path.join(self.root, "")):
+            return True
         top = os.path.join(self.root, os.path.relpath(path, self.root).split(os.sep)[0])
         base = os.path.realpath(top if os.path.isdir(top) and os.path.islink(top) else self.root)
         return os.path.commonpath([base, os.path.realpath(path)]) == base

@@ -6,7 +6,6 @@
 A row has path, label, class, confidence (the probability of the class), then the next four classes with theirs."""
 
 import argparse
-import io
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +18,19 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dividemix import DivideMixError, warn
-from dividemix.data import IMAGE_SUFFIXES, BadImage, Boundary, describe_changes, images_below, shown
+from dividemix.data import (
+    IMAGE_SUFFIXES,
+    TABLE_SUFFIXES,
+    BadImage,
+    Boundary,
+    describe_changes,
+    file_finder,
+    images_below,
+    read_table,
+    shown,
+)
 from dividemix.deploy import ensemble as trained
-from dividemix.files import csv_bytes, read_file, write_atomically
+from dividemix.files import csv_bytes, write_atomically
 from dividemix.run import Description, options, read_description
 from dividemix.runtime import Runtime, available_cores, start
 
@@ -31,10 +40,10 @@ _WARNINGS = 10  # at most, one an image
 Prediction = list[tuple[int, float]]  # (label, probability) of an image's most probable classes, in falling order
 
 
-def find_images(source: Path) -> tuple[list[str], list[str], Boundary | None]:
-    """All images below a folder, or the files in the column `path` of a .csv (relative to its folder), or one file.
-    -> their names in predictions.csv; their paths; for a folder the boundary that symbolic links may not cross. Raises
-    DivideMixError where there are none."""
+def find_images(source: Path, path_column: str | None = None) -> tuple[list[str], list[str], Boundary | None]:
+    """All images below a folder, or the files that a table names (relative to its folder), or one file. -> their names
+    in predictions.csv; their paths; for a folder the boundary that symbolic links may not cross. Raises DivideMixError
+    where there are none, and as `read_table`."""
     if source.is_dir():
         paths = [os.path.join(source, os.fsdecode(name)) for name in images_below(source)[0]]
         if not paths:
@@ -42,19 +51,12 @@ def find_images(source: Path) -> tuple[list[str], list[str], Boundary | None]:
         return paths, paths, Boundary(source)
     if not source.exists():
         raise DivideMixError(f"{source} does not exist: give a folder, an image, or a .csv with a column `path`")
-    if source.suffix.lower() != ".csv":
+    if source.suffix.lower() not in TABLE_SUFFIXES:
         return [str(source)], [str(source)], None
-    content = io.BytesIO(read_file(source))
-    form = {"dtype": str, "na_filter": False, "index_col": False, "encoding": "utf-8-sig"}
-    try:
-        listed = pandas.read_csv(content, **form, usecols=lambda name: name.strip().lower() == "path")
-    except ValueError as error:  # of pandas' parser, or not UTF-8
-        reason = " ".join(str(error).split())
-        raise DivideMixError(f"{source} is not a CSV in UTF-8 ({reason}): save it as one") from error
-    if listed.empty:  # without such a column, too
-        raise DivideMixError(f"{source}: expected a first line with a column `path`, and a line for each image below")
-    names = listed.iloc[:, 0].tolist()
-    return names, [os.path.join(source.parent, name.strip()) for name in names], None
+    table = read_table(source, path_column, labeled=False)
+    print(f"{source}: {table.columns}")
+    names, find = table.rows["path"].tolist(), file_finder([source.parent])
+    return names, [find(name.strip())[0][0] for name in names], None
 
 
 @torch.inference_mode()
@@ -91,6 +93,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run folder")
     add("images", type=Path, metavar="DIR", help="folder of images, one image, or a .csv with `path`")
+    add("--path_column", metavar="NAME", help="column of paths in the .csv, if it is not found by itself")
     add("--out", type=Path, default=Path("predictions.csv"), help="the file to write")
     add("--weights", choices=trained.WEIGHTS, default="best", help="of the best or of the last epoch")
     add("--strict", action="store_true", help="stop at an image that cannot be read")
@@ -102,7 +105,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    names, paths, boundary = find_images(args.images)
+    names, paths, boundary = find_images(args.images, args.path_column)
     trained.check_output(args.out, ".csv")
     if args.out.exists() and args.out.samefile(args.images):
         raise DivideMixError(f"--out {args.out} is also the list of images: choose another name")

@@ -1,9 +1,10 @@
-"""The noise file, a JSON list of N labels: where a run's labels come from, and how a file is checked.
+"""The noise file, a JSON list or .npy array of N labels: where a run's labels come from, and how a file is checked.
 
 An existing file is used whatever the seed, so that several runs and several programs share their noise. Human labels
 come in another kind of file (`human`); the run folder gets a JSON list of them, too.
 """
 
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -157,8 +158,9 @@ def write_labels(path: Path, labels: NDArray[np.int64], exclusive: bool = False)
 
 
 def read(path: Path, truth: NDArray[np.int64], spec: NoiseSpec) -> NDArray[np.int64]:
-    """A JSON list of N labels -> (N,) int64, checked against the true labels, `truth` (N,): type, length, range, share
-    of changed labels, and whether each class is drawn. Raises DivideMixError naming the file and what is wrong."""
+    """A JSON list or .npy array of N labels -> (N,) int64, checked against the true labels, `truth` (N,): type, length,
+    range, share of changed labels, and whether each class is drawn. Raises DivideMixError naming the file and what is
+    wrong."""
     advice = "delete it to have it made again, or name another with --noise_file"
     if spec.mode == "human":
         advice = "delete it, and name the published file with --noise_file"
@@ -167,14 +169,19 @@ def read(path: Path, truth: NDArray[np.int64], spec: NoiseSpec) -> NDArray[np.in
         return DivideMixError(f"noise file {path} {problem}: {advice}")
 
     try:
-        labels = json.loads(read_file(path))
+        content = read_file(path)
+        is_array = content.startswith(b"\x93NUMPY")
+        labels = np.load(io.BytesIO(content), allow_pickle=False).tolist() if is_array else json.loads(content)
     except OSError as error:
         advice = "move it away, or name another with --noise_file"
         raise DivideMixError(f"noise file {path} cannot be read ({error.strerror}): {advice}") from error
-    except (ValueError, RecursionError) as error:
-        raise invalid(f"is not a complete JSON file ({error})") from error
+    except (
+        Exception
+    ) as error:  # a damaged header of numpy's fails in many ways: ValueError, TokenError, MemoryError ...
+        reason = " ".join(str(error).split())[:200]
+        raise invalid(f"is not a complete JSON or .npy file ({reason})") from error
     if not isinstance(labels, list) or not all(type(label) is int for label in labels):
-        raise invalid("must hold one flat JSON list of whole numbers")
+        raise invalid("must hold one flat list of whole numbers")
     if len(labels) != len(truth):
         raise invalid(f"has {len(labels)} labels, the data set {len(truth)} training samples")
     if labels and not 0 <= min(labels) <= max(labels) < spec.num_class:

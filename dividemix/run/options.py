@@ -128,7 +128,7 @@ def add_small_images(parser: Parser) -> None:
     add("--r", type=rate, help=text)
     text = "sym: a drawn label becomes any class, or any other class (default: with_self, as in the paper)"
     add("--noise_definition", choices=noise.DEFINITIONS, help=text)
-    text = "JSON list of noisy labels; human: the published .pt file (default, beside the data: "
+    text = "JSON list or .npy array of noisy labels; human: the published .pt file (default, beside the data: "
     text += "<r>_<noise_mode>.json, CIFAR-10_human.pt or CIFAR-100_human.pt)"
     add("--noise_file", help=text)
     add("--noise_key", choices=noise.human.KEYS, help="human: which labels of the file")
@@ -185,6 +185,8 @@ def add_own_images(parser: Parser) -> None:
     """Flags of Train_folder.py alone."""
     add = parser.add_argument_group("own images").add_argument
     add("--labels", metavar="FILE.csv", help="training labels, instead of those in --data_path")
+    add("--path_column", metavar="NAME", help="column of paths in tables, if it is not found by itself")
+    add("--label_column", metavar="NAME", help="column of labels in tables, if it is not found by itself")
     text = "fraction of the training images held out to select the best epoch (default: 0.1 without val or test images)"
     add("--val_fraction", type=fraction, help=text)
     add("--no_flip", action="store_true", help="never mirror images, for example digits or text")

@@ -1,5 +1,6 @@
 """The noise file: where a run's labels come from, and files that cannot be this noise are refused."""
 
+import io
 import json
 from contextlib import nullcontext
 from unittest import mock
@@ -94,6 +95,27 @@ def test_two_runs_that_start_together_share_one_noise(folders, monkeypatch):
     assert [*map(stored, folders)] == [labels.tolist()] * 3
 
 
+def npy(labels) -> bytes:
+    file = io.BytesIO()
+    np.save(file, labels)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(json.dumps(GOOD, **form).encode() for form in ({}, {"separators": (",", ":")}, {"indent": 2})),
+        json.dumps(GOOD).encode() + b"\n",
+        *(npy(np.array(GOOD, dtype)) for dtype in ("int64", "int32", "uint8", ">i8")),
+    ],
+)
+def test_noise_files_of_other_programs(tmp_path, content):
+    """The noise of a published comparison could not be used, or its labels go to other images."""
+    (tmp_path / "noise").write_bytes(content)
+    labels = read(tmp_path / "noise", TRUTH, spec())
+    assert labels.dtype == np.int64 and labels.tolist() == GOOD
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -103,6 +125,10 @@ def test_two_runs_that_start_together_share_one_noise(folders, monkeypatch):
         (json.dumps({"labels": GOOD}), "list"),
         (json.dumps(GOOD)[:-5], "JSON"),
         ("[" * 30_000, "JSON"),
+        (npy(np.array(GOOD))[:-1].decode("latin1"), ".npy"),
+        (npy(np.array(GOOD, object)).decode("latin1"), ".npy"),
+        (npy(np.eye(10)[GOOD]).decode("latin1"), "flat list of whole numbers"),
+        (npy(np.array(GOOD, float)).decode("latin1"), "whole numbers"),
         (json.dumps(inject(TRUTH.tolist(), "sym", 0.2, 10, 0)), "another rate"),
         (json.dumps(((TRUTH + 1) % 10).tolist()), "another rate"),
     ],

@@ -1,0 +1,134 @@
+"""Tables of image files, as spreadsheets write them: commas, semicolons or tabs, UTF-8 or UTF-16, many column names."""
+
+import csv
+import functools
+import io
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas
+
+from dividemix import DivideMixError
+from dividemix.data.lists import bad_line, is_image, read_text, some
+
+TABLE_SUFFIXES = (".csv", ".tsv")
+_NAMES = {  # of columns, without case, spaces, _ and -; the first one wins over the others
+    "path": "path filepath file filename relativepath image imagepath imagefile imagefilename imagename img imgpath",
+    "label": "label class category target labelname classname categoryname",
+    "split": "split",
+}
+
+
+class Table(NamedTuple):
+    """rows: one an image, as written; columns path, label and, if the file has it, split; the index is the line in
+    which a row begins. columns: where they come from, to print."""
+
+    rows: pandas.DataFrame
+    columns: str
+
+
+def read_table(
+    path: Path, path_column: str | None = None, label_column: str | None = None, labeled: bool = True
+) -> Table:
+    """The first line names the columns; others than these are ignored. If it has an image instead, it is a row, and the
+    columns are 1, 2, ... Not `labeled`: only the paths are read. Raises DivideMixError that names the line: no text, no
+    table, a column that is not there or not the only one, no row."""
+    wanted = {"path": path_column, "label": label_column}
+    cells = _cells(path, wanted)
+    names = [name.strip() for name in cells.iloc[0]]
+    found, images = {kind: _find(kind, names, wanted) for kind in _NAMES}, _images(names)
+    has_names = bool(found["path"]) or not images
+    if not has_names:
+        names = [str(k) for k in cells.columns]
+        found = {kind: _find(kind, names, wanted) for kind in _NAMES}
+        found["path"] = found["path"] if path_column else images
+        found["label"] = found["label"] if label_column else [k for k in cells.columns if k not in images]
+    for kind in ("path", "label") if labeled else ("path",):
+        if len(found[kind]) != 1:
+            problem = f"{'several columns' if found[kind] else 'no column'} of {kind}s"
+            columns = f"the columns are {some(names)}" + ("" if has_names else ", since no line names them")
+            flags = "--path_column and --label_column" if labeled else "--path_column"
+            raise DivideMixError(f"{path}, line {cells.index[0]}: {problem}; {columns}: choose by {flags}")
+    columns = {kind: found[kind][0] for kind in _NAMES if found[kind] and (labeled or kind == "path")}
+    rows = pandas.DataFrame({kind: cells[k] for kind, k in columns.items()}).iloc[int(has_names) :]
+    if rows.empty:
+        raise DivideMixError(f"{path}: not one row with an image below its first line: use a good copy")
+    line = "" if has_names else "no line of column names, "
+    return Table(rows, f"{line}columns {', '.join(names[k - 1] for k in columns.values())}")
+
+
+def _cells(path: Path, wanted: dict[str, str | None]) -> pandas.DataFrame:
+    """The cells of all rows that are not blank, as written; columns 1, 2, ... The first line alone tells how many there
+    are, and what is between them: what makes known names or images of its cells."""
+    content = read_text(path)
+    first = next((line for line in io.StringIO(content.decode(), newline=None) if line.strip()), "")
+    try:
+        heads = {mark: next(csv.reader([first], delimiter=mark), []) for mark in ",;\t"}
+        known = {mark: [_find(kind, head, wanted) for kind in wanted] + _images(head) for mark, head in heads.items()}
+        delimiter = max(heads, key=lambda mark: (sum(map(bool, known[mark])), len(heads[mark])))
+        width = len(heads[delimiter])
+        form = {"dtype": str, "keep_default_na": False, "na_filter": False, "index_col": False, "sep": delimiter}
+        form |= {"header": None, "skip_blank_lines": False, "names": range(1, width + 2)}  # the last: a cell too many
+        cells = pandas.read_csv(io.BytesIO(content), **form)
+    except (ValueError, csv.Error) as error:
+        record = re.search(r"(line|row) (\d+)", str(error)) or ["", "", "1"]
+        reason = " ".join(str(error).split())
+        raise bad_line(path, int(record[2]) + (record[1] == "row"), f"not a row of a CSV file ({reason})") from error
+    cells.index += 1  # the numbers of lines
+    if b'"' in content:  # a cell may have several
+        breaks = cells.apply(lambda column: column.str.count("\r\n|\r|\n")).sum(axis=1)
+        cells.index += breaks.cumsum() - breaks
+    is_filled = cells.apply(lambda column: column.str.strip()).ne("")
+    if is_filled[width + 1].any():
+        problem = f"more cells than the first line, which has {width}"
+        raise bad_line(path, cells.index[is_filled[width + 1]][0], problem)
+    if not is_filled.any(axis=None):
+        raise DivideMixError(f"{path}: not one row with an image: use a good copy")
+    return cells.loc[is_filled.any(axis=1), :width]
+
+
+def _find(kind: str, names: Sequence[str], wanted: dict[str, str | None]) -> list[int]:
+    """Which columns can be this one, counted from 1; of equal names the first."""
+    if flag := wanted.get(kind):
+        return [k for k, name in enumerate(names, 1) if name.strip().lower() == flag.strip().lower()][:1]
+    plain = [re.sub(r"[\s_-]", "", name.lower()) for name in names]
+    known = _NAMES[kind].split()
+    found = {name: plain.index(name) + 1 for name in known if name in plain}
+    return [found[known[0]]] if known[0] in found else [*found.values()]
+
+
+def _images(names: Sequence[str]) -> list[int]:
+    return [k for k, name in enumerate(names, 1) if is_image(re.split(r"[/\\]", name.strip())[-1])]
+
+
+# ---- The files that paths in a table mean ----
+
+
+def file_finder(bases: Sequence[Path]) -> Callable[[str], tuple[list[str], bool]]:
+    r"""find(path) -> (files, True): those that a path in a table can mean, which starts at one of the folders `bases`;
+    `a\b.jpg` is also a/b.jpg. If there is none: (the first place to look, False). Each folder is listed once, which
+    takes less time than to ask for each file."""
+    starts = [*dict.fromkeys(map(str, bases))]
+
+    @functools.cache
+    def files(folder: str) -> frozenset[str]:
+        try:
+            with os.scandir(folder) as entries:
+                return frozenset(entry.name for entry in entries if entry.is_file())
+        except OSError:
+            return frozenset()
+
+    def is_file(place: str) -> bool:
+        folder, _, name = place.rpartition(os.sep)
+        return name in files(folder) or os.path.isfile(place)  # where case does not matter, the list has another name
+
+    def find(path: str) -> tuple[list[str], bool]:
+        forms = [path.replace("\\", "/"), path] if "\\" in path else [path]
+        places = [os.path.normpath(os.path.join(start, form)) for form in forms for start in starts]
+        found = [*dict.fromkeys(place for place in places if is_file(place))]
+        return (found, True) if found else (places[:1], False)
+
+    return find
