@@ -161,7 +161,7 @@ def test_images_that_cannot_be_read_are_left_empty_and_named(run, start, tmp_pat
 def test_a_list_of_files_and_one_file(run, start, tmp_path):
     """Else the rows cannot be joined with the list again, or its paths are looked for in another folder."""
     first, second = draw_photos(tmp_path / "data" / "photos", 2)
-    names = ["photos/photo_00.png ", str(second), "photos/../photos/photo_00.png", "", "photos/a\0b.png"]
+    names = ["photos/photo_00.png ", str(second), "photos/../photos/photo_00.png", "", "photos/ab.png"]
     with open(tmp_path / "data" / "list.csv", "w", encoding="utf-8-sig", newline="") as file:
         csv.writer(file).writerows(
             [["label", " Path", "path"], *(["cat, big", name, "x"] for name in names), ["short"]]
@@ -177,6 +177,23 @@ def test_a_list_of_files_and_one_file(run, start, tmp_path):
     assert [row["path"] for row in rows_of(tmp_path / "one.csv")] == ["upload.tmp"]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"a\\1.png\nb.png\n",
+        "id;File name;label\n0;a\\1.png;\n1;b.png;x\n".encode("utf-16"),
+        b"where\tclass\n.\\a/1.png\tNA\nb.png\t1\n",
+    ],
+)
+def test_lists_of_other_programs(tmp_path, content):
+    """The list that was trained on could not be predicted, or its first image be lost."""
+    [first] = draw_photos(tmp_path / "a", 1)
+    first.rename(tmp_path / "a/1.png")
+    (tmp_path / "list.csv").write_bytes(content)
+    names, paths, _ = predict.find_images(tmp_path / "list.csv", "where" if b"where" in content else None)
+    assert paths == [str(tmp_path / "a/1.png"), str(tmp_path / "b.png")] and names[0].endswith("1.png")
+
+
 def test_what_cannot_be_is_refused_at_the_start(run, start, tmp_path):
     """Else the mistake is noticed after an hour of reading, or a list is overwritten by the answer."""
     draw_photos(tmp_path / "photos", 1)
@@ -190,7 +207,14 @@ def test_what_cannot_be_is_refused_at_the_start(run, start, tmp_path):
     refused(start(run, "list.csv", "--out", "list.csv"), "--out list.csv")
     status, _, error = start(run, "photos", "--workers", "9999")
     assert status == 2 and "--workers" in error
-    for content in (b"file,label\na.png,1\n", b"", b"path\n", b"path\n\xff.png\n", b'path\n"a.png\n'):
+    for content in (
+        b"photo,label\na.png,1\n",
+        b"",
+        b"path\n",
+        b"path\na\0.png\n",
+        b"path\n\xff.png\n",
+        b'path\n"a.png\n',
+    ):
         (tmp_path / "list.csv").write_bytes(content)
         refused(start(run, "list.csv"), "list.csv")
     os.mkfifo(tmp_path / "pipe.csv")
