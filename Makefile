@@ -23,12 +23,8 @@ test test-slow: export OMP_WAIT_POLICY = PASSIVE
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-DEMO := --dataset digits --noise_mode sym --r 0.5 --width 16 --warm_up 8 --num_epochs 12 --id demo
-
 demo: .venv/.installed
-	$(PY) Train_cifar.py $(DEMO) --method ce
-	$(PY) Train_cifar.py $(DEMO)
-	$(PY) -m dividemix report checkpoint/digits_0.5_sym_ce_demo checkpoint/digits_0.5_sym_demo
+	$(PY) benchmarks/demo.py
 
 test: .venv/.installed
 	$(PYTEST) -m "not slow and not gpu"

@@ -323,11 +323,11 @@ def _load_fashionmnist(root: Path, download: bool) -> tuple[_Arrays, _Arrays, li
 
 
 def _load_digits() -> tuple[_Arrays, _Arrays, list[str], None, bool]:
-    """scikit-learn's 1,797 digits, 8x8 with values 0 to 16, scaled up to 32x32; 1,450 of them for training."""
+    """scikit-learn's 1,797 digits, 8x8 with values 0 to 16, scaled up to 16x16; 1,450 of them for training."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    grey = F.interpolate(torch.from_numpy(digits.images)[:, None], (32, 32), mode="bilinear", align_corners=False)
+    grey = F.interpolate(torch.from_numpy(digits.images)[:, None], (16, 16), mode="bilinear", align_corners=False)
     grey = (grey[:, 0] * (255 / 16)).round().to(torch.uint8).numpy()
     images, labels = np.repeat(grey[..., None], 3, axis=3), digits.target.astype(np.int64)
     train, test = np.split(np.random.RandomState(0).permutation(len(labels)), [1450])

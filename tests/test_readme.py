@@ -18,6 +18,7 @@ from helpers.scripts import ROOT, tiny
 from torch.distributed.run import get_args_parser
 
 import Train_cifar
+from benchmarks import demo
 from dividemix import DivideMixError, recipes
 from dividemix.__main__ import COMMANDS
 from dividemix.report import report
@@ -260,10 +261,17 @@ def test_every_command_of_a_docstring_parses():
         assert commands or not path.name.startswith("Train_"), f"{path.name} shows no command"
 
 
-def test_every_command_that_the_makefile_runs_parses():
-    """Else `make demo`, the first thing that anybody tries, stops at a flag that was renamed."""
-    dry = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert check_all("\n".join(line for line in dry.stdout.splitlines() if OURS.search(line)), "make demo") >= 3
+def test_the_demo_ends_with_what_came_out_and_what_to_try(tmp_path, monkeypatch, capsys):
+    """Else `make demo`, the first thing that anybody tries, fails, or names files and commands that do not exist."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "FLAGS", "--dataset digits --r 0.5 --limit_train 60 --width 4 --warm_up 1 --num_epochs 2")
+    demo.main([])
+    out = capsys.readouterr().out
+    assert check_all(out, "make demo") >= 5  # two runs, three to try
+    found = re.search(r"lists (\d+) labels as wrong, and (\d+) of these are wrong", out)
+    assert int(found[1]) >= int(found[2])
+    pictures = re.findall(r"^(?:Look at:|        ) (\S+)  \(", out, re.MULTILINE)
+    assert len(pictures) == 2 and all((tmp_path / path).is_file() for path in pictures)
 
 
 @pytest.mark.parametrize(

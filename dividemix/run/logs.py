@@ -120,34 +120,46 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
-def epoch_line(record: Record, num_epochs: float) -> str:
-    """Without a newline at the end."""
+LEGEND = (
+    "columns: labeled, the samples whose labels net 1 / net 2 takes for clean; AUC, how well its losses",
+    "tell right from wrong labels; Lx and Lu, the losses of labeled and unlabeled samples (in warm-up Lx",
+    "is the cross-entropy); val and test, the accuracy (%) of both networks together; --verbose: more",
+)
+
+
+def epoch_line(record: Record, num_epochs: float, verbose: bool = False) -> str:
+    """Without a newline at the end; at most 100 characters, unless it is verbose."""
     columns = [f"epoch {record['epoch']}/{num_epochs - 1} {record['phase']}"]
     if divided(record):
-        columns.append(f"labeled {pair(record, 'labeled', 'd')} unlabeled {pair(record, 'unlabeled', 'd')}")
+        unlabeled = f" unlabeled {pair(record, 'unlabeled', 'd')}" if verbose else ""
+        columns.append(f"labeled {pair(record, 'labeled', 'd')}{unlabeled}")
         columns += [f"AUC {pair(record, 'auc', '.3f')}"] if "auc_net1" in record else []
-    terms = {"Lx": record.get("loss_x"), "Lu": record.get("loss_u"), "penalty": record.get("penalty")}
+    terms = {"Lx": record.get("loss_x"), "Lu": record.get("loss_u")}
+    if verbose or not divided(record):
+        terms["penalty"] = record.get("penalty") or None
     columns.append(" ".join(f"{name} {value:.4f}" for name, value in terms.items() if value is not None))
-    columns += accuracies(record)
-    seconds = {k.removeprefix("seconds_"): v for k, v in record.items() if k.startswith("seconds_")}
-    columns.append(" ".join(f"{name} {value:.1f}s" for name, value in seconds.items()))
-    return " | ".join(filter(None, columns))
+    columns.append(accuracies(record, verbose))
+    if verbose:
+        seconds = {k.removeprefix("seconds_"): v for k, v in record.items() if k.startswith("seconds_")}
+        columns.append(" ".join(f"{name} {value:.1f}s" for name, value in seconds.items()))
+    return "  ".join(filter(None, columns))
 
 
-def accuracies(record: Record) -> list[str]:
-    """Two columns: the epoch's accuracies, and the best so far."""
+def accuracies(record: Record, verbose: bool) -> str:
+    """The epoch's accuracies (%), top-5 in brackets, and the best so far."""
+    val = f"val {record['val_acc']:.2f}" if "val_acc" in record else ""
     if "test_acc" not in record:
+        nets = f" (nets {pair(record, 'val_acc', '.2f')})" if verbose else ""
         is_of_both = "best_val_acc" in record
-        best = f"{record['best_val_acc']:.2f}" if is_of_both else f"nets {pair(record, 'best_val_acc', '.2f')}"
-        return [f"validation {record['val_acc']:.2f} (nets {pair(record, 'val_acc', '.2f')})", f"best {best}"]
-    accuracy = f"val {record['val_acc']:.2f} " if "val_acc" in record else ""
-    nets = f"nets {pair(record, 'test_acc', '.2f')}"
+        best = f"{record['best_val_acc']:.2f}" if is_of_both else pair(record, "best_val_acc", ".2f")
+        return f"{val}{nets} best {best}"
+    test = f"test {record['test_acc']:.2f}"
     if "imagenet_acc" in record:
-        accuracy += f"webvision {record['test_acc']:.2f} ({record['test_acc_top5']:.2f}) "
-        accuracy += f"imagenet {record['imagenet_acc']:.2f} ({record['imagenet_acc_top5']:.2f}) {nets}"
-    else:
-        accuracy += f"test {record['test_acc']:.2f}" + (f" ({nets})" if "test_acc_net2" in record else "")
-    return [accuracy, f"best {record['best_acc']:.2f} last-10 {record['last10_acc']:.2f}"]
+        imagenet = f"ImageNet {record['imagenet_acc']:.2f} ({record['imagenet_acc_top5']:.2f})"
+        test = f"test {record['test_acc']:.2f} ({record['test_acc_top5']:.2f}) {imagenet}"
+    nets = f" (nets {pair(record, 'test_acc', '.2f')})" if verbose and "test_acc_net2" in record else ""
+    last10 = f" last-10 {record['last10_acc']:.2f}" if verbose else ""
+    return f"{val} {test}{nets} best {record['best_acc']:.2f}{last10}".lstrip()
 
 
 def pair(record: Record, name: str, form: str) -> str:

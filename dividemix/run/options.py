@@ -223,6 +223,7 @@ def add_run(
     add("--out_dir", default="./checkpoint", help="folder of the run folders")
     add("--run_dir", help="the run folder itself, instead of a name in --out_dir")
     add("--fresh", action="store_true", help="start a new run; an existing run folder is renamed")
+    add("--verbose", action="store_true", help="epoch lines with every number, and the seconds of each phase")
     add("--init_from", metavar="FILE", help="checkpoint with the first weights of both networks")
     if val_fraction:
         text = "fraction of the (noisy) training set held out to select the best epoch"

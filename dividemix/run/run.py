@@ -44,7 +44,7 @@ FREE_FLAGS = {"num_epochs", "fresh", "out_dir", "run_dir", "save_scores", "no_la
 FREE_FLAGS |= {"data_path", "download", "noise_file", "labels", "check_data", "skip_bad_images", "keep_images"}
 FREE_FLAGS |= {"path_column", "label_column"}
 FREE_FLAGS |= {"cache_dir", "device", "gpuid", "workers", "eval_batch_size", "deterministic", "no_compile", "no_graph"}
-FREE_FLAGS |= {"feature_file"}  # its content is pinned
+FREE_FLAGS |= {"feature_file", "verbose"}  # its content is pinned
 
 # For the expected time, measured once in a run's first warm-up phase
 SLOW_STEPS = 3  # at its beginning: compilation, memory, file caches
@@ -214,6 +214,8 @@ class Run:
             self.say(f"{self.folder} is finished ({done} epochs): {next_steps}")
         elif done:
             self.say(f"continuing {self.folder} with epoch {done} (of 0..{num_epochs - 1})")
+        if done < num_epochs:
+            self.say(*logs.LEGEND)
         if done < num_epochs and self.ranks.first:
             (self.folder / "result.json").unlink(missing_ok=True)  # that of fewer epochs
         for self.epoch in range(done, num_epochs):
@@ -302,7 +304,7 @@ class Run:
             origin = {"format": checkpoint.FORMAT, "script": self.logs.script, "versions": versions()}
             origin |= {"config": self.config, "pins": dict(self.pins), "best_epochs": self.best_epochs}
             self._writing = self._writer.submit(self._save, self._host_state | origin | history, scores)
-        self.say(logs.epoch_line(record, self.num_epochs))
+        self.say(logs.epoch_line(record, self.num_epochs, self.args.verbose))
 
     def _record(self, lr: float, divisions: list, losses: Sequence[PhaseTerms], accuracy: Mapping[str, float]) -> dict:
         phase = "train" if any(divisions) else "ce" if self.mixmatch.warm_up == math.inf else "warmup"

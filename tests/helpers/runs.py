@@ -57,7 +57,7 @@ def assert_equal(a, b, path="state"):
 
 def args_of(folder) -> Namespace:
     """The flags of the run in `folder`."""
-    return Namespace(**checkpoint.load_last(folder)["config"], fresh=False, no_label_scores=True)
+    return Namespace(**checkpoint.load_last(folder)["config"], fresh=False, no_label_scores=True, verbose=False)
 
 
 # ---- Runs without training: quick, of networks whose weights say the epoch ----
@@ -72,7 +72,12 @@ class Marked(torch.nn.Module):
 
 
 def opened(folder, logs=logs.CLOTHING1M, runtime=None, **flags) -> Run:
-    return Run(folder, Namespace(**{"seed": 123, "fresh": False, "no_label_scores": True} | flags), runtime, logs)
+    return Run(
+        folder,
+        Namespace(**{"seed": 123, "fresh": False, "no_label_scores": True, "verbose": False} | flags),
+        runtime,
+        logs,
+    )
 
 
 def begin(run: Run) -> None:

@@ -43,21 +43,29 @@ def test_lines_of_the_log_files_are_the_authors():
 
 def test_the_line_for_people_says_what_the_script_measures():
     """Else a user who watches the run sees a number under another's name, or the run ends at its first line."""
-    assert logs.epoch_line(WEBVISION | {"val_acc": 50.0}, 80) == (
-        "epoch 7/79 train | labeled 11/22 unlabeled 3/4 | Lx 1.2500 penalty 0.5000 | val 50.00 "
-        "webvision 77.32 (91.64) imagenet 75.20 (90.84) nets 76.00/75.50 | best 77.32 last-10 76.10 | test 2.0s"
+    webvision = WEBVISION | {"val_acc": 50.0}
+    assert logs.epoch_line(webvision, 80) == (
+        "epoch 7/79 train  labeled 11/22  Lx 1.2500  val 50.00 test 77.32 (91.64) ImageNet 75.20 (90.84) best 77.32"
     )
-    assert logs.epoch_line(CLOTHING1M | UNDIVIDED, 80) == (
-        "epoch 7/79 warmup | Lx 1.2500 penalty 0.5000 | "
-        "validation 74.50 (nets 73.46/72.00) | best nets 73.50/72.90 | test 2.0s"
+    assert logs.epoch_line(webvision, 80, verbose=True) == (
+        "epoch 7/79 train  labeled 11/22 unlabeled 3/4  Lx 1.2500 penalty 0.5000  val 50.00 test 77.32 (91.64) "
+        "ImageNet 75.20 (90.84) (nets 76.00/75.50) best 77.32 last-10 76.10  test 2.0s"
     )
-    cifar = COMMON | DIVIDED | {"auc_net1": 0.9, "auc_net2": None, "loss_u": 0.1, "val_acc": 50.0}
-    cifar |= {"test_acc": 90.0, "test_acc_net1": 89.0, "test_acc_net2": 88.0, "best_acc": 91.0, "last10_acc": 87.0}
-    assert logs.epoch_line(cifar, 10) == (
-        "epoch 7/9 train | labeled 11/22 unlabeled 3/4 | AUC 0.900/- | Lx 1.2500 Lu 0.1000 penalty 0.5000 | "
-        "val 50.00 test 90.00 (nets 89.00/88.00) | best 91.00 last-10 87.00 | test 2.0s"
-    )
-    assert "| validation 81.50 (nets 80.00/79.00) | best 90.00 |" in logs.epoch_line(OWN | {"best_val_acc": 90.0}, 10)
+    clothing = CLOTHING1M | UNDIVIDED
+    assert logs.epoch_line(clothing, 80) == "epoch 7/79 warmup  Lx 1.2500 penalty 0.5000  val 74.50 best 73.50/72.90"
+    assert "val 74.50 (nets 73.46/72.00) best" in logs.epoch_line(clothing, 80, verbose=True)
+    assert "penalty" not in logs.epoch_line(clothing | {"penalty": 0.0}, 80, verbose=True)
+    assert "val 81.50 best 90.00" in logs.epoch_line(OWN | {"best_val_acc": 90.0}, 10)
+
+
+def test_the_line_for_people_fits_a_terminal():
+    """Else it wraps, and the numbers of two epochs cannot be compared."""
+    cifar = COMMON | {"epoch": 298, "auc_net1": 0.9, "auc_net2": None, "loss_u": 0.1, "test_acc": 90.0}
+    cifar |= {f"{name}_net{k}": 25012 for name in ("labeled", "unlabeled") for k in (1, 2)}
+    cifar |= {"test_acc_net1": 89.0, "test_acc_net2": 88.0, "best_acc": 91.0, "last10_acc": 87.0}
+    line = "epoch 298/299 train  labeled 25012/25012  AUC 0.900/-  Lx 1.2500 Lu 0.1000  test 90.00 best 91.00"
+    assert logs.epoch_line(cifar, 300) == line
+    assert len(line) <= 97 and all(len(text) <= 100 for text in logs.LEGEND)
 
 
 def test_how_good_the_labeled_sets_are_where_the_truth_is_known():

@@ -37,7 +37,7 @@ DEFAULTS = {
     **{"dataset": "cifar10", "data_path": "./cifar-10", "download": False, "num_class": None, "limit_train": None},
     **{"noise_mode": "sym", "r": 0.5, "noise_definition": "with_self", "noise_file": None, "noise_key": None},
     **{"noise_seed": 123, "seed": 123, "id": "", "out_dir": "./checkpoint", "run_dir": None, "fresh": False},
-    **{"init_from": None, "val_fraction": 0.0, "no_label_scores": False, "save_scores": False},
+    **{"init_from": None, "val_fraction": 0.0, "no_label_scores": False, "save_scores": False, "verbose": False},
     **{"arch": "preresnet18", "width": 64, "method": "dividemix", "ablation": "none"},
     **{"device": "auto", "gpuid": 0, "precision": "auto", "deterministic": False, "no_compile": False},
     **{"no_graph": False, "eval_batch_size": 1000, "workers": min(16, runtime.available_cores())},
