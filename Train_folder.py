@@ -22,7 +22,7 @@ from typing import Any
 import dataloader_folder
 from dataloader_folder import IMAGENET_MEAN, IMAGENET_STD, mean_std
 from dividemix import DivideMixError, networks, report
-from dividemix.data import DeviceImages, FeatureSet, Pipeline, StreamedImages, Views, check, features
+from dividemix.data import DeviceImages, FeatureSet, Pipeline, StreamedImages, Views, check, duplicates, features
 from dividemix.engine import DataSet, co_divide, test, train_epoch, warmup_epoch
 from dividemix.run import BACKBONE, Preparation, Run, Split, command_line, defaults, description, logs, options, splits
 from dividemix.runtime import is_out_of_memory, set_learning_rate
@@ -78,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             model = description.describe(*shape, data.class_names, preparation, num_features=num_features)
             about = dataloader_folder.describe(data, data.train.labels[split.index], mean, std, views.flip)
             lines = [*data.lines, str(survey), *about, *split.lines, *lines, *defaults.hint(args, runtime.device)]
-            lines += pipeline.describe_changes() if args.data_mode == "device" else []  # of streamed images: see below
+            # Of streamed images: see below
+            lines += pipeline.describe_images(split.held_out) if args.data_mode == "device" else []
             run.start(argv, nets, optimizers, mixtures, mixmatch, data=summary, model=model, lines=lines)
             choice = options.blind_choice(args, run, mixtures, train)
 
@@ -103,10 +104,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                         losses.append(train_epoch(net, peer, optimizers[k], train, division, mixmatch, phase))
 
                 accuracy = test(nets, tests, run.phase) | (choice.record if choice else {})
-                run.say(*pipeline.describe_changes())  # what was changed in streamed images while reading them
+                run.say(*pipeline.describe_images(split.held_out))  # what was seen while streamed images were read
                 run.end_epoch(lr, divisions, losses, accuracy)
 
-            return finish(run, train, tests, tests["val"] if len(split.held_out) else None)
+            return finish(run, train, tests, tests["val"] if len(split.held_out) else None, pipeline)
 
 
 def read(
@@ -157,12 +158,15 @@ def read(
     return sets.pop("train"), sets, mean, std
 
 
-def finish(run: Run, train: DataSet, tests: Mapping[str, DataSet], held_out: DataSet | None) -> dict[str, Any]:
+def finish(
+    run: Run, train: DataSet, tests: Mapping[str, DataSet], held_out: DataSet | None, pipeline: Pipeline
+) -> dict[str, Any]:
     """Print the best epoch's accuracies, score the labels, also the held-out ones, and return the final metrics."""
     best, titles = run.records[run.best_epochs[0]], {"val": "validation", "test": "test"}
     accuracies = ", ".join(f"{title} {best[f'{name}_acc']:.2f}" for name, title in titles.items() if name in tests)
     chosen_on = "the validation images" if "val" in tests else "the test set"
-    final = run.finish(f"best epoch {best['epoch']}, chosen on {chosen_on}: {accuracies}", train, held_out)
+    line = f"best epoch {best['epoch']}, chosen on {chosen_on}: {accuracies}"
+    final = run.finish(line, train, held_out, lambda: duplicates.first_equal(pipeline.equal_images()["train"]))
     report.of_finished(run)
     return final
 

@@ -278,6 +278,33 @@ def test_wrong_labels_are_found(tmp_path, monkeypatch):
 # ---- Settings chosen while it trains ----
 
 
+@pytest.mark.parametrize("flags", [["--data_mode", "device"], ["--data_mode", "stream", "--keep_images", "no"]])
+def test_an_image_under_two_labels_comes_first(tmp_path, start, monkeypatch, flags):
+    """It is the one label error that is certain, and the networks may well have memorised both labels."""
+    monkeypatch.undo()  # the report, which writes the list
+    monkeypatch.setattr("dividemix.report.figures.draw_all", lambda *_: {})
+    tree = make_folder(tmp_path / "images", 40)
+    first = sorted((tree / "c0").iterdir())[0]
+    for name in ("c1/copy.bmp", "c0/copy.bmp"):
+        with Image.open(first) as image:
+            image.save(tree / name)
+    status, out, error = start(tree, *flags)
+    assert status == 0 and "under different labels: 1;" in out and "under different labels: 1 (" in out, error
+    with open(tmp_path / "run" / "label_issues.csv") as file:
+        rows = {row["path"]: row for row in csv.DictReader(file)}
+    paths = f"c0/{first.name}", "c0/copy.bmp", "c1/copy.bmp"
+    assert {path for path, row in rows.items() if row["duplicate_of"]} == {*paths}
+    assert {rows[path]["duplicate_of"] for path in paths} == {min(paths)}
+    wrong = rows["c1/copy.bmp"]
+    assert (wrong["is_label_issue"], wrong["rank"], wrong["suggested_class"]) == ("True", "1", "c0")
+    assert float(wrong["label_quality"]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"the same image as {min(paths)}" in page and "are there under different labels: 1" in page
+    (tmp_path / "run" / "label_issues.csv").unlink()
+    assert start(tree, *flags)[0] == 0  # nothing is read again
+    assert f",{min(paths)}," in (tmp_path / "run" / "label_issues.csv").read_text()
+
+
 @pytest.mark.parametrize(("flags", "lambda_u"), [((), 50), (("--image_size", "72", "--lambda_u", "3"), 3)])
 def test_the_blind_recipe_is_trained_by(tree, start, tmp_path, monkeypatch, flags, lambda_u):
     """Else the log tells of a choice that nothing was trained with: large images have no unlabeled loss unless the

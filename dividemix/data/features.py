@@ -20,7 +20,7 @@ from dividemix.data.stream import Pipeline, StreamedImages
 from dividemix.files import atomic_file
 from dividemix.runtime import Batches, Runtime, is_out_of_memory
 
-_FORMAT = 1  # of the files; another number makes another file
+_FORMAT = 2  # of the files; another number makes another file
 _BATCH = 50  # images that go through the network at once
 _HALF_FROM = 2**30  # bytes: larger sets of features are float16
 
@@ -153,7 +153,9 @@ def _stored(
 ) -> NDArray[np.floating]:
     path = _path(folder, net, images, num_views)
     try:
-        features = np.load(path, allow_pickle=False)
+        with open(path, "rb") as file:  # the checksums of the images stand behind the features
+            features, checksums = (np.load(file, allow_pickle=False) for _ in range(2))
+        images.pipeline.checksums[images.name][:] = checksums
         say(f"features of {images.name}: {path}")
         return features
     except FileNotFoundError:
@@ -168,6 +170,7 @@ def _stored(
         features = as_views(features.astype(np.float16), f"the network's features of {images.name} in float16")
     with store.writing("the features", path), atomic_file(path) as file:
         np.save(file, features)
+        np.save(file, images.pipeline.checksums[images.name])
     rate = f"{seconds:.0f} s, {len(images) / seconds:.3g} images a second"
     say(f"features of {images.name}: {len(images)} images, {len(features)} views, {rate}")
     return features

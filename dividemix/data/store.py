@@ -22,18 +22,20 @@ from dividemix.data.images import Views
 from dividemix.data.lists import ImageList
 from dividemix.files import lock_file
 
-_FORMAT = 2  # of the cache; another number makes another file
+_FORMAT = 3  # of the cache; another number makes another file
 
 
 class TaskResult(NamedTuple):
     """The images `index` (n,) of the list `name`. pixels uint8: their views (V, n, S, S, 3), or the uncut images one
-    after the other, flattened; sizes int32 (n, 2): resized height, width; changes uint8 (n,): of `images.Shown`."""
+    after the other, flattened; sizes int32 (n, 2): resized height, width; changes uint8 (n,): of `images.Shown`;
+    checksums uint32 (n,): of the resized pixels, see `duplicates`."""
 
     name: str
     index: NDArray[np.int64]
     pixels: Tensor
     sizes: NDArray[np.int32]
     changes: NDArray[np.uint8]
+    checksums: NDArray[np.uint32]
 
 
 def estimate(n: int, resize: int) -> int:
@@ -91,15 +93,15 @@ def host_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup"
 
 
 class Cache:
-    """Resized images of a whole list: `<path>.images`, mapped into memory, and `<path>.npy`, int32 (n, 3) with height,
-    width and the `changes` of `images.Shown`. Raises DivideMixError unless it is a whole cache of n images."""
+    """Resized images of a whole list: `<path>.images`, mapped into memory, and `<path>.npy`, int64 (n, 4) with height,
+    width, the `changes` of `images.Shown` and the checksum. Raises DivideMixError unless it is whole, of n images."""
 
     def __init__(self, path: str, n: int):
         try:
             index = np.load(f"{path}.npy")
             self.pixels = np.asarray(np.memmap(f"{path}.images", np.uint8, "r"))
-            self.sizes, self.changes = index[:, :2], index[:, 2]
-            self.ends = np.concatenate([[0], np.cumsum(self.sizes.prod(axis=1, dtype=np.int64) * 3)])
+            self.sizes, self.changes, self.checksums = index[:, :2], index[:, 2], index[:, 3]
+            self.ends = np.concatenate([[0], np.cumsum(self.sizes.prod(axis=1) * 3)])
             if len(index) != n or len(self.pixels) != self.ends[-1]:
                 raise ValueError(f"expected {n} images of {self.ends[-1]} bytes")
         except (OSError, ValueError, EOFError, IndexError) as error:
@@ -160,7 +162,8 @@ def write_cache(path: str, results: Iterable[TaskResult]) -> None:
             with open(temporary, "wb") as file:
                 for result in results:
                     file.write(result.pixels.numpy())
-                    index.append(np.column_stack([result.sizes, result.changes.astype(np.int32)]))
+                    columns = result.sizes, result.changes, result.checksums
+                    index.append(np.column_stack([column.astype(np.int64) for column in columns]))
             os.replace(temporary, f"{path}.images")
             with open(temporary, "wb") as file:
                 np.save(file, np.concatenate(index))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dividemix import DivideMixError, warn
 from dividemix.codivide import Division
-from dividemix.data import store
+from dividemix.data import duplicates, store
 from dividemix.data.device import Batch, in_batches, plan_mixmatch, plan_warmup, to_device, to_float
 from dividemix.data.images import Views, describe_changes
 from dividemix.data.lists import ImageList
@@ -66,7 +66,8 @@ class Pipeline:
         self.workers = Workers(Reader(lists, views), workers, self.on_card)
         self.normalise = Normalise(mean, std, self.device)
         self._changes = {name: np.zeros(len(images), np.uint8) for name, images in self.lists.items()}
-        self._are_changes_described = False
+        self.checksums = {name: np.zeros(len(images), np.uint32) for name, images in self.lists.items()}  # 0: not read
+        self._are_described = False
         self._memory_for: tuple[int, torch.device | None] = -1, None  # how many images, and where they are kept
 
     def __enter__(self) -> "Pipeline":
@@ -119,17 +120,28 @@ class Pipeline:
         """The results in the order of the tasks. Raises DivideMixError for a bad image and for a worker that died."""
         for result in self.workers.run(tasks):
             self._changes[result.name][result.index] = result.changes | _READ
+            self.checksums[result.name][result.index] = result.checksums
             yield result
 
-    def describe_changes(self) -> list[str]:
-        """At most one line: how many images were turned, got a white background, or were scaled to eight bits. It is
-        given once, after the first images are read. All ranks must call it together: each has read its share."""
-        changes = torch.from_numpy(np.concatenate([*self._changes.values()])).to(self.device)
-        changes = self.ranks.maximum(changes).cpu().numpy()
-        if self._are_changes_described or not changes.any():
+    def describe_images(self, held_out: NDArray) -> list[str]:
+        """How many images were turned, got a white background, or were scaled to eight bits, and `duplicates.describe`:
+        given once, after the first images are read. All ranks must call it together."""
+        if self._are_described or not self._of_all_ranks(self.checksums).any():
             return []
-        self._are_changes_described = True
-        return describe_changes(changes[changes > 0])
+        self._are_described = True
+        changes = self._of_all_ranks(self._changes)
+        equal = duplicates.describe(self.lists, self.equal_images(), held_out)
+        return describe_changes(changes[changes > 0]) + equal
+
+    def equal_images(self) -> dict[str, NDArray[np.int64]]:
+        """`duplicates.equal_images` of the images that were read. All ranks must call it together."""
+        checksums = self._of_all_ranks(self.checksums)
+        return self.ranks.broadcast_from_rank0(duplicates.equal_images, self.lists, checksums)
+
+    def _of_all_ranks(self, numbers: Mapping[str, NDArray[np.integer]]) -> NDArray[np.int64]:
+        """The numbers (M,) of the images of all lists, one list after the other: each rank has read its share."""
+        tensor = torch.from_numpy(np.concatenate([*numbers.values()]).astype(np.int64))
+        return self.ranks.maximum(tensor.to(self.device)).cpu().numpy()
 
     def _memory(self, n: int) -> torch.device | None:
         """Where n images are kept. Decided once: later the free memory depends on what is kept already."""

@@ -7,6 +7,7 @@ depend on the number of workers; without workers the main process does their wor
 import contextlib
 import signal
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -67,14 +68,19 @@ class Reader:
                 "full` leaves them out"
             ) from error
 
-    def image(self, name: str, cache: str | None, i: int) -> tuple[NDArray[np.uint8], int]:
-        """A resized image (H, W, 3) and its changes. Raises DivideMixError for a bad image or cache."""
+    def image(self, name: str, cache: str | None, i: int) -> tuple[NDArray[np.uint8], int, int]:
+        """A resized image (H, W, 3), its changes, and the checksum of its pixels, 0 for published sets. Raises
+        DivideMixError for a bad image or cache."""
         image, changes = self.original(name, cache, i)
-        return self.views.resized(image) if cache is None else image, changes
+        if cache is not None:
+            return image, changes, self._caches[cache].checksums[i]
+        resized = self.views.resized(image)
+        return resized, changes, zlib.crc32(resized) if self.lists[name].as_shown else 0
 
     def __getitem__(self, task: Task) -> TaskResult | DivideMixError:
         try:
-            resized, changes = zip(*(self.image(task.name, task.cache, i) for i in task.index.tolist()), strict=True)
+            read = (self.image(task.name, task.cache, i) for i in task.index.tolist())
+            resized, changes, checksums = zip(*read, strict=True)
         except DivideMixError as error:
             return error  # raised here, it would arrive as a traceback
         if task.uncut:
@@ -85,7 +91,8 @@ class Reader:
             # The queue would do this too, but lose the result where shared memory is short: a wait without end.
             pixels.share_memory_()
         sizes = np.array([image.shape[:2] for image in resized], np.int32)
-        return TaskResult(task.name, task.index, pixels, sizes, np.array(changes, np.uint8))
+        arrays = np.array(changes, np.uint8), np.array(checksums, np.uint32)
+        return TaskResult(task.name, task.index, pixels, sizes, *arrays)
 
 
 class Workers:

@@ -34,6 +34,7 @@ class LabelIssues:
     index: NDArray[np.int64]  # positions in the data set's list of training samples
     held_out: NDArray[np.bool_]  # not trained on, but used to choose the best epoch
     paths: list[str] | None  # image files below the data folder; bytes that are not UTF-8 as \\x..
+    duplicate_of: NDArray[np.int64]  # index of the first training sample with the same pixels; -1 without an equal
     given_labels: NDArray[np.int64]
     suggested_labels: NDArray[np.int64]  # the class with the largest mean probability
     quality: NDArray[np.float64]  # from 0 to 1, see `run.label_quality`
@@ -56,6 +57,18 @@ class LabelIssues:
     def cleaned_labels(self) -> NDArray[np.int64]:
         """The given labels, with the suggestion in place of each issue."""
         return np.where(self.is_issue, self.suggested_labels, self.given_labels)
+
+    def name_of_first(self, row: int) -> str:
+        """The path (index, where there are no paths) of the first sample with the same pixels; '' without an equal."""
+        first = np.searchsorted(self.index, self.duplicate_of[row])
+        return "" if self.duplicate_of[row] < 0 else self.paths[first] if self.paths else str(self.index[first])
+
+    @property
+    def conflicts(self) -> dict[str, list[int]]:
+        """The samples that are there under different labels: name of the first -> their rows."""
+        rows = pd.Series(range(len(self))).groupby(self.duplicate_of).agg(list).drop(-1, errors="ignore")
+        rows = [group for group in rows if len(np.unique(self.given_labels[group])) > 1]
+        return {self.name_of_first(group[0]): group for group in rows}
 
     @property
     def rank(self) -> NDArray[np.int64]:
@@ -102,6 +115,7 @@ def find(run: RunFolder) -> LabelIssues | None:
         index=index,
         held_out=scores["held_out"],
         paths=paths and [path.decode(errors="backslashreplace") for path in paths],
+        duplicate_of=scores.get("duplicate_of", np.full(len(index), -1)),
         given_labels=labels["list_given"][index],
         suggested_labels=listed.suggested,
         quality=listed.quality,
@@ -191,6 +205,20 @@ def estimate(issues: LabelIssues) -> str:
     return f"estimated share of wrong labels: {share:.1f} % ({uncertainty}); {reach}"
 
 
+def equal_images(issues: LabelIssues) -> list[str]:
+    """At most one sentence: how many images are there under different labels, with the first three of them."""
+    conflicts = issues.conflicts
+    names = [
+        f"{printable(name)} ({' / '.join(printable(issues.class_names[c]) for c in issues.given_labels[rows])})"
+        for name, rows in [*conflicts.items()][:3]
+    ]
+    more = ", ..." if len(conflicts) > 3 else ""
+    listed = "at least one label of each is wrong, and comes first in the list"
+    return [
+        f"images that are there under different labels: {len(conflicts)} ({', '.join(names)}{more}); {listed}"
+    ] * bool(conflicts)
+
+
 def warnings(issues: LabelIssues) -> list[str]:
     """Lines that nobody should miss: the list means nothing, a class is lost, or the suggestions do harm."""
     lines = [f"THIS LIST MEANS NOTHING: {'; '.join(issues.failures)}"] if issues.failures else []
@@ -207,6 +235,7 @@ def summary(issues: LabelIssues) -> list[str]:
     rows = [row for row in by_class(issues) if row[1]]
     lines += [] if issues.failures else [f"  {estimate(issues)}"]
     lines += [f"  by given class: {named_counts(rows)}"] if rows else []
+    lines += [f"  {line}" for line in equal_images(issues)]
     if truth := against_truth(issues):
         lines.append(
             f"  against the truth: {truth.listed_wrong} of the {truth.listed} listed labels are wrong (precision "
@@ -248,6 +277,7 @@ def issues_table(issues: LabelIssues) -> pd.DataFrame:
     columns |= {"label_quality": issues.quality, "is_label_issue": issues.is_issue, "rank": issues.rank}
     columns |= {"loss": issues.loss, "p_clean_net1": p_clean[0], "p_clean_net2": p_clean[1]}
     columns |= {"confidence": issues.confidence}
+    columns |= {"duplicate_of": texts(map(issues.name_of_first, range(len(issues))))}
     classes = [texts(names[labels]) for labels in (issues.given_labels, issues.suggested_labels)]
     columns |= dict(zip(("given_class", "suggested_class"), classes, strict=True))
     table = table_of(issues, columns)

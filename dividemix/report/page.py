@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dividemix import blind, recipes
-from dividemix.report.issues import IN_SAMPLE, LabelIssues, against_truth, by_class, estimate, percent, warnings
+from dividemix.report.issues import (
+    IN_SAMPLE,
+    LabelIssues,
+    against_truth,
+    by_class,
+    equal_images,
+    estimate,
+    percent,
+    warnings,
+)
 from dividemix.run import RunFolder, histograms
 
 RESULT_NAMES = {  # of the paper's results, on the page
@@ -87,6 +96,7 @@ def run_page(run: RunFolder, issues: LabelIssues | None, figures: dict[str, Path
         classes=[(*row, percent(row[1] / row[2])) for row in by_class(issues)] if issues else [],
         warnings=warnings(issues) if issues else [],
         estimate=estimate(issues) if issues and not issues.failures else "",
+        equal_images=equal_images(issues) if issues else [],
         thumbnails=thumbnails(run, issues) if issues and run.thumbnails else [],
         command=shlex.join(run.args_json["command"]),
         settings={key: run.args_json[key] or "-" for key in ("machine", "commit")} | run.args_json["versions"] | data,

@@ -50,3 +50,28 @@ def label_quality(probabilities: NDArray[np.floating], labels: NDArray[np.intege
     is_issue &= suggested != labels
     weights = counts / len(labels)
     return LabelQuality(quality, is_issue, suggested, float(share @ weights), float(np.linalg.norm(error * weights)))
+
+
+def list_equal_images(
+    quality: NDArray[np.float64],
+    is_issue: NDArray[np.bool_],
+    suggested: NDArray[np.int64],
+    probabilities: NDArray[np.floating],
+    labels: NDArray[np.integer],
+    duplicate_of: NDArray[np.integer],
+) -> None:
+    """Change the list of N labels, in place, where equal images have different labels: at least one is wrong, whatever
+    the networks say. The most frequent label of such images is kept; of equally frequent ones that with the larger mean
+    probability. The others are issues of quality 0, with the kept label as the suggestion.
+
+    duplicate_of (N,): the same number for equal images, below 0 for an image that is there once. probabilities (N, C)
+    """
+    rows = np.flatnonzero(duplicate_of >= 0)
+    rows = rows[np.argsort(duplicate_of[rows], kind="stable")]
+    for equal in np.split(rows, np.flatnonzero(np.diff(duplicate_of[rows])) + 1):
+        classes, counts = np.unique(labels[equal], return_counts=True)
+        if len(classes) > 1:
+            mean = probabilities[equal].mean(axis=0)[classes]
+            kept = classes[np.lexsort((mean, counts))[-1]]
+            wrong = equal[labels[equal] != kept]
+            quality[wrong], is_issue[wrong], suggested[wrong] = 0, True, kept

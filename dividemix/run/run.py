@@ -389,21 +389,28 @@ class Run:
         return self.ranks.broadcast_from_rank0(files.load_file, self.folder / "best.pt")["nets"]
 
     def finish(
-        self, line: str, train: DataSet | None = None, held_out: DataSet | None = None, /, **results: Any
+        self,
+        line: str,
+        train: DataSet | None = None,
+        held_out: DataSet | None = None,
+        first_equal: Callable[[], NDArray] | None = None,
+        /,
+        **results: Any,
     ) -> dict[str, Any]:
         """End the run: print `line`, score the labels of `train` and of the `held_out` training samples, write
-        result.json and, if the script's format has one, the last line of acc.txt. -> the last record with `results` and
-        run_dir, None instead of NaN. A second call writes the same again."""
+        result.json and, if the script's format has one, the last line of acc.txt. first_equal gives
+        `duplicates.first_equal` of these samples, once they were read. -> the last record with `results` and run_dir,
+        None instead of NaN. A second call writes the same again."""
         final = without_nan({**self.records[-1], **results, "run_dir": str(self.folder)})
         self.say(line)
         if train is not None and not self.args.no_label_scores:  # before result.json, which marks a finished run
-            self._score_labels(train, held_out)
+            self._score_labels(train, held_out, first_equal)
         if self.ranks.first:
             self._write("result.json", json.dumps(final, indent=1, allow_nan=False))
             self._write("acc.txt", "".join(map(self.logs.acc, self.records)) + self.logs.final(final))
         return final
 
-    def _score_labels(self, train: DataSet, held_out: DataSet | None) -> None:
+    def _score_labels(self, train: DataSet, held_out: DataSet | None, first_equal: Callable | None) -> None:
         """Write label_scores.npz, unless the folder has these scores. A failure is a warning, since the run is saved;
         with several ranks, which wait for each other, it is raised."""
         epochs, splits = len(self.records), {"index": train} | ({} if held_out is None else {"held_out": held_out})
@@ -414,6 +421,7 @@ class Run:
         self.say(f"scoring all {sum(map(len, splits.values()))} training labels")
         try:
             scores = [scoring.ensemble_scores(self.nets, data, self.phase("labels")) for data in splits.values()]
+            first = first_equal() if first_equal else None
             if self.ranks.first:
                 mean = self.probabilities.mean
                 if mean is not None and len(mean) == len(train):  # else damaged images were left out since
@@ -421,7 +429,7 @@ class Run:
                 if self.mixmatch.warm_up != math.inf:  # cross-entropy has no clean probabilities
                     given = self.labels["given"]
                     scores[0] |= scoring.clean_probabilities(scores[0], self.mixtures, self.args.seed, epochs, given)
-                scoring.write(self.folder, epochs, splits, scores, self.labels)
+                scoring.write(self.folder, epochs, splits, scores, self.labels, first)
         except Exception as error:
             if self.ranks.world > 1:
                 raise

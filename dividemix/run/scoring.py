@@ -21,7 +21,7 @@ from dividemix.codivide import Mixture, clean_probability
 from dividemix.engine import DataSet, Phase
 from dividemix.files import write_arrays
 from dividemix.run.folder import load, parse_arrays
-from dividemix.run.label_quality import LabelQuality, label_quality
+from dividemix.run.label_quality import LabelQuality, label_quality, list_equal_images
 from dividemix.runtime import evaluate_rows
 from dividemix.seeds import draws
 
@@ -68,11 +68,19 @@ def clean_probabilities(
     return probabilities
 
 
-def write(folder: Path, epochs: int, sets: Mapping[str, DataSet], scores: Sequence[dict], labels: dict) -> None:
+def write(
+    folder: Path,
+    epochs: int,
+    sets: Mapping[str, DataSet],
+    scores: Sequence[dict],
+    labels: dict,
+    first_equal: NDArray | None = None,
+) -> None:
     """Write label_scores.npz, its samples by rising index, and thumbnails.npz, the images with the worst labels.
 
     sets: the data sets to list, each under the name of its index in `labels` (see `Run.save_labels`): "index" and, if
     there are any, "held_out". scores: the arrays of each set; what the second lacks is NaN.
+    first_equal (N,): `duplicates.first_equal` of the samples by rising index.
     """
     index = np.concatenate([labels[name] for name in sets])
     order = np.argsort(index)
@@ -80,6 +88,8 @@ def write(folder: Path, epochs: int, sets: Mapping[str, DataSet], scores: Sequen
     for name in scores[0]:
         columns = [arrays.get(name, np.full(len(arrays["loss_net1"]), np.nan)) for arrays in scores]
         table[name] = np.concatenate(columns)[order]
+    if first_equal is not None:
+        table["duplicate_of"] = np.where(first_equal >= 0, table["index"][first_equal], -1)
     listed = quality_by_split(table, labels["list_given"])
     worst = table["index"][worst_first(listed.quality, listed.is_issue, table["held_out"])[:THUMBNAILS]]
     try:
@@ -94,8 +104,9 @@ def write(folder: Path, epochs: int, sets: Mapping[str, DataSet], scores: Sequen
 
 
 def quality_by_split(scores: dict[str, NDArray], list_given: NDArray) -> LabelQuality:
-    """`label_quality` of all N samples of label_scores.npz, with the given labels of the whole list. Held-out samples
-    are listed apart: the networks have not learned their labels, so their probabilities are of another kind."""
+    """`label_quality` of all N samples of label_scores.npz, with the given labels of the whole list, and
+    `list_equal_images`. Held-out samples are listed apart: the networks have not learned their labels, so their
+    probabilities are of another kind."""
     labels, held_out = list_given[scores["index"]], scores["held_out"]
     n, columns, shares = len(labels), (np.zeros(len(labels)), np.zeros(len(labels), bool), labels.copy()), []
     for rows in (~held_out, held_out):
@@ -104,6 +115,8 @@ def quality_by_split(scores: dict[str, NDArray], list_given: NDArray) -> LabelQu
             for column, value in zip(columns, values, strict=True):
                 column[rows] = value
             shares.append((rows.sum() / n * share, rows.sum() / n * error))
+    if "duplicate_of" in scores:
+        list_equal_images(*columns, scores["probabilities"], labels, scores["duplicate_of"])
     wrong_share, errors = np.sum(shares, axis=0)[0], [error for _, error in shares]
     return LabelQuality(*columns, float(wrong_share), float(np.linalg.norm(errors)))
 

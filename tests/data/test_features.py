@@ -174,7 +174,7 @@ def test_the_views_are_centre_mirror_and_crops(lists):
     assert not (made[2] == made[3]).all(axis=(1, 2, 3)).any() and not (made[0] == made[2]).all(axis=(1, 2, 3)).any()
     pixels = np.round((made[2].transpose(0, 2, 3, 1) * 0.2 + (0.5, 0.4, 0.3)) * 255).astype(np.uint8)
     seed = np.random.default_rng(0).integers(0, 2**63 - 1, (8, 2))[5, 0]
-    resized, _ = source.workers.reader.image("train", None, 5)
+    resized, *_ = source.workers.reader.image("train", None, 5)
     assert np.array_equal(pixels[5], VIEWS.train(resized, int(seed)))
     unflipped = features.make(Counted(), pipeline(lists, Views(20, 16, flip=False)).images("train"), 2)
     torch.testing.assert_close(torch.from_numpy(unflipped[0]), centre.flatten(1))

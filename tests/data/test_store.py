@@ -28,7 +28,14 @@ def random_images(n):
 def result_of(images):
     flat = torch.from_numpy(np.concatenate([image.reshape(-1) for image in images]))
     sizes = np.array([image.shape[:2] for image in images], np.int32)
-    return TaskResult("train", np.arange(len(images)), flat, sizes, np.arange(len(images)).astype(np.uint8))
+    return TaskResult(
+        "train",
+        np.arange(len(images)),
+        flat,
+        sizes,
+        np.arange(len(images)).astype(np.uint8),
+        np.uint32(sizes[:, 1]) << 26,
+    )
 
 
 def test_kept_images_are_copies():

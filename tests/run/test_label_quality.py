@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dividemix.run.label_quality import label_quality
+from dividemix.run.label_quality import label_quality, list_equal_images
 
 
 def test_by_hand():
@@ -34,3 +34,17 @@ def test_any_probabilities(seed, n, num_class):
         rows = labels == label
         listed, rest = result.quality[rows & result.is_issue], result.quality[rows & ~result.is_issue]
         assert not len(listed) or not len(rest) or listed.max() <= rest.min()
+
+
+def test_equal_images_with_different_labels():
+    """At least one of these labels is wrong for certain. It must be listed first, and the better one be left alone."""
+    labels = np.array([0, 1, 0, 1, 2, 2, 2, 0])
+    duplicate_of = np.array([0, 0, 0, 3, 3, 5, 5, -1])  # 2 : 1 labels; 1 : 1 labels; equal labels
+    p = np.full((8, 3), 1 / 3)
+    p[3:5] = [[0.1, 0.2, 0.7], [0.1, 0.5, 0.4]]  # on average 2 is more likely than 1
+    quality, is_issue, suggested = np.full(8, 0.9), np.zeros(8, bool), labels.copy()
+    list_equal_images(quality, is_issue, suggested, p, labels, duplicate_of)
+    assert np.flatnonzero(is_issue).tolist() == np.flatnonzero(quality == 0).tolist() == [1, 3]
+    assert suggested.tolist() == [0, 0, 0, 2, 2, 2, 2, 0] and quality[0] == 0.9
+    list_equal_images(quality, is_issue, suggested, p, labels, np.full(8, -1))  # nothing is there twice
+    assert is_issue.sum() == 2
