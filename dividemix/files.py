@@ -39,16 +39,28 @@ def atomic_file(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # with mkstemp's 0600 other users could not read it
         if exclusive:
-            os.link(temporary, path)
+            _link_or_rename(temporary, path)
         else:
             os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # Windows opens no folder, and some file systems sync none
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _link_or_rename(temporary: str, path: Path) -> None:
+    """Give a file its name. Raises FileExistsError for a name that is in use."""
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except (OSError, AttributeError, NotImplementedError):  # exFAT and some network drives have no links
+        open(path, "xb").close()
+        os.replace(temporary, path)
 
 
 def write_arrays(path: Path, arrays: dict[str, Any]) -> None:

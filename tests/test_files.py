@@ -1,7 +1,6 @@
 """Files: what is written is complete or not there, and nothing that is read runs code or waits for ever."""
 
 import errno
-import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -25,6 +24,32 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path, monkeypat
     with pytest.raises(OSError, match="space"):
         files.write_atomically(file, b"new")
     assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("link", [None, OSError(errno.EPERM, "Operation not permitted")])
+def test_a_system_that_syncs_no_folder_and_has_no_links(tmp_path, monkeypatch, link):
+    """Windows, exFAT and some network drives: else no checkpoint could be written there."""
+    opened = os.open
+
+    def no_folder(path, *args, **kwargs):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(files.os, "open", no_folder)
+    if link is None:
+        monkeypatch.delattr(files.os, "link")
+    else:
+        monkeypatch.setattr(files.os, "link", mock.Mock(side_effect=link))
+    file = tmp_path / "file"
+    for content in (b"old", b"new"):
+        files.write_atomically(file, content)
+        assert file.read_bytes() == content
+    with pytest.raises(FileExistsError):
+        files.write_atomically(file, b"other", exclusive=True)
+    files.write_atomically(tmp_path / "once", b"content", exclusive=True)
+    assert file.read_bytes() == b"new" and (tmp_path / "once").read_bytes() == b"content"
+    assert len([*tmp_path.iterdir()]) == 2
 
 
 def test_a_state_is_written_without_a_copy_of_it_in_python_s_memory(tmp_path):
@@ -71,6 +96,7 @@ def test_a_state_that_would_run_code_or_is_anothers_is_refused(tmp_path):
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
     """Lustre without flock, some network folders: every run is refused, for another process that does not exist."""
+    fcntl = pytest.importorskip("fcntl")
     monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
     with pytest.warns(UserWarning, match=r"\.lock cannot be locked"):
         files.lock_file(tmp_path / ".lock").release()

@@ -219,8 +219,8 @@ def images_below(base: Path) -> tuple[list[bytes], int]:
             folders.clear()
             continue
         visited.add(real_path)
-        start = "" if folder == str(base) else os.path.relpath(folder, base) + "/"
         visible = [name for name in files if not is_hidden(name)]
+        start = "" if folder == str(base) else os.path.relpath(folder, base).replace(os.sep, "/") + "/"
         names = [start + name for name in visible if is_image(name)]
         others += len(visible) - len(names)
         try:

@@ -156,7 +156,9 @@ class Pipeline:
             fits_host, fits_card = (need <= _MEMORY_SHARE * size for size in (free, room))
             memory = torch.device("cpu") if fits_host else self.device if fits_card else None
             if memory is None:
-                sizes = f"{need / 1e9:.1f} GB, more than {_MEMORY_SHARE:.0%} of the {free / 1e9:.1f} GB of free memory"
+                limit = f"more than {_MEMORY_SHARE:.0%} of the {free / 1e9:.1f} GB of free memory"
+                unknown = "and this system does not tell its free memory; --keep_images host keeps them all the same"
+                sizes = f"{need / 1e9:.1f} GB, {limit if free else unknown}"
                 warn(f"images are decoded again in each pass: keeping 2 x {n} images needs {sizes}")
             self._memory_for = n, memory
         return self._memory_for[1]

@@ -6,6 +6,7 @@ depend on the number of workers; without workers the main process does their wor
 
 import contextlib
 import signal
+import sys
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,6 +26,8 @@ from dividemix.data.store import Cache, TaskResult
 # Images of a task. Few: the results on their way share 64 MB of memory in many containers, and a step need not wait
 # until one worker has read a whole batch.
 TASK_SIZE = 8
+# Forked workers share the lists. Windows has no fork; on macOS it may crash a process that has threads.
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 
 class Task(NamedTuple):
@@ -51,6 +54,10 @@ class Reader:
         self.lists, self.views = dict(lists), views
         self._boundaries = {image_list.root: Boundary(image_list.root) for image_list in lists.values()}
         self._caches: dict[str, Cache] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a worker that is not forked: without the caches, which it maps itself."""
+        return self.__dict__ | {"_caches": {}}
 
     def original(self, name: str, cache: str | None, i: int) -> tuple[Image.Image | NDArray[np.uint8], int]:
         """An image as it is in its file, or resized (H, W, 3) from the cache, and its changes (`images.Shown`). Raises
@@ -128,6 +135,7 @@ class Workers:
                 worker_init_fn=_start_worker,
                 generator=torch.Generator(),  # else the workers' seed, unused here, is drawn from the global generator
                 persistent_workers=self.number > 0,
+                multiprocessing_context=START_METHOD if self.number else None,
             )
         return self._loader
 

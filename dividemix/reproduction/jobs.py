@@ -42,6 +42,8 @@ class Job:
                 streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
                 # A session of its own, else the terminal's Ctrl-C is a second signal, which kills.
                 session: dict[str, Any] = {"start_new_session": True, "preexec_fn": self.prepare_signals}
+                if sys.platform == "win32":  # the same by another name
+                    session = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
                 self.processes.append(subprocess.Popen(run.command, env=env, **streams, **session))
         return self
 

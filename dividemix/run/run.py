@@ -97,7 +97,10 @@ class Run:
             self._is_new = fresh or not folder.exists()
             with contextlib.ExitStack() as old_lock:  # until the new folder is locked: no process may use the old one
                 if fresh and folder.exists():
-                    old_lock.callback(lock_folder(folder).release)
+                    lock = lock_folder(folder)
+                    if sys.platform == "win32":  # renames no folder with an open file in it
+                        lock.release()
+                    old_lock.callback(lock.release)
                     self._old_folder = set_aside(folder)
                     print(f"--fresh: {folder} moved to {self._old_folder}")
                 folder.mkdir(parents=True, exist_ok=True)
@@ -331,8 +334,8 @@ class Run:
             best_epochs = self._write_best(state)
             histogram = state["histograms"][-1:] if scores else []
             for name, text in self._log_lines([record], histogram).items():
-                with open(self.folder / name, "a") as file:
-                    file.write(text)
+                with open(self.folder / name, "ab") as file:
+                    file.write(text.encode())
         except OSError as error:
             problem = f"epoch {epoch} could not be written completely to {self.folder} ({error.strerror})"
             raise DivideMixError(f"{problem}: free some disk space, then {self._next_start()}") from error

@@ -34,8 +34,9 @@ def stoppable() -> Iterator[None]:
 
     def stop(number: int, _: FrameType | None) -> None:
         # A queue signals the workers too: torch would report their ends, by SIGCHLD, while this process is ending.
-        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
-            signal.signal(name, signal.SIG_DFL)
+        for name in ("SIGINT", "SIGTERM", "SIGCHLD"):
+            if hasattr(signal, name):  # Windows has no SIGCHLD
+                signal.signal(getattr(signal, name), signal.SIG_DFL)
         raise Stopped(number)
 
     numbers = () if ranks.from_environment()[1] > 1 else (signal.SIGINT, signal.SIGTERM)

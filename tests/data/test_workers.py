@@ -11,6 +11,7 @@ from helpers.trees import make_clothing1M
 
 import dataloader_clothing1M
 from dividemix import DivideMixError
+from dividemix.data import workers as workers_module
 from dividemix.data.images import Views
 from dividemix.data.workers import TASK_SIZE, Reader, Task, Workers, explain_worker_death
 
@@ -83,9 +84,9 @@ def test_a_worker_that_is_killed_is_explained(workers):
     assert len(list(workers.run(tasks(5)))) == 5
 
 
-def test_too_little_shared_memory_is_explained(reader, monkeypatch, start_method):
+@pytest.mark.skipif(workers_module.START_METHOD != "fork", reason="a patched function is there in forked workers alone")
+def test_too_little_shared_memory_is_explained(reader, monkeypatch):
     """In a container with 64 MB of it: the run would wait forever for a result that was lost on its way."""
-    start_method("fork")
     error = RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)")
     monkeypatch.setattr(torch.Tensor, "share_memory_", mock.Mock(side_effect=error))
     workers = Workers(reader, 1, False)
@@ -112,9 +113,10 @@ def test_what_an_error_means(error, kind, expected, monkeypatch):
 
 
 @pytest.mark.slow
-def test_other_ways_to_start_processes(reader, start_method):
-    """Python 3.14 starts workers without a copy of the main process: all they are given must be picklable."""
-    start_method("forkserver")
+def test_other_ways_to_start_processes(reader, monkeypatch):
+    """Windows and macOS start workers without a copy of the main process: all they are given must be picklable."""
+    monkeypatch.setattr(workers_module, "START_METHOD", "spawn")
+    reader._caches["a cache of gigabytes"] = mock.Mock()  # cannot be pickled, and need not
     workers = Workers(reader, 1, False)
     [result] = workers.run([Task("train", None, np.arange(TASK_SIZE), np.ones((TASK_SIZE, 2), np.int64))])
     assert result.pixels.shape == (2, TASK_SIZE, 12, 12, 3)

@@ -104,7 +104,7 @@ def test_the_files_come_back(tmp_path):
     rows = rows_of((tmp_path / "label_issues.csv").read_bytes())
     assert ",".join(rows[0]) == (
         "index,path,split,given_label,suggested_label,label_quality,is_label_issue,rank,loss,p_clean_net1,p_clean_net2,"
-        "confidence,given_class,suggested_class"
+        "confidence,duplicate_of,given_class,suggested_class"
     )
     assert [row["path"] for row in rows] == names
     for i, row in enumerate(rows):
