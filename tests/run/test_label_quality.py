@@ -48,3 +48,10 @@ def test_equal_images_with_different_labels():
     assert suggested.tolist() == [0, 0, 0, 2, 2, 2, 2, 0] and quality[0] == 0.9
     list_equal_images(quality, is_issue, suggested, p, labels, np.full(8, -1))  # nothing is there twice
     assert is_issue.sum() == 2
+
+
+def test_a_rare_class_is_measured_by_its_own_labels():
+    """A class of one image never is the most likely one after a short run: every label of it would be called wrong."""
+    p = np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.2, 0.8], [0.6, 0.4]])
+    result = label_quality(p, np.array([0, 0, 0, 0, 1]))  # class 0 is confident from .65, class 1 from .4
+    assert result.is_issue.tolist() == [False, False, False, True, False] and result.suggested[4] == 0
