@@ -105,7 +105,7 @@ def test_from_the_page_to_the_corrected_data(page, tree, folder, tmp_path):
 
 def test_progress_is_kept_undone_and_loaded(page, tmp_path):
     """Else an hour of decisions is lost with the tab, or one wrong tap on all images cannot be taken back."""
-    page.get_by_label("Given", exact=True).select_option("c1")
+    page.get_by_role("combobox", name="Given").select_option("c1")
     paths = shown(page)
     assert len(paths) == 10 and all(path.startswith("c1/") for path in paths)
     page.locator("#all").get_by_role("button", name="Drop").tap()
@@ -147,7 +147,7 @@ def test_keys_move_and_orders_differ(page):
     assert page.get_by_role("status").text_content() == "undone, 0 of 40 decided"
     orders = {}
     for order in ("borderline first", "by class", "most doubtful first"):
-        page.get_by_label("Order").select_option(label=order)
+        page.get_by_role("combobox", name="Order").select_option(label=order)
         orders[order] = shown(page)
     assert orders["most doubtful first"] == paths and sorted(orders["borderline first"]) == sorted(paths)
     assert [path[:2] for path in orders["by class"]] == sorted(path[:2] for path in paths)
