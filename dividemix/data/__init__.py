@@ -1,7 +1,7 @@
-"""The images. `lists` and `tables` read which files and labels there are, `corrections` what people decided on them;
-`check` finds what is wrong with the files. `device` has the sets that live on the device, and their augmentation. Larger
-images come through `stream`: its `workers` read files with `images`, and `store` keeps them. `features` has numbers that
-a frozen network computes from each image."""
+"""The images. `lists` and `tables` read which files and labels there are, `corrections` what people decided on them,
+and `check` finds what is wrong with the files. `device` has the sets that live on the device, and their augmentation.
+Larger images come through `stream`: its `workers` read files with `images`, and `store` keeps them. `features` has
+numbers that a frozen network computes from each image."""
 
 from dividemix.data import check
 from dividemix.data.check import usable

@@ -9,6 +9,7 @@ from helpers.scripts import SMALL_NET
 from helpers.trees import make_folder
 
 import Train_folder
+from dividemix import DivideMixError
 from dividemix.run.folder import read_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
@@ -101,6 +102,10 @@ def test_from_the_page_to_the_corrected_data(page, tree, folder, tmp_path):
     expected = {path: 3 if path == ODD.encode() else label for path, label in given.items()}
     assert corrected == {path: label for path, label in expected.items() if path != second.encode()}
     assert sorted([*after["index"], *after["held_out"]]) == [*range(39)]
+    assert read_run(tmp_path / "corrected").args["corrections"] == [str(file)]
+    file.write_text("path,decision,label\nc1/0001.jpg,drop,\n")  # other decisions are another run
+    with pytest.raises(DivideMixError, match="--fresh"):
+        train(tree, tmp_path / "corrected", "--corrections", str(file))
 
 
 def test_progress_is_kept_undone_and_loaded(page, tmp_path):
