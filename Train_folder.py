@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, or continue a run. Returns the last epoch's metrics with `run_dir`; {} after --check_data."""
     args = parse_args(argv)
     tables = {"path_column": args.path_column, "label_column": args.label_column}
-    tables["skip_bad"] = bool(args.skip_bad_images)
+    tables |= {"corrections": args.corrections, "skip_bad": bool(args.skip_bad_images)}
     if args.check_data:
         lists, problems, lines = dataloader_folder.find(args.data_path, args.labels, **tables)
         depth = {"full": args.check_data == "full", "skip": bool(args.skip_bad_images)}

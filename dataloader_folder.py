@@ -28,6 +28,7 @@ from dividemix.data import (
     Table,
     absolute,
     bad_line,
+    correct,
     file_finder,
     images_below,
     images_of_classes,
@@ -70,13 +71,14 @@ def load(
     *,
     path_column: str | None = None,
     label_column: str | None = None,
+    corrections: Sequence[str | Path] | None = None,
     skip_bad: bool = False,
     allow_missing: bool = False,
 ) -> Folder:
     """Reads the lists of the splits. path_column, label_column: names in the first line of every table, where they are
-    not found by themselves. skip_bad: leaves out the rows of tables without a path or a label, and keeps missing images
-    for `usable` to leave out; allow_missing: keeps missing images alone. Raises DivideMixError, one line that names the
-    file or folder and what to do."""
+    not found by themselves. corrections: files of decisions on training labels, see `correct`. skip_bad: leaves out the
+    rows of tables without a path or a label, and keeps missing images for `usable` to leave out; allow_missing: keeps
+    missing images alone. Raises DivideMixError, one line that names the file or folder and what to do."""
     root, sources = _sources(data_path, labels)
     splits: dict[str, _Split] = {}
     for name, source in sources.items():  # train first: its table may hold the other splits
@@ -91,11 +93,15 @@ def load(
         raise DivideMixError(f"{sources['train']}: all images are of one class, {classes[0]!r:.100}: nothing to learn")
     lists = {name: _image_list(split, root, classes) for name, split in splits.items()}
     _refuse_shared([*lists.values()])
-    lines = [f"{name}: {len(images)} images, {images.source}{splits[name].about}" for name, images in lists.items()]
+    lines = []
+    if corrections:
+        lists["train"], *lines = correct(lists["train"], classes, corrections)
+    sizes = [f"{name}: {len(images)} images, {images.source}{splits[name].about}" for name, images in lists.items()]
+    lines = [*sizes, *lines]
     if ignored := sum(split.n_other for split in splits.values()):
         lines.append(f"{ignored} files ignored: not in a class folder, or not named like an image")
-    table_name = labels or (data_path if not absolute(data_path).is_dir() else "")
-    return Folder("_".join(filter(None, [root.name, Path(table_name).stem])), lists, classes, lines)
+    tables = [labels or (data_path if not absolute(data_path).is_dir() else ""), *(corrections or [])]
+    return Folder("_".join(filter(None, [root.name, *(Path(table).stem for table in tables)])), lists, classes, lines)
 
 
 def find(

@@ -114,7 +114,7 @@ def test_files_of_a_run(done):
     files = {path.name for path in done.folder.iterdir()} - {".lock", "cleaned_labels.csv"}  # of a usable list only
     names = {"acc.txt", "stats.txt", "metrics.jsonl", "histograms.jsonl", "args.json", "tensorboard", "scores"}
     names |= {"labels.npz", "label_scores.npz", "thumbnails.npz", "result.json"}
-    names |= {"report.html", "figures", "label_issues.csv", "suspects.csv"}
+    names |= {"report.html", "review.html", "figures", "label_issues.csv", "suspects.csv"}
     names |= {"digits_0.5_sym.json", "transition.csv"} if done.script is CIFAR else set()
     assert files == names | {"last.json", "best.pt", "epoch-001.pt", "epoch-002.pt"}
     log = done.script.logs

@@ -66,7 +66,7 @@ def test_a_run_on_features_continues_bit_for_bit(root, done, tmp_path):
     assert_same_run(done, tmp_path / "run")
     assert len([*(done / "features").iterdir()]) == len([*(tmp_path / "cache").iterdir()]) == 2
     assert np.load(done / "label_scores.npz")["probabilities"].shape == (40, 4)
-    assert len(np.load(done / "thumbnails.npz")["pixels"]) == 40
+    assert len(np.load(done / "thumbnails.npz")["index"]) == 40
 
 
 def test_features_outlive_a_start_that_fails(root, tmp_path, start, monkeypatch):

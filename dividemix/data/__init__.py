@@ -1,10 +1,11 @@
-"""The images. `lists` and `tables` read which files and labels there are, `check` finds what is wrong with the files,
-`duplicates` equal images. `device` has the sets that live on the device, and their augmentation. Larger images come
-through `stream`: its `workers` read files with `images`, and `store` keeps them. `features` has numbers that a frozen
-network computes from each image."""
+"""The images. `lists` and `tables` read which files and labels there are, `corrections` what people decided on them;
+`check` finds what is wrong with the files, `duplicates` equal images. `device` has the sets that live on the device,
+and their augmentation. Larger images come through `stream`: its `workers` read files with `images`, and `store` keeps
+them. `features` has numbers that a frozen network computes from each image."""
 
 from dividemix.data import check, duplicates
 from dividemix.data.check import usable
+from dividemix.data.corrections import correct
 from dividemix.data.device import PAD, DeviceImages, plan_mixmatch
 from dividemix.data.features import FeatureSet
 from dividemix.data.images import MISSING, READING, BadImage, Views, describe_changes, opened, shown

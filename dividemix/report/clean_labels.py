@@ -47,11 +47,9 @@ def check_is_new(run: RunFolder, folder: Path) -> None:
     advice = "choose a new folder, the original labels are never changed"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DivideMixError(f"--export_clean {folder}: exists and is not empty: {advice}")
-    if data_path := run.args.get("data_path"):
-        data = Path(data_path).expanduser().resolve()
-        data = data.parent if data.is_file() else data  # a list of own images lies beside them
-        if folder.resolve().is_relative_to(data):
-            raise DivideMixError(f"--export_clean {folder}: is in the data folder {data}: {advice}")
+    data = run.data_folder
+    if data and folder.resolve().is_relative_to(data):
+        raise DivideMixError(f"--export_clean {folder}: is in the data folder {data}: {advice}")
 
 
 def corrected_list(run: RunFolder, labels: NDArray) -> tuple[str, bytes]:

@@ -42,13 +42,13 @@ def draw_all(run: RunFolder, issues: LabelIssues | None, folder: Path) -> dict[s
     """Write the figures of a run, as far as it has their data. -> file by name of the figure"""
     panels: dict[str, Draw] = {"accuracy": partial(draw_accuracy, run=run)}
     epochs = metric_table(run)
-    for name, metrics, title in (
-        ("auc", ["auc"], "AUC of the clean probability"),
-        ("labeled", ["labeled"], "size of the labeled set"),
-        ("clean", ["clean_precision", "clean_recall"], "labeled set: precision and recall"),
+    for name, metrics, title, unit in (
+        ("auc", ["auc"], "AUC of the clean probability", "AUC"),
+        ("labeled", ["labeled"], "size of the labeled set", "samples"),
+        ("clean", ["clean_precision", "clean_recall"], "labeled set: precision and recall", "share of samples"),
     ):
         if any(f"{metrics[0]}_net{k}" in epochs for k in run.nets):
-            panels[name] = partial(draw_nets, run=run, metrics=metrics, title=title)
+            panels[name] = partial(draw_nets, run=run, metrics=metrics, title=title, unit=unit)
     for name in ("net1", "net2"):
         if divided := [entry for entry in run.histograms if name in entry]:
             title = f"net {name[-1]}, division of epoch {divided[-1]['epoch']}"
@@ -61,11 +61,14 @@ def draw_all(run: RunFolder, issues: LabelIssues | None, folder: Path) -> dict[s
 def draw_comparison(groups: Sequence[Group], folder: Path) -> dict[str, Path]:
     """Write the curves of several runs, one colour for each group. -> file by name of the figure"""
     panels: dict[str, Draw] = {"accuracy": partial(draw_overlay, groups=groups, metric=None)}
-    names = {"auc": "AUC of the clean probability", "labeled": "size of the labeled set"}
-    names |= {"clean_precision": "precision of the labeled set", "clean_recall": "recall of the labeled set"}
-    for name, title in names.items():
+    for name, title, unit in (
+        ("auc", "AUC of the clean probability", "AUC, mean of both networks"),
+        ("labeled", "size of the labeled set", "samples, mean of both networks"),
+        ("clean_precision", "precision of the labeled set", "share of samples"),
+        ("clean_recall", "recall of the labeled set", "share of samples"),
+    ):
         if any(mean_of_nets(run, name).notna().any() for _, runs in groups for run in runs):
-            panels[name] = partial(draw_overlay, groups=groups, metric=name, title=title)
+            panels[name] = partial(draw_overlay, groups=groups, metric=name, title=title, unit=unit)
     return write_panels(panels, folder)
 
 
@@ -110,8 +113,12 @@ def draw_accuracy(axes: Axes, run: RunFolder) -> None:
         axes.plot(epochs["val_acc"], color=LINE, linewidth=0.9, linestyle=":", label="validation accuracy")
     if "imagenet_acc" in epochs:
         axes.plot(epochs["imagenet_acc"], color="#cc79a7", linewidth=1.2, label="both networks, ImageNet")
-    label = f"best {ensemble.max():.2f}"
-    axes.plot(ensemble.idxmax(), ensemble.max(), "o", color="#009e73", markersize=7, label=label)
+    marks = {run.best_epochs[0]: (ensemble, "#009e73")}  # of both networks; or each network has its own
+    if len({*run.best_epochs}) > 1:
+        marks = {e: (epochs[f"{run.measured}_net{k}"], NET_COLORS[k]) for k, e in enumerate(run.best_epochs, start=1)}
+    for epoch, (accuracy, color) in marks.items():
+        label = f"best: {accuracy[epoch]:.2f}, epoch {epoch}"
+        axes.plot(epoch, accuracy[epoch], "o", color=color, markersize=7, label=label)
     if is_tested and len(ensemble) >= 10:
         last10 = epochs["last10_acc"].iloc[-1]
         label = f"mean of the last 10: {last10:.2f}"
@@ -119,7 +126,7 @@ def draw_accuracy(axes: Axes, run: RunFolder) -> None:
     finish_curves(axes, run, f"{kind} accuracy", f"{kind} accuracy (%)")
 
 
-def draw_nets(axes: Axes, run: RunFolder, metrics: Sequence[str], title: str) -> None:
+def draw_nets(axes: Axes, run: RunFolder, metrics: Sequence[str], title: str, unit: str) -> None:
     """Metrics of each network over the epochs: a colour for each network, a line style for each metric."""
     epochs = metric_table(run)
     for metric, style in zip(metrics, ("-", "--"), strict=False):
@@ -127,7 +134,7 @@ def draw_nets(axes: Axes, run: RunFolder, metrics: Sequence[str], title: str) ->
             label = f"net {k}" if len(metrics) == 1 else f"{metric.removeprefix('clean_')}, net {k}"
             if (name := f"{metric}_net{k}") in epochs:
                 axes.plot(epochs[name], style, color=NET_COLORS[k], label=label)
-    finish_curves(axes, run, title, "samples" if metrics[0] == "labeled" else "")
+    finish_curves(axes, run, title, unit)
 
 
 def finish_curves(axes: Axes, run: RunFolder, title: str, unit: str) -> None:
@@ -144,7 +151,9 @@ def finish_axes(axes: Axes, title: str, unit: str) -> None:
     axes.legend()
 
 
-def draw_overlay(axes: Axes, groups: Sequence[Group], metric: str | None, title: str = "accuracy") -> None:
+def draw_overlay(
+    axes: Axes, groups: Sequence[Group], metric: str | None, title: str = "accuracy", unit: str = "accuracy (%)"
+) -> None:
     """One curve a run, one style a group. metric: its mean over the networks; None: the accuracy of both together."""
     for i, (name, runs) in enumerate(groups):
         color, style = STYLES[i % len(STYLES)]
@@ -160,7 +169,7 @@ def draw_overlay(axes: Axes, groups: Sequence[Group], metric: str | None, title:
         measured = sorted({{"test_acc": "test", "val_acc": "validation"}[run.measured] for run in runs})
         has_single_net = any(len(run.nets) == 1 for run in runs)
         title = f"{' or '.join(measured)} accuracy{'' if has_single_net else ', both networks'}"
-    finish_axes(axes, title, "%" if metric is None else "")
+    finish_axes(axes, title, unit)
 
 
 def mean_of_nets(run: RunFolder, metric: str) -> pd.Series:
@@ -205,7 +214,7 @@ def draw_transition(axes: Axes, issues: LabelIssues) -> None:
     row_labels, n = {"corrected": issues.cleaned_labels, "true": issues.true_labels}[kind], len(issues.class_names)
     matrix = transition(row_labels, issues.given_labels, n)[1]
     image = axes.imshow(matrix, vmin=0, vmax=1, cmap="Blues", interpolation="nearest", aspect="auto")
-    axes.figure.colorbar(image, ax=axes)
+    axes.figure.colorbar(image, ax=axes, label="share of the row's samples")
     if n <= _MAX_NAMED:
         names = list(map(shortened, issues.class_names))
         turn: dict[str, Any] = {"rotation": 60, "ha": "right"} if max(map(len, names)) > 3 else {}

@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dividemix.files import csv_bytes, write_atomically
-from dividemix.run import RunFolder, net_arrays, quality_by_split, rank_by_split, worst_first
+from dividemix.run import RunFolder, borderline, doubtful, net_arrays, quality_by_split, rank_by_split, worst_first
 
 IN_SAMPLE = "scores are in-sample: the networks were trained on these labels"
 _CLASSES_SHOWN = 10
@@ -47,7 +47,7 @@ class LabelIssues:
     wrong_share: float  # estimated share of wrong labels, and the standard error of the estimate
     wrong_share_error: float
     failures: list[str]  # why nothing here means anything; empty for a usable list
-    relabelled: bool  # whether --labels replaced the labels
+    relabelled: bool  # whether --labels or --corrections replaced labels
     epochs: int  # finished epochs when the scores were made
 
     def __len__(self) -> int:
@@ -79,6 +79,16 @@ class LabelIssues:
     def worst(self) -> NDArray[np.int64]:
         """The rows, most doubtful first."""
         return worst_first(self.quality, self.is_issue, self.held_out)
+
+    @property
+    def doubtful(self) -> NDArray[np.int64]:
+        """The rows to look at: the issues, then the most doubtful of the others."""
+        return doubtful(self.worst, self.is_issue)
+
+    @property
+    def borderline(self) -> NDArray[np.int64]:
+        """The rows on both sides of the end of the list."""
+        return borderline(self.worst, self.is_issue)
 
 
 @dataclass(frozen=True)
@@ -128,7 +138,7 @@ def find(run: RunFolder) -> LabelIssues | None:
         wrong_share=listed.wrong_share,
         wrong_share_error=listed.wrong_share_error,
         failures=failures(run, labels["list_given"][index], net_arrays(scores, "p_clean")),
-        relabelled=bool(run.args.get("labels")),
+        relabelled=bool(run.args.get("labels") or run.args.get("corrections")),
         epochs=int(scores["epochs"]),
     )
 

@@ -3,15 +3,12 @@ network. `compare` has the values for the page of several runs."""
 
 import base64
 import hashlib
-import io
 import shlex
 import statistics
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from dividemix import blind, recipes
 from dividemix.report.issues import (
@@ -30,10 +27,11 @@ RESULT_NAMES = {  # of the paper's results, on the page
     **{"best": "best", "last": "mean of the last 10", "test_acc": "test accuracy", "test_acc_top5": "top-5"},
     **{"imagenet_acc": "ILSVRC12", "imagenet_acc_top5": "ILSVRC12, top-5"},
 }
+_SUREST = 24  # of the small images on the page, those of the most doubtful labels
 DATA_NAMES = {"train": "training images", "val": "validation images", "test": "test images"}
 
 
-def render(figures: dict[str, Path], **values: Any) -> bytes:
+def render(template: str, figures: dict[str, Path], /, **values: Any) -> bytes:
     """The HTML file; all `values` are escaped. figures: PNG files by name. The page's content security policy allows no
     script but the template's."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -41,8 +39,8 @@ def render(figures: dict[str, Path], **values: Any) -> bytes:
     loader = FileSystemLoader(Path(__file__).parent)
     page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {"number": number, "percent": percent, "sha256": digest}
-    images = {name: data_uri(path.read_bytes(), "png") for name, path in figures.items()}
-    content = page.get_template("report.html.jinja").render(images=images, **values)
+    images = {name: data_uri(path.read_bytes()) for name, path in figures.items()}
+    content = page.get_template(template).render(images=images, **values)
     return content.encode("utf-8", "backslashreplace")
 
 
@@ -50,15 +48,10 @@ def digest(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def data_uri(content: bytes, kind: str) -> str:
+def data_uri(content: bytes) -> str:
+    """Of a PNG or JPEG file."""
+    kind = "png" if content.startswith(b"\x89PNG") else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def picture(pixels: NDArray[np.uint8]) -> str:
-    """The data URI of an image (H, W, 3): PNG where it is tiny, else JPEG."""
-    kind, content = "png" if max(pixels.shape) <= 48 else "jpeg", io.BytesIO()
-    Image.fromarray(pixels).save(content, kind, quality=88)
-    return data_uri(content.getvalue(), kind)
 
 
 def number(value: float | None, form: str = ".2f") -> str:
@@ -77,13 +70,15 @@ def beside_paper(run: RunFolder) -> tuple[dict[str, float], list[str]]:
     return results, recipes.setting_differences(run.args, setting)
 
 
-def run_page(run: RunFolder, issues: LabelIssues | None, figures: dict[str, Path]) -> bytes:
-    """The HTML file of one run. figures: the PNG files of `figures.draw_all`, by name."""
+def run_page(run: RunFolder, issues: LabelIssues | None, figures: dict[str, Path], has_review: bool = False) -> bytes:
+    """The HTML file of one run. figures: the PNG files of `figures.draw_all`, by name. has_review: whether the review
+    page lies beside it."""
     results, differences = beside_paper(run)
     values = run.records[-1] | run.result
     values |= {"best": values.get("best_acc"), "last": values.get("last10_acc")}
     data = {title: run.data[name] for name, title in DATA_NAMES.items() if name in run.data}
     return render(
+        "report.html.jinja",
         figures,
         **{"run": run, "issues": issues, "agreement": against_truth(issues), "title": run.name},
         **{"auc": auc_of_nets(run), "accuracies": accuracies(run), "differences": differences},
@@ -97,7 +92,8 @@ def run_page(run: RunFolder, issues: LabelIssues | None, figures: dict[str, Path
         warnings=warnings(issues) if issues else [],
         estimate=estimate(issues) if issues and not issues.failures else "",
         equal_images=equal_images(issues) if issues else [],
-        thumbnails=thumbnails(run, issues) if issues and run.thumbnails else [],
+        thumbnails=thumbnails(run, issues) if issues and run.thumbnails else {},
+        has_review=has_review,
         command=shlex.join(run.args_json["command"]),
         settings={key: run.args_json[key] or "-" for key in ("machine", "commit")} | run.args_json["versions"] | data,
     )
@@ -115,12 +111,12 @@ def accuracies(run: RunFolder) -> list[tuple[str, ...]]:
     ]
 
 
-def thumbnails(run: RunFolder, issues: LabelIssues) -> list[tuple[int, str]]:
-    """(row of `issues`, data URI) of the small images in the run folder, the most doubtful label first."""
-    images = [
-        (int(row), picture(pixels[:height, :width]))
-        for index, pixels, (height, width) in zip(*map(run.thumbnails.get, ("index", "pixels", "sizes")), strict=True)
-        for row in np.flatnonzero(issues.index == index)
-    ]
-    place = issues.worst.argsort()
-    return sorted(images, key=lambda image: place[image[0]])
+def thumbnails(run: RunFolder, issues: LabelIssues) -> dict[str, list[tuple[int, str]]]:
+    """(row of `issues`, data URI) of small images in the run folder: of the labels that surely look wrong, and of those
+    on both sides of the end of the list."""
+    pictures, surest = run.pictures, issues.worst[: min(_SUREST, int(issues.is_issue.sum()))]
+    rows = {"surest": surest, "borderline": issues.borderline[~np.isin(issues.borderline, surest)]}
+    return {
+        name: [(row, data_uri(pictures[i])) for row in group.tolist() if (i := int(issues.index[row])) in pictures]
+        for name, group in rows.items()
+    }

@@ -1,5 +1,6 @@
 """Read a run folder, for the report. Some files are missing while the run is still training."""
 
+import hashlib
 import io
 import json
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dividemix import DivideMixError, recipes
+from dividemix.run import logs
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,38 @@ class RunFolder:
     def best(self) -> float | None:
         """Test accuracy (%) of the best epoch; None while it is not known."""
         return self.records[-1].get("best_acc", self.result.get("test_acc"))
+
+    @property
+    def best_epochs(self) -> list[int]:
+        """Of each network, as the run chose it."""
+        return logs.OF_SCRIPT[self.script].best_epochs(self.records, len(self.nets))
+
+    @property
+    def best_validation(self) -> float | None:
+        """Validation accuracy (%) of the best epoch; None without validation images."""
+        return self.records[-1].get("best_val_acc", max(self.numbers("val_acc"), default=None))
+
+    @property
+    def labels_digest(self) -> str:
+        """A hash of the list of images and of the given labels."""
+        names = [name for name in ("list_path", "list_given") if name in self.labels]
+        return hashlib.sha256(b"".join(self.labels[name].tobytes() for name in names)).hexdigest()[:12]
+
+    @property
+    def data_folder(self) -> Path | None:
+        """Where the files of list_path are, if they are still there; None where the run has no such flag."""
+        if not self.args.get("data_path"):
+            return None
+        path = Path(self.args["data_path"]).expanduser().resolve()
+        return path.parent if path.is_file() else path  # a list of own images lies beside them
+
+    @property
+    def pictures(self) -> dict[int, bytes]:
+        """The small images in the run folder, JPEG or PNG files, by the index of their sample."""
+        if not self.thumbnails:
+            return {}
+        index, content, ends = (self.thumbnails[name] for name in ("index", "content", "ends"))
+        return {int(i): file.tobytes() for i, file in zip(index, np.split(content, ends[:-1]), strict=True)}
 
     @property
     def divides(self) -> bool:

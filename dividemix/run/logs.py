@@ -179,6 +179,10 @@ class Logs:
     best_by: Callable[[Record, int], Any] = by_ensemble
     final: Callable[[Record], str] = lambda final: ""
 
+    def best_epochs(self, records: Sequence[Record], num_nets: int) -> list[int]:
+        """The best epoch of each network, as `Run.end_epoch` chooses it."""
+        return [max(records, key=lambda record: self.best_by(record, k))["epoch"] for k in range(num_nets)]
+
     def running(self, records: list[Record], best_epochs: list[int]) -> Record:
         """The last record's numbers on all epochs so far: best and last-10 test accuracy, or, without a test set, the
         best validation accuracy, of both networks together or of each."""
@@ -194,3 +198,4 @@ CIFAR = Logs("Train_cifar.py")
 WEBVISION = Logs("Train_webvision.py", webvision_acc, labeled_lines)
 FOLDER = Logs("Train_folder.py", best_by=by_own_images)
 CLOTHING1M = Logs("Train_clothing1M.py", clothing1m_acc, labeled_lines, by_network, clothing1m_final)
+OF_SCRIPT = {logs.script: logs for logs in (CIFAR, WEBVISION, FOLDER, CLOTHING1M)}

@@ -42,7 +42,7 @@ from dividemix.seeds import PHASES, draws
 # Flags that may differ between two starts of one run, since they do not change what is computed
 FREE_FLAGS = {"num_epochs", "fresh", "out_dir", "run_dir", "save_scores", "no_label_scores"}
 FREE_FLAGS |= {"data_path", "download", "noise_file", "labels", "check_data", "skip_bad_images", "keep_images"}
-FREE_FLAGS |= {"path_column", "label_column"}
+FREE_FLAGS |= {"corrections", "path_column", "label_column"}
 FREE_FLAGS |= {"cache_dir", "device", "gpuid", "workers", "eval_batch_size", "deterministic", "no_compile", "no_graph"}
 FREE_FLAGS |= {"feature_file", "verbose"}  # its content is pinned
 

@@ -6,7 +6,8 @@ that were held out, and all samples where nothing was averaged, have those of th
 results, label_scores.npz and thumbnails.npz.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import io
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ from dividemix.run.label_quality import LabelQuality, label_quality, list_equal_
 from dividemix.runtime import evaluate_rows
 from dividemix.seeds import draws
 
-THUMBNAILS, SIDE = 48, 96  # number of images for the report; their longer side in pixels, at most
+THUMBNAILS, SIDE = 2_000, 96  # small images in the run folder; their longer side in pixels, at most
+BORDER = 12  # labels on each side of the end of the list that count as borderline
 
 
 def is_scored(folder: Path, epochs: int, index: NDArray) -> bool:
@@ -76,7 +78,8 @@ def write(
     labels: dict,
     first_equal: NDArray | None = None,
 ) -> None:
-    """Write label_scores.npz, its samples by rising index, and thumbnails.npz, the images with the worst labels.
+    """Write label_scores.npz, its samples by rising index, and thumbnails.npz, the images with the worst labels and
+    with the borderline ones.
 
     sets: the data sets to list, each under the name of its index in `labels` (see `Run.save_labels`): "index" and, if
     there are any, "held_out". scores: the arrays of each set; what the second lacks is NaN.
@@ -91,12 +94,15 @@ def write(
     if first_equal is not None:
         table["duplicate_of"] = np.where(first_equal >= 0, table["index"][first_equal], -1)
     listed = quality_by_split(table, labels["list_given"])
-    worst = table["index"][worst_first(listed.quality, listed.is_issue, table["held_out"])[:THUMBNAILS]]
+    order = worst_first(listed.quality, listed.is_issue, table["held_out"])
+    worst = doubtful(order, listed.is_issue)[:THUMBNAILS], borderline(order, listed.is_issue)
+    worst = table["index"][np.concatenate(worst)]
     try:
         rows = {name: np.flatnonzero(np.isin(labels[name], worst)) for name in sets}
-        pixels, sizes = thumbnails(image for name, data in sets.items() for image in data.originals(rows[name]))
+        files = [thumbnail(image) for name, data in sets.items() for image in data.originals(rows[name])]
         shown = np.concatenate([labels[name][rows[name]] for name in sets])
-        write_arrays(folder / "thumbnails.npz", {"index": shown, "pixels": pixels, "sizes": sizes})
+        content, ends = np.frombuffer(b"".join(files), np.uint8), np.cumsum([*map(len, files)])
+        write_arrays(folder / "thumbnails.npz", {"index": shown, "content": content, "ends": ends})
     except Exception as error:  # the scores do not depend on the images
         warn(f"the report shows no images: {error}")
     # Last, since `is_scored` asks for it
@@ -142,16 +148,23 @@ def rank_by_split(quality: NDArray, is_issue: NDArray, held_out: NDArray[np.bool
     return rank
 
 
-def thumbnails(images: Iterable[NDArray[np.uint8]], side: int = SIDE) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """Small copies of M images (H, W, 3), at most `side` pixels long; never enlarged. -> pixels (M, h, w, 3), each copy
-    in the upper left corner, the rest black; sizes (M, 2), their heights and widths"""
-    small = []
-    for pixels in images:
-        image = Image.fromarray(pixels)
-        image.thumbnail((side, side))
-        small.append(np.asarray(image))
-    sizes = np.array([image.shape[:2] for image in small], np.int32).reshape(-1, 2)
-    frames = np.zeros((len(small), *sizes.max(axis=0, initial=1), 3), np.uint8)
-    for frame, image in zip(frames, small, strict=True):
-        frame[: image.shape[0], : image.shape[1]] = image
-    return frames, sizes
+def doubtful(order: NDArray[np.int64], is_issue: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The rows to look at, of all rows with the most doubtful first: the issues, and a quarter as many, at least 50,
+    that come next."""
+    n = int(is_issue.sum())
+    return order[: n + max(50, n // 4)]
+
+
+def borderline(order: NDArray[np.int64], is_issue: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The last rows that are issues, and the first that are not."""
+    n = int(is_issue.sum())
+    return order[max(n - BORDER, 0) : n + BORDER]
+
+
+def thumbnail(pixels: NDArray[np.uint8]) -> bytes:
+    """A small copy of an image (H, W, 3), at most SIDE pixels long, never enlarged, as a file: PNG where it is tiny,
+    else JPEG."""
+    image, content = Image.fromarray(pixels), io.BytesIO()
+    image.thumbnail((SIDE, SIDE))
+    image.save(content, "png" if max(image.size) <= SIDE // 2 else "jpeg", quality=80)
+    return content.getvalue()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dividemix.run import thumbnail
 from dividemix.run.label_quality import LabelQuality
 
 N = 12
@@ -58,9 +59,10 @@ def make_run(
     if scored:
         np.savez(folder / "label_scores.npz", **label_scores(epochs, divided))
     if thumbnails:
-        pixels = np.arange(4 * 8 * 6 * 3, dtype=np.uint8).reshape(4, 8, 6, 3)
-        sizes = np.array([[8, 6], [8, 6], [4, 6], [8, 3]], np.int32)
-        np.savez(folder / "thumbnails.npz", index=np.array([0, 3, 6, 1]), pixels=pixels, sizes=sizes)
+        index = np.array([0, 3, 6, 1])
+        files = [thumbnail(np.full((8, 6, 3), 20 * i, np.uint8)) for i in index]
+        content = np.frombuffer(b"".join(files), np.uint8)
+        np.savez(folder / "thumbnails.npz", index=index, content=content, ends=np.cumsum([*map(len, files)]))
     return folder
 
 

@@ -27,8 +27,8 @@ def runs(tmp_path):
     return [read_run(make_run(tmp_path / name, noise_seed=f["seed"], **f)) for name, f in flags]
 
 
-def agreements_of(runs):
-    return {run.path: label_issues.against_truth(label_issues.find(run)) for run in runs}
+def lists_of(runs):
+    return {run.path: label_issues.find(run) for run in runs}
 
 
 def sizes(folders) -> list[int]:
@@ -63,15 +63,15 @@ def test_other_labels_are_another_setting(tmp_path):
 
 def test_the_tables_by_hand(runs):
     """Else the numbers that go into a table of results are wrong, or another run's."""
-    agreements = agreements_of(runs)
-    ours, ce = compare.spread_table(compare.group_by_setting(runs), agreements).to_dict("records")
+    lists = lists_of(runs)
+    ours, ce = compare.spread_table(compare.group_by_setting(runs), lists).to_dict("records")
     best = [52.0, 55.0, 53.0]
     assert ours["best"] == f"{sum(best) / 3:.2f} ± {statistics.stdev(best):.2f}" == "53.33 ± 1.53"
     assert ce["best"] == "43.00 ± 1.41" and (ours["seeds"], ce["seeds"]) == ("3", "2")
     assert ours["AUC, mean of nets"] == "0.8750 ± 0.0000" and ce["AUC, mean of nets"] == "-"
     assert ours["precision of the list, %"] == "100.0 ± 0.0" and ours["recall of the list, %"] == "75.0 ± 0.0"
-    table = compare.run_table(runs, agreements)
-    listed = ["3 of 4 (75.0%)", "3 of 3 (100.0%)"]
+    table = compare.run_table(runs, lists)
+    listed = ["3 of 12 (25.0%)", "3 of 4 (75.0%)", "3 of 3 (100.0%)"]
     assert table.values[0].tolist() == ["digits_0.5_sym", "3", "52.00", "52.00", "51.00", "0.875/0.875", *listed]
     assert table.values[1, :6].tolist() == ["digits_0.5_sym_ce_seed1", "3", "42.00", "42.00", "41.00", "-"]
     rows = [re.split(" {2,}", line.strip()) for line in compare.console_table(table).splitlines()]
@@ -85,11 +85,31 @@ def test_a_run_without_truth_list_or_test_has_dashes(tmp_path):
     run = read_run(folder)
     table = compare.run_table([run, read_run(make_run(tmp_path / "b"))], {})
     assert "validation" in table.columns[5]
-    assert table.values[0].tolist() == ["a", "1", "-", "-", "-", "60.00", "0.500/-", "-", "-"]
+    assert table.values[0].tolist() == ["a", "1", "-", "-", "-", "60.00", "0.500/-", "-", "-", "-"]
     assert table.values[1, 2:6].tolist() == ["52.00", "52.00", "51.00", "-"]
     spread = compare.spread_table([("a", [run])], {}).values.tolist()
-    assert spread == [["a", "1", "-", "-", "-", "60.00", "-", "-", "-"]]
+    assert spread == [["a", "1", "-", "-", "-", "60.00", "-", "-", "-", "-"]]
     assert compare.mean_and_deviation([50.0, None]) == "-"
+
+
+def test_other_validation_labels_are_told(tmp_path):
+    """Else a run with corrected labels seems to gain on the first one, and only its validation labels are better. Seeds
+    of one setting may well have other noise."""
+
+    def group(name, *labels):
+        folders = [make_run(tmp_path / f"{name}{k}", truth=False) for k in range(len(labels))]
+        for folder, label in zip(folders, labels, strict=True):
+            arrays = dict(np.load(folder / "labels.npz")) | {"list_given": np.full(N, label), "held_out": np.array([3])}
+            np.savez(folder / "labels.npz", **arrays)
+        return name, [*map(read_run, folders)]
+
+    dividemix, ce, corrected = group("a", 0, 1), group("ce", 1), group("corrected", 2)
+    assert compare.other_validation([dividemix, ce]) == compare.other_validation([corrected]) == ""
+    assert "validation labels differ" in compare.other_validation([dividemix, ce, corrected])
+    tested = "tested", [read_run(make_run(tmp_path / "tested"))]  # without held-out images
+    assert compare.other_validation([dividemix, tested]) == ""
+    page = compare.comparison_page([dividemix, corrected], {}, {}).decode()
+    assert "validation labels differ" in Reader(page).text
 
 
 def test_the_page_of_several_runs(runs, tmp_path, monkeypatch):
@@ -100,7 +120,7 @@ def test_the_page_of_several_runs(runs, tmp_path, monkeypatch):
     runs.append(read_run(make_run(tmp_path / "<script>alert(1)<", note=HOSTILE)))
     groups = compare.group_by_setting(runs)
     drawn = figures.draw_comparison(groups, tmp_path / "figures")
-    read = assert_self_contained(compare.comparison_page(groups, agreements_of(runs), drawn).decode())
+    read = assert_self_contained(compare.comparison_page(groups, lists_of(runs), drawn).decode())
     assert "digits_0.5_sym 3 53.33 ± 1.53" in read.text and len(read.all("img")) == len(drawn) == 5
     assert f"note - - - - {HOSTILE}" in read.text and "method dividemix ce dividemix" in read.text
     assert "b differs from the paper's setting: --lambda_u 25 (paper: 0)" in read.text

@@ -1,5 +1,6 @@
 """The report's figures: what their curves and bars say of runs made by hand."""
 
+import json
 import struct
 import warnings
 from functools import partial
@@ -66,15 +67,37 @@ def test_accuracy_has_each_net_both_and_the_last_ten(tmp_path, axes):
     drawn = curves(axes)
     assert drawn["both networks"] == [50.0 + e for e in range(12)]
     assert drawn["net 1"] == [49.0 + e for e in range(12)] and drawn["net 2"] == [48.0 + e for e in range(12)]
-    assert drawn["best 61.00"] == [61.0] and drawn["mean of the last 10: 55.50"] == [55.5, 55.5]
+    assert drawn["best: 61.00, epoch 11"] == [61.0] and drawn["mean of the last 10: 55.50"] == [55.5, 55.5]
     at = {line.get_label(): list(line.get_xdata()) for line in axes.get_lines()}
-    assert at["mean of the last 10: 55.50"] == [2, 11] and at["best 61.00"] == [11]
+    assert at["mean of the last 10: 55.50"] == [2, 11] and at["best: 61.00, epoch 11"] == [11]
     assert at["end of warm-up"][0] == 0.5 and axes.get_title() == "test accuracy"
     axes = Figure().subplots()
-    figures.draw_nets(axes, run, ["clean_precision", "clean_recall"], "title")
+    figures.draw_nets(axes, run, ["clean_precision", "clean_recall"], "title", "share")
     drawn = curves(axes)
     assert drawn.keys() == {f"{m}, net {k}" for m in ("precision", "recall") for k in (1, 2)} | {"end of warm-up"}
     assert np.isnan(drawn["precision, net 1"][0]) and drawn["precision, net 1"][1:] == [0.75] * 11
+
+
+@pytest.mark.parametrize(
+    ("script", "marked"),
+    [
+        ("Train_cifar.py", {"best: 70.00, epoch 0": 0}),
+        ("Train_folder.py", {"best: 70.00, epoch 2": 2}),
+        ("Train_clothing1M.py", {"best: 80.00, epoch 0": 0, "best: 90.00, epoch 2": 2}),
+    ],
+)
+def test_the_best_epoch_is_that_which_the_run_chose(tmp_path, axes, script, marked):
+    """Else the figure shows another epoch than the console and best.pt: of equals own images take the later one,
+    and never one of warm-up; Clothing1M has one for each network."""
+    folder, nets = make_run(tmp_path / "run", command=script, truth=False), [(80.0, 60.0), (70.0, 70.0), (65.0, 90.0)]
+    lines = [
+        {"epoch": e, "phase": "train" if e else "warmup", "val_acc": 70.0, "val_acc_net1": net1, "val_acc_net2": net2}
+        for e, (net1, net2) in enumerate(nets)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures.draw_accuracy(axes, read_run(folder))
+    at = {line.get_label(): line.get_xdata()[0] for line in axes.get_lines() if line.get_label().startswith("best")}
+    assert at == marked
 
 
 def test_losses_are_coloured_by_truth_and_are_densities(axes):

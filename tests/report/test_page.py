@@ -52,13 +52,11 @@ def test_the_page_of_a_whole_run(tmp_path):
         *("Wrong labels: 33.3%", "16.7% of the corrected labels", "dog 3 8 37.5%"),
         *("python Train_cifar.py --r 0.5", "p_threshold 0.5"),
         "given dog suggested cat quality 0.125 true label cat",
-        "given dog suggested dog quality 0.375 label is right",
+        "sample 1 given dog suggested dog quality 0.375, not listed label is right",
+        *("The surest of the list sample 6 given dog", "what comes next sample 1 given"),
         "Estimated share of wrong labels: 25.0 %",
     ):
         assert words in read.text, words
-    suggested = enumerate(["bird", "cat", "cat", "dog"])
-    shown = [image["alt"] for image in read.all("img") if image["alt"].startswith("sample")]
-    assert shown == [f"sample {(6, 3, 0, 1)[k]}: given dog, suggested {name}" for k, name in suggested]
 
 
 def test_the_slider_has_every_divided_epoch_and_the_last_one_is_shown_without_it(tmp_path):
@@ -87,7 +85,7 @@ def test_hostile_names_are_shown_and_do_nothing(tmp_path):
     edit_records(folder, ('{"epoch"', f'{{"test_acc_x": {json.dumps(HOSTILE)}, "epoch"'))
     (folder / "result.json").write_text(json.dumps({f"paper_{HOSTILE}": HOSTILE, "paper_best": 3}))
     read = assert_self_contained(page_of(folder))
-    assert read.text.count(HOSTILE) >= 10 and f"{HOSTILE}6.jpg" in read.all("figure")[-4]["title"]
+    assert read.text.count(HOSTILE) >= 10 and f"{HOSTILE}6.jpg" in read.text
     assert "<img src=x onerror=alert(1)>" in read.text
     odd = RIGHT_TO_LEFT.replace("\ud800", "\\ud800")
     assert f"given {odd}{HOSTILE}2 suggested {{{{ 7 * 7 }}}}' onmouseover='alert(1)" in read.text
@@ -147,12 +145,8 @@ def test_the_choice_of_the_blind_recipe_is_shown(tmp_path):
     assert "--recipe blind" not in text_of(make_run(tmp_path / "paper"))
 
 
-@pytest.mark.parametrize(("shape", "kind", "tolerance"), [((8, 6), "png", 0), ((96, 64), "jpeg", 40)])
-def test_pictures_are_the_pixels(shape, kind, tolerance):
-    """Else the thumbnail beside a label is another image, or a colour is exchanged."""
-    coarse = np.random.default_rng(0).integers(0, 256, (shape[0] // 2, shape[1] // 2, 3), dtype=np.uint8)
-    pixels = coarse.repeat(2, axis=0).repeat(2, axis=1)
-    head, content = page.picture(pixels).split(",")
-    assert head == f"data:image/{kind};base64"
-    read = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB")).astype(int)
-    assert read.shape == pixels.shape and np.abs(read - pixels).mean() <= tolerance
+def test_images_are_those_of_their_labels(tmp_path):
+    """Else the thumbnail beside a label is another image."""
+    images = Reader(page_of(make_run(tmp_path / "run"))).all("img")
+    contents = [base64.b64decode(i["src"].split(",")[1]) for i in images if i["alt"] == ""]
+    assert [np.asarray(Image.open(io.BytesIO(c)))[0, 0, 0] // 20 for c in contents] == [6, 3, 0, 1]

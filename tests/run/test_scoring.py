@@ -1,5 +1,6 @@
 """After the last epoch: the scores of every training label, and what happens to them when runs stop and go on."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -18,7 +19,8 @@ import Train_cifar
 from dividemix.codivide import Mixture
 from dividemix.engine import Phase, per_sample_loss
 from dividemix.report import figures
-from dividemix.run import scoring
+from dividemix.report import issues as label_issues
+from dividemix.run import read_run, scoring
 from dividemix.run.run import Run
 from dividemix.runtime.device import Runtime
 from dividemix.seeds import draws
@@ -75,15 +77,24 @@ def test_clean_probabilities_are_those_of_the_next_epoch_and_nothing_is_kept(mon
 def test_small_copies_keep_their_shape():
     """A photo of three thousand pixels in the report of each run, or one drawn out of shape, helps nobody."""
     rng = np.random.default_rng(0)
-    images = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((192, 96, 3), (40, 90, 3), (1, 300, 3))]
-    pixels, sizes = scoring.thumbnails(images)
-    assert sizes.tolist() == [[96, 48], [40, 90], [1, 96]] and pixels.shape == (3, 96, 96, 3)
-    np.testing.assert_array_equal(pixels[1, :40, :90], images[1])  # no smaller than it need be
-    assert not pixels[1, 40:].any() and not pixels[0, :, 48:].any()
-    expected = Image.fromarray(images[0])
-    expected.thumbnail((96, 96))
-    np.testing.assert_array_equal(pixels[0, :, :48], expected)
-    assert [len(array) for array in scoring.thumbnails([])] == [0, 0]
+    shapes = (192, 96, 3), (40, 90, 3), (1, 300, 3), (40, 48, 3)
+    images = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
+    small = [Image.open(io.BytesIO(scoring.thumbnail(image))) for image in images]
+    assert [image.size for image in small] == [(48, 96), (90, 40), (96, 1), (48, 40)]  # no smaller than they need be
+    assert [image.format for image in small] == ["JPEG", "JPEG", "JPEG", "PNG"]
+    np.testing.assert_array_equal(small[3], images[3])
+    smooth = np.broadcast_to(np.arange(96, dtype=np.uint8)[:, None, None], (96, 64, 3))
+    read = np.asarray(Image.open(io.BytesIO(scoring.thumbnail(smooth)))).astype(int)
+    assert np.abs(read - smooth).mean() < 2
+
+
+def test_doubtful_and_borderline_rows():
+    """Else labels just beyond the end of the list are never looked at, or a long list has no images at its end."""
+    order = np.arange(1000)[::-1]
+    for n_issues, n_doubtful, *ends in (0, 50, 0, 12), (4, 54, 0, 16), (400, 500, 388, 412), (995, 1000, 983, 1000):
+        is_issue = np.arange(1000) >= 1000 - n_issues
+        np.testing.assert_array_equal(scoring.doubtful(order, is_issue), order[:n_doubtful])
+        np.testing.assert_array_equal(scoring.borderline(order, is_issue), order[slice(*ends)])
 
 
 # ---- In a run ----
@@ -165,15 +176,14 @@ def test_a_failure_does_not_lose_the_run(copy, monkeypatch, name):
 
 def test_thumbnails_are_the_images_of_the_worst_labels(copy, monkeypatch):
     """Else the report shows another image beside a label; images that cannot be read again must not cost the list."""
-    thumbs, issues = np.load(copy / "thumbnails.npz"), (copy / "label_issues.csv").read_text().splitlines()[1:]
+    thumbs, issues = read_run(copy).pictures, label_issues.find(read_run(copy))
     images = dataloader_cifar.load("digits", "").train_images
-    assert len(thumbs["index"]) == 48 and thumbs["pixels"].shape == (48, 32, 32, 3)
-    np.testing.assert_array_equal(thumbs["pixels"], images[thumbs["index"]])
-    worst = sorted(issues, key=lambda line: (line.split(",")[5] != "True", int(line.split(",")[6])))[:48]
-    assert set(thumbs["index"].tolist()) == {int(line.split(",")[0]) for line in worst}
+    for index, file in thumbs.items():
+        np.testing.assert_array_equal(Image.open(io.BytesIO(file)), images[index])
+    assert thumbs.keys() == {*issues.index[issues.doubtful].tolist()} and (copy / "review.html").is_file()
     for name in ("label_scores.npz", "thumbnails.npz"):
         (copy / name).unlink()
-    monkeypatch.setattr(scoring, "thumbnails", full)
+    monkeypatch.setattr(scoring, "thumbnail", full)
     with pytest.warns(UserWarning, match="no images"):
         again(copy, "--r", "0.9")
     assert (copy / "label_scores.npz").is_file() and not (copy / "thumbnails.npz").exists()
