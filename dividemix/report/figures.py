@@ -40,7 +40,7 @@ Draw = Callable[[Axes], None]
 
 def draw_all(run: RunFolder, issues: LabelIssues | None, folder: Path) -> dict[str, Path]:
     """Write the figures of a run, as far as it has their data. -> file by name of the figure"""
-    panels: dict[str, Draw] = {"accuracy": partial(draw_accuracy, run=run)}
+    panels: dict[str, Draw] = {"accuracy": partial(draw_accuracy, run=run)} if run.measured else {}
     epochs = metric_table(run)
     for name, metrics, title in (
         ("auc", ["auc"], "AUC of the clean probability"),
@@ -60,7 +60,9 @@ def draw_all(run: RunFolder, issues: LabelIssues | None, folder: Path) -> dict[s
 
 def draw_comparison(groups: Sequence[Group], folder: Path) -> dict[str, Path]:
     """Write the curves of several runs, one colour for each group. -> file by name of the figure"""
-    panels: dict[str, Draw] = {"accuracy": partial(draw_overlay, groups=groups, metric=None)}
+    measured = [(name, [run for run in runs if run.measured]) for name, runs in groups]
+    measured = [(name, runs) for name, runs in measured if runs]
+    panels: dict[str, Draw] = {"accuracy": partial(draw_overlay, groups=measured, metric=None)} if measured else {}
     names = {"auc": "AUC of the clean probability", "labeled": "size of the labeled set"}
     names |= {"clean_precision": "precision of the labeled set", "clean_recall": "recall of the labeled set"}
     for name, title in names.items():
@@ -110,8 +112,8 @@ def draw_accuracy(axes: Axes, run: RunFolder) -> None:
         axes.plot(epochs["val_acc"], color=LINE, linewidth=0.9, linestyle=":", label="validation accuracy")
     if "imagenet_acc" in epochs:
         axes.plot(epochs["imagenet_acc"], color="#cc79a7", linewidth=1.2, label="both networks, ImageNet")
-    label = f"best {ensemble.max():.2f}"
-    axes.plot(ensemble.idxmax(), ensemble.max(), "o", color="#009e73", markersize=7, label=label)
+    best, accuracy = run.best_record["epoch"], run.best_record[run.measured]
+    axes.plot(best, accuracy, "o", color="#009e73", markersize=7, label=f"best epoch {best}: {accuracy:.2f}")
     if is_tested and len(ensemble) >= 10:
         last10 = epochs["last10_acc"].iloc[-1]
         label = f"mean of the last 10: {last10:.2f}"

@@ -10,6 +10,6 @@ from dividemix.run.folder import RunFolder, read_run
 from dividemix.run.histograms import Histogram
 from dividemix.run.options import Parser
 from dividemix.run.run import FREE_FLAGS, Run
-from dividemix.run.scoring import net_arrays, quality_by_split, rank_by_split, worst_first
+from dividemix.run.scoring import failures, net_arrays, quality_by_split, rank_by_split, worst_first
 from dividemix.run.signals import command_line
 from dividemix.run.splits import Split

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dividemix import DivideMixError, recipes
+from dividemix.run import logs
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,13 @@ class RunFolder:
 
     @property
     def measured(self) -> str:
-        """The name of the accuracy that every epoch has."""
-        return "test_acc" if "test_acc" in self.records[-1] else "val_acc"
+        """The name of the accuracy that every epoch has; '' where nothing is held out."""
+        return logs.measured(self.records[-1])
+
+    @property
+    def best_record(self) -> dict[str, Any]:
+        """The metrics of the best epoch, the same that the run has printed."""
+        return logs.best_record(self.records, self.script)
 
     @property
     def ablation(self) -> recipes.Ablation:

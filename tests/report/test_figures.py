@@ -66,9 +66,9 @@ def test_accuracy_has_each_net_both_and_the_last_ten(tmp_path, axes):
     drawn = curves(axes)
     assert drawn["both networks"] == [50.0 + e for e in range(12)]
     assert drawn["net 1"] == [49.0 + e for e in range(12)] and drawn["net 2"] == [48.0 + e for e in range(12)]
-    assert drawn["best 61.00"] == [61.0] and drawn["mean of the last 10: 55.50"] == [55.5, 55.5]
+    assert drawn["best epoch 11: 61.00"] == [61.0] and drawn["mean of the last 10: 55.50"] == [55.5, 55.5]
     at = {line.get_label(): list(line.get_xdata()) for line in axes.get_lines()}
-    assert at["mean of the last 10: 55.50"] == [2, 11] and at["best 61.00"] == [11]
+    assert at["mean of the last 10: 55.50"] == [2, 11] and at["best epoch 11: 61.00"] == [11]
     assert at["end of warm-up"][0] == 0.5 and axes.get_title() == "test accuracy"
     axes = Figure().subplots()
     figures.draw_nets(axes, run, ["clean_precision", "clean_recall"], "title")
