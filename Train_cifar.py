@@ -27,7 +27,12 @@ from dividemix.runtime import set_learning_rate
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = options.Parser(prog="Train_cifar.py", description="DivideMix on small images with noisy labels.")
+    parser = options.Parser(
+        prog="Train_cifar.py",
+        description="DivideMix on small images with noisy labels.",
+        examples=["--data_path ./cifar-10 --download --r 0.5", "--dataset digits --width 16 --num_epochs 20"],
+        common=["dataset", "data_path", "download", "noise_mode", "r"],
+    )
     options.add_method(parser, batch_size=64, lr=0.02, alpha=4, num_epochs=300, lr_drop=150, division="global")
     options.add_small_images(parser)
     options.add_run(parser)

@@ -25,7 +25,10 @@ PAPER = recipes.CLOTHING1M
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = options.Parser(prog="Train_clothing1M.py", description="DivideMix on Clothing1M.")
+    examples = "--data_path ../../Clothing1M/data --check_data", "--data_path ../../Clothing1M/data"
+    title = "DivideMix on Clothing1M."
+    common = "data_path", "check_data", "num_epochs", "seed", "id"
+    parser = options.Parser(prog="Train_clothing1M.py", description=title, examples=examples, common=common)
     options.add_method(parser, **PAPER.method)
     options.add_images(parser, **PAPER.images, data_path="../../Clothing1M/data", keep_images=True)
     options.add_run(parser, id="clothing1m", val_fraction=False, eval_batch_size=200)

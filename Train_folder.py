@@ -2,7 +2,6 @@
 
     python Train_folder.py --data_path ./flowers                        # flowers/<class>/*.jpg, or flowers/labels.csv
     python Train_folder.py --data_path ./flowers/labels.csv             # columns path,label; paths beside it
-    python Train_folder.py --data_path ./digits --width 16 --no_flip    # small images, minutes on a CPU
     python Train_folder.py --data_path ./flowers --method ce            # plain cross-entropy, to compare
     python Train_folder.py --data_path ./flowers --check_data           # is everything there?
     python Train_folder.py --data_path ./flowers --features             # heads on a frozen network: minutes on a CPU
@@ -20,18 +19,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dataloader_folder
-from dataloader_folder import IMAGENET_MEAN, IMAGENET_STD, mean_std
-from dividemix import DivideMixError, networks, report
+from dataloader_folder import IMAGENET_MEAN, IMAGENET_STD, Folder, mean_std
+from dividemix import DivideMixError, report
 from dividemix.data import DeviceImages, FeatureSet, Pipeline, StreamedImages, Views, check, duplicates, features
 from dividemix.engine import DataSet, co_divide, test, train_epoch, warmup_epoch
-from dividemix.run import BACKBONE, Preparation, Run, Split, command_line, defaults, description, logs, options, splits
+from dividemix.run import Preparation, Run, Split, command_line, defaults, description, logs, options, splits
 from dividemix.runtime import is_out_of_memory, set_learning_rate
 
 Images = DeviceImages | StreamedImages
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = options.Parser(prog="Train_folder.py", description="DivideMix on your own images.")
+def parse_args(argv: Sequence[str] | None = None, **about: Any) -> argparse.Namespace:
+    """about: arguments of the parser, for `dividemix issues`."""
+    examples = "--data_path ./flowers", "--data_path ./flowers --features"
+    script = {"prog": "Train_folder.py", "description": "DivideMix on your own images.", "examples": examples}
+    script |= {"common": ("data_path", "labels", "features", "num_epochs", "id")}
+    parser = options.Parser(**script | about)
     options.add_method(parser, source="from the data")
     options.add_images(parser, keep_images=True, cache_dir=True)
     options.add_own_images(parser)
@@ -42,16 +45,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, or continue a run. Returns the last epoch's metrics with `run_dir`; {} after --check_data."""
     args = parse_args(argv)
-    tables = {"path_column": args.path_column, "label_column": args.label_column}
-    tables |= {"corrections": args.corrections, "skip_bad": bool(args.skip_bad_images)}
     if args.check_data:
-        lists, problems, lines = dataloader_folder.find(args.data_path, args.labels, **tables)
-        depth = {"full": args.check_data == "full", "skip": bool(args.skip_bad_images)}
-        check.run_check(lists, problems, lines, **depth)
+        lists_and_problems = dataloader_folder.find(args.data_path, args.labels, **options.tables(args))
+        check.run_check(*lists_and_problems, full=args.check_data == "full", skip=bool(args.skip_bad_images))
         return {}
-    data = dataloader_folder.load(args.data_path, args.labels, **tables)
-    survey = dataloader_folder.survey(data.train)
-    recipe, lines = defaults.choose(args, len(data.train), survey.side, data.lists)
+    return train(args, load(args), argv)
+
+
+def load(args: argparse.Namespace) -> Folder:
+    return dataloader_folder.load(args.data_path, args.labels, **options.tables(args))
+
+
+def train(
+    args: argparse.Namespace, data: Folder, argv: Sequence[str] | None = None, with_report: bool = True
+) -> dict[str, Any]:
+    """`main` for image lists that are read already. argv: the flags, for args.json."""
+    survey = [] if args.feature_file else [dataloader_folder.survey(data.train)]  # else no network sees the images
+    recipe, lines = defaults.choose(args, len(data.train), survey[0].side if survey else 224, data.lists)
     args.num_class = data.num_class
     runtime = options.start_runtime(args)
     folder = options.run_folder(args, "folder", data.name, "features" * args.features, "ce" * (args.method == "ce"))
@@ -61,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         digests = {"classes": hashlib.sha256(json.dumps(data.class_names).encode()).hexdigest()}
         hold_out = {"val_fraction": args.val_fraction, "by_class": True}
         split = splits.split(data.lists, run, args.skip_bad_images, **hold_out, digests=digests)
+        run.say(*data.lines, *map(str, survey), *split.lines, *lines, *defaults.hint(args, runtime.device))
         reading = {"workers": args.workers, "keep": args.keep_images, "cache_dir": args.cache_dir}
         with Pipeline(split.lists, views, IMAGENET_MEAN, IMAGENET_STD, runtime, **reading) as pipeline:
             train, tests, mean, std = read(args, split, run, pipeline)
@@ -76,8 +87,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             preparation = Preparation(tuple(mean), tuple(std), views.crop, views.resize)
             shape = args.arch, args.num_class, args.width
             model = description.describe(*shape, data.class_names, preparation, num_features=num_features)
-            about = dataloader_folder.describe(data, data.train.labels[split.index], mean, std, views.flip)
-            lines = [*data.lines, str(survey), *about, *split.lines, *lines, *defaults.hint(args, runtime.device)]
+            lines = dataloader_folder.describe(data, data.train.labels[split.index], tests, mean, std, views.flip)
             # Of streamed images: see below
             lines += pipeline.describe_images(split.held_out) if args.data_mode == "device" else []
             run.start(argv, nets, optimizers, mixtures, mixmatch, data=summary, model=model, lines=lines)
@@ -107,42 +117,32 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 run.say(*pipeline.describe_images(split.held_out))  # what was seen while streamed images were read
                 run.end_epoch(lr, divisions, losses, accuracy)
 
-            return finish(run, train, tests, tests["val"] if len(split.held_out) else None, pipeline)
+            final = finish(run, train, tests, tests["val"] if len(split.held_out) else None, pipeline)
+            if with_report:
+                report.of_finished(run)
+            return final
 
 
 def read(
     args: argparse.Namespace, split: Split, run: Run, pipeline: Pipeline
 ) -> tuple[Images, dict[str, Images], Any, Any]:
     """The data sets, on the device or streamed. Returns the training set, the sets to evaluate on ("val" and "test",
-    those that there are), mean and std. Raises DivideMixError where there is nothing to evaluate on, or no memory."""
-    # set -> list, rows in it
-    rows_of: dict[str, tuple[str, Any]] = {name: (name, range(len(images))) for name, images in split.lists.items()}
-    rows_of["train"] = "train", split.train
-    if len(split.held_out):
-        rows_of["val"] = "train", split.held_out
-    if rows_of.keys() == {"train"}:
-        raise DivideMixError("no images to select the best epoch on: give a larger --val_fraction, or a val split")
+    those that there are), mean and std. Raises DivideMixError where there is no memory."""
     sets: dict[str, Images] = {}
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if args.features:
-        place = args.feature_file or args.cache_dir or run.folder / "features"
-        if args.feature_file:
-            stored = features.read_file(place, split.lists)
-        else:
-            net = networks.frozen(args.arch, args.width, args.weights, run.folder / BACKBONE, run.runtime, run.begun)
-            stored = features.of_network(net, pipeline, place, args.feature_views, run.say)
-        problem = f"{place} does not hold the features with which {run.folder} began"
-        run.pin("features", features.digest(stored), problem)
-        sets = {name: features.of_images(stored, pipeline.images(*source)) for name, source in rows_of.items()}
+        order = dataloader_folder.feature_order(args.data_path, args.labels, split.lists, **options.tables(args))
+        stored = splits.read_features(args, split, run, pipeline, order)
+        sets = {name: features.of_images(stored, pipeline.images(*source)) for name, source in split.sets.items()}
         return sets.pop("train"), sets, mean, std
     if args.data_mode == "stream":
         if args.cache_dir:
             with run.phase("cache") as phase:
                 pipeline.build_cache(phase.bar)
-        sets = {name: pipeline.images(*source, keep=not args.cache_dir) for name, source in rows_of.items()}
+        sets = {name: pipeline.images(*source, keep=not args.cache_dir) for name, source in split.sets.items()}
         return sets.pop("train"), sets, mean, std
     try:
-        for name, (list_name, rows) in rows_of.items():  # the training set is the first
+        for name, (list_name, rows) in split.sets.items():  # the training set is the first
             with run.phase(f"read {name}") as phase:
                 pixels = pipeline.pixels(list_name, rows, phase.bar)
             if name == "train" and args.weights == "none":  # a continued run keeps the values that it began with
@@ -166,9 +166,8 @@ def finish(
     accuracies = ", ".join(f"{title} {best[f'{name}_acc']:.2f}" for name, title in titles.items() if name in tests)
     chosen_on = "the validation images" if "val" in tests else "the test set"
     line = f"best epoch {best['epoch']}, chosen on {chosen_on}: {accuracies}"
-    final = run.finish(line, train, held_out, lambda: duplicates.first_equal(pipeline.equal_images()["train"]))
-    report.of_finished(run)
-    return final
+    line = line if tests else f"epoch {best['epoch']}, the last, is taken"
+    return run.finish(line, train, held_out, lambda: duplicates.first_equal(pipeline.equal_images()["train"]))
 
 
 if __name__ == "__main__":

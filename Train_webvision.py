@@ -23,7 +23,10 @@ PAPER = recipes.WEBVISION
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = options.Parser(prog="Train_webvision.py", description="DivideMix on WebVision 1.0.")
+    examples = "--data_path ./dataset/ --check_data", "--data_path ./dataset/ --num_epochs 100 --lr_drop 50"
+    title = "DivideMix on WebVision 1.0."
+    common = "data_path", "check_data", "num_epochs", "seed", "id"
+    parser = options.Parser(prog="Train_webvision.py", description=title, examples=examples, common=common)
     options.add_method(parser, **PAPER.method)
     options.add_images(parser, **PAPER.images, data_path="./dataset/", cache_dir=True)
     options.add_run(parser, save_scores=False, eval_batch_size=200)

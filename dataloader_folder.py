@@ -8,7 +8,7 @@ start at D or at the table's folder.
 import os
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -102,6 +102,19 @@ def load(
         lines.append(f"{ignored} files ignored: not in a class folder, or not named like an image")
     tables = [labels or (data_path if not absolute(data_path).is_dir() else ""), *(corrections or [])]
     return Folder("_".join(filter(None, [root.name, *(Path(table).stem for table in tables)])), lists, classes, lines)
+
+
+def feature_order(
+    data_path: str | Path, labels: str | Path | None, lists: Mapping[str, ImageList], **tables: Any
+) -> Mapping[str, ImageList]:
+    """The lists in whose order --feature_file has its rows. A table given as `labels` may be sorted or shortened, and
+    corrections leave images out: the order is that of --data_path alone, and of `lists` where that has no labels of its
+    own. tables: as for `load`."""
+    try:
+        changed = labels or tables["corrections"]
+        return load(data_path, **tables | {"corrections": None}).lists if changed else lists
+    except DivideMixError:
+        return lists
 
 
 def find(
@@ -340,14 +353,20 @@ def mean_std(pixels: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float,
     return tuple(means), tuple(max(float(np.sqrt(variance)), 1 / 255) for variance in variances)
 
 
-def describe(data: Folder, labels: NDArray, mean: Sequence[float], std: Sequence[float], flip: bool) -> list[str]:
+def describe(
+    data: Folder, labels: NDArray, tests: Collection[str], mean: Sequence[float], std: Sequence[float], flip: bool
+) -> list[str]:
     """The lines that a run prints about its training images, with the labels (N,), and about accuracies and views.
-    Warns of classes with very few images."""
+    tests: the names of the sets that are evaluated. Warns of classes with very few images."""
     line, warning = balance(labels, data.class_names, _IMBALANCE)
     if warning:
         warn(warning)
     lines = [f"{len(labels)} images to train on, {data.num_class} classes: {some(data.class_names)}", line]
-    if "test" not in data.lists:
+    if not tests:
+        lines.append(
+            "nothing is held out: every label is trained on, there is no accuracy, and the last epoch is taken"
+        )
+    elif "test" not in tests:
         lines.append("no test split: accuracies are measured on the validation images' labels, which may be wrong too")
     lines.append(f"flip {'on (--no_flip turns it off)' if flip else 'off (given)'}")
     source = "ImageNet's" if mean is IMAGENET_MEAN else "of the training images"

@@ -29,7 +29,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = options.Parser(
         prog="reproduce.py",
         description="Run the paper's experiments, and write our numbers beside the paper's.",
-        epilog="Flags after -- go to the training scripts: -- --num_epochs 20. The tables show how such runs differ.",
+        examples=["--table 1 --seeds 3", "--rows cifar10-sym-50 -- --num_epochs 20"],
+        common=["list", "table", "rows", "seeds", "dry_run"],
+        epilog="Flags after -- go to the training scripts. The tables show how such runs differ.",
     )
     add = parser.add_argument_group("what").add_argument
     add("--list", action="store_true", help="print the rows, and stop")

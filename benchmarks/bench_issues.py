@@ -25,6 +25,7 @@ import contextlib
 import itertools
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -49,7 +50,7 @@ import dataloader_cifar
 import PreResNet
 import Train_folder
 from dividemix import networks, noise
-from dividemix.api import train_heads
+from dividemix.api import find_label_issues
 from dividemix.data import DeviceImages
 from dividemix.data.device import PAD, crop_flip, draw_crops, to_float
 from dividemix.data.features import FeatureSet
@@ -57,7 +58,7 @@ from dividemix.engine import MixMatch, Phase, warmup_epoch
 from dividemix.noise import human
 from dividemix.noise.synthetic import CIFAR100_SUPERCLASSES, inject_instance_dependent
 from dividemix.recipes import FEATURES
-from dividemix.run import defaults
+from dividemix.run import defaults, load_last
 from dividemix.run.label_quality import label_quality
 from dividemix.runtime import Runtime
 from dividemix.seeds import draws, seeded
@@ -193,10 +194,14 @@ class Answer(NamedTuple):
 def dividemix(task: Task, seed: int) -> dict[str, Answer]:
     if task.images:
         return {"DivideMix": own_images(task, seed)}
-    data = FeatureSet(task.features, task.given, Runtime())
-    nets, mean = train_heads(data, task.num_class, seed)
-    quality, is_issue, *_ = label_quality(mean, task.given)
-    return {"DivideMix": Answer(quality, is_issue, lambda: partial(predict, nets))}
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder, "run")
+        table = find_label_issues(features=task.features, labels=task.given, seed=seed, run_dir=run)
+        states = load_last(run)["nets"]
+    nets = [networks.head(task.features.shape[2], len(np.unique(task.given))) for _ in states]  # no class is lost
+    networks.load_weights(nets, states, "the run")
+    answer = Answer(table.label_quality.to_numpy(), table.is_label_issue.to_numpy(), lambda: partial(predict, nets))
+    return {"DivideMix": answer}
 
 
 def own_images(task: Task, seed: int) -> Answer:

@@ -5,6 +5,8 @@ Reading order: `algorithm` (the equations), `codivide` (loss -> clean probabilit
 data), `networks`, `seeds` and `files`. Around them one folder each: `noise`, `data`, `runtime`, `run`; after training
 `report` and `deploy`; for the paper's tables `reproduction`. Imports go one way: scripts and `api` -> run, report,
 deploy -> data -> engine -> algorithm, codivide, runtime.
+
+For users: `find_label_issues`, `load` (both in `api`), and the command `dividemix`.
 """
 
 import warnings
@@ -28,8 +30,8 @@ def warn(message: str) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name != "find_label_issues":
+    if name not in ("find_label_issues", "load"):
         raise AttributeError(f"module 'dividemix' has no attribute {name!r}")
-    from dividemix.api import find_label_issues  # slow to import: torch, pandas
+    from dividemix import api  # slow to import: torch, pandas
 
-    return find_label_issues
+    return getattr(api, name)

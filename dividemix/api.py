@@ -1,65 +1,211 @@
-"""DivideMix from Python: `dividemix.find_label_issues`."""
+"""DivideMix from Python, `dividemix.find_label_issues` and `dividemix.load`, and the command `dividemix issues`:
 
-from functools import partial
+    dividemix issues ./flowers                # a folder of class folders -> suspects.csv, label_issues.csv, report.html
+    dividemix issues ./flowers/labels.csv     # a table with the columns path and label
+
+Both train as Train_folder.py, hold nothing out, and take the last epoch: every label gets a score.
+"""
+
+import contextlib
+import io
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import cohen_kappa_score
-from sklearn.model_selection import KFold, cross_val_predict
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from torch import nn
+from PIL import Image
 
-from dividemix import DivideMixError, networks, warn
-from dividemix.codivide import Mixture
-from dividemix.data.features import FeatureSet, as_views
-from dividemix.engine import MeanProbabilities, MixMatch, Phase, co_divide, train_epoch, warmup_epoch
-from dividemix.recipes import FEATURES, OWN_DIVISION, FeatureRecipe
-from dividemix.run import worst_first
-from dividemix.run.label_quality import label_quality
-from dividemix.runtime import Runtime
-from dividemix.runtime.device import pick_device
-from dividemix.seeds import PHASES, draws, seeded
-
-# A list means nothing where predictions agree with the given labels by less than this (Cohen's kappa), or by no more
-# than two standard errors of random labels. Nearest neighbours on 200 to 1,797 digits: random labels or features within
-# 0.06 of 0; with 50 % of the labels drawn anew 0.3 to 0.5, with 80 % 0 to 0.14.
-_LITTLE_AGREEMENT = 0.05
-_CHECKED = 5_000  # samples of the check by neighbours: it takes about a second
+from dividemix import DivideMixError, warn
+from dividemix.data import ImageList
+from dividemix.data.features import as_views
+from dividemix.deploy.predict import Classifier, from_array
+from dividemix.report import issues as label_issues
+from dividemix.run import defaults, read_run
 
 
-def find_label_issues(*, features: ArrayLike, labels: ArrayLike, seed: int = 0) -> pandas.DataFrame:
-    """Which of the given labels look wrong, by DivideMix on two small heads, in about half a minute on one core for
-    5,000 samples.
+def find_label_issues(
+    source: Any = None,
+    labels: Any = None,
+    *,
+    images: ArrayLike | None = None,
+    features: ArrayLike | None = None,
+    seed: int = 0,
+    verbose: bool = False,
+    **flags: Any,
+) -> pandas.DataFrame:
+    """Which labels look wrong, by DivideMix.
 
-    features: numbers (N, D) of each sample, of CLIP, DINOv2 or another frozen network, or (V, N, D) of V views of it,
-    the first without augmentation. labels: (N,), whole numbers or names. -> a row for each sample, in order: index,
-    given_label, suggested_label, label_quality (0 to 1, small means doubtful), is_label_issue, rank (1 is the most
-    doubtful). The same seed gives the same list. Raises DivideMixError for arrays of another shape and for missing
-    labels. Warns where the list means nothing, because features and labels have nothing to do with each other; of
-    a few dozen samples, or where most labels are wrong, that cannot be told reliably.
+    Give one of these. source: a folder of class folders or a CSV table, as in `--data_path` (`labels`: another table),
+    or a torch Dataset of items (image, label), each image a Pillow image, (H, W, 3) uint8, or a tensor (3, H, W) of
+    uint8 or of values in [0, 1]. images: (N, H, W, 3) or (N, H, W) uint8. features: (N, D) numbers of CLIP, DINOv2 or
+    another frozen network, or (V, N, D) of V views, the first without augmentation: about half a minute on one core for
+    5,000 samples. labels (N,): whole numbers or names; with a Dataset they replace its own.
+
+    On a CPU, images become the features of a frozen network, on a card whole networks are trained; `verbose` prints
+    which and why, and the training. flags: those of Train_folder.py, such as num_epochs=20 or features=True; run_dir
+    keeps the run, for `load`. The same seed gives the same list.
+
+    -> a row for each sample, in order: index, for files path, given_label, suggested_label, label_quality (0 to 1,
+    small means doubtful), is_label_issue, rank (1 is the most doubtful). Raises DivideMixError for data that cannot be
+    used. Warns where the list means nothing; of a few dozen samples, or where most labels are wrong, that cannot
+    be told.
     """
-    views, given = as_views(features), as_labels(labels)
-    if given.shape != (views.shape[1],):
-        raise DivideMixError(f"labels: expected {views.shape[1]}, one for each sample, got shape {given.shape}")
+    if sum(value is not None for value in (source, images, features)) != 1:
+        raise DivideMixError("give one of these: a folder, a CSV file or a Dataset, or images=, or features=")
+    with tempfile.TemporaryDirectory(prefix="dividemix-") as temporary:
+        folder, data, classes = Path(temporary), None, None
+        words = ["--seed", str(seed), "--run_dir", str(folder / "run"), *as_words(flags)]
+        if isinstance(source, str | os.PathLike):
+            if not isinstance(labels, str | os.PathLike | None):
+                raise DivideMixError("labels: of a folder or table, expected the path of another table")
+            words += ["--data_path", os.fspath(source)] + ([] if labels is None else ["--labels", os.fspath(labels)])
+        elif features is not None:
+            views = as_views(features)
+            np.save(folder / "features.npy", views)
+            words += ["--data_path", temporary, "--feature_file", str(folder / "features.npy")]
+            data, classes = in_memory(folder, views.shape[1], labels)
+        else:
+            words += ["--data_path", temporary]
+            n, own_labels = write_images(folder, images, source)
+            data, classes = in_memory(folder, n, own_labels if labels is None else labels)
+        args = parsed(words)
+        silent = contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO())
+        with silent, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the report shows no images")  # of features there are none
+            final = train(args, words, data, with_report=False)
+        issues = label_issues.find(read_run(Path(final["run_dir"])))
+    if issues is None:
+        raise DivideMixError("the labels could not be scored: the warning above says why")
+    for line in label_issues.warnings(issues):
+        warn(line)
+    classes = np.array(issues.class_names, object) if classes is None else classes
+    table: dict[str, Any] = {"index": issues.index} | ({"path": issues.paths} if data is None else {})
+    table |= {"given_label": classes[issues.given_labels], "suggested_label": classes[issues.suggested_labels]}
+    table |= {"label_quality": issues.quality, "is_label_issue": issues.is_issue, "rank": issues.rank}
+    return pandas.DataFrame(table)
+
+
+def load(run: str | Path, weights: str = "best", device: str = "auto") -> Classifier:
+    """A trained run, for `.predict(paths or arrays)`. weights: of the 'best' or the 'last' epoch. Raises DivideMixError
+    for a folder that is no run, and for a run with --feature_file, which has no network for images."""
+    return Classifier(run, weights, device)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """`dividemix issues DATA [flags]`."""
+    import Train_folder
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    given = words if words and words[0].startswith("-") else ["--data_path", *words] if words else ["--help"]
+    args = Train_folder.parse_args(
+        ["--val_fraction", "0", *given],
+        prog="dividemix issues",
+        usage="%(prog)s DATA [flags]",
+        description="Which labels look wrong: DATA is a folder of class folders, or a CSV with the columns path,label.",
+        examples=["./flowers", "./flowers --labels corrected.csv --id corrected"],
+        common=["labels", "features", "weights", "seed", "id"],
+    )
+    return train(args, given)
+
+
+def train(args: Any, words: Sequence[str], data: Any = None, with_report: bool = True) -> dict[str, Any]:
+    """Train_folder.py with these flags, which are `words` of a command line, with nothing held out, and with --features
+    where `defaults.choose_features` says so. data: the image lists, if they are not to be read from --data_path."""
+    import dataloader_folder
+    import Train_folder
+
+    words = ["--val_fraction", "0", *words]
+    if args.check_data:
+        return Train_folder.main(words)
+    data = data or Train_folder.load(args)
+    if not args.feature_file:
+        survey = dataloader_folder.survey(data.train)
+        args.features, line = defaults.choose_features(args, survey.side, survey.grey)
+        data.lines.append(line)
+        words += ["--features"] * args.features
+    return Train_folder.train(args, data, words, with_report)
+
+
+# ---- Data in memory ----
+
+
+def as_words(flags: dict[str, Any]) -> list[str]:
+    """Keyword arguments as flags: num_epochs=3 -> --num_epochs 3; no_flip=True -> --no_flip; None and False -> none."""
+    given = {name: value for name, value in flags.items() if value is not None and value is not False}
+    return [word for name, value in given.items() for word in (f"--{name}", *([] if value is True else [str(value)]))]
+
+
+def in_memory(folder: Path, n: int, labels: Any) -> tuple[Any, NDArray]:
+    """The image lists of n samples, whose files are named by `image_name`, and their classes in order. Raises
+    DivideMixError for labels that do not fit."""
+    import dataloader_folder
+
+    given = as_labels(labels)
+    if given.shape != (n,):
+        raise DivideMixError(f"labels: expected {n}, one for each sample, got shape {given.shape}")
     classes, numbers = np.unique(given, return_inverse=True)
     if len(classes) < 2:
         raise DivideMixError(f"labels: all samples are of one class, {classes[0]!r:.100}: nothing to learn")
-    data = FeatureSet(views, numbers.astype(np.int64), Runtime(pick_device("auto", 0)))
-    _, probabilities = train_heads(data, len(classes), seed)
-    if problem := failure(views[0], numbers, probabilities):
-        warn(f"THIS LIST MEANS NOTHING: {problem}")
-    quality = label_quality(probabilities, numbers)
-    table: dict[str, Any] = {"index": np.arange(len(given)), "given_label": given}
-    table |= {"suggested_label": classes[quality.suggested], "label_quality": quality.quality}
-    rank = worst_first(quality.quality, quality.is_issue).argsort() + 1
-    return pandas.DataFrame(table | {"is_label_issue": quality.is_issue, "rank": rank})
+    paths = [image_name(k).encode() for k in range(n)]
+    where = str(folder)
+    images = ImageList(where, where, "", np.array(paths), numbers, len(classes), as_shown=True)
+    return dataloader_folder.Folder("memory", {"train": images}, list(map(str, classes)), []), classes
 
 
-def as_labels(labels: ArrayLike) -> NDArray:
+def image_name(k: int) -> str:
+    return f"{k:08d}.png"
+
+
+def write_images(folder: Path, images: Any, dataset: Any) -> tuple[int, list]:
+    """Write the images, or those of a Dataset, as PNG files, which lose nothing. -> their number, the Dataset's labels.
+    Raises DivideMixError for what is no image."""
+    if dataset is None:
+        items: Any = ((image, None) for image in images)
+    elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+        items = (dataset[k] for k in range(len(dataset)))
+    else:
+        raise DivideMixError(f"expected a folder, a CSV file, or a Dataset with a length, got {type(dataset).__name__}")
+    labels = []
+    for k, (image, label, *_) in enumerate(items):
+        as_image(image, f"image {k}").save(folder / image_name(k), compress_level=1)
+        labels.append(label.item() if hasattr(label, "item") else label)
+    return len(labels), labels
+
+
+def as_image(image: Any, name: str) -> Image.Image:
+    """A Pillow image, an array of pixels, or a tensor (3, H, W) or (1, H, W) of uint8 or of values in [0, 1]."""
+    if isinstance(image, Image.Image):
+        return image if image.mode == "L" else image.convert("RGB")
+    pixels = np.asarray(image)
+    if hasattr(image, "is_floating_point"):  # a tensor
+        pixels = np.moveaxis(pixels, 0, -1) if pixels.ndim == 3 else pixels
+        pixels = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
+        if image.is_floating_point():
+            if not (pixels.min() >= 0 and pixels.max() <= 1):
+                raise DivideMixError(f"{name}: values outside [0, 1]: give the Dataset without its Normalize")
+            pixels = np.round(255 * pixels).astype(np.uint8)
+    return from_array(np.ascontiguousarray(pixels), name)
+
+
+def parsed(words: Sequence[str]) -> Any:
+    """Flags of Train_folder.py. Raises DivideMixError where its parser would end the process."""
+    import Train_folder
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return Train_folder.parse_args(["--val_fraction", "0", *words])
+    except SystemExit as ended:
+        raise DivideMixError(said.getvalue().partition("error: ")[2].strip()) from ended
+
+
+def as_labels(labels: Any) -> NDArray:
     """Labels of any type as an array. Raises DivideMixError for what numpy cannot read, and for missing values."""
     try:
         given, missing = np.asarray(labels), pandas.isna(np.asarray(labels, object))  # numpy would make a name of NaN
@@ -70,51 +216,3 @@ def as_labels(labels: ArrayLike) -> NDArray:
     if missing.any():
         raise DivideMixError(f"labels: {missing.sum()} of {missing.size} are missing: leave these samples out")
     return given
-
-
-def failure(features: NDArray[np.floating], labels: NDArray[np.integer], probabilities: NDArray[np.floating]) -> str:
-    """Why a list of N labels means nothing, or ''. features (N, D); labels (N,), 0 to C - 1; probabilities (N, C): the
-    networks'. Networks memorise random labels, too; a sample's nearest neighbours show that they are random."""
-    n, num_class = probabilities.shape
-    rows = np.random.default_rng(0).permutation(n)[:_CHECKED]
-    neighbours = make_pipeline(StandardScaler(), KNeighborsClassifier(min(10, len(rows) // 2)))
-    folds = KFold(min(10, len(rows)), shuffle=True, random_state=0)
-    nearest = cross_val_predict(neighbours, features[rows].astype(np.float32), labels[rows], cv=folds)
-    for name, prediction, given in (
-        ("the networks", probabilities.argmax(axis=1), labels),
-        ("predictions by the nearest neighbours of each sample", nearest, labels[rows]),
-    ):
-        kappa = cohen_kappa_score(prediction, given)
-        if kappa < max(_LITTLE_AGREEMENT, 2 / np.sqrt(len(given) * (num_class - 1))):
-            advice = "are features and labels in the same order?"
-            return f"{name} agree with the labels hardly more than chance (Cohen's kappa {kappa:.2f}); {advice}"
-    return ""
-
-
-def train_heads(
-    data: FeatureSet, num_class: int, seed: int = 0, recipe: FeatureRecipe = FEATURES
-) -> tuple[list[nn.Module], NDArray[np.float32]]:
-    """Algorithm 1 on two heads. -> them, and their probabilities (N, num_class), averaged over the divided epochs."""
-    build = partial(networks.head, data.num_features, num_class)
-    nets = [data.runtime.prepare(seeded(seed, k, build)) for k in (0, 1)]
-    optimizers = [data.runtime.optimizer(net, recipe.lr, recipe.weight_decay) for net in nets]
-    own = OWN_DIVISION
-    mixtures = [Mixture(own["p_threshold"], own["loss_window"], division=own["division"]) for _ in nets]
-    settings = {"alpha": recipe.alpha, "lambda_u": own["lambda_u"], "warm_up": recipe.warm_up}
-    mixmatch = MixMatch(num_class, recipe.batch_size, **settings)
-    mean = MeanProbabilities()
-    for epoch in range(recipe.num_epochs):
-
-        def phase(name: str, k: int = 0, epoch: int = epoch) -> Phase:
-            return Phase(epoch, draws(seed, name, epoch, k)) if name in PHASES else Phase(epoch)
-
-        divisions: Any = [None, None]
-        if epoch >= mixmatch.warm_up:
-            divisions = co_divide(nets, [data, data], mixtures, phase, mean)
-        for k, net in enumerate(nets):
-            division, peer = divisions[1 - k], nets[1 - k]
-            if division is None:
-                warmup_epoch(net, optimizers[k], data, mixmatch, phase("warmup", k))
-            else:
-                train_epoch(net, peer, optimizers[k], data, division, mixmatch, phase("train", k))
-    return nets, mean.mean.float().cpu().numpy()

@@ -175,11 +175,18 @@ def auc(probability: NDArray, truly_clean: NDArray[np.bool_] | None) -> float | 
 class Mixture:
     """One network's mixture through the epochs. It keeps the losses that the window of the next epoch averages."""
 
-    def __init__(self, threshold: float, window: int = 1, largest_window: int = 1, division: str = "global"):
+    def __init__(
+        self,
+        threshold: float,
+        window: int = 1,
+        largest_window: int = 1,
+        division: str = "global",
+        warned: set[str] | None = None,
+    ):
         """threshold and window may change between epochs; largest_window: the largest value that window will have.
-        division: one of DIVISIONS."""
+        division: one of DIVISIONS. warned: what was warned of, shared by the networks of a run."""
         self.threshold, self.window, self.division = threshold, window, division
-        self.has_warned = False  # of classes without a mixture of their own
+        self.warned = set() if warned is None else warned
         self.rows = max(window, largest_window) - 1
         self.history: list[NDArray[np.float32]] = []  # raw losses of the last `rows` divided epochs, (N,) each
 
@@ -204,8 +211,8 @@ class Mixture:
         given = labels if self.division == "per_class" else None
         division = codivide(losses, self.threshold, self.window, truly_clean, random_state, prediction, given)
         self.history = [*losses[-self.rows :]] if self.rows else []
-        if division.fallback and not self.has_warned:
-            self.has_warned = True
+        if division.fallback and "fallback" not in self.warned:
+            self.warned.add("fallback")
             shown = ", ".join(map(str, division.fallback[:10])) + (", ..." if len(division.fallback) > 10 else "")
             reason = f"fewer than {MIN_CLASS_SIZE} samples, or only one group of losses"
             warn(f"{name}: the mixture of all samples divides these classes, too ({reason}): {shown}")

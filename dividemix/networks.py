@@ -280,7 +280,8 @@ def imagenet_file(url: str = IMAGENET) -> Path:
             digest = re.search(r"-([0-9a-f]{8,})\.", path.name)[1]
             torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:  # no network, no such page, a full disk, an incomplete file
-            instead = f"fetch {url} elsewhere and put it at {path}, or give its place as --weights PATH"
+            instead = f"fetch {url} elsewhere and put it at {path}, or give its place as --weights PATH; or train from "
+            instead += "scratch (--weights none, without --features), or, on own images, give --feature_file"
             raise DivideMixError(f"the ImageNet weights could not be downloaded ({error}): {instead}") from error
     return path
 

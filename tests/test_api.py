@@ -3,16 +3,22 @@
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas
 import pytest
 import torch
+from helpers.trained import lively
+from helpers.trees import make_folder
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.metrics import average_precision_score
 
 import dividemix
-from dividemix import DivideMixError
+import Train_folder
+from dividemix import DivideMixError, api
+from dividemix.run import read_run
 
 NAMES = np.array(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])
 
@@ -99,3 +105,84 @@ def test_importing_the_package_loads_no_torch():
     code = "import dividemix, sys; assert 'torch' not in sys.modules; dividemix.nothing"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stderr.strip().endswith("AttributeError: module 'dividemix' has no attribute 'nothing'")
+
+
+# ---- Images ----
+
+TINY = {"width": 4, "num_epochs": 2, "warm_up": 1, "weights": "none", "workers": 0}
+TINY |= {"device": "cpu", "precision": "fp32"}
+
+
+class Items(list):
+    """A torch Dataset is whatever has a length and items."""
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """24 square images of 4 classes, 20 px."""
+    return make_folder(tmp_path_factory.mktemp("api") / "tree", sides=(20, 20))
+
+
+def pictures(tree) -> tuple[list, list[str]]:
+    paths = sorted(tree.rglob("*.jpg"))
+    return [Image.open(path).convert("RGB") for path in paths], [path.parent.name for path in paths]
+
+
+def test_a_folder_arrays_and_a_dataset_have_the_same_list(tree, tmp_path, capsys):
+    """Else pixels are changed on the way, or labels belong to other images."""
+    images, labels = pictures(tree)
+    arrays = np.stack([np.asarray(image) for image in images])
+    numbers = [int(name[1]) for name in labels]
+    tensors = torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
+    of_folder = dividemix.find_label_issues(tree, seed=3, **TINY, run_dir=tmp_path / "run")
+    assert capsys.readouterr().out == "" and len(of_folder) == 24
+    assert [(tree / path).parent.name for path in of_folder.path] == of_folder.given_label.tolist() == labels
+    columns = of_folder.columns.drop(["path", "given_label", "suggested_label"])
+    for table in (
+        dividemix.find_label_issues(images=arrays, labels=labels, seed=3, **TINY),
+        dividemix.find_label_issues(Items(zip(tensors, torch.tensor(numbers), strict=True)), seed=3, **TINY),
+    ):
+        pandas.testing.assert_frame_equal(table[columns], of_folder[columns])
+        assert [str(label)[-1] for label in table.suggested_label] == [name[1] for name in of_folder.suggested_label]
+    rows = dividemix.load(tmp_path / "run", device="cpu").predict(list(arrays[:3]))
+    files = dividemix.load(tmp_path / "run", device="cpu").predict(sorted(tree.rglob("*.jpg"))[:3])
+    assert rows["class"].tolist() == files["class"].tolist() and rows.path.tolist() == [0, 1, 2]
+    assert rows.confidence.between(0, 1).all() and rows.label.dtype == "Int64"
+
+
+def test_images_that_are_none_and_flags_that_are_wrong_are_one_line(tree):
+    """Else a notebook ends in SystemExit, or trains on pixels that a Normalize has shifted."""
+    images, _ = pictures(tree)
+    array = np.asarray(images[0])
+    for source, more, name in (
+        (None, {}, "give one of these"),
+        (tree, {"images": [array]}, "give one of these"),
+        (tree, {"labels": [0, 1]}, "labels"),
+        (tree, {"num_epochs": 0}, "--num_epochs"),
+        (tree, {"no_such_flag": True}, "--no_such_flag"),
+        (iter(images), {}, "Dataset"),
+        (None, {"images": [array, array / 255.0], "labels": [0, 1]}, "image 1"),
+        (None, {"images": [array, array]}, "labels"),
+        (Items([(torch.full((3, 8, 8), -1.0), 0)]), {}, "Normalize"),
+    ):
+        with pytest.raises(DivideMixError, match=name) as error:
+            dividemix.find_label_issues(source, **more)
+        assert "\n" not in str(error.value)
+
+
+def test_the_command_chooses_features_for_photos_on_a_cpu_and_says_how_to_repeat_it(tmp_path, no_figures, capsys):
+    """One command from a folder to the list: it must train what it says, and the run must be one that Train_folder.py
+    continues with the recorded command."""
+    tree, arch = make_folder(tmp_path / "photos", 40, sides=(70, 80)), "shufflenet_v2_x0_5"
+    torch.save(lively(arch, 1000, 64, 0).state_dict(), tmp_path / "w.pth")
+    network = ["--arch", arch, "--weights", str(tmp_path / "w.pth"), "--image_size", "64", "--num_epochs", "4"]
+    more = ["--device", "cpu", "--workers", "0", "--out_dir", str(tmp_path / "out")]
+    final = api.main([str(tree), *network, *more])
+    run = read_run(Path(final["run_dir"]))
+    assert run.path.name == "folder_photos_features" and run.args["features"] is True and run.measured == ""
+    out = capsys.readouterr().out
+    assert "no card: heads on frozen features" in out and out.index("warm_up 3 (") < out.index("features of train: 4 v")
+    assert run.args_json["command"][:3] == ["Train_folder.py", "--val_fraction", "0"]
+    assert np.load(run.path / "label_scores.npz")["neighbour_kappa"] > 0.1
+    Train_folder.main(run.args_json["command"][1:])
+    assert "is finished (4 epochs)" in capsys.readouterr().out

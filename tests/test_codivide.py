@@ -206,10 +206,12 @@ def test_a_run_divides_by_class_in_its_window_and_says_once_where_it_cannot():
     """Else --loss_window or --division is without effect, or a class that falls back is named in every epoch."""
     losses, labels, _ = two_classes()
     labels[:10] = 2
-    mixture, rows = Mixture(0.5, 2, division="per_class"), [losses, losses[::-1].copy()]
+    warned: set[str] = set()
+    mixture, rows = Mixture(0.5, 2, division="per_class", warned=warned), [losses, losses[::-1].copy()]
     with pytest.warns(DivideMixWarning, match="net 2.*: 2$"):
         first = mixture.divide(rows[0], name="net 2", labels=labels)
     with warnings.catch_warnings(action="error"):
+        Mixture(0.5, division="per_class", warned=warned).divide(rows[0], name="net 1", labels=labels)
         second = mixture.divide(rows[1], random_state=3, labels=labels)
     for division, expected in (
         (first, codivide(rows[0], 0.5, labels=labels)),

@@ -28,7 +28,8 @@ MODULES = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [page.name for page in PAGES]
 CHANGE, RESULTS = ROOT / "docs" / "change-the-method.md", ROOT / "benchmarks" / "RESULTS.md"
-OURS = re.compile(r"python3? +(Train_\w+\.py|reproduce\.py|benchmarks/\w+\.py|-m +dividemix\b)")
+COMMAND = rf"dividemix +(?:{'|'.join({name.split()[0] for name in COMMANDS})})\b"
+OURS = re.compile(rf"python3? +(?:Train_\w+\.py|reproduce\.py|benchmarks/\w+\.py|-m +dividemix\b)|^\s*{COMMAND}", re.M)
 
 
 # ---- Finding commands ----
@@ -51,10 +52,11 @@ def worked_example(markdown: str) -> str:
 
 
 def shell_commands(text: str) -> list[list[str]]:
-    """The words of each line of `text` that starts Python, make or torchrun; continuations are joined, comments and
-    `srun` are left out."""
+    """The words of each line of `text` that starts Python, make, torchrun or a command of `dividemix`; continuations
+    are joined, comments and `srun` are left out."""
     lines = re.sub(r"\\\n\s*", " ", text).splitlines()
-    started = [re.match(r"\s*(?:srun .*?)?((\S*/)?(python[\d.]*|make|torchrun) .*)", line) for line in lines]
+    program = rf"(?:\S*/)?(?:python[\d.]*|make|torchrun) |{COMMAND}"
+    started = [re.match(rf"\s*(?:srun .*?)?((?:{program}).*)", line) for line in lines]
     return [shlex.split(command[1], comments=True) for command in started if command]
 
 
@@ -63,7 +65,7 @@ def shell_commands(text: str) -> list[list[str]]:
 
 def check(command: list[str]) -> None:
     """Fails, or raises, for a command that would not start."""
-    program, *arguments = command
+    program, *arguments = ["python", "-m", *command] if command[0] == "dividemix" else command
     if program == "torchrun":  # by its own parser, which takes a script's flag for one of its own where it can
         parsed = get_args_parser().parse_args(arguments)
         arguments = [parsed.training_script, *parsed.training_script_args]
@@ -74,7 +76,10 @@ def check(command: list[str]) -> None:
     elif arguments[:3] == ["-m", "dividemix", "report"]:
         check_arguments(parse_report, arguments[3:])
     elif arguments[:2] == ["-m", "dividemix"]:
-        check_arguments(importlib.import_module(COMMANDS[arguments[2]][0]).parse_args, arguments[3:])
+        if arguments[2] == "issues":
+            arguments[2:3] = ["train", "folder", "--data_path"]
+        n = 4 if arguments[2] == "train" else 3
+        check_arguments(importlib.import_module(COMMANDS[" ".join(arguments[2:n])][0]).parse_args, arguments[n:])
     elif arguments[0] == "-m":
         assert arguments[1] in ("venv", "pip", "pytest"), "unknown module"
     elif re.fullmatch(r"Train_\w+\.py|reproduce\.py|benchmarks/\w+\.py", arguments[0]):
@@ -112,7 +117,9 @@ def check_all(text: str, where: str) -> int:
         except (AssertionError, LookupError, ImportError, SystemExit) as error:
             pytest.fail(f"{where}: {shlex.join(command)}: {error!r}")
     shown = len(OURS.findall(re.sub(r"(?<!\S)#.*", "", re.sub(r"\\\n\s*", " ", text))))
-    parsed = sum(OURS.match(f"python {' '.join(command[1:])}") is not None for command in commands)
+    programs = ["dividemix" if command[0] == "dividemix" else "python" for command in commands]
+    starts = [" ".join([program, *command[1:]]) for program, command in zip(programs, commands, strict=True)]
+    parsed = sum(OURS.match(start) is not None for start in starts)
     assert parsed == shown, f"{where}: {shown} commands are shown, only {parsed} of them on a line of their own"
     return len(commands)
 
@@ -280,6 +287,8 @@ def test_the_demo_ends_with_what_came_out_and_what_to_try(tmp_path, monkeypatch,
         "python Train_nothing.py --r 0.5",
         "python Train_cifar.py \\\n    --dataset cifar11  # comment",
         "python -m dividemix report",
+        "dividemix issues ./flowers --no_such_flag",
+        "dividemix train nothing --r 0.5",
         "make nothing",
         "some text python Train_cifar.py --r 0.5",
         "torchrun --nproc_per_node=2 -- Train_cifar.py --r 0.5",

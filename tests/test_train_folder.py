@@ -166,6 +166,30 @@ def test_what_the_best_epoch_is_chosen_on(tmp_path, start, monkeypatch, splits, 
     assert read_records(tmp_path / "run")[-1].get("best_acc") == {"test": 60.0, "val test": 40.0}.get(" ".join(names))
 
 
+def test_nothing_held_out(tree, tmp_path, start):
+    """A tenth of the labels would never be checked; or a best epoch be claimed that nothing was measured for. A set
+    with one image of each class, too, has nothing to hold out."""
+    status, out, error = start(tree, "--val_fraction", "0")
+    assert status == 0 and "nothing is held out" in out and f"epoch {EPOCHS - 1}, the last" in out, error
+    assert torch.load(tmp_path / "run/best.pt", weights_only=True)["epochs"] == [EPOCHS - 1] * 2
+    assert not [name for record in read_records(tmp_path / "run") for name in record if "acc" in name]
+    assert len(np.load(tmp_path / "run/label_scores.npz")["index"]) == 24
+    assert (tmp_path / "run/acc.txt").read_text() == ""
+    status, out, error = start(make_folder(tmp_path / "two", 2, num_class=2), "--fresh", "--num_epochs", "1")
+    assert status == 0 and "nothing is held out" in out, error
+
+
+def test_two_tables_of_one_folder_get_two_runs(tree, tmp_path):
+    """Else the second table is refused, or continues the run of the first."""
+    lists = dataloader_folder.load(tree).train
+    rows = [f"{lists.name(i)},c{lists.labels[i]}\n" for i in range(len(lists))]
+    (tmp_path / "images").symlink_to(tree)
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.csv").write_text("path,label\n" + "".join(rows))
+    names = {dataloader_folder.load(tree, tmp_path / f"{name}.csv").name for name in ("first", "second")}
+    assert names == {f"{tree.name}_first", f"{tree.name}_second"}
+
+
 # ---- Stopped and continued ----
 
 
@@ -242,12 +266,9 @@ def test_few_and_uneven_images_and_a_faulty_table(tmp_path, start):
         status, out, error = start(tree, "--batch_size", "64")  # less than a batch
     assert status == 0 and "error" not in error and "images of a class: 1 (c0) to 18 (c1), 18.0 times\n" in out
     assert np.isfinite([read_records(tmp_path / "run")[-1][name] for name in ("loss_x", "penalty")]).all()
-    one_of_each = make_folder(tmp_path / "two", 2, num_class=2)
     table = tmp_path / "mine.csv"
     table.write_text("path,label\nc0/0000.jpg,c0\n../x.jpg,c1\n")
     for flags, expected in (
-        ((tree, "--val_fraction", "0"), "--val_fraction"),
-        ((one_of_each,), "--val_fraction"),
         ((tree, "--labels", str(table)), f"error: {tree.parent}/x.jpg: missing ({table}, line 3)"),
     ):
         status, _, error = start(*flags, "--fresh")

@@ -104,9 +104,12 @@ def as_views(features: ArrayLike, name: str = "features") -> NDArray[np.floating
     return features
 
 
-def read_file(path: str | Path, lists: Mapping[str, ImageList]) -> dict[str, NDArray[np.floating]]:
-    """The features (V, N, D) of each list from a .npy file, which has them in the order of the lists. Raises
-    DivideMixError for a file that cannot be read, or has another number of samples."""
+def read_file(
+    path: str | Path, lists: Mapping[str, ImageList], order: Mapping[str, ImageList]
+) -> dict[str, NDArray[np.floating]]:
+    """The features (V, N, D) of each list from a .npy file, which has them in the order of the images in `order`.
+    Raises DivideMixError for a file that cannot be read or has another number of samples, and for an image that is not
+    in `order`."""
     name = f"--feature_file {path}"
     try:
         content = np.load(path, allow_pickle=False)
@@ -115,12 +118,17 @@ def read_file(path: str | Path, lists: Mapping[str, ImageList]) -> dict[str, NDA
     if not isinstance(content, np.ndarray):
         raise DivideMixError(f"{name} holds several arrays: expected a .npy file with one")
     features = as_views(content, name)
-    sizes = [len(images) for images in lists.values()]
-    if features.shape[1] != sum(sizes):
-        expected = ", then ".join(f"{size} of {list_name}" for list_name, size in zip(lists, sizes, strict=True))
+    if features.shape[1] != sum(map(len, order.values())):
+        expected = ", then ".join(f"{len(images)} of {list_name}" for list_name, images in order.items())
         raise DivideMixError(f"{name} has features of {features.shape[1]} images, expected {expected}")
-    arrays = np.split(features, np.cumsum(sizes)[:-1], axis=1)
-    return dict(zip(lists, arrays, strict=True))
+    row_of = {path: row for row, path in enumerate(np.concatenate([images.names() for images in order.values()]))}
+    arrays = {}
+    for list_name, images in lists.items():
+        rows = [row_of.get(path, -1) for path in images.names()]
+        if -1 in rows:
+            raise DivideMixError(f"{images.where(rows.index(-1))}: {name} has no features of this image")
+        arrays[list_name] = features[:, rows]
+    return arrays
 
 
 def digest(features: Mapping[str, NDArray[np.floating]]) -> str:

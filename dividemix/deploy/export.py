@@ -1,6 +1,6 @@
 """A trained run as one file that needs only PyTorch: both networks, and metadata that say how to prepare an image.
 
-    python -m dividemix export RUN model.pt2        # --weights last: of the last epoch, not of the best one
+    dividemix export RUN model.pt2                  # --weights last: of the last epoch, not of the best one
 
 Its program takes images, float32 (B, channels, S, S) in [0, 1], for any B, and gives the sum of the networks' logits
 (B, num_class).
@@ -91,7 +91,12 @@ def random_images(n: int, preparation: Preparation) -> Tensor:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = options.Parser(prog="python -m dividemix export", description="Write a trained run as one .pt2 file.")
+    parser = options.Parser(
+        prog="dividemix export",
+        usage="%(prog)s RUN FILE.pt2 [flags]",
+        description="Write a trained run as one .pt2 file, which needs only PyTorch.",
+        examples=["checkpoint/folder_flowers flowers.pt2", "checkpoint/folder_flowers flowers.pt2 --weights last"],
+    )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run folder")
     add("file", type=Path, metavar="FILE", help="the file to write, for example model.pt2")

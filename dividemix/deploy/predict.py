@@ -1,20 +1,23 @@
 """Classes of your images, predicted by a trained run: a run folder and image files in, predictions.csv out.
 
-    python -m dividemix predict RUN DIR                           # all images below DIR
-    python -m dividemix predict RUN list.csv --weights last       # the files in the column `path` of a CSV; or one file
+    dividemix predict RUN DIR                           # all images below DIR
+    dividemix predict RUN list.csv --weights last       # the files in the column `path` of a CSV; or one file
 
 A row has path, label, class, confidence (the probability of the class), then the next four classes with theirs."""
 
 import argparse
+import contextlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from tqdm import tqdm
 
 from dividemix import DivideMixError, warn
@@ -31,7 +34,7 @@ from dividemix.data import (
 )
 from dividemix.deploy import ensemble as trained
 from dividemix.files import csv_bytes, write_atomically
-from dividemix.run import Description, options, read_description
+from dividemix.run import Description, failures, options, read_description, read_run
 from dividemix.runtime import Runtime, available_cores, start
 
 TOP = 5  # classes in a row
@@ -59,6 +62,87 @@ def find_images(source: Path, path_column: str | None = None) -> tuple[list[str]
     return names, [find(name.strip())[0][0] for name in names], None
 
 
+class Classifier:
+    """A trained run that classifies images. weights: 'best' or 'last', of which epoch. It computes in float32, as the
+    exported program. Warns of a run whose list of labels meant nothing. Raises DivideMixError for a folder that is no
+    run, and for weights that are missing or damaged."""
+
+    def __init__(self, run: str | Path, weights: str = "best", device: str = "auto"):
+        run = Path(run)
+        self.description = read_description(run)
+        width = self.description.width
+        self.runtime = start(device, precision="fp32", width=width, compile=False, graph=False)
+        self.ensemble: trained.Ensemble = self.runtime.prepare(trained.load_ensemble(run, self.description, weights))
+        self.changes: list[int] = []  # what was changed in the image files that were read: see `describe_changes`
+        self.bad: list[str] = []  # why images cannot be read, a line each
+        with contextlib.suppress(DivideMixError):  # a file that only the report needs
+            if reasons := failures(read_run(run)):
+                warn(f"{run}: its predictions may mean nothing, as its list of labels: {'; '.join(reasons)}")
+
+    def predict(self, images: Any, **settings: Any) -> pandas.DataFrame:
+        """Classes of images: one path (a folder, an image, or a table with a column of paths), a list of paths, or
+        arrays (H, W, 3) or (H, W) uint8, also one of (N, H, W, 3). -> path (of arrays their number), label, class,
+        confidence, then the next classes; the row of an image that cannot be read is empty. settings: batch_size,
+        workers, strict, as of `table`, which says what is raised."""
+        if isinstance(images, str | os.PathLike):
+            return self.table(*find_images(Path(images)), **settings)
+        images = list(images)
+        names = [k if isinstance(image, np.ndarray) else os.fspath(image) for k, image in enumerate(images)]
+        return self.table(names, images, **settings)
+
+    def table(
+        self,
+        names: Sequence,
+        images: Sequence,
+        boundary: Boundary | None = None,
+        *,
+        batch_size: int = 100,
+        workers: int = 0,
+        strict: bool = False,
+    ) -> pandas.DataFrame:
+        """The same of image files or arrays with their names. workers: threads that read, 0 for all cores. Raises
+        DivideMixError where no image can be read, with `strict` for one image."""
+        self.changes, self.bad = [], []
+
+        def read(image: str | NDArray) -> NDArray | None:
+            try:
+                if isinstance(image, np.ndarray):
+                    return self.description.preparation.view(from_array(image).convert("RGB"))
+                opened, change = shown(image, boundary)
+                self.changes.append(change)
+                return self.description.preparation.view(opened)
+            except (BadImage, MemoryError) as error:
+                path = str(image)
+                problem = f"{path if path.isprintable() else repr(path)}: {str(error) or type(error).__name__}"
+                if strict:
+                    raise DivideMixError(f"{problem}: nothing is written; without --strict its row is empty") from error
+                self.bad.append(problem)
+                return None
+
+        predictions: list[Prediction] = []
+        bar = tqdm(total=len(images), desc="images", disable=None)
+        with bar, ThreadPoolExecutor(workers or min(16, available_cores())) as pool:
+            for first in range(0, len(images), batch_size):
+                batch = list(pool.map(read, images[first : first + batch_size]))
+                predictions += classify(self.ensemble, self.runtime, batch)
+                bar.update(len(batch))
+        for problem in self.bad[:_WARNINGS]:
+            warn(problem)
+        if len(self.bad) > _WARNINGS:
+            warn(f"{len(self.bad) - _WARNINGS} more images cannot be read")
+        if images and len(self.bad) == len(images):
+            raise DivideMixError(f"none of the {len(self.bad)} images can be read; nothing is written: {self.bad[0]}")
+        return to_table(names, predictions, self.description)
+
+
+def from_array(pixels: NDArray, name: str = "images") -> Image.Image:
+    """Pixels (H, W, 3) or (H, W) uint8 as an image. Raises DivideMixError, naming `name`, for others."""
+    if pixels.dtype != np.uint8 or 0 in pixels.shape or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)):
+        problem = f"{pixels.dtype} of shape {pixels.shape}"
+        raise DivideMixError(f"{name}: expected pixels (H, W, 3) or (H, W) of type uint8, got {problem}")
+    return Image.fromarray(pixels)
+
+
 @torch.inference_mode()
 def classify(ensemble: trained.Ensemble, runtime: Runtime, images: Sequence[NDArray | None]) -> list[Prediction]:
     """Predictions of images uint8 (S, S, channels); an empty one for None."""
@@ -76,20 +160,27 @@ def classify(ensemble: trained.Ensemble, runtime: Runtime, images: Sequence[NDAr
     return [[] if image is None else list(zip(*next(rows), strict=True)) for image in images]
 
 
-def to_table(names: Sequence[str], predictions: Sequence[Prediction], description: Description) -> pandas.DataFrame:
+def to_table(names: Sequence, predictions: Sequence[Prediction], description: Description) -> pandas.DataFrame:
     """predictions.csv, one row an image; only the path where the prediction is empty."""
     columns, classes = ["path", "label", "class", "confidence"], description.classes or range(description.num_class)
     for k in range(2, min(TOP, description.num_class) + 1):
         columns += [f"label_{k}", f"class_{k}", f"probability_{k}"]
     rows = []
     for name, prediction in zip(names, predictions, strict=True):
-        cells = [cell for label, p in prediction for cell in (label, classes[label], f"{p:.6g}")]
-        rows.append([name, *cells] if cells else [name] + [""] * (len(columns) - 1))
-    return pandas.DataFrame(rows, columns=columns, dtype=object)
+        cells = [cell for label, p in prediction for cell in (label, classes[label], float(f"{p:.6g}"))]
+        rows.append([name, *(cells or [None] * (len(columns) - 1))])
+    table = pandas.DataFrame(rows, columns=columns, dtype=object)  # names that are not Unicode stay
+    types = {"label": "Int64", "confidence": float, "probability": float}
+    return table.astype({name: types[kind] for name in columns if (kind := name.split("_")[0]) in types})
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = options.Parser(prog="python -m dividemix predict", description="Classify images by a trained run.")
+    parser = options.Parser(
+        prog="dividemix predict",
+        usage="%(prog)s RUN DIR [flags]",
+        description="Classify images by a trained run.",
+        examples=["checkpoint/folder_flowers new-photos", "checkpoint/folder_flowers list.csv --out answers.csv"],
+    )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run folder")
     add("images", type=Path, metavar="DIR", help="folder of images, one image, or a .csv with `path`")
@@ -109,40 +200,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     trained.check_output(args.out, ".csv")
     if args.out.exists() and args.out.samefile(args.images):
         raise DivideMixError(f"--out {args.out} is also the list of images: choose another name")
-    description = read_description(args.run)
-    # In float32, as the exported program
-    runtime = start(args.device, precision="fp32", width=description.width, compile=False, graph=False)
-    ensemble: trained.Ensemble = runtime.prepare(trained.load_ensemble(args.run, description, args.weights))
-    print(f"{args.run}: {description}; {trained.epochs_used(args.weights, ensemble.epochs)}; {runtime.describe()}")
-
-    changes: list[int] = []
-    bad: list[str] = []
-
-    def read(path: str) -> NDArray | None:
-        try:
-            image, change = shown(path, boundary)
-            changes.append(change)
-            return description.preparation.view(image)
-        except (BadImage, MemoryError) as error:
-            problem = f"{path if path.isprintable() else repr(path)}: {str(error) or type(error).__name__}"
-            if args.strict:
-                raise DivideMixError(f"{problem}: nothing is written; without --strict its row is empty") from error
-            bad.append(problem)
-            return None
-
-    predictions: list[Prediction] = []
-    bar = tqdm(total=len(paths), desc="images", disable=None)
-    with bar, ThreadPoolExecutor(max(1, args.workers)) as pool:
-        for first in range(0, len(paths), args.batch_size):
-            images = list(pool.map(read, paths[first : first + args.batch_size]))
-            predictions += classify(ensemble, runtime, images)
-            bar.update(len(images))
-    for problem in bad[:_WARNINGS]:
-        warn(problem)
-    if len(bad) > _WARNINGS:
-        warn(f"{len(bad) - _WARNINGS} more images cannot be read")
-    if len(bad) == len(predictions):
-        raise DivideMixError(f"{args.images}: none of the {len(bad)} images can be read; nothing is written")
-    write_atomically(args.out, csv_bytes(to_table(names, predictions, description)))
-    empty = f", {len(bad)} of them cannot be read and have empty rows" if bad else ""
-    print(*describe_changes(np.array(changes)), f"{args.out}: {len(predictions)} images{empty}", sep="\n")
+    classifier = Classifier(args.run, args.weights, args.device)
+    epochs = trained.epochs_used(args.weights, classifier.ensemble.epochs)
+    print(f"{args.run}: {classifier.description}; {epochs}; {classifier.runtime.describe()}")
+    settings = {"batch_size": args.batch_size, "workers": max(1, args.workers), "strict": args.strict}
+    table = classifier.table(names, paths, boundary, **settings)
+    write_atomically(args.out, csv_bytes(table))
+    n_bad = len(classifier.bad)
+    empty = f", {n_bad} of them cannot be read and have empty rows" if n_bad else ""
+    print(*describe_changes(np.array(classifier.changes)), f"{args.out}: {len(table)} images{empty}", sep="\n")

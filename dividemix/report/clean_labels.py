@@ -1,7 +1,7 @@
 """A corrected copy of a run's labels, in the format of its data set. The original files are neither changed nor read.
 Samples without a score (damaged images) keep their given labels.
 
-    python -m dividemix report RUN --export_clean DIR
+    dividemix report RUN --export_clean DIR
 """
 
 import json
@@ -17,6 +17,10 @@ from dividemix import DivideMixError
 from dividemix.files import csv_bytes, write_atomically
 from dividemix.report.issues import LabelIssues, cleaned_table, texts
 from dividemix.run import RunFolder
+
+# Flags that corrected labels make invalid, or that would put the next run into the folder of this one
+_REPLACED = {"--labels", "--corrections", "--noise_mode", "--r", "--noise_definition", "--noise_key", "--noise_file"}
+_REPLACED |= {"--noise_seed", "--run_dir", "--fresh"}
 
 
 def export(run: RunFolder, issues: LabelIssues, folder: Path) -> list[str]:
@@ -38,7 +42,9 @@ def export(run: RunFolder, issues: LabelIssues, folder: Path) -> list[str]:
     return [
         f"corrected labels: {folder / name} ({n_changed} of {len(labels)} changed{unscored}), and "
         f"{folder / 'cleaned_labels.csv'}",
-        f"  to train on them, add the other flags of this run: {next_step(run, issues, folder / name)}",
+        "WARNING: DO NOT TRAIN ON THESE LABELS: THE LIST MEANS NOTHING, as said above"
+        if issues.failures
+        else f"  to train on them: {next_step(run, issues, folder / name)}",
     ]
 
 
@@ -89,8 +95,13 @@ def remaining_noise_rate(run: RunFolder, issues: LabelIssues) -> float:
 
 
 def command(run: RunFolder, *flags: str | Path) -> str:
-    """The script with the run's data and these flags, quoted for a shell."""
-    dataset = run.args.get("dataset")
-    data = {"--dataset": dataset, "--data_path": None if dataset == "digits" else run.args.get("data_path")}
-    words = [word for name, value in data.items() if value is not None for word in (name, value)]
-    return shlex.join(map(str, ["python", run.script, *words, *flags]))
+    """The run's command with these flags in place of those of its labels and folder, quoted for a shell."""
+    words: list[list[str]] = []  # each flag with its values
+    for word in run.args_json["command"][1:]:
+        if word.startswith("--") or not words:
+            words.append([])
+        words[-1].append(word)
+    kept = [word for flag in words if flag[0].partition("=")[0] not in _REPLACED for word in flag]
+    is_here = Path(run.script).exists()  # else it came with `pip install`
+    program = ["python", run.script] if is_here else ["dividemix", "train", run.script[len("Train_") : -3].lower()]
+    return shlex.join(map(str, [*program, *kept, *flags]))

@@ -40,7 +40,7 @@ Draw = Callable[[Axes], None]
 
 def draw_all(run: RunFolder, issues: LabelIssues | None, folder: Path) -> dict[str, Path]:
     """Write the figures of a run, as far as it has their data. -> file by name of the figure"""
-    panels: dict[str, Draw] = {"accuracy": partial(draw_accuracy, run=run)}
+    panels: dict[str, Draw] = {"accuracy": partial(draw_accuracy, run=run)} if run.measured else {}
     epochs = metric_table(run)
     for name, metrics, title, unit in (
         ("auc", ["auc"], "AUC of the clean probability", "AUC"),
@@ -60,7 +60,9 @@ def draw_all(run: RunFolder, issues: LabelIssues | None, folder: Path) -> dict[s
 
 def draw_comparison(groups: Sequence[Group], folder: Path) -> dict[str, Path]:
     """Write the curves of several runs, one colour for each group. -> file by name of the figure"""
-    panels: dict[str, Draw] = {"accuracy": partial(draw_overlay, groups=groups, metric=None)}
+    measured = [(name, [run for run in runs if run.measured]) for name, runs in groups]
+    measured = [(name, runs) for name, runs in measured if runs]
+    panels: dict[str, Draw] = {"accuracy": partial(draw_overlay, groups=measured, metric=None)} if measured else {}
     for name, title, unit in (
         ("auc", "AUC of the clean probability", "AUC, mean of both networks"),
         ("labeled", "size of the labeled set", "samples, mean of both networks"),

@@ -14,17 +14,22 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dividemix.files import csv_bytes, write_atomically
-from dividemix.run import RunFolder, borderline, doubtful, net_arrays, quality_by_split, rank_by_split, worst_first
+from dividemix.run import (
+    RunFolder,
+    borderline,
+    doubtful,
+    failures,
+    net_arrays,
+    quality_by_split,
+    rank_by_split,
+    worst_first,
+)
 
 IN_SAMPLE = "scores are in-sample: the networks were trained on these labels"
 _CLASSES_SHOWN = 10
 # A class of at least _MIN_LABELS labels may be lost (the networks have not learned it) where _NEARLY_ALL of them look
 # wrong, or most of them and _FAR_MORE times the share of the other classes
 _MIN_LABELS, _NEARLY_ALL, _MOST, _FAR_MORE = 10, 0.95, 0.5, 2
-# A list means nothing where accuracy is no more than this share of the way from guessing the largest class to 1, or
-# where the networks' divisions agree by less than this (Cohen's kappa). Measured: see RESULTS.md. With
-# fewer samples than _FEWEST these are chance.
-_LITTLE_SKILL, _LITTLE_AGREEMENT, _FEWEST = 0.1, 0.25, 50
 
 
 @dataclass(frozen=True)
@@ -137,28 +142,10 @@ def find(run: RunFolder) -> LabelIssues | None:
         class_names=run.class_names,
         wrong_share=listed.wrong_share,
         wrong_share_error=listed.wrong_share_error,
-        failures=failures(run, labels["list_given"][index], net_arrays(scores, "p_clean")),
+        failures=failures(run),
         relabelled=bool(run.args.get("labels") or run.args.get("corrections")),
         epochs=int(scores["epochs"]),
     )
-
-
-def failures(run: RunFolder, given_labels: NDArray, p_clean: list[NDArray]) -> list[str]:
-    """Why a run's list means nothing; [] for a usable one. given_labels (N,); p_clean: (N,) of each network."""
-    reasons = []
-    accuracy, largest = run.records[-1][run.measured] / 100, np.bincount(given_labels).max() / len(given_labels)
-    name = run.measured.removesuffix("_acc")
-    if accuracy - largest <= _LITTLE_SKILL * (1 - largest) and run.data.get(name, _FEWEST) >= _FEWEST:
-        better = f"the {name} accuracy, {accuracy:.1%}, is hardly better than that of guessing the largest class"
-        reasons.append(f"the networks have not learned to tell the classes apart ({better}, {largest:.1%})")
-    if len(p_clean) == 2:
-        clean_net1, clean_net2 = (p[~np.isnan(p)] > 0.5 for p in p_clean)
-        share1, share2, agreement = clean_net1.mean(), clean_net2.mean(), (clean_net1 == clean_net2).mean()
-        by_chance = share1 * share2 + (1 - share1) * (1 - share2)
-        if agreement - by_chance < _LITTLE_AGREEMENT * (1 - by_chance) and len(clean_net1) >= _FEWEST:
-            agree = f"they agree on {agreement:.1%} of the labels, by chance on {by_chance:.1%}"
-            reasons.append(f"the two networks hardly agree on which labels are clean ({agree})")
-    return reasons
 
 
 def against_truth(issues: LabelIssues | None) -> Agreement | None:

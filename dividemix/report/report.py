@@ -1,10 +1,10 @@
 """The report of a run: report.html, figures, lists of labels that look wrong, and review.html to decide on them, in its
 run folder.
 
-python -m dividemix report RUN                              # RUN/report.html, figures/, *.csv
-python -m dividemix report RUN RUN RUN --out seeds          # the same for each run, and seeds/report.html of all runs
-python -m dividemix report RUN --review                     # RUN/review.html with all doubtful labels
-python -m dividemix report RUN --export_clean my-labels     # a corrected copy of the labels
+dividemix report RUN                              # RUN/report.html, figures/, *.csv
+dividemix report RUN RUN RUN --out seeds          # the same for each run, and seeds/report.html of all runs
+dividemix report RUN --review                     # RUN/review.html with all doubtful labels
+dividemix report RUN --export_clean my-labels     # a corrected copy of the labels
 """
 
 from collections.abc import Sequence
@@ -69,7 +69,12 @@ def draw_comparison(runs: Sequence[RunFolder], lists: compare.Lists, out: Path) 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="python -m dividemix report", description="Write report.html of each run, and one of several.")
+    parser = Parser(
+        prog="dividemix report",
+        usage="%(prog)s RUN [RUN ...] [flags]",
+        description="Write report.html of each run, and one of several.",
+        examples=["checkpoint/folder_flowers --export_clean flowers-clean", "checkpoint/a checkpoint/b --out both"],
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     out_help = "write the report here, not into the run folder; for several runs, the page of all (default: ./report)"
     parser.add_argument("--out", type=Path, metavar="DIR", help=out_help)

@@ -13,6 +13,7 @@ from dividemix.run.run import FREE_FLAGS, Run
 from dividemix.run.scoring import (
     borderline,
     doubtful,
+    failures,
     net_arrays,
     quality_by_split,
     rank_by_split,

@@ -16,6 +16,7 @@ from dividemix.data import PAD
 from dividemix.recipes import FeatureRecipe, OwnRecipe
 from dividemix.run.options import blind_lines, refuse_ranks, set_default
 from dividemix.runtime import ranks
+from dividemix.runtime.device import pick_device
 
 SMALL = 64  # pixels: images up to this side are small
 DEVICE_LIMIT = 4 << 30  # bytes: up to this size a set of small images is kept on the device
@@ -71,6 +72,23 @@ def choose(
     default("lr_drop", args.warm_up + divided * 3 // 4, f"after three quarters of {divided} epochs after warm-up")
     args.eval_batch_size = args.eval_batch_size or (1000 if args.image_size <= SMALL else 200)
     return recipe, lines + choose_division(args)
+
+
+def choose_features(args: argparse.Namespace, side: int, grey: bool) -> tuple[bool, str]:
+    """For `dividemix issues`: whether to train heads on frozen features, and the line that says so and why. On a card
+    whole networks are trained. On a CPU they take hours, except for grey images of at most 64 px, of which a network
+    trained on photos knows little. side: the median short side in pixels; grey: whether all images are."""
+    device = pick_device(args.device, args.gpuid).type
+    if args.features or args.feature_file:
+        return True, "frozen features (given)"
+    if args.weights == "none" or (args.arch and not networks.architecture(args.arch).imagenet):
+        return False, "whole networks are trained (the given network has no weights)"
+    if device != "cpu":
+        return False, f"whole networks are trained: there is a card ({device}); --features is faster"
+    if grey and side <= SMALL:
+        return False, f"whole networks are trained: small, for grey images of at most {SMALL} px"
+    instead = "whole networks would take hours (--weights none)"
+    return True, f"no card: heads on frozen features are trained, in minutes; {instead}"
 
 
 def set_flag(args: argparse.Namespace, lines: list[str], name: str, value: Any, source: str) -> None:

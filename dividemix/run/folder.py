@@ -52,8 +52,8 @@ class RunFolder:
 
     @property
     def measured(self) -> str:
-        """The name of the accuracy that every epoch has."""
-        return "test_acc" if "test_acc" in self.records[-1] else "val_acc"
+        """The name of the accuracy that every epoch has; '' where nothing is held out."""
+        return logs.measured(self.records[-1])
 
     @property
     def ablation(self) -> recipes.Ablation:

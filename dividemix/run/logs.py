@@ -30,10 +30,18 @@ def by_network(record: Record, k: int) -> float:
 
 def by_own_images(record: Record, k: int) -> tuple:
     """For own images, whose few and noisy held-out labels often give equal accuracies: of these the later epoch. Any
-    other epoch is better than a warm-up epoch, since there the method has not trained the networks yet."""
+    other epoch is better than a warm-up epoch, since there the method has not trained the networks yet. Where nothing
+    is held out, the last epoch."""
+    if not measured(record):
+        return True, 0.0, record["epoch"]
     if record["phase"] == "warmup":
         return False, record["epoch"]
     return True, by_ensemble(record, k), record["epoch"]
+
+
+def measured(record: Record) -> str:
+    """The name of the accuracy that every epoch has; '' where nothing is held out."""
+    return next((name for name in ("test_acc", "val_acc") if name in record), "")
 
 
 def training(
@@ -72,9 +80,9 @@ def metric_line(record: Record) -> str:
 
 
 def acc_line(record: Record) -> str:
-    """Of the test set, or, without one, of the validation images."""
-    accuracy = record["test_acc"] if "test_acc" in record else record["val_acc"]
-    return f"Epoch:{record['epoch']}   Accuracy:{accuracy:.2f}\n"
+    """Of the test set, or, without one, of the validation images; '' without both."""
+    name = measured(record)
+    return f"Epoch:{record['epoch']}   Accuracy:{record[name]:.2f}\n" if name else ""
 
 
 def webvision_acc(record: Record) -> str:
@@ -146,7 +154,9 @@ def epoch_line(record: Record, num_epochs: float, verbose: bool = False) -> str:
 
 
 def accuracies(record: Record, verbose: bool) -> str:
-    """The epoch's accuracies (%), top-5 in brackets, and the best so far."""
+    """The epoch's accuracies (%), top-5 in brackets, and the best so far; '' where nothing is held out."""
+    if not measured(record):
+        return ""
     val = f"val {record['val_acc']:.2f}" if "val_acc" in record else ""
     if "test_acc" not in record:
         nets = f" (nets {pair(record, 'val_acc', '.2f')})" if verbose else ""
@@ -185,13 +195,13 @@ class Logs:
 
     def running(self, records: list[Record], best_epochs: list[int]) -> Record:
         """The last record's numbers on all epochs so far: best and last-10 test accuracy, or, without a test set, the
-        best validation accuracy, of both networks together or of each."""
+        best validation accuracy, of both networks together or of each; {} where nothing is held out."""
         best = [records[epoch] for epoch in best_epochs]
         if "test_acc" in records[-1]:
             return {"best_acc": best[0]["test_acc"], "last10_acc": last10(records)}
         if self.best_by is by_network:
             return {f"best_val_acc_net{k}": record[f"val_acc_net{k}"] for k, record in enumerate(best, start=1)}
-        return {"best_val_acc": best[0]["val_acc"]}
+        return {"best_val_acc": best[0]["val_acc"]} if measured(records[-1]) else {}
 
 
 CIFAR = Logs("Train_cifar.py")

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -18,11 +19,12 @@ from dividemix.run.run import Run
 from dividemix.run.signals import rank_prefix
 from dividemix.runtime import Runtime, available_cores, ranks
 
+COMMAND = "dividemix ", "python -m dividemix "  # how a command's name begins, in sys.argv[0]
 NOISE_RATE = 0.5  # of --r
 METHOD_HELP = "ce: plain cross-entropy, everything else the same"
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows each default once, and none where the help text names it or there is nothing to show."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -32,10 +34,31 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line. It takes no abbreviated flags, so that a run's command stays readable."""
+    """argparse with errors of one line. It takes no abbreviated flags, so that a run's command stays readable.
 
-    def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
+    --help begins with two examples and the flags that people use. prog: the script's file; called by `dividemix`, the
+    name is that of the command (`sys.argv[0]`). examples: flags behind it. common: names of flags."""
+
+    def __init__(self, prog: str, description: str, examples: Sequence[str], common: Sequence[str] = (), **more: Any):
+        prog = sys.argv[0] if sys.argv[0].startswith(COMMAND) else prog
+        program = f"python {prog}" if prog.endswith(".py") else prog
+        description += "\n\nexamples:\n" + "\n".join(f"  {program} {example}" for example in examples)
+        more = {"usage": "%(prog)s [flags]"} | more
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=Help, **more)
+        self.common = common
+
+    def format_help(self) -> str:
+        most_used = [action for name in self.common for action in self._actions if action.dest == name]
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        groups = [(group.title, group._group_actions) for group in self._action_groups]
+        for title, actions in [("most used", most_used), *groups]:
+            formatter.start_section(title)
+            formatter.add_arguments([a for a in actions if a not in most_used or title == "most used"])
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{rank_prefix()}{self.prog}: error: {message} (--help lists all flags)\n")
@@ -250,6 +273,12 @@ def add_run(
     add("--workers", type=processes, default=workers, help="processes of each rank that load images")
 
 
+def tables(args: argparse.Namespace) -> dict[str, Any]:
+    """How the tables of own images are read, as arguments of dataloader_folder.load."""
+    columns = {"path_column": args.path_column, "label_column": args.label_column}
+    return columns | {"corrections": args.corrections, "skip_bad": bool(args.skip_bad_images)}
+
+
 # ---- Values of flags that were not given ----
 
 
@@ -368,7 +397,8 @@ def is_blind(args: argparse.Namespace) -> bool:
 def mixtures(args: argparse.Namespace, count: int = 2) -> list[Mixture]:
     """Each network's mixture, as in the flags; for Train_cifar.py and Train_folder.py."""
     largest_window = blind.HISTORY if is_blind(args) else 1
-    return [Mixture(args.p_threshold, args.loss_window or 1, largest_window, args.division) for _ in range(count)]
+    values, warned = (args.p_threshold, args.loss_window or 1, largest_window, args.division), set()
+    return [Mixture(*values, warned) for _ in range(count)]
 
 
 def blind_choice(args: argparse.Namespace, run: Run, mixtures: Sequence[Mixture], data: DataSet) -> blind.Choice | None:

@@ -19,15 +19,24 @@ from torch import Tensor, nn
 
 from dividemix import DivideMixError, warn
 from dividemix.codivide import Mixture, clean_probability
+from dividemix.data import FeatureSet
 from dividemix.engine import DataSet, Phase
 from dividemix.files import write_arrays
-from dividemix.run.folder import load, parse_arrays
+from dividemix.run.folder import RunFolder, load, parse_arrays
 from dividemix.run.label_quality import LabelQuality, label_quality, list_equal_images
 from dividemix.runtime import evaluate_rows
 from dividemix.seeds import draws
 
 THUMBNAILS, SIDE = 2_000, 96  # small images in the run folder; their longer side in pixels, at most
 BORDER = 12  # labels on each side of the end of the list that count as borderline
+# A list means nothing where accuracy is no more than this share of the way from guessing the largest class to 1, or
+# where the networks' divisions agree by less than this (Cohen's kappa). Measured: see RESULTS.md. With
+# fewer samples than _FEWEST these are chance.
+_LITTLE_SKILL, _LITTLE_AGREEMENT, _FEWEST = 0.1, 0.25, 50
+# Nor where the nearest neighbours of the features, or networks without a validation set, agree with the given labels by
+# less than this (kappa), or by no more than two standard errors of random labels. Neighbours of 200 to 1,797 digits:
+# random labels or features within 0.06 of 0; with 50 % of the labels drawn anew 0.3 to 0.5, with 80 % 0 to 0.14.
+_LITTLE_LABELS, _CHECKED = 0.05, 5_000  # kappa; samples of the check by neighbours: it takes about a second
 
 
 def is_scored(folder: Path, epochs: int, index: NDArray) -> bool:
@@ -105,8 +114,62 @@ def write(
         write_arrays(folder / "thumbnails.npz", {"index": shown, "content": content, "ends": ends})
     except Exception as error:  # the scores do not depend on the images
         warn(f"the report shows no images: {error}")
+    scalars = {"epochs": np.int64(epochs)}
+    if isinstance(sets["index"], FeatureSet):
+        given = labels["list_given"][labels["index"]]
+        scalars["neighbour_kappa"] = neighbour_kappa(sets["index"].features[0].float().cpu().numpy(), given)
     # Last, since `is_scored` asks for it
-    write_arrays(folder / "label_scores.npz", table | {"epochs": np.int64(epochs)})
+    write_arrays(folder / "label_scores.npz", table | scalars)
+
+
+def neighbour_kappa(features: NDArray[np.float32], labels: NDArray[np.integer]) -> float:
+    """How well labels (N,) agree with predictions by the nearest neighbours of the features (N, D): Cohen's kappa.
+    Networks memorise random labels, too; a sample's neighbours show that they are random."""
+    from sklearn.model_selection import KFold, cross_val_predict  # slow to import
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    rows = np.random.default_rng(0).permutation(len(labels))[:_CHECKED]
+    neighbours = make_pipeline(StandardScaler(), KNeighborsClassifier(min(10, len(rows) // 2)))
+    folds = KFold(min(10, len(rows)), shuffle=True, random_state=0)
+    return cohen_kappa(cross_val_predict(neighbours, features[rows], labels[rows], cv=folds), labels[rows])
+
+
+def cohen_kappa(first: NDArray[np.integer], second: NDArray[np.integer]) -> float:
+    """How far two classifications (N,) agree: 1 wholly, 0 as by chance."""
+    num_class = int(max(first.max(), second.max())) + 1
+    counts1, counts2 = np.bincount(first, minlength=num_class), np.bincount(second, minlength=num_class)
+    by_chance = float(counts1 @ counts2) / len(first) ** 2
+    return (float((first == second).mean()) - by_chance) / (1 - by_chance) if by_chance < 1 else 0.0
+
+
+def failures(run: RunFolder) -> list[str]:
+    """Why a run's list of labels means nothing; [] for a usable one, and where there is none yet. Without a test and a
+    validation set, networks that have memorised random labels are noticed by their features only."""
+    scores = run.label_scores
+    if not scores:
+        return []
+    given, reasons = run.labels["list_given"][scores["index"]], []
+    probabilities, p_clean = scores["probabilities"], net_arrays(scores, "p_clean")
+    by_chance = max(_LITTLE_LABELS, 2 / np.sqrt(min(len(given), _CHECKED) * (probabilities.shape[1] - 1)))  # kappa
+    if name := run.measured:
+        name, accuracy = name.removesuffix("_acc"), run.records[-1][name] / 100
+        largest = np.bincount(given).max() / len(given)
+        if accuracy - largest <= _LITTLE_SKILL * (1 - largest) and run.data.get(name, _FEWEST) >= _FEWEST:
+            better = f"the {name} accuracy, {accuracy:.1%}, is hardly better than that of guessing the largest class"
+            reasons.append(f"the networks have not learned to tell the classes apart ({better}, {largest:.1%})")
+    elif (kappa := cohen_kappa(probabilities.argmax(axis=1), given)) < by_chance:
+        reasons.append(f"the networks agree with the labels hardly more than by chance (Cohen's kappa {kappa:.2f})")
+    if (kappa := float(scores.get("neighbour_kappa", 1))) < by_chance:
+        agree = f"predictions by the nearest neighbours agree with the labels hardly more than by chance ({kappa:.2f})"
+        reasons.append(f"features and labels have little to do with each other; are they in the same order? {agree}")
+    if len(p_clean) == 2:
+        clean = [(p[~np.isnan(p)] > 0.5).astype(int) for p in p_clean]
+        if (kappa := cohen_kappa(*clean)) < _LITTLE_AGREEMENT and len(clean[0]) >= _FEWEST:
+            agree = f"they agree on {(clean[0] == clean[1]).mean():.1%} of the labels, Cohen's kappa {kappa:.2f}"
+            reasons.append(f"the two networks hardly agree on which labels are clean ({agree})")
+    return reasons
 
 
 def quality_by_split(scores: dict[str, NDArray], list_given: NDArray) -> LabelQuality:

@@ -1,12 +1,15 @@
-"""Choose the images that a run trains on, and those it holds out."""
+"""Choose the images that a run trains on, and those it holds out; read the features of the images."""
 
+from argparse import Namespace
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dividemix.data import ImageList, usable
+from dividemix import networks
+from dividemix.data import ImageList, Pipeline, features, usable
+from dividemix.run.description import BACKBONE
 from dividemix.run.run import Run
 from dividemix.seeds import hold_out
 
@@ -20,6 +23,13 @@ class Split(NamedTuple):
     train: NDArray[np.int64]
     held_out: NDArray[np.int64]
     lines: list[str]
+
+    @property
+    def sets(self) -> dict[str, tuple[str, NDArray[np.int64]]]:
+        """The data sets, training first: name -> list, rows in it. Without "val" and "test" nothing is evaluated."""
+        whole = {name: (name, np.arange(len(images))) for name, images in self.lists.items()}
+        held_out = {"val": ("train", self.held_out)} if len(self.held_out) else {}
+        return whole | {"train": ("train", self.train)} | held_out
 
 
 def split(
@@ -49,3 +59,18 @@ def split(
     run.save_labels(index=index, held_out=held_out, given=train.labels[index], **every_label)
     usable_rows = (np.searchsorted(rows["train"], numbers) for numbers in (index, held_out))
     return Split({name: images.select(rows[name]) for name, images in lists.items()}, index, *usable_rows, lines)
+
+
+def read_features(
+    args: Namespace, split: Split, run: Run, pipeline: Pipeline, order: Mapping[str, ImageList]
+) -> dict[str, NDArray[np.floating]]:
+    """The features (V, N, D) of each list of the split: of --feature_file, whose rows are the images of `order`, or of
+    the frozen network. Raises DivideMixError for a file that does not fit, or is not that with which the run began."""
+    place = args.feature_file or args.cache_dir or run.folder / "features"
+    if args.feature_file:
+        stored = features.read_file(place, split.lists, order)
+    else:
+        net = networks.frozen(args.arch, args.width, args.weights, run.folder / BACKBONE, run.runtime, run.begun)
+        stored = features.of_network(net, pipeline, place, args.feature_views, run.say)
+    run.pin("features", features.digest(stored), f"{place} does not hold the features with which {run.folder} began")
+    return stored

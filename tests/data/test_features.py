@@ -125,22 +125,37 @@ def test_a_feature_file_has_the_lists_one_after_the_other(lists, tmp_path):
     """Features of test images would train, under labels of other images."""
     path = tmp_path / "FILE.npy"
     np.save(path, np.arange(16 * 3, dtype=np.float32).reshape(16, 3))
-    parts = features.read_file(str(path), lists)
+    parts = features.read_file(str(path), lists, lists)
     assert (
         [*parts] == ["train", "test"]
         and parts["train"].shape == (1, 8, 3)
         and parts["test"][0, 0].tolist() == [24, 25, 26]
     )
     np.save(path, np.ones((16, 3)))
-    assert features.digest(features.read_file(str(path), lists)) != features.digest(parts)
+    assert features.digest(features.read_file(str(path), lists, lists)) != features.digest(parts)
     for content in (np.ones((8, 3)), np.array([None] * 16)):
         np.save(path, content)
         with pytest.raises(DivideMixError, match="FILE"):
-            features.read_file(str(path), lists)
+            features.read_file(str(path), lists, lists)
     np.savez(tmp_path / "F.npz", a=np.ones((16, 3)))
     for other in ("F.npz", "absent.npy"):
         with pytest.raises(DivideMixError, match=other):
-            features.read_file(str(tmp_path / other), lists)
+            features.read_file(str(tmp_path / other), lists, lists)
+
+
+def test_a_sorted_or_shorter_table_keeps_its_features(tmp_path):
+    """The corrected labels of a run, sorted by somebody in a spreadsheet, would get the features of other images."""
+    tree, path = make_folder(tmp_path / "tree", 8, num_class=2), tmp_path / "F.npy"
+    first = dataloader_folder.load(tree).lists
+    names = [first["train"].name(i) for i in range(8)]
+    np.save(path, np.arange(8.0)[:, None])
+    table = tmp_path / "sorted.csv"
+    table.write_text("path,label\n" + "".join(f"{name},a{k % 2}\n" for k, name in enumerate(names[:1:-1])))
+    lists = dataloader_folder.load(tree, table).lists
+    stored = features.read_file(path, lists, dataloader_folder.feature_order(tree, table, lists))
+    assert stored["train"][0, :, 0].tolist() == [7, 6, 5, 4, 3, 2]
+    (tmp_path / "flat").mkdir()  # no labels but those of the table: its order
+    assert dataloader_folder.feature_order(tmp_path / "flat", table, lists) is lists
 
 
 # ---- Features of a network ----

@@ -46,7 +46,8 @@ def test_predictions_on_the_test_images_have_the_runs_accuracy(kind, start, tmp_
     (tmp_path / "list.csv").write_text("path\n" + "".join(f'"{path}"\n' for path in run.images))
     for weights, accuracy in (("best", run.best), ("last", run.last)):
         status, out, error = start(run.folder, "list.csv", "--weights", weights)
-        assert (status, error) == (0, "") and f"weights of the {weights} epoch" in out
+        assert status == 0 and f"weights of the {weights} epoch" in out
+        assert all("may mean nothing" in line for line in error.splitlines())  # of so short a run
         rows = rows_of(tmp_path / "predictions.csv")
         assert [row["path"] for row in rows] == [str(path) for path in run.images]
         right = [int(row["label"]) == label for row, label in zip(rows, run.labels, strict=True)]
@@ -154,7 +155,7 @@ def test_images_that_cannot_be_read_are_left_empty_and_named(run, start, tmp_pat
     refused(start(run, "photos", "--strict"), "photos/cut.png: ", "truncated")
     (folder / "photo_00.png").unlink()
     status, _, error = start(run, "photos")
-    assert status == 1 and error.splitlines()[-1].startswith("error: photos: none of the 12 images")
+    assert status == 1 and error.splitlines()[-1].startswith("error: none of the 12 images")
     assert (tmp_path / "predictions.csv").read_text() == "before"
 
 

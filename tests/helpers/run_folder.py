@@ -44,7 +44,12 @@ def make_run(
     folder.mkdir(parents=True)
     divided = method == "dividemix"
     args = {"warm_up": warm_up, "method": method, "seed": 123, "p_threshold": 0.5, "r": 0.5, **flags}
-    about = {"command": [command, "--r", "0.5"], "args": args, "data": {"classes": classes or CLASSES, "train": N}}
+    data = [word for name in ("dataset", "data_path") if name in flags for word in (f"--{name}", flags[name])]
+    about = {
+        "command": [command, *data, "--r", "0.5", "--width=8"],
+        "args": args,
+        "data": {"classes": classes or CLASSES, "train": N},
+    }
     about |= {"model": {}, "machine": "cpu, 1 threads", "commit": "0" * 40, "versions": {"torch": "2"}}
     (folder / "args.json").write_text(json.dumps(about))
     labels = {"index": np.arange(N), "given": GIVEN, "list_given": GIVEN}

@@ -38,7 +38,7 @@ def test_small_sets_get_a_noise_file(tmp_path):
     assert "3 of 15 changed" in lines[0] and "3 without a score" in lines[0]
     file = tmp_path / "clean" / "cleaned_labels.json"
     # Of the 15 labels 2 + 1 are wrong still.
-    assert command[2:] == f"--dataset digits --noise_mode sym --r 0.3 --noise_file {file}".split()
+    assert command[2:] == f"--dataset digits --width=8 --noise_mode sym --r 0.3 --noise_file {file}".split()
     spec = noise_file.NoiseSpec("digits", "sym", 0.3, 0, 3, noise.synthetic.next_class(3))
     assert noise_file.read(file, true, spec).tolist() == [*CLEANED, 2, 2, 0]
     unknown = make_run(tmp_path / "unknown", dataset="cifar10", data_path="d", truth=False)
@@ -73,7 +73,7 @@ def test_own_images_become_a_csv_with_class_names(tmp_path):
     flags = {"command": "Train_folder.py", "paths": paths, "data_path": "my data", "truth": False}
     _, command = export(make_run(tmp_path / "run", **flags), tmp_path / "clean list")
     file = tmp_path / "clean list" / "labels.csv"
-    assert command == ["python", "Train_folder.py", "--data_path", "my data", "--labels", str(file)]
+    assert command == ["python", "Train_folder.py", "--data_path", "my data", "--width=8", "--labels", str(file)]
     with open(file, encoding="utf-8", errors="surrogateescape", newline="") as lines:
         rows = list(csv.reader(lines))
     assert rows[0] == ["path", "label"]

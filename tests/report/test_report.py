@@ -1,5 +1,6 @@
 """The command: `python -m dividemix report RUN [RUN ...]`."""
 
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from helpers.scripts import end_of
 
 from dividemix import DivideMixError, DivideMixWarning
 from dividemix.report import figures, report
+from dividemix.run import scoring
 
 MADE = {"report.html", "figures", "transition.csv", "label_issues.csv", "suspects.csv", "cleaned_labels.csv"}
 
@@ -34,6 +36,28 @@ def test_one_run_has_its_report_and_lists_in_its_folder(tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"report: {folder / 'report.html'}\n" in out and "3 of 4 (75.0%)" in out.splitlines()[1]
     assert "labels: 3 of 12" in out and "recall 75.0%" in out and "2 runs" not in (folder / "report.html").read_text()
+
+
+def test_a_run_without_any_accuracy_has_a_report(tmp_path):
+    """`dividemix issues` measures none: its list would be lost in a KeyError."""
+    folder = make_run(tmp_path / "run", command="Train_folder.py", truth=False, data_path="d")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = [{name: value for name, value in record.items() if "acc" not in name} for record in records]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    other = make_run(tmp_path / "other", truth=False)
+    report.main([str(folder), str(other), "--out", str(tmp_path / "both")])
+    page = (folder / "report.html").read_text()
+    assert "Nothing is held out" in page and "accuracy (%)" not in page and (folder / "suspects.csv").exists()
+    assert not (folder / "figures/accuracy.png").exists() and (tmp_path / "both/figures/accuracy.png").exists()
+
+
+def test_corrected_labels_of_a_list_that_means_nothing_are_no_success(tmp_path, capsys, monkeypatch):
+    """They were asked for by name, but nobody should train on them because the command ended as any other."""
+    monkeypatch.setattr(scoring, "_LITTLE_SKILL", 1.0)
+    monkeypatch.setattr(scoring, "_FEWEST", 1)
+    report.main([str(make_run(tmp_path / "run")), "--export_clean", str(tmp_path / "clean")])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("WARNING: ") and "python" not in last and (tmp_path / "clean/cleaned_labels.csv").exists()
 
 
 def test_another_folder_leaves_the_run_as_it_is(tmp_path):

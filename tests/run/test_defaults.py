@@ -1,6 +1,7 @@
 """What Train_folder.py chooses for own images, and that a flag wins."""
 
 import pytest
+import torch
 
 import Train_folder
 from dividemix import DivideMixError, networks, recipes
@@ -93,6 +94,30 @@ def test_what_the_best_epoch_is_chosen_by():
     """Without held-out images there is no accuracy at all; with a test split, holding some out wastes them."""
     assert chosen(lists=("train", "test"))[0].val_fraction == chosen(lists=("train", "val"))[0].val_fraction == 0
     assert chosen("--val_fraction", "0.2", lists=("train", "test"))[0].val_fraction == 0.2
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "side", "grey", "features"),
+    [
+        ("", "cpu", 300, False, True),
+        ("", "cpu", 32, False, True),
+        ("", "cpu", 300, True, True),
+        ("", "cpu", 64, True, False),
+        ("", "cuda", 300, False, False),
+        ("--features", "cuda", 28, True, True),
+        ("--weights none", "cpu", 300, False, False),
+        ("--arch preresnet18", "cpu", 300, False, False),
+        ("--arch resnet18", "cpu", 300, False, True),
+        ("--weights file.pth", "cpu", 300, False, True),
+    ],
+)
+def test_features_or_whole_networks(monkeypatch, flags, device, side, grey, features):
+    """`dividemix issues` would take hours on a laptop, ask small scans of a network that knows photos, leave a card
+    unused, or overrule its user."""
+    monkeypatch.setattr(defaults, "pick_device", lambda *_: torch.device(device))
+    args = Train_folder.parse_args(["--data_path", "x", *flags.split()])
+    chosen, line = defaults.choose_features(args, side, grey)
+    assert chosen == features and ("features" if features else "whole networks") in line.split(";")[0]
 
 
 def test_flags_that_do_not_go_together(capsys):

@@ -113,3 +113,12 @@ def test_the_best_epoch_of_own_images_is_no_warm_up_epoch(phases, accuracies, be
     records = [{"epoch": e, "phase": names[phase], "val_acc": float(value)} for e, (phase, value) in epochs]
     chosen = [max(records[:n], key=lambda record: logs.FOLDER.best_by(record, 0)) for n in range(1, len(records) + 1)]
     assert [record["epoch"] for record in chosen] == best
+    assert logs.FOLDER.best_epochs(records, 2) == [best[-1]] * 2  # the figure marks the epoch that is said
+
+
+def test_without_any_accuracy_the_last_epoch_is_taken():
+    """Else `dividemix issues`, which holds nothing out, ends in a KeyError or takes the warm-up's networks."""
+    records = [{"epoch": e, "phase": phase, "loss_x": 1.0} for e, phase in enumerate(("warmup", "train", "warmup"))]
+    assert logs.FOLDER.best_epochs(records, 2) == [2, 2]
+    assert logs.FOLDER.running(records, [2, 2]) == {} and logs.FOLDER.acc(records[0]) == ""
+    assert logs.epoch_line(records[0], 3) == "epoch 0/2 warmup  Lx 1.0000"

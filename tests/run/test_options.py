@@ -3,14 +3,17 @@
 import argparse
 import dataclasses
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.scripts import tiny
 
+import reproduce
 import Train_cifar
 import Train_clothing1M
+import Train_folder
 import Train_webvision
 from dividemix import recipes, runtime
 from dividemix.engine import MixMatch
@@ -268,6 +271,20 @@ def test_help_lists_every_flag_and_each_default_once(capsys):
         flags[script] = set(re.findall(r"(?<!\S)--[\w-]+", text))
         assert not [flag for flag in flags[script] if "-" in flag[2:]]
     assert {f"--{name}" for name in DEFAULTS} <= flags[Train_cifar] and "the paper's)" not in text
+
+
+@pytest.mark.parametrize("script", [Train_cifar, Train_clothing1M, Train_webvision, Train_folder, reproduce])
+def test_help_begins_with_what_people_use(script, capsys, monkeypatch):
+    """Else a newcomer reads sixty flags to find the folder's, or a flag that was moved to the top is listed twice."""
+    for program, shown in (("script.py", f"python {script.__name__}.py "), ("dividemix train x", "dividemix train x ")):
+        monkeypatch.setattr(sys, "argv", [program])
+        with pytest.raises(SystemExit):
+            script.parse_args(["--help"])
+        text = capsys.readouterr().out
+        head = text[: text.index("\noptions:")]
+        assert head.count(f"\n  {shown}") == 2 and len(re.findall(r"^  --", head, re.MULTILINE)) == 5
+        flags = re.findall(r"^  (?:-h, )?(--\w+)", text, re.MULTILINE)
+        assert len(flags) == len(set(flags))
 
 
 @pytest.mark.parametrize(
