@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # In float32, as the exported program
     runtime = start(args.device, precision="fp32", width=description.width, compile=False, graph=False)
     ensemble: trained.Ensemble = runtime.prepare(trained.load_ensemble(args.run, description, args.weights))
-    print(f"{args.run}: {description}; {trained.epochs_used(args.weights, ensemble.epochs)}; {runtime.describe()}")
+    print(f"{args.run}: {description}; {trained.epochs_used(args.weights, ensemble)}; {runtime.describe()}")
 
     changes: list[int] = []
     bad: list[str] = []
