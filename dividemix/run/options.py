@@ -150,7 +150,7 @@ def add_small_images(parser: Parser) -> None:
 def add_beyond_paper(parser: Parser) -> None:
     """What the paper does not have; for Train_cifar.py and Train_folder.py."""
     add = parser.add_argument_group("beyond the paper").add_argument
-    text = "views that the mixed batch is made of: weak (crop, flip), or strong (then AutoAugment's CIFAR-10 policy)"
+    text = "views of the mixed batch; weak: crop and flip, strong: then AutoAugment's policy for CIFAR-10"
     add("--augment", choices=["weak", "strong"], default="weak", help=text)
     text = "test and keep averages of both networks' weights, too: so much of the average stays at a step, as 0.999"
     add("--ema", type=open_unit, metavar="DECAY", help=text)
