@@ -46,7 +46,7 @@ def make_trained(
     (folder / "args.json").write_text(json.dumps(args))
     torch.save({**pair(arch, num_class, width, 0), "epochs": [1, 1], "config": {}}, folder / "best.pt")
     if last:
-        state = {"records": [{"epoch": 2}], "format": checkpoint.FORMAT}
+        state = {"records": [{"epoch": 2}], "format": checkpoint.FORMAT, "config": {}}
         checkpoint.save_last(folder, 2, pair(arch, num_class, width, 10) | state)
     return folder
 
