@@ -8,6 +8,7 @@
     python Train_cifar.py ... --method ce                                         # plain cross-entropy, to compare
     python Train_cifar.py ... --recipe blind                                      # settings chosen from the data
     python Train_cifar.py ... --ablation no_refinement                            # without label refinement (Table 5)
+    python Train_cifar.py ... --augment strong                                    # beyond the paper: strong views
 
 The same command again continues the run. The defaults of lambda_u, p_threshold and loss_window are the paper's for this
 noise (`dividemix/recipes.py`); with --recipe blind they are chosen from the data (`dividemix/blind.py`). `main` reads
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     with Run(setting.folder, args, runtime, logs.CIFAR) as run:
         train, tests, summary, lines = dataloader_cifar.noisy_sets(
-            images, setting.noise, run, args.limit_train, args.val_fraction, args.noise_file
+            images, setting.noise, run, args.limit_train, args.val_fraction, args.noise_file, args.augment == "strong"
         )
         nets = options.build_networks(args, runtime, run.begun, count=ablation.nets)
         optimizers = [runtime.optimizer(net, args.lr, recipes.CIFAR_WEIGHT_DECAY) for net in nets]

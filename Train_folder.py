@@ -65,7 +65,8 @@ def train(
     args.num_class = data.num_class
     runtime = options.start_runtime(args)
     folder = options.run_folder(args, "folder", data.name, "features" * args.features, "ce" * (args.method == "ce"))
-    views = Views(defaults.resize(args.data_mode, args.image_size), args.image_size, flip=not args.no_flip)
+    strong, resize = args.augment == "strong", defaults.resize(args.data_mode, args.image_size)
+    views = Views(resize, args.image_size, flip=not args.no_flip, strong=strong)
 
     with Run(folder, args, runtime, logs.FOLDER) as run:
         digests = {"classes": hashlib.sha256(json.dumps(data.class_names).encode()).hexdigest()}
@@ -148,7 +149,8 @@ def read(
             if name == "train" and args.weights == "none":  # a continued run keeps the values that it began with
                 mean, std = run.keep("mean_std", [list(values) for values in mean_std(pixels)])
             labels = pipeline.lists[list_name].labels[rows]
-            sets[name] = DeviceImages(pixels, labels, mean, std, not args.no_flip, run.runtime)
+            views = pipeline.views
+            sets[name] = DeviceImages(pixels, labels, mean, std, views.flip, run.runtime, strong=views.strong)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -162,10 +164,11 @@ def finish(
     run: Run, train: DataSet, tests: Mapping[str, DataSet], held_out: DataSet | None, pipeline: Pipeline
 ) -> dict[str, Any]:
     """Print the best epoch's accuracies, score the labels, also the held-out ones, and return the final metrics."""
-    best, titles = run.records[run.best_epochs[0]], {"val": "validation", "test": "test"}
+    best, titles = logs.of_averages(run.records[run.best_epochs[0]]), {"val": "validation", "test": "test"}
     accuracies = ", ".join(f"{title} {best[f'{name}_acc']:.2f}" for name, title in titles.items() if name in tests)
     chosen_on = "the validation images" if "val" in tests else "the test set"
-    line = f"best epoch {best['epoch']}, chosen on {chosen_on}: {accuracies}"
+    averaged = " of the averaged weights" * bool(run.args.ema)
+    line = f"best epoch {best['epoch']}{averaged}, chosen on {chosen_on}: {accuracies}"
     line = line if tests else f"epoch {best['epoch']}, the last, is taken"
     return run.finish(line, train, held_out, lambda: duplicates.first_equal(pipeline.equal_images()["train"]))
 

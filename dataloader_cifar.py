@@ -80,10 +80,17 @@ def load(dataset: str, data_path: str | Path, download: bool = False) -> ImageDa
 
 
 def noisy_sets(
-    images: ImageData, spec: NoiseSpec, run: Run, limit: int | None, val_fraction: float, noise_file: Path | None
+    images: ImageData,
+    spec: NoiseSpec,
+    run: Run,
+    limit: int | None,
+    val_fraction: float,
+    noise_file: Path | None,
+    strong: bool = False,
 ) -> tuple[DeviceImages, dict[str, DeviceImages], dict[str, Any], list[str]]:
     """The images with noisy labels (`noise.noisy_labels`) on the run's device. limit: train on a seeded subset of this
-    size; val_fraction: the fraction of it that is held out, with its noisy labels, to select the best epoch.
+    size; val_fraction: the fraction of it that is held out, with its noisy labels, to select the best epoch; strong:
+    whether the training set has strong views (see `DeviceImages`).
 
     -> training set; test sets 'test' and, if images are held out, 'val'; data for args.json; lines to print.
     """
@@ -97,7 +104,7 @@ def noisy_sets(
         index = np.sort(draws(seed, "subset").permutation(index)[:limit])
     index, held_out = hold_out(index, val_fraction, seed)
     shared = images.mean, images.std, images.flip, run.runtime
-    train = DeviceImages(images.train_images[index], noisy[index], *shared, noisy[index] == truth[index])
+    train = DeviceImages(images.train_images[index], noisy[index], *shared, noisy[index] == truth[index], strong)
     tests = {"test": DeviceImages(images.test_images, images.test_labels, *shared)}
     if len(held_out):
         tests["val"] = DeviceImages(images.train_images[held_out], noisy[held_out], *shared)

@@ -97,7 +97,7 @@ def kept_waiting(function: Callable[[], Any], repeats: int) -> float | None:
 
 def waited(run_folder: Path, trained: tuple[list, list, list], epoch_seconds: float, repeats: int) -> float:
     """Median seconds_save of a run's epochs but the first; each is the best yet, so best.pt is written too."""
-    flags = argparse.Namespace(seed=0, fresh=False, save_scores=False)
+    flags = argparse.Namespace(seed=0, fresh=False, save_scores=False, verbose=False)
     with Run(run_folder, flags) as run:
         run.start([], *trained, MixMatch(10), data={}, model={})
         for epoch in run.epochs(1 + repeats):

@@ -47,11 +47,15 @@ def summary(ce: dict[str, Any], dividemix: dict[str, Any], page: Path) -> list[s
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, help="(default: 1)")
     parser.add_argument("--out_dir", default="./checkpoint", help="folder of the run folders (default: ./checkpoint)")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     pairs = [[train(method, k, args.out_dir) for method in METHODS] for k in range(args.seeds)]
     page = Path(args.out_dir) / "demo_report"
     report.main([*(run["run_dir"] for run in pairs[0]), "--out", str(page)])

@@ -81,7 +81,7 @@ class DataSet(Protocol):
     @property
     def warmup_views(self) -> Callable[..., tuple[Tensor, ...]]: ...  # (*batch) -> x, labels
     @property
-    def mixmatch_views(self) -> Callable[..., tuple[Tensor, ...]]: ...  # (*batch) -> x1, x2, labels, w, u1, u2
+    def mixmatch_views(self) -> Callable[..., tuple[Tensor, ...]]: ...  # (*batch) -> `train_step`'s batch
 
     def __len__(self) -> int: ...
     def warmup_batches(self, batch_size: int, rng: np.random.Generator) -> Batches: ...
@@ -149,11 +149,13 @@ class MeanProbabilities:
 
 
 def mixmatch_step(
-    net, peer, optimizer, x1, x2, labels, w, u1, u2, *, T: float, num_class: int, unlabeled_loss: bool = True, **draws
-) -> StepTerms:
-    """`train_step` with its settings as separate arguments. draws: lam, index, lambda_u; optional: forward, ranks."""
+    net, peer, optimizer, x1, x2, labels, w, u1, u2, *, T: float, num_class: int, unlabeled_loss: bool = True,
+    strong: Sequence[Tensor] = (), **draws,
+) -> StepTerms:  # fmt: skip
+    """`train_step` with its settings as separate arguments. draws: lam, index, lambda_u; optional: strong, which is x3,
+    x4, u3, u4; forward, ranks."""
     mixmatch = MixMatch(num_class, len(x1), T, unlabeled_loss=unlabeled_loss)
-    return train_step(net, peer, optimizer, (x1, x2, labels, w, u1, u2), mixmatch, **draws)
+    return train_step(net, peer, optimizer, (x1, x2, labels, w, u1, u2, *strong), mixmatch, **draws)
 
 
 def train_step(
@@ -176,6 +178,9 @@ def train_step(
     all 2B + 2B' rows; lambda_u: already ramped up. Sets the modes of both networks. With unlabeled_loss=False
     (Clothing1M, WebVision) unlabeled images are mixup partners only, and just the first 2B rows are forwarded.
 
+    Strong views, not in the paper (Nishi et al., CVPR 2021): where x3, x4, u3, u4 follow in the batch, the mixed batch
+    is made of them, with the targets found on x1, x2, u1, u2.
+
     Ablations (Table 5). peer None: `net` guesses alone. refine=False: the given labels are the targets, whatever w is;
     all forward passes stay, and with them BN's statistics. views=1: x2 and u2 are not used, `index` is of B + B' rows.
 
@@ -185,7 +190,7 @@ def train_step(
     net.train()  # also while guessing: each forward uses its own batch statistics and updates the running ones
     if peer is not None:
         peer.eval()
-    x1, x2, labels, w, u1, u2 = batch
+    x1, x2, labels, w, u1, u2, *strong = batch
     M, T = mixmatch.views, mixmatch.T
     xs, us = [x1, x2][:M], [u1, u2][:M] if len(u1) else []
     with torch.no_grad():
@@ -198,6 +203,8 @@ def train_step(
         one_hot = (labels.unsqueeze(1) == torch.arange(mixmatch.num_class, device=labels.device)).to(w.dtype)
         targets_x = [co_refine(one_hot, w, logits_x, T) if mixmatch.refine else one_hot] * M
 
+    if strong:
+        xs, us = strong[:2][:M], strong[2:][: len(us)]
     inputs, targets = torch.cat([*xs, *us]), torch.cat([*targets_x, *targets_u])
     rows_x = M * len(x1)
     mixed, mixed_targets = mixup(inputs, targets, lam, index if mixmatch.unlabeled_loss else index[:rows_x])
@@ -357,13 +364,16 @@ def test(
     ks: Sequence[int] = (1,),
 ) -> dict[str, float]:
     """Accuracies in per cent under their names in metrics.jsonl. For a set named 'test': test_acc of the summed logits,
-    test_acc_net1, test_acc_net2 of each network and, for k > 1 in `ks`, test_acc_top<k> of the summed logits."""
+    test_acc_net1, test_acc_net2 of each network, for k > 1 in `ks` test_acc_top<k> of the summed logits, and, where
+    weights are averaged, test_acc_ema of the averages' summed logits."""
     record = {}
     for name, data in sets.items():
         accuracy = top_k_accuracy(nets, data, ks, phase(name))
         record[f"{name}_acc"], *each_net = accuracy[1]
         record |= {f"{name}_acc_net{k}": value for k, value in enumerate(each_net, start=1)}
         record |= {f"{name}_acc_top{k}": accuracy[k][0] for k in ks if k > 1}
+        if data.runtime.averages:
+            record[f"{name}_acc_ema"] = top_k_accuracy(data.runtime.averaged(nets), data, phase=phase(name))[1][0]
     return record
 
 

@@ -48,7 +48,7 @@ ROWS = (
 
 # The other flags of Train_cifar.py that these results were made with
 CIFAR_SETTING = {"num_epochs": 300, "arch": "preresnet18", "width": 64, "batch_size": 64, "limit_train": None}
-CIFAR_SETTING |= {"recipe": "paper", "lr": 0.02, "lr_drop": 150, "val_fraction": 0.0}
+CIFAR_SETTING |= {"recipe": "paper", "lr": 0.02, "lr_drop": 150, "val_fraction": 0.0, "ema": None}
 CIFAR_WEIGHT_DECAY = 5e-4
 # A row leaves the other settings of the method at their defaults: a new field of MixMatch is compared, too.
 METHOD_SETTING = {name: item.default for name, item in MixMatch.__dataclass_fields__.items() if name != "num_class"}
@@ -59,7 +59,9 @@ def setting(row: Recipe, method: str = "dividemix") -> dict[str, Any]:
     if method == "ce":
         return CIFAR_SETTING | {"conf_penalty": "auto"}
     of_row = {name: getattr(row, name) for name in ("lambda_u", "p_threshold", "loss_window")}
-    of_row |= {"division": "global"} | ({"noise_definition": "with_self"} if row.mode == "sym" else {})
+    of_row |= {"division": "global", "augment": "weak"} | (
+        {"noise_definition": "with_self"} if row.mode == "sym" else {}
+    )
     return CIFAR_SETTING | METHOD_SETTING | {"conf_penalty": "auto", "warm_up": warm_up(row.dataset)} | of_row
 
 

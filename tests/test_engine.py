@@ -208,6 +208,37 @@ def test_merged_guesses_are_those_of_single_forwards_with_the_smallest_sets_too(
     assert (terms[0].unlabeled == 0) == (labeled == 24)
 
 
+@pytest.mark.parametrize(("views", "unlabeled_rows"), [(2, 3), (2, 0), (1, 3)])
+def test_strong_views_are_learned_with_the_targets_of_weak_ones(views, unlabeled_rows):
+    """Targets found on strong views, or a mixed batch of weak ones, is not what --augment strong says."""
+    rng, draws = (
+        np.random.default_rng(0),
+        {"lam": 1.0, "index": torch.arange(views * (5 + unlabeled_rows)), "lambda_u": 9.0},
+    )
+    x, s = (
+        [torch.from_numpy(rng.standard_normal((n, 3, 2, 2))) for n in (5, 5, unlabeled_rows, unlabeled_rows)]
+        for _ in "ab"
+    )
+    labels, w, settings = torch.arange(5) % 4, torch.full((5,), 0.5, dtype=torch.float64), MixMatch(4, 5, views=views)
+    torch.manual_seed(0)
+    net, peer = Linear(12, 4), Linear(12, 4)
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    weak = (*x[:2], labels, w, *x[2:])
+    plain = engine.train_step(net, peer, optimizer, weak, settings, **draws)
+    without = [call[2] for call in net.calls]
+    same_views = engine.train_step(net, peer, optimizer, (*weak, *x), settings, **draws)
+    assert [value.item() for value in same_views] == [value.item() for value in plain]
+    net.calls.clear()
+    terms = engine.train_step(net, peer, optimizer, (*weak, *s), settings, **draws)
+    *guesses, mixed = [call[2] for call in net.calls]
+    assert all(torch.equal(a, b) for a, b in zip(guesses, without[: len(guesses)], strict=True))
+    assert torch.equal(mixed, torch.cat([*s[:views], *s[2 : 2 + views]]))
+    assert terms.loss != plain.loss
+    if views == 2:
+        door = {"T": 0.5, "num_class": 4, "strong": s}
+        assert engine.mixmatch_step(net, peer, optimizer, *weak, **door, **draws).loss == terms.loss
+
+
 def test_warmup_is_cross_entropy_plus_the_penalty_if_wanted(tiny_images):
     """The penalty left out (or added everywhere) changes asymmetric noise by points."""
     x, labels = tiny_images.warmup_views(*next(iter(tiny_images.warmup_batches(24, np.random.default_rng(0)))))

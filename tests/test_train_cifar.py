@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.data import make_cifar10, make_cifar100, make_fashionmnist, make_human
 from helpers.nets import ABLATED, ALONE, same
-from helpers.runs import last_state, read_records
+from helpers.runs import assert_same_run, last_state, read_records, without_times
 from helpers.scripts import assert_co_divided, end_of, note_co_division, note_phases, tiny
 
 import dataloader_cifar
@@ -316,3 +316,57 @@ def test_report_and_export_of_one_network(runs, tmp_path, monkeypatch):
     with torch.no_grad():
         expected = deploy.load_ensemble(run, read_description(run))(x)
         torch.testing.assert_close(program(x), expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- Beyond the paper ----
+
+
+def test_strong_views_and_averages_in_a_whole_run(tmp_path, capsys):
+    """--ema would train other networks, or be lost where a run continues; or best.pt, the label list and the export
+    have the weights that are not said to be there."""
+    flags = ["--augment", "strong", "--num_epochs", "3", "--no_label_scores"]
+    averaged = tmp_path / "averaged", "--ema", "0.9", *flags
+    for folder, *more in (
+        (tmp_path / "plain", *flags),
+        averaged,
+        (tmp_path / "cut", *averaged[1:], "--num_epochs", "2"),
+    ):
+        Train_cifar.main(tiny(tmp_path, "--run_dir", str(folder), *more))
+    Train_cifar.main(tiny(tmp_path, "--run_dir", str(tmp_path / "cut"), *averaged[1:]))
+    assert_same_run(tmp_path / "cut", averaged[0])
+    out, plain, state = capsys.readouterr().out, last_state(tmp_path / "plain"), last_state(averaged[0])
+    assert out.count("augment strong: ") == 4 and out.count("ema 0.9: ") == 3
+    assert all(same(a, b) for a, b in zip(plain["nets"], state["nets"], strict=True))
+    for record, more in zip(*map(read_records, (tmp_path / "plain", averaged[0])), strict=True):
+        assert {name: more[name] for name in without_times(record)} == without_times(record)
+        assert {*without_times(more)} - {*record} == {"test_acc_ema", "best_acc_ema", "last10_acc_ema"}
+    [weights, steps] = state["averages"]
+    assert min(steps) > 0 and not same(weights[0], state["nets"][0])
+    ensemble = deploy.load_ensemble(averaged[0], read_description(averaged[0]), "last")
+    assert ensemble.averaged and all(same(net.state_dict(), w) for net, w in zip(ensemble.nets, weights, strict=True))
+    assert not deploy.load_ensemble(tmp_path / "plain", read_description(tmp_path / "plain")).averaged
+    best = torch.load(averaged[0] / "best.pt", weights_only=True)
+    records = read_records(averaged[0])
+    assert max(records, key=lambda record: record["test_acc_ema"])["epoch"] == best["epochs"][0]
+    assert (best["epochs"][0] == 2) == same(best["nets"][0], weights[0])
+
+
+def test_the_label_list_is_by_the_averaged_weights(tmp_path, capsys):
+    """Else the list and the model that is shipped are of two different runs."""
+    folder = train(tmp_path, "--ema", "0.5", "--num_epochs", "2")[1]
+    assert "training labels with the averaged weights" in capsys.readouterr().out
+    scores, labels = (dict(np.load(folder / f"{name}.npz")) for name in ("label_scores", "labels"))
+    ensemble = deploy.load_ensemble(folder, read_description(folder), "last")
+    images = dataloader_cifar.load("digits", "").train_images[scores["index"]]
+    with torch.no_grad():
+        x = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - ensemble.mean) / ensemble.std
+        logits = ensemble.nets[0](x)
+    given = torch.from_numpy(labels["list_given"][scores["index"]])
+    expected = torch.nn.functional.cross_entropy(logits, given, reduction="none")
+    np.testing.assert_allclose(scores["loss_net1"], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_strong_views_without_a_mixed_batch_are_refused(tmp_path):
+    """A run that is called strong and is not."""
+    with pytest.raises(DivideMixError, match="--augment strong"):
+        Train_cifar.main(tiny(tmp_path, "--augment", "strong", "--method", "ce"))

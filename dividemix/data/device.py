@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dividemix.codivide import Division
+from dividemix.data import autoaugment
 from dividemix.runtime import ALONE, Batches, Ranks, Runtime
 
 PAD = 4  # black pixels on each side, before normalisation
@@ -23,7 +24,8 @@ class DeviceImages:
     """N images with labels (the given labels, for training), uint8 on the runtime's device.
 
     images uint8 (N, H, W, 3); labels int64 (N,); mean and std (3,) of pixel values in [0, 1]; flip: whether half of the
-    training views are mirrored; truly_clean bool (N,): which labels are right, where it is known.
+    training views are mirrored; truly_clean bool (N,): which labels are right, where it is known; strong: whether
+    `mixmatch_views` gives strong views, too: crop, flip and AutoAugment's policy.
     """
 
     def __init__(
@@ -35,9 +37,10 @@ class DeviceImages:
         flip: bool,
         runtime: Runtime | None = None,
         truly_clean: NDArray[np.bool_] | None = None,
+        strong: bool = False,
     ):
         runtime = runtime or Runtime()
-        self.runtime, self.truly_clean, self.flip = runtime, truly_clean, flip
+        self.runtime, self.truly_clean, self.flip, self.strong = runtime, truly_clean, flip, strong
         self.padded = pad_images(torch.from_numpy(images).to(runtime.device))
         self.labels = torch.from_numpy(labels).to(runtime.device)
         self.mean = torch.tensor(mean, dtype=torch.float32, device=runtime.device)
@@ -60,17 +63,31 @@ class DeviceImages:
         return self._views(index, crops), self.labels[index]
 
     def mixmatch_batches(self, division: Division, batch_size: int, rng: np.random.Generator) -> Batches:
-        """One pass over the labeled set: (labeled index, unlabeled index, crops, w) a batch; see `plan_mixmatch`."""
+        """One pass over the labeled set: (labeled index, unlabeled index, crops, w) a batch; see `plan_mixmatch`. For
+        strong views their crops and operations follow, drawn apart: all other draws are those of weak views alone."""
         labeled, unlabeled = plan_mixmatch(division, batch_size, rng)
         crops = [self._draw(rng, 2 * (len(x) + len(u))) for x, u in zip(labeled, unlabeled, strict=True)]
         w = [division.clean_probability[x].astype(np.float32) for x in labeled]
-        return self._batches([labeled, unlabeled], crops, w)
+        if not self.strong:
+            return self._batches([labeled, unlabeled], crops, w)
+        [rng], (height, width) = rng.spawn(1), centre(self.padded).shape[1:3]
+        strong_crops = [self._draw(rng, len(rows)) for rows in crops]
+        operations = [autoaugment.draw(rng, len(rows), height, width) for rows in crops]
+        return self._batches([labeled, unlabeled], crops, w, strong_crops, operations)
 
-    def mixmatch_views(self, labeled: Tensor, unlabeled: Tensor, crops: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        """x1, x2, labels, w, u1, u2: two independent views of each image, all by one gather."""
-        views = self._views(torch.cat([labeled, labeled, unlabeled, unlabeled]), crops)
-        x1, x2, u1, u2 = views.split([len(labeled)] * 2 + [len(unlabeled)] * 2)
-        return x1, x2, self.labels[labeled], w, u1, u2
+    def mixmatch_views(
+        self, labeled: Tensor, unlabeled: Tensor, crops: Tensor, w: Tensor, *strong: Tensor
+    ) -> tuple[Tensor, ...]:
+        """x1, x2, labels, w, u1, u2: two independent views of each image, all by one gather. With `strong`, its crops
+        and operations, two strong views of each follow: x3, x4, u3, u4."""
+        index, sizes = torch.cat([labeled, labeled, unlabeled, unlabeled]), [len(labeled)] * 2 + [len(unlabeled)] * 2
+        x1, x2, u1, u2 = self._views(index, crops).split(sizes)
+        weak = x1, x2, self.labels[labeled], w, u1, u2
+        if not strong:
+            return weak
+        strong_crops, operations = strong
+        views = autoaugment.augment(crop_flip(self.padded, index, strong_crops), operations)
+        return *weak, *to_float(views, self.mean, self.std).split(sizes)
 
     def eval_batches(self, batch_size: int) -> Batches:
         """(x, labels) of all images in order, without augmentation, each batch made when it is needed."""

@@ -42,6 +42,7 @@ class FeatureSet(DeviceImages):
         truly_clean: NDArray[np.bool_] | None = None,
     ):
         self.runtime, self.images, self.truly_clean = runtime or Runtime(), images, truly_clean
+        self.strong = False
         try:
             self.features = torch.from_numpy(features).to(self.runtime.device)
         except (RuntimeError, MemoryError) as error:

@@ -11,7 +11,7 @@ import stat
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from PIL import ExifTags, Image, ImageCms, TiffImagePlugin, UnidentifiedImageErr
 from torch import Tensor
 
 from dividemix import DivideMixError
+from dividemix.data import autoaugment
 from dividemix.data.lists import Boundary
 
 MISSING = "missing"
@@ -251,12 +252,14 @@ class Box(NamedTuple):
 class Views:
     """How views are made. resize: the short side of an image before cutting. crop: the side S of every view. kind: a
     training view is a random 'crop' of S x S, or a 'resized_crop' of random size and shape, resized to S x S. With
-    `flip`, half of the training views are mirrored. The evaluation view is the centre."""
+    `flip`, half of the training views are mirrored. The evaluation view is the centre. strong: whether an image's third
+    and fourth view get AutoAugment's policy."""
 
     resize: int
     crop: int
     kind: str = "crop"
     flip: bool = True
+    strong: bool = field(default=False, repr=False)  # files of features have a name that `repr` makes
 
     def __post_init__(self) -> None:
         if not 1 <= self.crop <= self.resize:
@@ -279,16 +282,26 @@ class Views:
 
     def batch(self, images: Sequence[NDArray[np.uint8] | Tensor], seeds: NDArray[np.int64] | None) -> Tensor:
         """uint8 (V, n, S, S, 3): V training views of each of n resized images, for seeds (n, V); without seeds the
-        centres, V = 1. Views of tensors stay on their device; only a 'crop' can be cut from tensors."""
+        centres, V = 1. Views of tensors stay on their device; only a 'crop' can be cut from tensors. Strong views of
+        tensors may differ from others by rounding (see `autoaugment`)."""
         columns = [[None] * len(images)] if seeds is None else seeds.T.tolist()
         rows = [pair for column in columns for pair in zip(images, column, strict=True)]
         rows = [(image, self.draw(*image.shape[:2], seed)) for image, seed in rows]
+        first = 2 * len(images)  # strong view
+        rngs = [np.random.default_rng([seed, 1]) for column in columns[2:] for seed in column] if self.strong else []
         if isinstance(images[0], Tensor):  # one kernel for all views, and one for all mirror images
             views = torch.stack([self.cut(image, box._replace(flip=False)) for image, box in rows])
             is_mirrored = torch.tensor([box.flip for _, box in rows]).to(views.device, non_blocking=True)
             views = torch.where(is_mirrored[:, None, None, None], views.flip(2), views)
+            if rngs:
+                operations = np.concatenate([autoaugment.draw(rng, 1, self.crop, self.crop) for rng in rngs])
+                operations = torch.from_numpy(operations).to(views.device, non_blocking=True)
+                views[first:] = autoaugment.augment(views[first:], operations)
         else:
-            views = torch.from_numpy(np.stack([self.cut(image, box) for image, box in rows]))
+            views = np.stack([self.cut(image, box) for image, box in rows])
+            for k, rng in enumerate(rngs, start=first):
+                views[k] = autoaugment.augment_one(views[k], rng)
+            views = torch.from_numpy(views)
         return views.unflatten(0, (len(columns), len(images)))
 
     def draw(self, height: int, width: int, seed: int | None) -> Box:

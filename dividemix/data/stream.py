@@ -1,6 +1,6 @@
 """Image sets that are too large for the device: read by worker processes, kept in memory, or cached on disk.
 
-Each image of a batch is decoded and resized once, for both of its views. Every view has its own seed, drawn from the
+Each image of a batch is decoded and resized once, for all of its views. Every view has its own seed, drawn from the
 phase's generator before the first batch. So the pixels depend neither on the number of workers nor on what is kept.
 """
 
@@ -178,8 +178,10 @@ class Normalise:
     def warmup_views(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return self(x), labels
 
-    def mixmatch_views(self, x1: Tensor, x2: Tensor, labels: Tensor, w: Tensor, u1: Tensor, u2: Tensor) -> Batch:
-        return self(x1), self(x2), labels, w, self(u1), self(u2)
+    def mixmatch_views(
+        self, x1: Tensor, x2: Tensor, labels: Tensor, w: Tensor, u1: Tensor, u2: Tensor, *strong: Tensor
+    ) -> Batch:
+        return self(x1), self(x2), labels, w, self(u1), self(u2), *map(self, strong)
 
 
 class StreamedImages:
@@ -212,11 +214,15 @@ class StreamedImages:
         return Batches([(len(x),) for x, _ in jobs], batches)
 
     def mixmatch_batches(self, division: Division, batch_size: int, rng: np.random.Generator) -> Batches:
-        """One pass over the labeled set: (x1, x2, labels, w, u1, u2) a batch; see `device.plan_mixmatch`."""
+        """One pass over the labeled set: (x1, x2, labels, w, u1, u2) a batch, then x3, x4, u3, u4, if there are strong
+        views, drawn apart as in `DeviceImages`; see `device.plan_mixmatch`."""
         shard, jobs = self.ranks.shard_rows, []
+        [strong_rng] = rng.spawn(1)
         labeled, unlabeled = plan_mixmatch(division, batch_size, rng, self.ranks)
         for x, u in zip(labeled, unlabeled, strict=True):
             seeds = rng.integers(0, 2**63 - 1, (len(x) + len(u), 2))
+            if self.pipeline.views.strong:
+                seeds = np.hstack([seeds, strong_rng.integers(0, 2**63 - 1, seeds.shape)])
             seeds = np.concatenate([shard(seeds[: len(x)]), shard(seeds[len(x) :])])
             jobs.append((np.concatenate([shard(x), shard(u)]), seeds))
         labeled = [shard(x) for x in labeled]
@@ -226,8 +232,8 @@ class StreamedImages:
 
         def batches() -> Iterator[Batch]:
             for views, y, p in zip(all_views, labels, w, strict=True):
-                (x1, u1), (x2, u2) = (view.tensor_split([len(y)]) for view in views)
-                yield x1, x2, y, p, u1, u2
+                (x1, u1), (x2, u2), *strong = (view.tensor_split([len(y)]) for view in views)
+                yield x1, x2, y, p, u1, u2, *(x for x, _ in strong), *(u for _, u in strong)
 
         return Batches([(len(x), len(job[0]) - len(x)) for x, job in zip(labeled, jobs, strict=True)], batches())
 

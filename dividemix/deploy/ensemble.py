@@ -27,8 +27,9 @@ def check_output(path: Path, suffix: str) -> None:
 
 class Ensemble(nn.Module):
     """Images (B, channels, S, S), float32 in [0, 1] -> the sum of the networks' logits (B, num_class), as the paper
-    tests them (Sec. 4.1). S is the preparation's image_size. epochs: the epoch of each network's weights. backbone: the
-    frozen network whose features they take, where they are heads."""
+    tests them (Sec. 4.1). S is the preparation's image_size. epochs: the epoch of each network's weights; averaged:
+    whether these are averages over the steps up to there. backbone: the frozen network whose features they take, where
+    they are heads."""
 
     mean: Tensor
     std: Tensor
@@ -39,9 +40,10 @@ class Ensemble(nn.Module):
         preparation: Preparation,
         epochs: Sequence[int] = (),
         backbone: nn.Module | None = None,
+        averaged: bool = False,
     ):
         super().__init__()
-        self.epochs = list(epochs)
+        self.epochs, self.averaged = list(epochs), averaged
         self.nets, self.backbone = nn.ModuleList(nets), backbone or nn.Identity()
         self.border = preparation.border
         self.register_buffer("mean", torch.tensor(preparation.mean)[:, None, None])
@@ -55,10 +57,10 @@ class Ensemble(nn.Module):
         return sum(net(features) for net in self.nets)
 
 
-def epochs_used(weights: str, epochs: Sequence[int]) -> str:
+def epochs_used(weights: str, ensemble: Ensemble) -> str:
     """'weights of the best epoch 17', or 'weights of the best epochs 5 and 7' where the networks' epochs differ."""
-    numbers = dict.fromkeys(epochs)
-    return f"weights of the {weights} epoch{'s' * (len(numbers) > 1)} {' and '.join(map(str, numbers))}"
+    numbers, kind = dict.fromkeys(ensemble.epochs), "averaged weights" if ensemble.averaged else "weights"
+    return f"{kind} of the {weights} epoch{'s' * (len(numbers) > 1)} {' and '.join(map(str, numbers))}"
 
 
 def to_images(pixels: Tensor) -> Tensor:
@@ -92,8 +94,9 @@ def load_ensemble(run: Path, description: Description, weights: str = "best") ->
     with torch.random.fork_rng(devices=[]):  # the initial weights are replaced at once
         heads = (networks.head(d.num_features, d.num_class) for _ in range(d.count))
         nets = [*heads] if d.num_features else [networks.build(d.arch, d.num_class, d.width) for _ in range(d.count)]
-    load_weights(nets, state["nets"], str(path) if weights == "best" else f"the last checkpoint of {run}")
-    return Ensemble(nets, d.preparation, epochs, backbone).eval()
+    saved = state["averages"][0] if "averages" in state else state["nets"]  # those in best.pt are averages already
+    load_weights(nets, saved, str(path) if weights == "best" else f"the last checkpoint of {run}")
+    return Ensemble(nets, d.preparation, epochs, backbone, averaged=bool(state["config"].get("ema"))).eval()
 
 
 def load_backbone(run: Path, description: Description) -> nn.Module:

@@ -43,7 +43,7 @@ def export(ensemble: Ensemble, preparation: Preparation, usage: dict[str, Any]) 
     return content.getvalue()
 
 
-def metadata(run: Path, weights: str, epochs: Sequence[int], description: Description) -> dict[str, Any]:
+def metadata(run: Path, weights: str, ensemble: Ensemble, description: Description) -> dict[str, Any]:
     """How to use the exported file without this project: input, preprocessing, output, classes, and its origin."""
     p, side = description.preparation, description.preparation.image_size
     steps = [
@@ -68,7 +68,12 @@ def metadata(run: Path, weights: str, epochs: Sequence[int], description: Descri
         "output": {"name": "logits", "shape": ["batch", description.num_class], "meaning": meaning},
         "classes": networks.pop("classes"),
         "networks": networks,
-        "run": {"name": run.resolve().name, "weights": weights, "epochs": list(epochs)},
+        "run": {
+            "name": run.resolve().name,
+            "weights": weights,
+            "epochs": ensemble.epochs,
+            "averaged": ensemble.averaged,
+        },
         "versions": versions(),
         "commit": commit(),
     }
@@ -110,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     description = read_description(args.run)
     preparation = description.preparation
     ensemble = load_ensemble(args.run, description, args.weights)
-    usage = metadata(args.run, args.weights, ensemble.epochs, description)
+    usage = metadata(args.run, args.weights, ensemble, description)
     content = export(ensemble, preparation, usage)
     difference = relative_difference(content, ensemble, preparation)
     if not difference <= TOLERANCE:
@@ -119,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"largest |logit| (allowed: {TOLERANCE:.0e}); are the weights finite?"
         )
     write_atomically(args.file, content)
-    epochs = epochs_used(args.weights, ensemble.epochs)
+    epochs = epochs_used(args.weights, ensemble)
     print(
         f"{args.file}: {description}; {epochs}; {len(content) / 1e6:.1f} MB\n"
         f"compared with the networks, for batches of {', '.join(map(str, _BATCH_SIZES))} images: largest difference "

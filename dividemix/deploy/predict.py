@@ -201,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out.exists() and args.out.samefile(args.images):
         raise DivideMixError(f"--out {args.out} is also the list of images: choose another name")
     classifier = Classifier(args.run, args.weights, args.device)
-    epochs = trained.epochs_used(args.weights, classifier.ensemble.epochs)
+    epochs = trained.epochs_used(args.weights, classifier.ensemble)
     print(f"{args.run}: {classifier.description}; {epochs}; {classifier.runtime.describe()}")
     settings = {"batch_size": args.batch_size, "workers": max(1, args.workers), "strict": args.strict}
     table = classifier.table(names, paths, boundary, **settings)

@@ -100,9 +100,11 @@ def run_page(run: RunFolder, issues: LabelIssues | None, figures: dict[str, Path
 
 
 def accuracies(run: RunFolder) -> list[tuple[str, ...]]:
-    """Rows (name, best, mean of the last 10 epochs, last epoch) of both networks together and of each network."""
+    """Rows (name, best, mean of the last 10 epochs, last epoch) of both networks together, of each network and, with
+    --ema, of the averaged weights."""
     nets = {f"net {k}": f"_net{k}" for k in run.nets}
-    names = ({"both networks": "", **nets} if len(nets) > 1 else {"the network": ""}) if run.measured else {}
+    names = {"both networks": "", **nets} if len(nets) > 1 else {"the network": ""}
+    names = names | {"averaged weights": "_ema"} if run.measured else {}
     columns = {name: run.numbers(f"{run.measured}{suffix}") for name, suffix in names.items()}
     return [
         (name, *map(number, (max(values), statistics.fmean(values[-10:]), values[-1])))

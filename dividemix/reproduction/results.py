@@ -70,7 +70,8 @@ def differences(row: Row, info: dict[str, Any], flags: str) -> str:
 
 def hours_left(run: PlannedRun, table: pd.DataFrame) -> float | None:
     """From the seconds of an epoch in runs with the same data, method and flags after --; None without such runs."""
-    kinds = {row.name: (row.data, row.setting.get("method"), row.setting.get("ablation")) for row in all_rows()}
+    names = ("method", "ablation", "augment")
+    kinds = {row.name: (row.data, *map(row.setting.get, names)) for row in all_rows()}
     like = table[(table.row.map(kinds) == kinds[run.row.name]) & (table.setting == run.extra_name)]
     if like.empty:
         return None

@@ -1,5 +1,6 @@
 """The rows of the paper's tables: the data that they need, their commands, and their run folders. Settings and the
-paper's numbers come from `recipes`. Names: <dataset>-<mode>-<per cent>, then -ce (cross-entropy) or the ablation."""
+paper's numbers come from `recipes`. Names: <dataset>-<mode>-<per cent>, then -ce (cross-entropy), -strong (strong
+views, not in the paper) or the ablation."""
 
 import fnmatch
 import json
@@ -73,13 +74,14 @@ class Row:
 
 
 def small_images(row: recipes.Recipe, table: str, variant: str = "", flags: dict[str, Any] | None = None) -> Row:
-    """A row of Train_cifar.py. variant: '', 'ce' or an ablation. flags: more flags, of a small set."""
-    method, ablation = ("ce", "none") if variant == "ce" else ("dividemix", variant or "none")
+    """A row of Train_cifar.py. variant: '', 'ce', 'strong' or an ablation. flags: more flags, of a small set."""
+    method, ablation = "ce" if variant == "ce" else "dividemix", variant if variant in recipes.ABLATIONS else "none"
     defaults = {"dataset": "cifar10", "noise_mode": "sym", "r": None, "method": "dividemix", "ablation": "none"}
     values = dict(zip(defaults, (row.dataset, row.mode, row.r, method, ablation), strict=True)) | (flags or {})
+    values |= {"augment": "strong"} if variant == "strong" else {}
     setting = recipes.setting(row, method) | values
     flags = {name: value for name, value in values.items() if name not in defaults or defaults[name] != value}
-    results = recipes.paper_results(row, method, ablation)
+    results = {} if variant == "strong" else recipes.paper_results(row, method, ablation)
     paper = {name: results.get(name) for name in (("best",) if ablation != "none" else ("best", "last"))}
     # The paper's cross-entropy is one network. Without a number to compare with, it is both, like DivideMix.
     column = "test_acc_net1" if method == "ce" and row.ce_best is not None else "test_acc"
@@ -88,9 +90,10 @@ def small_images(row: recipes.Recipe, table: str, variant: str = "", flags: dict
 
 
 def all_rows() -> list[Row]:
-    """The rows of Tables 1 to 5, with cross-entropy beside those of Tables 1 and 2, and of the small sets."""
-    tables = {"sym": "1", "asym": "2"}
-    rows = [small_images(row, tables[row.mode], variant) for row in recipes.ROWS for variant in ("ce", "")]
+    """The rows of Tables 1 to 5, with cross-entropy and strong views beside those of Tables 1 and 2, and of the small
+    sets."""
+    tables, variants = {"sym": "1", "asym": "2"}, ("ce", "", "strong")
+    rows = [small_images(row, tables[row.mode], variant) for row in recipes.ROWS for variant in variants]
     for table, data, recipe in (("3", "clothing1M", recipes.CLOTHING1M), ("4", "webvision", recipes.WEBVISION)):
         name, paper = data.lower(), dict(recipe.results)
         rows.append(Row(name, name, table, f"Train_{data}.py", recipe.results_with, data, paper, recipe.setting))
@@ -103,7 +106,7 @@ def all_rows() -> list[Row]:
         for mode, r in noises:
             noise: dict[str, Any] = {"dataset": dataset, "mode": mode, "r": r}
             row = replace(recipes.nearest(**noise)[0], **noise, best=None, last=None, ce_best=None)
-            rows += [small_images(row, "here", variant, flags) for variant in ("ce", "")]
+            rows += [small_images(row, "here", variant, flags) for variant in variants]
     return sorted(rows, key=lambda row: list(TABLES).index(row.table))
 
 

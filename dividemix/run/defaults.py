@@ -14,7 +14,7 @@ import torch
 from dividemix import DivideMixError, networks, recipes
 from dividemix.data import PAD
 from dividemix.recipes import FeatureRecipe, OwnRecipe
-from dividemix.run.options import blind_lines, refuse_ranks, set_default
+from dividemix.run.options import beyond_paper_lines, blind_lines, refuse_ranks, set_default
 from dividemix.runtime import ranks
 from dividemix.runtime.device import pick_device
 
@@ -34,7 +34,7 @@ def choose(
     """Fill the flags that were not given. n: number of training images; side: their median short side, pixels; lists:
     the names of the image lists, of 'train', 'val', 'test'. -> the recipe, and a line for each value with its source.
     Raises DivideMixError for flags that do not go together."""
-    lines: list[str] = []
+    lines = beyond_paper_lines(args)
     default = partial(set_flag, args, lines)
     if "val" in lists and args.val_fraction:
         raise DivideMixError(f"--val_fraction {args.val_fraction:g}: the data have validation images; leave it out")
@@ -120,6 +120,8 @@ def choose_for_features(args: argparse.Namespace, side: int) -> list[str]:
     refuse_ranks("--features")
     if args.data_mode == "device":
         raise DivideMixError("--data_mode device: with features each image is read once; leave it out")
+    if args.augment == "strong":
+        raise DivideMixError("--augment strong: with features no network sees the images; leave it out")
     args.data_mode = "stream"
     if args.feature_file:
         for flag in ("arch", "weights", "image_size", "skip_bad_images"):

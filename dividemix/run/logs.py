@@ -44,6 +44,11 @@ def measured(record: Record) -> str:
     return next((name for name in ("test_acc", "val_acc") if name in record), "")
 
 
+def of_averages(record: Record) -> Record:
+    """With the numbers of the averaged weights (`--ema`), if there are any, in the place of the others."""
+    return record | {name.removesuffix("_ema"): record[name] for name in record if name.endswith("_ema")}
+
+
 def training(
     divisions: Sequence, terms: Sequence, truly_clean: NDArray[np.bool_] | None = None, unlabeled_loss: bool = False
 ) -> Record:
@@ -162,14 +167,16 @@ def accuracies(record: Record, verbose: bool) -> str:
         nets = f" (nets {pair(record, 'val_acc', '.2f')})" if verbose else ""
         is_of_both = "best_val_acc" in record
         best = f"{record['best_val_acc']:.2f}" if is_of_both else pair(record, "best_val_acc", ".2f")
-        return f"{val}{nets} best {best}"
+        averaged = f" averaged {record['val_acc_ema']:.2f}" if "val_acc_ema" in record else ""
+        return f"{val}{nets}{averaged} best {best}"
     test = f"test {record['test_acc']:.2f}"
     if "imagenet_acc" in record:
         imagenet = f"ImageNet {record['imagenet_acc']:.2f} ({record['imagenet_acc_top5']:.2f})"
         test = f"test {record['test_acc']:.2f} ({record['test_acc_top5']:.2f}) {imagenet}"
     nets = f" (nets {pair(record, 'test_acc', '.2f')})" if verbose and "test_acc_net2" in record else ""
     last10 = f" last-10 {record['last10_acc']:.2f}" if verbose else ""
-    return f"{val} {test}{nets} best {record['best_acc']:.2f}{last10}".lstrip()
+    averaged = f" averaged {record['test_acc_ema']:.2f}" if "test_acc_ema" in record else ""
+    return f"{val} {test}{nets}{averaged} best {record['best_acc']:.2f}{last10}".lstrip()
 
 
 def pair(record: Record, name: str, form: str) -> str:
@@ -191,11 +198,25 @@ class Logs:
 
     def best_epochs(self, records: Sequence[Record], num_nets: int) -> list[int]:
         """The best epoch of each network, as `Run.end_epoch` chooses it."""
-        return [max(records, key=lambda record: self.best_by(record, k))["epoch"] for k in range(num_nets)]
+        averaged = [*map(of_averages, records)]
+        return [max(averaged, key=lambda record: self.best_by(record, k))["epoch"] for k in range(num_nets)]
+
+    def is_better(self, record: Record, before: Record, k: int) -> bool:
+        """Whether an epoch is a better one of net k (0 or 1), by the averaged weights if there are any."""
+        return bool(self.best_by(of_averages(record), k) > self.best_by(of_averages(before), k))
 
     def running(self, records: list[Record], best_epochs: list[int]) -> Record:
         """The last record's numbers on all epochs so far: best and last-10 test accuracy, or, without a test set, the
-        best validation accuracy, of both networks together or of each; {} where nothing is held out."""
+        best validation accuracy, of both networks together or of each, {} where nothing is held out; then of the
+        averaged weights, if there are any, whose best epochs these are."""
+        if not any(name.endswith("_ema") for name in records[-1]):
+            return self._running(records, best_epochs)
+        averaged = [*map(of_averages, records)]
+        best = max(range(len(records)), key=lambda epoch: self.best_by(records[epoch], 0))
+        of_both = self._running(records, [best]), self._running(averaged, best_epochs)
+        return of_both[0] | {f"{name}_ema": value for name, value in of_both[1].items()}
+
+    def _running(self, records: list[Record], best_epochs: list[int]) -> Record:
         best = [records[epoch] for epoch in best_epochs]
         if "test_acc" in records[-1]:
             return {"best_acc": best[0]["test_acc"], "last10_acc": last10(records)}

@@ -17,7 +17,7 @@ from dividemix.engine import DataSet, MixMatch
 from dividemix.noise import NoiseSpec, wrong_share
 from dividemix.run.run import Run
 from dividemix.run.signals import rank_prefix
-from dividemix.runtime import Runtime, available_cores, ranks
+from dividemix.runtime import Average, Runtime, available_cores, ranks
 
 COMMAND = "dividemix ", "python -m dividemix "  # how a command's name begins, in sys.argv[0]
 NOISE_RATE = 0.5  # of --r
@@ -167,6 +167,16 @@ def add_small_images(parser: Parser) -> None:
     add("--loss_window", type=positive_int, help="epochs of loss averaged for a division (default: the paper's)")
     text = "confidence penalty in warm-up; auto: by the recipe"
     add("--conf_penalty", choices=["auto", "on", "off"], default="auto", help=text)
+    add_beyond_paper(parser)
+
+
+def add_beyond_paper(parser: Parser) -> None:
+    """What the paper does not have; for Train_cifar.py and Train_folder.py."""
+    add = parser.add_argument_group("beyond the paper").add_argument
+    text = "views of the mixed batch; weak: crop and flip, strong: then AutoAugment's policy for CIFAR-10"
+    add("--augment", choices=["weak", "strong"], default="weak", help=text)
+    text = "test and keep averages of both networks' weights, too: so much of the average stays at a step, as 0.999"
+    add("--ema", type=open_unit, metavar="DECAY", help=text)
 
 
 def add_images(
@@ -222,6 +232,7 @@ def add_own_images(parser: Parser) -> None:
     text = "own: fixed values for own images; blind: lambda_u, p_threshold and loss_window are chosen while it trains"
     add("--recipe", choices=["own", "blind"], default="own", help=text)
     add("--loss_window", type=positive_int, help="epochs of loss averaged for a division (default: from the data)")
+    add_beyond_paper(parser)
 
     add = parser.add_argument_group("frozen features").add_argument
     text = "train two small heads on numbers that a frozen network, --arch, computes from each image: minutes on a CPU"
@@ -307,6 +318,7 @@ def resolve_small_images(
     variant = "ce" if args.method == "ce" else "" if args.ablation == "none" else args.ablation
     folder = run_folder(args, args.dataset, *spec.folder_parts, variant)
     lines = resolve_recipe(args, wrong_share(labels, spec, data_folder, folder, args.noise_file))
+    lines += beyond_paper_lines(args)
     ablation = recipes.ABLATIONS[args.ablation]
     if args.ablation != "none":
         lines.insert(0, f"ablation {args.ablation}: {ablation.reading} ({ablation.paper_name})")
@@ -390,6 +402,21 @@ def blind_lines(args: argparse.Namespace) -> list[str]:
     return [f"{name} {chosen if value is None else f'{value:g} (given)'}" for name, value in flags.items()]
 
 
+def beyond_paper_lines(args: argparse.Namespace) -> list[str]:
+    """A line for each flag of `add_beyond_paper` that is on. Raises DivideMixError for one without effect."""
+    lines = []
+    if args.augment == "strong":
+        if args.method == "ce":
+            raise DivideMixError("--augment strong: --method ce has no mixed batch to make of strong views; drop one")
+        lines.append("augment strong: guesses on weak views, the mixed batch of strong ones (not in the paper)")
+    if args.ema:
+        lines.append(
+            f"ema {args.ema:g}: averaged weights are tested beside the trained ones, and are those of best.pt, export, "
+            "predict and the label list (not in the paper)"
+        )
+    return lines
+
+
 def is_blind(args: argparse.Namespace) -> bool:
     return bool(args.recipe == "blind" and args.method == "dividemix")
 
@@ -431,7 +458,10 @@ def build_networks(
     shape = args.arch, args.num_class, args.width
     weights = getattr(args, "weights", "none")  # Train_cifar.py has no such flag
     start = {"init_from": args.init_from, "seed": args.seed, "runtime": runtime, "begun": begun}
-    return networks.pair(*shape, weights, **start, count=count, num_features=num_features)
+    nets = networks.pair(*shape, weights, **start, count=count, num_features=num_features)
+    if decay := getattr(args, "ema", None):  # two scripts have no such flag
+        runtime.averages = {net: Average(net, decay) for net in nets}
+    return nets
 
 
 def refuse_ranks(script: str) -> None:
@@ -478,7 +508,11 @@ def compare_with_paper(
     last accuracy (%) beside the paper's, and the paper's results by their names in result.json"""
     setting, paper = recipes.in_paper("Train_cifar.py", vars(args))
     final = records[-1]
-    line = f"best {final['best_acc']:.2f} (epoch {best_epoch}), mean of the last 10 {final['last10_acc']:.2f}"
+    text = "best {:.2f} (epoch {}), mean of the last 10 {:.2f}"
+    line = text.format(final["best_acc"], best_epoch, final["last10_acc"])
+    if args.ema:  # best_epoch is that of the averaged weights
+        line = f"best {final['best_acc']:.2f}, mean of the last 10 {final['last10_acc']:.2f}; averaged weights: "
+        line += text.format(final["best_acc_ema"], best_epoch, final["last10_acc_ema"])
     title = "paper:"
     if args.method == "ce":
         line += f"; net 1 alone: best {max(record['test_acc_net1'] for record in records):.2f}"

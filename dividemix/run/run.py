@@ -176,6 +176,10 @@ class Run:
                 load_optimizer(optimizer, saved)
             for mixture, history in zip(mixtures, self.state["histories"], strict=True):
                 mixture.history = [losses.numpy() for losses in history]
+            for net, saved, steps in zip(nets, *self.state.get("averages", ((), ())), strict=False):
+                average = self.runtime.averages[net]
+                networks.load_weights([average.net], [saved], "the last checkpoint")
+                average.steps = steps
             mean, count = self.state["probabilities"]
             self.probabilities.mean = None if mean is None else mean.to(self.runtime.device)
             self.probabilities.count = count
@@ -286,12 +290,14 @@ class Run:
                 state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
                 state["histories"] = [[torch.from_numpy(row) for row in mixture.history] for mixture in self.mixtures]
                 state["probabilities"] = [self.probabilities.mean, self.probabilities.count]
+                if averages := [*self.runtime.averages.values()]:
+                    weights, steps = zip(*((a.net.state_dict(), a.steps) for a in averages), strict=True)
+                    state["averages"] = [[*weights], [*steps]]
                 self._host_state = checkpoint.to_host(state, self._host_state)
         record = self.ranks.broadcast_from_rank0(self._record, lr, list(divisions), losses, accuracy)
         self.records.append(record)
-        best_by = self.logs.best_by
         self.best_epochs = [
-            record["epoch"] if best_by(record, k) > best_by(self.records[epoch], k) else epoch
+            record["epoch"] if self.logs.is_better(record, self.records[epoch], k) else epoch
             for k, epoch in enumerate(self.best_epochs or [record["epoch"]] * len(self.nets))
         ]
         record |= self.logs.running(self.records, self.best_epochs)
@@ -374,7 +380,7 @@ class Run:
         """Write best.pt if the last epoch is the best of at least one network; the other network's weights in the file
         stay. -> the epochs of the networks in it"""
         path, last = self.folder / "best.pt", state["records"][-1]["epoch"]
-        nets, epochs = state["nets"], state["best_epochs"]
+        nets, epochs = state["averages"][0] if "averages" in state else state["nets"], state["best_epochs"]
         if last not in epochs:
             return epochs
         if set(epochs) != {last}:
@@ -388,7 +394,8 @@ class Run:
         return epochs
 
     def best_networks(self) -> list[dict[str, Any]]:
-        """The weights of each network at its best epoch, on all ranks. Raises DivideMixError for a damaged file."""
+        """The weights of each network, or their averages, at its best epoch, on all ranks. Raises DivideMixError for a
+        damaged file."""
         return self.ranks.broadcast_from_rank0(files.load_file, self.folder / "best.pt")["nets"]
 
     def finish(
@@ -421,9 +428,10 @@ class Run:
             lambda: scoring.is_scored(self.folder, epochs, np.concatenate([self.labels[name] for name in splits]))
         ):
             return
-        self.say(f"scoring all {sum(map(len, splits.values()))} training labels")
+        nets, weights = self.runtime.averaged(self.nets), " with the averaged weights" * bool(self.runtime.averages)
+        self.say(f"scoring all {sum(map(len, splits.values()))} training labels{weights}")
         try:
-            scores = [scoring.ensemble_scores(self.nets, data, self.phase("labels")) for data in splits.values()]
+            scores = [scoring.ensemble_scores(nets, data, self.phase("labels")) for data in splits.values()]
             first = first_equal() if first_equal else None
             if self.ranks.first:
                 mean = self.probabilities.mean

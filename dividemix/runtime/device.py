@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dividemix import DivideMixError, warn
+from dividemix.runtime.average import Average
 from dividemix.runtime.graph import CapturedStep, GraphPool, preserved
 from dividemix.runtime.layers import GroupedBatchNorm2d, can_merge, grouped
 from dividemix.runtime.ranks import Ranks, from_environment, join
@@ -44,6 +45,11 @@ class Runtime:
     eval_batch_size: int = 1000  # in loss passes and tests; halved if it does not fit into memory
     steps: dict[tuple, Callable[..., Tensor]] = field(default_factory=dict, repr=False)  # by key: compiled, captured
     parallel: dict[nn.Module, DistributedDataParallel] = field(default_factory=dict, repr=False)  # with several ranks
+    averages: dict[nn.Module, Average] = field(default_factory=dict, repr=False)  # with --ema, of each network
+
+    def averaged(self, nets: Sequence[nn.Module]) -> list[nn.Module]:
+        """The average of each network that has one; else the network itself."""
+        return [self.averages[net].net if net in self.averages else net for net in nets]
 
     def prepare(self, net: nn.Module) -> nn.Module:
         """Move a network to the device and into the memory format. Where batches are merged, its BN layers change their

@@ -114,6 +114,7 @@ def run_steps(
     Diverged for a loss or gradient that is not finite, DivideMixError where the memory is too small.
     """
     found_inf, ranks = getattr(optimizer, "found_inf", None), runtime.ranks
+    average = runtime.averages.get(net)
     state, full = partial(changed_by_step, net, optimizer), batch_size // ranks.world
 
     def packed(forward: Forward, *tensors: Tensor) -> Tensor:  # the step's terms, then 1 if all is finite, else 0
@@ -130,7 +131,10 @@ def run_steps(
                     sums = sums + runtime.run(key, packed, (*drawn, *batch), state)
                 else:
                     sums = sums + runtime.run_partial(packed, (*drawn, *batch))
-            ranks.average_buffers(net)
+                if average:
+                    average.update()
+            for module in [net, *runtime.averaged([net] if average else [])]:
+                ranks.average_buffers(module)
             *totals, finite_steps = (ranks.sum(sums) / ranks.world).tolist()
     except RuntimeError as error:
         if is_out_of_memory(error):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from dividemix.data import autoaugment
 from dividemix.data.device import PAD, DeviceImages, centre, crop_flip, draw_crops, pad_images, to_float
 
 
@@ -120,3 +121,24 @@ def test_evaluation_shows_all_images_in_order_as_they_are():
         assert labels.tolist() == list(range(50)) and len(batches) == -(-50 // batch_size)
         np.testing.assert_array_equal(x.permute(0, 2, 3, 1).round(), images)
     np.testing.assert_array_equal(list(data.originals(np.array([3, 1]))), images[[3, 1]])
+
+
+def test_strong_views_are_drawn_apart():
+    """With --augment strong the weak views, their order or mixup would be drawn anew: no two runs could be compared
+    step by step, or the strong views be those that the targets are found on."""
+    images = random_images(40)
+    weak, strong = (DeviceImages(images, np.arange(40), (0.0,) * 3, (1 / 255,) * 3, True, strong=on) for on in (0, 1))
+    generators = [np.random.default_rng(3) for _ in range(2)]
+    passes = [
+        data.mixmatch_batches(half(40, 25), 10, rng) for data, rng in zip((weak, strong), generators, strict=True)
+    ]
+    assert generators[0].random() == generators[1].random() and passes[0].sizes == passes[1].sizes
+    for batch, with_strong in zip(*passes, strict=True):
+        *views, x3, x4, u3, u4 = strong.mixmatch_views(*with_strong)
+        assert all(torch.equal(a, b) for a, b in zip(weak.mixmatch_views(*batch), views, strict=True))
+        labeled, unlabeled, *_, crops, operations = with_strong
+        index = torch.cat([labeled, labeled, unlabeled, unlabeled])
+        cut = autoaugment.augment(crop_flip(strong.padded, index, crops), operations)
+        shown = torch.cat([x3, x4, u3, u4]).permute(0, 2, 3, 1).round()
+        torch.testing.assert_close(shown, cut.float())
+        assert not torch.equal(crops, with_strong[2]) and not torch.equal(x3, x4)

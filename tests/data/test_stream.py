@@ -112,6 +112,36 @@ def test_workers_and_memory_change_nothing(clothing, kind, keep, workers):
         assert_same(everything(quick.images("train", index, keep=keep)), expected)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_strong_views_leave_the_others_as_they_are(clothing, workers):
+    """The targets would be found on other views than without them, or each image be decoded twice for one step; kept
+    images would train on another policy than those that are read."""
+    division, views = half(56, 37), Views(36, 32, strong=True)
+    with pipeline(clothing) as weak, pipeline(clothing, views, workers=workers) as strong:
+        a, b = (made.images("train").mixmatch_batches(division, 15, rng()) for made in (weak, strong))
+        kept = strong.images("train", keep=True)
+        batches = list(zip(a, b, strict=True))
+        for batch, (*shared, x3, x4, u3, u4) in batches:
+            assert_same(shared, batch)
+            assert x3.shape == x4.shape == batch[0].shape and u3.shape == u4.shape == batch[4].shape
+            assert not torch.equal(x3, x4) and not torch.equal(x3, batch[0])
+        for (_, expected), batch in zip(batches, kept.mixmatch_batches(division, 15, rng()), strict=True):
+            assert_same(batch, expected)
+        assert len(strong.normalise.mixmatch_views(*batch)) == 10
+
+
+def test_strong_views_of_images_on_a_card_are_those_of_the_workers():
+    """Where memory decides where images are kept, it would decide what is trained on."""
+    pixels, seeds = rng().integers(0, 256, (12, 40, 40, 3), dtype=np.uint8), rng(1).integers(0, 2**40, (12, 4))
+    views = Views(40, 32, strong=True)
+    on_host, on_card = views.batch([*pixels], seeds), views.batch([*torch.from_numpy(pixels)], seeds)
+    assert torch.equal(on_host[:2], on_card[:2]) and torch.equal(
+        on_host[:2], replace(views, strong=False).batch([*pixels], seeds[:, :2])
+    )
+    assert ((on_host[2:].int() - on_card[2:].int()).abs() > 20).float().mean() < 0.01
+    assert repr(views) == repr(Views(40, 32))  # else features that are there would be made again
+
+
 @pytest.mark.parametrize(("labeled", "keep"), [(17, False), (24, False), (24, True)])  # 24: none is unlabeled
 def test_views_belong_to_labels_and_weights(tmp_path, labeled, keep):
     """An image trained on with the label or the weight of another one; an image left out or shown twice."""

@@ -64,8 +64,10 @@ def test_best_and_last_are_different_networks(tmp_path):
         for k, net in enumerate(ensemble.nets):
             expected = lively("preresnet18", 6, 4, seed + k).state_dict()
             assert all(torch.equal(value, expected[name]) for name, value in net.state_dict().items())
-    assert deploy.epochs_used("best", [17, 17]).endswith("best epoch 17")
-    assert deploy.epochs_used("best", [5, 7]).endswith("best epochs 5 and 7")  # as Clothing1M's may be
+    ensemble.epochs = [17, 17]
+    assert deploy.epochs_used("best", ensemble) == "weights of the best epoch 17"
+    ensemble.epochs, ensemble.averaged = [5, 7], True
+    assert deploy.epochs_used("best", ensemble) == "averaged weights of the best epochs 5 and 7"  # as Clothing1M's
 
 
 def test_a_malicious_checkpoint_is_not_run(tmp_path):

@@ -98,7 +98,7 @@ def test_the_metadata_say_what_goes_in_and_what_comes_out(done):
     steps = metadata["preprocessing"]["steps"]  # turned, on white, 16 bits: before they are resized
     assert steps[: len(READING)] == list(READING) == metadata["preprocessing"]["reading"]
     assert metadata["networks"] == {"arch": "half", "count": 2, "width": 4, "num_class": 6}
-    assert metadata["run"] == {"name": "a run", "weights": "best", "epochs": [1, 1]}
+    assert metadata["run"] == {"name": "a run", "weights": "best", "epochs": [1, 1], "averaged": False}
     assert metadata["versions"]["torch"] == torch.__version__
     assert str(done.run.parent) not in json.dumps(metadata) and str(ROOT) not in json.dumps(metadata)
 
@@ -178,4 +178,9 @@ def test_weights_last_and_what_cannot_be_exported(done, start, monkeypatch):
     monkeypatch.setattr(export, "relative_difference", lambda *_: 0.0)
     assert start(done.run, "model.pt2", "--weights", "last")[0] == 0
     ensemble, _, metadata = to_file.call_args.args
-    assert metadata["run"] == {"name": "a run", "weights": "last", "epochs": [2, 2]} and ensemble.epochs == [2, 2]
+    assert metadata["run"] == {
+        "name": "a run",
+        "weights": "last",
+        "epochs": [2, 2],
+        "averaged": False,
+    } and ensemble.epochs == [2, 2]

@@ -14,10 +14,10 @@ from PreResNet import ResNet18
 SETTINGS = MixMatch(num_class=10, batch_size=4, lambda_u=8.0, warm_up=1)
 
 
-def digits(n: int, runtime: Runtime | None = None) -> DeviceImages:
+def digits(n: int, runtime: Runtime | None = None, strong: bool = False) -> DeviceImages:
     """n digits of 16x16 pixels."""
     images, labels = colour_digits(n)
-    return DeviceImages(images[:, ::2, ::2].copy(), labels, (0.5,) * 3, (0.25,) * 3, True, runtime)
+    return DeviceImages(images[:, ::2, ::2].copy(), labels, (0.5,) * 3, (0.25,) * 3, True, runtime, strong=strong)
 
 
 def start(runtime: Runtime, build=lambda: ResNet18(10, width=4)):

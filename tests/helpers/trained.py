@@ -44,9 +44,9 @@ def make_trained(
     model = description.describe(arch, num_class, width, classes, preparation)
     args = {"command": ["Train_cifar.py", "--r", "0.5", "--id", "a b"], "args": {"warm_up": 1}, "model": model}
     (folder / "args.json").write_text(json.dumps(args))
-    torch.save({**pair(arch, num_class, width, 0), "epochs": [1, 1]}, folder / "best.pt")
+    torch.save({**pair(arch, num_class, width, 0), "epochs": [1, 1], "config": {}}, folder / "best.pt")
     if last:
-        state = {"records": [{"epoch": 2}], "format": checkpoint.FORMAT}
+        state = {"records": [{"epoch": 2}], "format": checkpoint.FORMAT, "config": {}}
         checkpoint.save_last(folder, 2, pair(arch, num_class, width, 10) | state)
     return folder
 

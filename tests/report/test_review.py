@@ -59,7 +59,7 @@ def test_images_come_from_files_where_the_run_has_none_and_pages_follow_each_oth
     out = capsys.readouterr().out
     assert str(pages[2]) in out and f"review: {N - 7} labels are left out" in out and str(tmp_path) in out
     text = assert_self_contained(pages[0].read_text()).text
-    assert f"Train_folder.py --data_path {tmp_path} --corrections decisions.csv" in text
+    assert f"Train_folder.py --data_path {tmp_path} --width=8 --corrections decisions.csv" in text
     unscored = make_run(tmp_path / "unscored", scored=False)
     report.main([str(unscored), "--review"])
     assert not (unscored / "review.html").exists() and "no scores" in capsys.readouterr().out

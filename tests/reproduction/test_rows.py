@@ -26,13 +26,14 @@ def test_the_rows_and_numbers_of_the_papers_tables():
     """A missing row is one that nobody can check us on; a wrong number is another row's, or one without a source."""
     by_table = {table: [row.name for row in rows.all_rows() if row.table == table] for table in rows.TABLES}
     assert sum(map(len, by_table.values())) == len(ROWS)
-    assert len(by_table["1"]) == 16 and "cifar100-sym-90" in by_table["1"]
-    assert by_table["2"] == ["cifar10-asym-40-ce", "cifar10-asym-40"]
+    assert len(by_table["1"]) == 24 and "cifar100-sym-90" in by_table["1"]
+    assert by_table["2"] == ["cifar10-asym-40-ce", "cifar10-asym-40", "cifar10-asym-40-strong"]
     assert (by_table["3"], by_table["4"]) == (["clothing1m"], ["webvision"])
     assert len(by_table["5"]) == 5 * 5 and "cifar10-sym-20-one_view" in by_table["5"]
-    assert {"digits-sym-80-ce", "digits-asym-40", "fashionmnist-sym-50"} < {*by_table["here"]}
+    assert {"digits-sym-80-ce", "digits-sym-80-strong", "fashionmnist-sym-50"} < {*by_table["here"]}
     assert ROWS["cifar10-sym-80"].paper == {"best": 93.2, "last": 92.9}
     assert ROWS["cifar100-sym-50-ce"].paper == {"best": 46.7, "last": None}
+    assert {*ROWS["cifar10-sym-80-strong"].paper.values()} == {None}  # the paper has no such row
     table5 = {name: row.paper["best"] for name, row in ROWS.items() if row.table == "5" and row.paper["best"]}
     assert table5 == {"cifar10-sym-20-divide_mixmatch": 94.1, "cifar10-asym-40-divide_mixmatch": 86.5}
     one_net = ROWS["cifar10-sym-50-one_net"]
@@ -52,6 +53,7 @@ def test_each_row_is_a_command_of_its_script_and_the_papers_setting(name):
         assert all(getattr(args, flag) == row.setting[flag] for flag in ("dataset", "noise_mode", "r", "num_epochs"))
         variant = name.rsplit("-", 1)[1]
         assert args.method == ("ce" if variant == "ce" else "dividemix")
+        assert args.augment == ("strong" if variant == "strong" else "weak")
         assert args.ablation == (variant if variant in recipes.ABLATIONS else "none")
     else:
         options.resolve_images(args, SCRIPTS[row.script].PAPER)
@@ -61,7 +63,7 @@ def test_each_row_is_a_command_of_its_script_and_the_papers_setting(name):
 def test_rows_are_chosen_by_table_and_pattern():
     """Somebody starts 48 runs of 300 epochs for a typing error, or none."""
     assert [row.name for row in select([], ["cifar10-sym-50", "*webv*"])] == ["cifar10-sym-50", "webvision"]
-    assert len(select(["2", "3"], ["cifar10-asym-40"])) == 3
+    assert len(select(["2", "3"], ["cifar10-asym-40"])) == 4
     assert select(["all"], []) == rows.all_rows()
     with pytest.raises(DivideMixError, match="--rows cifar11"):
         select(["1"], ["cifar11"])

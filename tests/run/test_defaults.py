@@ -18,6 +18,13 @@ def chosen(*flags: str, n: int = 3000, side: int = 28, lists=("train",)):
     return args, recipe, lines
 
 
+@pytest.mark.parametrize("flag", ["--features", "--method ce"])
+def test_strong_views_that_nothing_would_see_are_refused(flag):
+    """A run that is called strong and is not."""
+    with pytest.raises(DivideMixError, match="--augment strong"):
+        chosen("--augment", "strong", *flag.split(), side=375)
+
+
 def values(args, *names: str) -> tuple:
     return tuple(getattr(args, name) for name in names)
 

@@ -94,6 +94,10 @@ def test_the_best_epoch_and_the_numbers_so_far():
     assert logs.CIFAR.running(tested, [12, 12]) == {"best_acc": 12.0, "last10_acc": np.mean(range(3, 13))}
     assert logs.CIFAR.running(tested[:2], [0, 0]) == {"best_acc": 0.0, "last10_acc": 0.5}
     assert logs.FOLDER.running([{"val_acc": 90.0}, OWN], [0, 0]) == {"best_val_acc": 90.0}
+    averaged = [{"test_acc": 9.0, "test_acc_ema": 1.0}, {"test_acc": 5.0, "test_acc_ema": 7.0}]
+    assert logs.CIFAR.is_better(averaged[1], averaged[0], 0) and not logs.CIFAR.is_better(*tested[:2], 0)
+    of_averages = {"best_acc_ema": 7.0, "last10_acc_ema": 4.0}
+    assert logs.CIFAR.running(averaged, [1, 1]) == {"best_acc": 9.0, "last10_acc": 7.0} | of_averages
     validated = [{"val_acc_net1": 1.0, "val_acc_net2": 5.0}, {"val_acc_net1": 2.0, "val_acc_net2": 3.0}]
     assert logs.CLOTHING1M.running(validated, [1, 0]) == {"best_val_acc_net1": 2.0, "best_val_acc_net2": 5.0}
 

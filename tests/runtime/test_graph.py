@@ -37,12 +37,15 @@ def assert_captured(runtime: Runtime, count: int) -> None:
     assert all(isinstance(step, graph.CapturedStep) for step in runtime.steps.values())
 
 
-@pytest.mark.parametrize(("precision", "merge"), [("fp32", False), ("bf16", True), ("fp16", True)])
-def test_replayed_steps_equal_eager_ones(merge, precision):
+@pytest.mark.parametrize(
+    ("precision", "merge", "strong"), [("fp32", False, False), ("bf16", True, False), ("fp16", True, True)]
+)
+def test_replayed_steps_equal_eager_ones(merge, precision, strong):
     """A number that was frozen, or momentum that the capture spoiled, trains another method without an error."""
     eager, replayed = (Runtime(CPU, precision, merge=merge, graph=on) for on in (False, True))
     runs = [start(eager), start(replayed)]
-    terms = [train(digits(SIZE, runtime), [0, 1], *run) for runtime, run in zip((eager, replayed), runs, strict=True)]
+    sets = [digits(SIZE, runtime, strong) for runtime in (eager, replayed)]
+    terms = [train(data, [0, 1], *run) for data, run in zip(sets, runs, strict=True)]
     assert_captured(replayed, 4)  # each net's two steps, once
     assert eager.steps == {}, "networks and data sets that were trained stay in memory"
     assert terms[0] == terms[1]
