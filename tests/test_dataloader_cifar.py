@@ -316,16 +316,16 @@ def test_damaged_fashionmnist_is_named(tmp_path, name, of_other_data):
 def test_digits(tmp_path):
     """The demo would split, scale or mirror the digits otherwise than its published numbers assume."""
     data, digits = load("digits", tmp_path / "unused", download=True), load_digits()
-    assert data.train_images.shape == (1450, 32, 32, 3) and data.test_images.shape == (347, 32, 32, 3)
+    assert data.train_images.shape == (1450, 16, 16, 3) and data.test_images.shape == (347, 16, 16, 3)
     assert data.train_images.dtype == np.uint8 and data.train_labels.dtype == np.int64
     assert (data.class_names, data.flip, data.folder, data.official) == ([*"0123456789"], False, None, False)
     order = np.random.RandomState(0).permutation(1797)
     np.testing.assert_array_equal([*data.train_labels, *data.test_labels], digits.target[order])
     assert data.train_labels[:12].tolist() == [2, 8, 2, 6, 6, 7, 1, 9, 8, 5, 2, 8]
-    # Bilinear, align_corners=False, factor 4: pixel 13 lies at (13 + 0.5) / 4 - 0.5 = 2.875 and mixes four neighbours.
-    rows, weights = [2, 3], np.array([0.125, 0.875])
+    # Bilinear, align_corners=False, factor 2: pixel 5 lies at (5 + 0.5) / 2 - 0.5 = 2.25 and mixes four neighbours.
+    rows, weights = [2, 3], np.array([0.75, 0.25])
     expected = weights @ digits.images[order[0]][np.ix_(rows, rows)] @ weights * 255 / 16
-    np.testing.assert_array_equal(data.train_images[0, 13, 13], [round(expected)] * 3)
+    np.testing.assert_array_equal(data.train_images[0, 5, 5], [round(expected)] * 3)
     assert data.train_images.max() == 255 and data.train_images.min() == 0
     pixels = data.train_images / 255
     np.testing.assert_allclose((data.mean, data.std), (pixels.mean((0, 1, 2)), pixels.std((0, 1, 2))))

@@ -246,7 +246,7 @@ def test_logs_of_one_network(runs, name):
     assert (run.folder / "stats.txt").read_text().splitlines() == expected
     assert '"net2"' not in (run.folder / "histograms.jsonl").read_text()
     [line] = [line for line in run.out if line.startswith("epoch 2/2")]
-    assert re.search(r"labeled \d+ unlabeled \d+ \| AUC \d\.\d+ \|", line) and "net" not in line
+    assert re.search(r"  labeled \d+  AUC \d\.\d+  ", line) and "net" not in line
     assert any(line.startswith(f"ablation {name}: one network") for line in run.out)
     for file in ("scores/epoch_002.npz", "label_scores.npz"):
         assert not [key for key in np.load(run.folder / file) if key.endswith("_net2")]

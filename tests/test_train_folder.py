@@ -248,7 +248,7 @@ def test_photos_on_their_side_and_drawings_on_nothing_are_trained_as_shown(tmp_p
 def test_images_that_do_not_fit_in_memory_name_the_flag(tree, start, monkeypatch):
     """A card that another job fills: else the run ends in a traceback of the allocator's."""
 
-    def full(*_):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Train_folder, "DeviceImages", full)

@@ -242,7 +242,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     # To draw, and to import what writes TensorBoard events, takes seconds.
     nothing = SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)
-    report.draw = lambda _: []
+    report.draw = lambda *_: []
     sys.modules["torch.utils.tensorboard"] = SimpleNamespace(SummaryWriter=lambda *_, **__: nothing)
     name, *arguments = sys.argv[1:]
     command_line(lambda _: {"small": small, "runs": runs, "fail": fail}[name](*arguments))

@@ -71,7 +71,7 @@ def job(tmp_path_factory):
         return tiny(data, "--run_dir", out / name, "--num_epochs", epochs, "--save_scores")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "draw", lambda _: [])  # a figure takes seconds
+        patch.setattr(report, "draw", lambda *_: [])  # a figure takes seconds
         Train_folder.main(flags("one", 2))
         shutil.copytree(out / "one", out / "two")
         result = start(out, "small", out, flags("two", 3))
@@ -174,7 +174,7 @@ def test_a_run_is_divided_and_its_labels_are_scored_the_same_on_one_rank_and_on_
 def test_one_rank_writes_and_speaks(job):
     """Two processes that write one file spoil it; lines said twice hide what happens."""
     out, _, result, _ = job
-    assert result.stdout.count("epoch 2/2 train |") == result.stdout.count("2 ranks, each: cpu") == 1
+    assert result.stdout.count("epoch 2/2 train  labeled") == result.stdout.count("2 ranks, each: cpu") == 1
     lines = lines_of_ranks(result.stderr)
     assert len(lines) == len({*lines}) and all(line.startswith("rank 0: warning: ") for line in lines)
     assert "rank 0: warning: the disk is nearly full" in lines
