@@ -59,9 +59,8 @@ def setting(row: Recipe, method: str = "dividemix") -> dict[str, Any]:
     if method == "ce":
         return CIFAR_SETTING | {"conf_penalty": "auto"}
     of_row = {name: getattr(row, name) for name in ("lambda_u", "p_threshold", "loss_window")}
-    of_row |= {"division": "global", "augment": "weak"} | (
-        {"noise_definition": "with_self"} if row.mode == "sym" else {}
-    )
+    of_row |= {"division": "global", "augment": "weak"}
+    of_row |= {"noise_definition": "with_self"} if row.mode == "sym" else {}
     return CIFAR_SETTING | METHOD_SETTING | {"conf_penalty": "auto", "warm_up": warm_up(row.dataset)} | of_row
 
 

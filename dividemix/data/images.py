@@ -29,6 +29,7 @@ _MEANING = {FileNotFoundError: MISSING, NotADirectoryError: MISSING, Unidentifie
 # Pillow reads more formats, but starts a program for one of them, EPS, whatever the file's name is.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 MAX_RATIO = 200  # of an image's sides: resized to a short side of 256 pixels, it takes 40 MB
+AUGMENTED = 64  # views that are augmented together: a view of 224 px needs about 7 MB meanwhile
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a resized crop: its share of the area, width / height
 
 # Pillow's warnings about metadata (what it cannot read is an exception). Set once: catching warnings around each read
@@ -296,7 +297,8 @@ class Views:
             if rngs:
                 operations = np.concatenate([autoaugment.draw(rng, 1, self.crop, self.crop) for rng in rngs])
                 operations = torch.from_numpy(operations).to(views.device, non_blocking=True)
-                views[first:] = autoaugment.augment(views[first:], operations)
+                for strong, drawn in zip(views[first:].split(AUGMENTED), operations.split(AUGMENTED), strict=True):
+                    strong.copy_(autoaugment.augment(strong, drawn))
         else:
             views = np.stack([self.cut(image, box) for image, box in rows])
             for k, rng in enumerate(rngs, start=first):

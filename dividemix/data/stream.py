@@ -1,7 +1,8 @@
 """Image sets that are too large for the device: read by worker processes, kept in memory, or cached on disk.
 
 Each image of a batch is decoded and resized once, for all of its views. Every view has its own seed, drawn from the
-phase's generator before the first batch. So the pixels depend neither on the number of workers nor on what is kept.
+phase's generator before the first batch. So the pixels depend neither on the number of workers nor on what is kept,
+except that strong views of images kept on a card may differ by rounding (see `autoaugment`).
 """
 
 from collections import deque

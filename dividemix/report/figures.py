@@ -115,7 +115,11 @@ def draw_accuracy(axes: Axes, run: RunFolder) -> None:
         axes.plot(epochs["val_acc"], color=LINE, linewidth=0.9, linestyle=":", label="validation accuracy")
     if "imagenet_acc" in epochs:
         axes.plot(epochs["imagenet_acc"], color="#cc79a7", linewidth=1.2, label="both networks, ImageNet")
-    marks = {run.best_epochs[0]: (ensemble, "#009e73")}  # of both networks; or each network has its own
+    kept, color = ensemble, "#009e73"  # whose best epoch is marked
+    if (name := f"{run.measured}_ema") in epochs:
+        kept, color = epochs[name], LINE
+        axes.plot(kept, color=color, linewidth=1.2, label="averaged weights")
+    marks = {run.best_epochs[0]: (kept, color)}  # of both networks; or each network has its own
     if len({*run.best_epochs}) > 1:
         marks = {e: (epochs[f"{run.measured}_net{k}"], NET_COLORS[k]) for k, e in enumerate(run.best_epochs, start=1)}
     for epoch, (accuracy, color) in marks.items():

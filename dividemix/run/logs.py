@@ -136,12 +136,13 @@ def duration(seconds: float) -> str:
 LEGEND = (
     "columns: labeled, the samples whose labels net 1 / net 2 takes for clean; AUC, how well its losses",
     "tell right from wrong labels; Lx and Lu, the losses of labeled and unlabeled samples (in warm-up Lx",
-    "is the cross-entropy); val and test, the accuracy (%) of both networks together; --verbose: more",
+    "is the cross-entropy); val and test, accuracy (%) of both networks together; ema, that of averaged",
+    "weights; best, that of the networks in best.pt; --verbose: more",
 )
 
 
 def epoch_line(record: Record, num_epochs: float, verbose: bool = False) -> str:
-    """Without a newline at the end; at most 100 characters, unless it is verbose."""
+    """Without a newline at the end. At most 100 characters, unless it is verbose: a longer line has no losses."""
     columns = [f"epoch {record['epoch']}/{num_epochs - 1} {record['phase']}"]
     if divided(record):
         unlabeled = f" unlabeled {pair(record, 'unlabeled', 'd')}" if verbose else ""
@@ -150,16 +151,16 @@ def epoch_line(record: Record, num_epochs: float, verbose: bool = False) -> str:
     terms = {"Lx": record.get("loss_x"), "Lu": record.get("loss_u")}
     if verbose or not divided(record):
         terms["penalty"] = record.get("penalty") or None
-    columns.append(" ".join(f"{name} {value:.4f}" for name, value in terms.items() if value is not None))
-    columns.append(accuracies(record, verbose))
-    if verbose:
-        seconds = {k.removeprefix("seconds_"): v for k, v in record.items() if k.startswith("seconds_")}
-        columns.append(" ".join(f"{name} {value:.1f}s" for name, value in seconds.items()))
-    return "  ".join(filter(None, columns))
+    losses = " ".join(f"{name} {value:.3f}" for name, value in terms.items() if value is not None)
+    seconds = {k.removeprefix("seconds_"): v for k, v in record.items() if k.startswith("seconds_") and verbose}
+    ends = [accuracies(record, verbose), " ".join(f"{name} {value:.1f}s" for name, value in seconds.items())]
+    line = "  ".join(filter(None, [*columns, losses, *ends]))
+    return line if verbose or len(line) <= 100 else "  ".join(filter(None, [*columns, *ends]))
 
 
 def accuracies(record: Record, verbose: bool) -> str:
-    """The epoch's accuracies (%), top-5 in brackets, and the best so far; '' where nothing is held out."""
+    """The epoch's accuracies (%), top-5 in brackets, and the best so far, of the averaged weights if there are any; ''
+    where nothing is held out."""
     if not measured(record):
         return ""
     val = f"val {record['val_acc']:.2f}" if "val_acc" in record else ""
@@ -167,16 +168,17 @@ def accuracies(record: Record, verbose: bool) -> str:
         nets = f" (nets {pair(record, 'val_acc', '.2f')})" if verbose else ""
         is_of_both = "best_val_acc" in record
         best = f"{record['best_val_acc']:.2f}" if is_of_both else pair(record, "best_val_acc", ".2f")
-        averaged = f" averaged {record['val_acc_ema']:.2f}" if "val_acc_ema" in record else ""
-        return f"{val}{nets}{averaged} best {best}"
+        if "val_acc_ema" in record:
+            return f"{val}{nets} ema {record['val_acc_ema']:.2f} best {record['best_val_acc_ema']:.2f}"
+        return f"{val}{nets} best {best}"
     test = f"test {record['test_acc']:.2f}"
     if "imagenet_acc" in record:
-        imagenet = f"ImageNet {record['imagenet_acc']:.2f} ({record['imagenet_acc_top5']:.2f})"
-        test = f"test {record['test_acc']:.2f} ({record['test_acc_top5']:.2f}) {imagenet}"
+        top5 = [f" ({record[f'{name}_acc_top5']:.2f})" if verbose else "" for name in ("test", "imagenet")]
+        test = f"test {record['test_acc']:.2f}{top5[0]} ImageNet {record['imagenet_acc']:.2f}{top5[1]}"
     nets = f" (nets {pair(record, 'test_acc', '.2f')})" if verbose and "test_acc_net2" in record else ""
     last10 = f" last-10 {record['last10_acc']:.2f}" if verbose else ""
-    averaged = f" averaged {record['test_acc_ema']:.2f}" if "test_acc_ema" in record else ""
-    return f"{val} {test}{nets}{averaged} best {record['best_acc']:.2f}{last10}".lstrip()
+    ema = f" ema {record['test_acc_ema']:.2f}" if "test_acc_ema" in record else ""
+    return f"{val} {test}{nets}{ema} best {record.get('best_acc_ema', record['best_acc']):.2f}{last10}".lstrip()
 
 
 def pair(record: Record, name: str, form: str) -> str:

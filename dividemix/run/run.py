@@ -435,7 +435,8 @@ class Run:
             first = first_equal() if first_equal else None
             if self.ranks.first:
                 mean = self.probabilities.mean
-                if mean is not None and len(mean) == len(train):  # else damaged images were left out since
+                # Not with averaged weights; nor if damaged images were left out since
+                if mean is not None and len(mean) == len(train) and not self.runtime.averages:
                     scores[0]["probabilities"] = mean.float().cpu().numpy()
                 if self.mixmatch.warm_up != math.inf:  # cross-entropy has no clean probabilities
                     given = self.labels["given"]

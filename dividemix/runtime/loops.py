@@ -133,8 +133,9 @@ def run_steps(
                     sums = sums + runtime.run_partial(packed, (*drawn, *batch))
                 if average:
                     average.update()
-            for module in [net, *runtime.averaged([net] if average else [])]:
-                ranks.average_buffers(module)
+            ranks.average_buffers(net)
+            if average:
+                ranks.average_buffers(average.net)
             *totals, finite_steps = (ranks.sum(sums) / ranks.world).tolist()
     except RuntimeError as error:
         if is_out_of_memory(error):

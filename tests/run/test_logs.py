@@ -45,27 +45,35 @@ def test_the_line_for_people_says_what_the_script_measures():
     """Else a user who watches the run sees a number under another's name, or the run ends at its first line."""
     webvision = WEBVISION | {"val_acc": 50.0}
     assert logs.epoch_line(webvision, 80) == (
-        "epoch 7/79 train  labeled 11/22  Lx 1.2500  val 50.00 test 77.32 (91.64) ImageNet 75.20 (90.84) best 77.32"
+        "epoch 7/79 train  labeled 11/22  Lx 1.250  val 50.00 test 77.32 ImageNet 75.20 best 77.32"
     )
     assert logs.epoch_line(webvision, 80, verbose=True) == (
-        "epoch 7/79 train  labeled 11/22 unlabeled 3/4  Lx 1.2500 penalty 0.5000  val 50.00 test 77.32 (91.64) "
+        "epoch 7/79 train  labeled 11/22 unlabeled 3/4  Lx 1.250 penalty 0.500  val 50.00 test 77.32 (91.64) "
         "ImageNet 75.20 (90.84) (nets 76.00/75.50) best 77.32 last-10 76.10  test 2.0s"
     )
     clothing = CLOTHING1M | UNDIVIDED
-    assert logs.epoch_line(clothing, 80) == "epoch 7/79 warmup  Lx 1.2500 penalty 0.5000  val 74.50 best 73.50/72.90"
+    assert logs.epoch_line(clothing, 80) == "epoch 7/79 warmup  Lx 1.250 penalty 0.500  val 74.50 best 73.50/72.90"
     assert "val 74.50 (nets 73.46/72.00) best" in logs.epoch_line(clothing, 80, verbose=True)
     assert "penalty" not in logs.epoch_line(clothing | {"penalty": 0.0}, 80, verbose=True)
     assert "val 81.50 best 90.00" in logs.epoch_line(OWN | {"best_val_acc": 90.0}, 10)
+    averaged = OWN | {"best_val_acc": 90.0, "val_acc_ema": 85.0, "best_val_acc_ema": 86.0}
+    assert "val 81.50 ema 85.00 best 86.00" in logs.epoch_line(averaged, 10)  # what best.pt has
 
 
-def test_the_line_for_people_fits_a_terminal():
+@pytest.mark.parametrize("has_val", [False, True])
+@pytest.mark.parametrize("has_ema", [False, True])
+def test_the_line_for_people_fits_a_terminal(has_val, has_ema):
     """Else it wraps, and the numbers of two epochs cannot be compared."""
-    cifar = COMMON | {"epoch": 298, "auc_net1": 0.9, "auc_net2": None, "loss_u": 0.1, "test_acc": 90.0}
+    cifar = COMMON | {"epoch": 299, "auc_net1": 0.9, "auc_net2": 0.91, "loss_u": 0.1, "test_acc": 90.0}
     cifar |= {f"{name}_net{k}": 25012 for name in ("labeled", "unlabeled") for k in (1, 2)}
     cifar |= {"test_acc_net1": 89.0, "test_acc_net2": 88.0, "best_acc": 91.0, "last10_acc": 87.0}
-    line = "epoch 298/299 train  labeled 25012/25012  AUC 0.900/-  Lx 1.2500 Lu 0.1000  test 90.00 best 91.00"
-    assert logs.epoch_line(cifar, 300) == line
-    assert len(line) <= 97 and all(len(text) <= 100 for text in logs.LEGEND)
+    cifar |= {"val_acc": 80.0} if has_val else {}
+    cifar |= {"test_acc_ema": 92.0, "best_acc_ema": 93.0} if has_ema else {}
+    line = logs.epoch_line(cifar, 300)
+    assert len(line) <= 100 and line.startswith("epoch 299/299 train  labeled 25012/25012  AUC 0.900/0.910  ")
+    assert line.endswith(" best 93.00" if has_ema else "test 90.00 best 91.00")
+    assert ("Lx 1.250 Lu 0.100" in line) == (not (has_val or has_ema))
+    assert all(len(text) <= 100 for text in logs.LEGEND)
 
 
 def test_how_good_the_labeled_sets_are_where_the_truth_is_known():
@@ -125,4 +133,4 @@ def test_without_any_accuracy_the_last_epoch_is_taken():
     records = [{"epoch": e, "phase": phase, "loss_x": 1.0} for e, phase in enumerate(("warmup", "train", "warmup"))]
     assert logs.FOLDER.best_epochs(records, 2) == [2, 2]
     assert logs.FOLDER.running(records, [2, 2]) == {} and logs.FOLDER.acc(records[0]) == ""
-    assert logs.epoch_line(records[0], 3) == "epoch 0/2 warmup  Lx 1.0000"
+    assert logs.epoch_line(records[0], 3) == "epoch 0/2 warmup  Lx 1.000"
