@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -142,7 +143,8 @@ def make_features(net: torch.nn.Module, images: NDArray[np.uint8], crops: NDArra
 def make_task(setting: str, seed: int, args: argparse.Namespace) -> Task:
     dataset, mode, r = SETTINGS[setting]
     data = load(dataset, vars(args)[dataset])
-    scratch = setting.startswith("scratch")
+    if scratch := setting.startswith("scratch"):
+        data = replace(data, train_images=enlarged(data.train_images), test_images=enlarged(data.test_images))
     arrays = (pixels if scratch else cached_features)(data, args.images, args.test_images, args.cache)
     features, index, num_class = arrays["features"], arrays["index"], data.num_class
     truth, test_labels = data.train_labels[index], data.test_labels[arrays["test_index"]]
@@ -166,6 +168,12 @@ def make_task(setting: str, seed: int, args: argparse.Namespace) -> Task:
         task = task._replace(images=data, index=index, test_index=arrays["test_index"])
         task = task._replace(folder=args.cache / setting.replace(" ", "_") / f"seed{seed}")
     return task
+
+
+def enlarged(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """To 32 pixels, the least that Train_folder.py trains on."""
+    times = max(1, 32 // images.shape[1])
+    return np.ascontiguousarray(images.repeat(times, axis=1).repeat(times, axis=2))
 
 
 def pixels(data: dataloader_cifar.ImageData, n: int, n_test: int, folder: Path) -> dict[str, NDArray]:

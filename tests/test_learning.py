@@ -28,7 +28,7 @@ def test_the_method_finds_the_wrong_labels_of_the_digits(tmp_path):
 @pytest.mark.parametrize(
     ("noise", "schedule"),
     [
-        ("--noise_mode asym --r 0.4", "--warm_up 8 --num_epochs 11"),
+        ("--noise_mode asym --r 0.4", "--warm_up 8 --num_epochs 20"),
         ("--noise_mode idn --r 0.3", "--warm_up 8 --num_epochs 11"),
         ("--noise_mode sym --r 0", "--warm_up 4 --num_epochs 6"),
     ],

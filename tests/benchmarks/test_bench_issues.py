@@ -41,7 +41,7 @@ def test_every_method_beats_chance_where_it_is_easy(flags, tmp_path, capsys):
 def test_from_scratch_every_method_trains_the_same_network(tmp_path, monkeypatch):
     """Else Train_folder.py gets other images, labels or settings than the methods that it is compared with."""
     monkeypatch.setattr("dividemix.run.defaults.SHORT_STEPS", 0)
-    monkeypatch.setattr("dividemix.run.defaults.MOST_WARM_UP", 1)
+    monkeypatch.setattr("dividemix.run.defaults.MOST_WARM_UP", 6)
     monkeypatch.setattr("dividemix.run.defaults.FEWEST_EPOCHS", 1)
     sizes = ["--images", "100", "--test_images", "50", "--seeds", "1", "--cache", str(tmp_path)]
     bench_issues.main(["--digits", "--settings", "scratch digits", *sizes, "--out", str(tmp_path / "out.jsonl")])
