@@ -137,7 +137,7 @@ def find(run: RunFolder) -> LabelIssues | None:
         is_issue=listed.is_issue,
         loss=np.mean(losses, axis=0),
         p_clean=net_arrays(scores, "p_clean"),
-        confidence=scores["probabilities"].max(axis=1),
+        confidence=scores["probabilities"][np.arange(len(index)), listed.suggested],
         true_labels=labels["list_true"][index] if "list_true" in labels else None,
         class_names=run.class_names,
         wrong_share=listed.wrong_share,

@@ -84,6 +84,7 @@ def review_page(
         "items": items,
     }
     corrections = [*(run.args.get("corrections") or []), data["file"]]
-    next_step = command(run, "--corrections", *corrections) if run.script == "Train_folder.py" else ""
+    labels = ["--labels", run.args["labels"]] if run.args.get("labels") else []  # on which the decisions were made
+    next_step = command(run, *labels, "--corrections", *corrections) if run.script == "Train_folder.py" else ""
     values = {"run": run, "issues": issues, "data": data, "name": name, "names": names, "next_step": next_step}
     return render("review.html.jinja", {}, warnings=warnings(issues), **values)

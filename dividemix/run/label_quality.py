@@ -73,5 +73,6 @@ def list_equal_images(
         if len(classes) > 1:
             mean = probabilities[equal].mean(axis=0)[classes]
             kept = classes[np.lexsort((mean, counts))[-1]]
-            wrong = equal[labels[equal] != kept]
+            wrong, right = equal[labels[equal] != kept], equal[labels[equal] == kept]
+            is_issue[right], suggested[right] = False, kept  # else the labels would be different again
             quality[wrong], is_issue[wrong], suggested[wrong] = 0, True, kept

@@ -221,7 +221,7 @@ def add_own_images(parser: Parser) -> None:
     add("--path_column", metavar="NAME", help="column of paths in tables, if it is not found by itself")
     add("--label_column", metavar="NAME", help="column of labels in tables, if it is not found by itself")
     text = "decisions saved by a review page, applied to the training labels; a later file wins"
-    add("--corrections", nargs="+", metavar="FILE.csv", help=text)
+    add("--corrections", nargs="+", action="extend", metavar="FILE.csv", help=text)
     text = "fraction of the training images held out to select the best epoch (default: 0.1 without val or test images)"
     add("--val_fraction", type=fraction, help=text)
     add("--no_flip", action="store_true", help="never mirror images, for example digits or text")

@@ -5,6 +5,7 @@ import pytest
 from helpers.trees import make_folder
 
 import dataloader_folder
+import Train_folder
 from dividemix import DivideMixError
 
 ODD = 'c0/"a, b" <b>\N{CAT FACE}.jpg'
@@ -49,6 +50,8 @@ def test_each_decision_is_applied_and_a_later_file_wins(tree, saved):
     both = given | changed | {"c1/0001.jpg": 2}
     dropped = {"c2/0002.jpg", "c2/0005.jpg"}
     assert labels_of(tree, first, second) == {path: label for path, label in both.items() if path not in dropped}
+    flags = ["--data_path", str(tree), "--corrections", str(first), "--corrections", str(second)]
+    assert Train_folder.parse_args(flags).corrections == [str(first), str(second)]  # or the first would be dropped
     data = dataloader_folder.load(tree, corrections=[first, second])
     counts = "9 decisions (2 replaced by later ones): 2 labels changed, 2 images dropped, 3 kept"
     assert f"corrections: {counts}" in data.lines and data.name == "images_decisions_second"

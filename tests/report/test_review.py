@@ -60,6 +60,9 @@ def test_images_come_from_files_where_the_run_has_none_and_pages_follow_each_oth
     assert str(pages[2]) in out and f"review: {N - 7} labels are left out" in out and str(tmp_path) in out
     text = assert_self_contained(pages[0].read_text()).text
     assert f"Train_folder.py --data_path {tmp_path} --width=8 --corrections decisions.csv" in text
+    relabelled = make_run(tmp_path / "relabelled", truth=False, **flags, labels="mine.csv")
+    report.main([str(relabelled), "--review"])
+    assert "--labels mine.csv --corrections decisions.csv" in (relabelled / "review.html").read_text()
     unscored = make_run(tmp_path / "unscored", scored=False)
     report.main([str(unscored), "--review"])
     assert not (unscored / "review.html").exists() and "no scores" in capsys.readouterr().out

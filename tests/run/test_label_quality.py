@@ -43,6 +43,7 @@ def test_equal_images_with_different_labels():
     p = np.full((8, 3), 1 / 3)
     p[3:5] = [[0.1, 0.2, 0.7], [0.1, 0.5, 0.4]]  # on average 2 is more likely than 1
     quality, is_issue, suggested = np.full(8, 0.9), np.zeros(8, bool), labels.copy()
+    is_issue[2], suggested[2] = True, 1  # the networks would change the label that is kept: then they differ again
     list_equal_images(quality, is_issue, suggested, p, labels, duplicate_of)
     assert np.flatnonzero(is_issue).tolist() == np.flatnonzero(quality == 0).tolist() == [1, 3]
     assert suggested.tolist() == [0, 0, 0, 2, 2, 2, 2, 0] and quality[0] == 0.9
