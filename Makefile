@@ -1,4 +1,4 @@
-# make demo     the environment, then cross-entropy and DivideMix on digits with 50 % wrong labels (about 3 minutes on 2 cores)
+# make demo     the environment, then cross-entropy and DivideMix on digits with 50 % of the labels drawn anew (minutes on 2 cores)
 # make test     the environment, then the fast tests (under 5 minutes on 2 cores)
 # make test-slow the long tests (under 35 minutes)
 # make test-all both

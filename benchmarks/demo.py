@@ -1,4 +1,4 @@
-"""`make demo`: cross-entropy and DivideMix on digits, half of whose labels were drawn anew. About 3 minutes on 2 cores.
+"""`make demo`: cross-entropy and DivideMix on digits, half of whose labels were drawn anew. Minutes on 2 cores.
 
 python benchmarks/demo.py              # trains both, or continues, and says what came out
 python benchmarks/demo.py --seeds 5    # with 5 seeds, and the mean of each method
