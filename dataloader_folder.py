@@ -35,6 +35,7 @@ from dividemix.data import (
     is_hidden,
     is_image,
     opened,
+    printable,
     read_table,
     some,
 )
@@ -267,7 +268,7 @@ def _read_rows(
             missing.append((number, files[0]))
     if missing and not allow_missing:
         (number, _), *_ = missing
-        first, *others = (place if place.isprintable() else repr(place) for _, place in missing[:3])
+        first, *others = (printable(place) for _, place in missing[:3])
         problem = f"{len(missing)} of {len(rows)} images are missing" + "".join(f", {place}" for place in others)
         raise DivideMixError(f"{first}: missing ({source}, line {number}); {problem}: {advice}")
     split_of = pandas.Series(name, rows.index)

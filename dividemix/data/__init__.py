@@ -22,6 +22,7 @@ from dividemix.data.lists import (
     is_image,
     list_folders,
     numbered_lines,
+    printable,
     read_lines,
     some,
 )

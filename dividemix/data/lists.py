@@ -66,7 +66,7 @@ class ImageList:
     def problem(self, i: int, text: str) -> str:
         """The file of image i, the text of what is wrong with it, and where it is named, on one line."""
         path = self.path(i)
-        return f"{path if path.isprintable() else repr(path)}: {text} ({self.where(i)})"
+        return f"{printable(path)}: {text} ({self.where(i)})"
 
     def class_counts(self) -> NDArray[np.int64]:
         """How many images have each label, (num_class,)."""
@@ -245,10 +245,15 @@ def absolute(path: str | Path) -> Path:
     return Path(os.path.abspath(os.path.expanduser(path)))
 
 
+def printable(name: str) -> str:
+    """A name for one line of text."""
+    return name if name.isprintable() else repr(name)
+
+
 def some(names: Sequence[str]) -> str:
     """The first ten names and the number of the others, for messages."""
     end = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(name if name.isprintable() else repr(name) for name in names[:10]) + end
+    return ", ".join(map(printable, names[:10])) + end
 
 
 # ---- Symbolic links ----

@@ -29,6 +29,7 @@ from dividemix.data import (
     describe_changes,
     file_finder,
     images_below,
+    printable,
     read_table,
     shown,
 )
@@ -113,7 +114,7 @@ class Classifier:
                 return self.description.preparation.view(opened)
             except (BadImage, MemoryError) as error:
                 path = str(image)
-                problem = f"{path if path.isprintable() else repr(path)}: {str(error) or type(error).__name__}"
+                problem = f"{printable(path)}: {str(error) or type(error).__name__}"
                 if strict:
                     raise DivideMixError(f"{problem}: nothing is written; without --strict its row is empty") from error
                 self.bad.append(problem)

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from dividemix.data import printable
 from dividemix.files import csv_bytes, write_atomically
 from dividemix.run import (
     RunFolder,
@@ -244,10 +245,6 @@ def summary(issues: LabelIssues) -> list[str]:
 
 def percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
-
-
-def printable(name: str) -> str:
-    return name if name.isprintable() else repr(name)
 
 
 # ---- Files ----
