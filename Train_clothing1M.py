@@ -25,7 +25,7 @@ PAPER = recipes.CLOTHING1M
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    examples = "--data_path ../../Clothing1M/data --check_data", "--data_path ../../Clothing1M/data"
+    examples = "--data_path ~/Clothing1M/data --check_data", "--data_path ~/Clothing1M/data"
     title = "DivideMix on Clothing1M."
     common = "data_path", "check_data", "num_epochs", "seed", "id"
     parser = options.Parser(prog="Train_clothing1M.py", description=title, examples=examples, common=common)

@@ -1,7 +1,7 @@
 """Your own images: a folder of class folders, or a table with columns of paths and labels. D is --data_path, or the
 folder of a table given as --data_path. Training images come from the first of these that exists: `--labels FILE.csv`,
 `--data_path FILE.csv`, D/train.csv, D/labels.csv, D/train/<class>/..., D/<class>/...; the other splits from the column
-split of that table, D/val.csv or D/val/<class>/..., D/test.csv or D/test/<class>/... Paths in tables are absolute, or
+split of these tables, D/val.csv or D/val/<class>/..., D/test.csv or D/test/<class>/... Paths in tables are absolute, or
 start at D or at the table's folder.
 """
 
@@ -29,7 +29,7 @@ from dividemix.data import (
     absolute,
     bad_line,
     correct,
-    file_finder,
+    find_files,
     images_below,
     images_of_classes,
     is_hidden,
@@ -81,13 +81,18 @@ def load(
     rows of tables without a path or a label, and keeps missing images for `usable` to leave out; allow_missing: keeps
     missing images alone. Raises DivideMixError, one line that names the file or folder and what to do."""
     root, sources = _sources(data_path, labels)
+    skips = {"skip_empty": skip_bad, "allow_missing": allow_missing or skip_bad}
     splits: dict[str, _Split] = {}
+    if labels and absolute(data_path).is_file():  # a table whose training labels are replaced
+        source = absolute(data_path)
+        splits = _read_rows("train", source, root, read_table(source, path_column, label_column), **skips)
+        del splits["train"]
     for name, source in sources.items():  # train first: its table may hold the other splits
         if name not in splits and source.is_dir():
             splits[name] = _read_folder(source, is_train=name == "train")
         elif name not in splits:
             table = read_table(source, path_column, label_column)
-            splits |= _read_rows(name, source, root, table, skip_bad, allow_missing or skip_bad)
+            splits |= _read_rows(name, source, root, table, **skips)
     splits = {name: splits[name] for name in SPLITS if name in splits}
     classes = class_order(splits["train"].lines.labels)
     if len(classes) < 2:
@@ -149,10 +154,8 @@ def _sources(data_path: str | Path, labels: str | Path | None) -> tuple[Path, di
         raise DivideMixError(f"--data_path {path} does not exist: give a folder of class folders, or a CSV file")
     if path.is_dir():
         root, table = path, absolute(labels) if labels else None
-    elif labels:
-        raise DivideMixError(f"--labels {labels}: --data_path must be the folder of the images, and {path} is a file")
     elif path.suffix.lower() in TABLE_SUFFIXES:
-        root, table = path.parent, path
+        root, table = path.parent, absolute(labels or path)
     else:
         expected = " or ".join(TABLE_SUFFIXES)
         raise DivideMixError(f"--data_path {path}: expected a folder, or a file whose name ends in {expected}")
@@ -241,7 +244,7 @@ def _read_rows(
     if name != "train":
         rows = rows[["path", "label"]]
     advice = "correct the table, or leave them out by --skip_bad_images"
-    if count := (is_empty := rows.eq("").any(axis=1)).sum():
+    if count := (is_empty := rows[["path", "label"]].eq("").any(axis=1)).sum():
         first = rows.index[is_empty][:3].tolist()
         problem = f"rows without a path or a label: {count}, first in line {some([*map(str, first)])}"
         if not skip_empty or count == len(rows):
@@ -253,19 +256,18 @@ def _read_rows(
             raise bad_line(source, rows.index[rows["label"] == label][0], f"label {label!r:.100}, {expected}")
     lines: dict[str, int] = {}
     missing: list[tuple[int, str]] = []
-    find, inside = file_finder([root, source.parent]), os.path.join(root, "")
-    for number, path in zip(rows.index.tolist(), rows["path"].tolist(), strict=True):
-        files, exists = find(path)
-        if len(files) > 1:
-            raise bad_line(source, number, f"{path!r:.100} can be {files[0]} and {files[1]}, expected one file")
-        key = files[0].removeprefix(inside).replace(os.sep, "/")
+    inside = os.path.join(root, "")
+    for number, (file, exists) in zip(
+        rows.index.tolist(), find_files(source, rows["path"], [root, source.parent]), strict=True
+    ):
+        key = file.removeprefix(inside).replace(os.sep, "/")
         if len(key) > _LONGEST:
-            raise bad_line(source, number, f"{path!r:.100} ... has {len(key)} letters, expected at most {_LONGEST}")
+            raise bad_line(source, number, f"{key!r:.100} ... has {len(key)} letters, expected at most {_LONGEST}")
         if key in lines:
             raise bad_line(source, number, f"{key!r:.100} is already in line {lines[key]}")
         lines[key] = number
         if not exists:
-            missing.append((number, files[0]))
+            missing.append((number, file))
     if missing and not allow_missing:
         (number, _), *_ = missing
         first, *others = (printable(place) for _, place in missing[:3])
@@ -276,7 +278,8 @@ def _read_rows(
         split_of = rows["split"].str.lower().map(_SPLIT_OF)
         if split_of.isna().any():
             number = rows.index[split_of.isna()][0]
-            raise bad_line(source, number, f"split {rows['split'][number]!r:.100}, expected {', '.join(SPLITS)}")
+            expected = f"expected {', '.join(SPLITS)}; a column split of another meaning needs another name"
+            raise bad_line(source, number, f"split {rows['split'][number]!r:.100}, {expected}")
     rows["path"] = [key.encode() for key in lines]
     parts = {split: rows[split_of == split] for split in split_of.unique()}
     if name not in parts:

@@ -7,11 +7,11 @@ Both train as Train_folder.py, hold nothing out, and take the last epoch: every 
 """
 
 import contextlib
+import hashlib
 import io
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from dividemix.data.features import as_views
 from dividemix.deploy.predict import Classifier, from_array
 from dividemix.report import issues as label_issues
 from dividemix.run import defaults, read_run
+
+_HOLD_NOTHING_OUT = ("--val_fraction", "0")
 
 
 def find_label_issues(
@@ -49,7 +51,7 @@ def find_label_issues(
 
     On a CPU, images become the features of a frozen network, on a card whole networks are trained; `verbose` prints
     which and why, and the training. flags: those of Train_folder.py, such as num_epochs=20 or features=True; run_dir
-    keeps the run, for `load`. The same seed gives the same list.
+    or out_dir keeps the run, for `load`. The same seed gives the same list.
 
     -> a row for each sample, in order: index, for files path, given_label, suggested_label, label_quality (0 to 1,
     small means doubtful), is_label_issue, rank (1 is the most doubtful). Raises DivideMixError for data that cannot be
@@ -60,7 +62,10 @@ def find_label_issues(
         raise DivideMixError("give one of these: a folder, a CSV file or a Dataset, or images=, or features=")
     with tempfile.TemporaryDirectory(prefix="dividemix-") as temporary:
         folder, data, classes = Path(temporary), None, None
-        words = ["--seed", str(seed), "--run_dir", str(folder / "run"), *as_words(flags)]
+        if flags.get("check_data"):
+            raise DivideMixError("check_data: not here: `dividemix issues DATA --check_data` prints what it finds")
+        own_folder = [] if {"run_dir", "out_dir", "id"} & {*flags} else ["--run_dir", str(folder / "run")]
+        words = ["--seed", str(seed), *own_folder, *as_words(flags)]
         if isinstance(source, str | os.PathLike):
             if not isinstance(labels, str | os.PathLike | None):
                 raise DivideMixError("labels: of a folder or table, expected the path of another table")
@@ -69,15 +74,14 @@ def find_label_issues(
             views = as_views(features)
             np.save(folder / "features.npy", views)
             words += ["--data_path", temporary, "--feature_file", str(folder / "features.npy")]
-            data, classes = in_memory(folder, views.shape[1], labels)
+            data, classes = in_memory(folder, [f"{k:08d}" for k in range(views.shape[1])], labels)
         else:
             words += ["--data_path", temporary]
-            n, own_labels = write_images(folder, images, source)
-            data, classes = in_memory(folder, n, own_labels if labels is None else labels)
+            names, own_labels = write_images(folder, images, source)
+            data, classes = in_memory(folder, names, own_labels if labels is None else labels)
         args = parsed(words)
         silent = contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO())
-        with silent, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "the report shows no images")  # of features there are none
+        with silent:
             final = train(args, words, data, with_report=False)
         issues = label_issues.find(read_run(Path(final["run_dir"])))
     if issues is None:
@@ -101,10 +105,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """`dividemix issues DATA [flags]`."""
     import Train_folder
 
-    words = list(sys.argv[1:] if argv is None else argv)
-    given = words if words and words[0].startswith("-") else ["--data_path", *words] if words else ["--help"]
+    words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    given = words if words[0].startswith("-") else ["--data_path", *words]
+    if not {"--data_path", "--help", "-h"} & {*given}:
+        raise DivideMixError("dividemix issues DATA [flags]: DATA, a folder or a table, comes first")
     args = Train_folder.parse_args(
-        ["--val_fraction", "0", *given],
+        [*_HOLD_NOTHING_OUT, *given],
         prog="dividemix issues",
         usage="%(prog)s DATA [flags]",
         description="Which labels look wrong: DATA is a folder of class folders, or a CSV with the columns path,label.",
@@ -120,7 +126,7 @@ def train(args: Any, words: Sequence[str], data: Any = None, with_report: bool =
     import dataloader_folder
     import Train_folder
 
-    words = ["--val_fraction", "0", *words]
+    words = [*_HOLD_NOTHING_OUT, *words]
     if args.check_data:
         return Train_folder.main(words)
     data = data or Train_folder.load(args)
@@ -134,54 +140,68 @@ def train(args: Any, words: Sequence[str], data: Any = None, with_report: bool =
 
 # ---- Data in memory ----
 
+_PNG = ("L", "LA", "RGB", "RGBA", "I", "I;16")  # Pillow's modes that PNG keeps; it is read as files are
+
 
 def as_words(flags: dict[str, Any]) -> list[str]:
-    """Keyword arguments as flags: num_epochs=3 -> --num_epochs 3; no_flip=True -> --no_flip; None and False -> none."""
-    given = {name: value for name, value in flags.items() if value is not None and value is not False}
-    return [word for name, value in given.items() for word in (f"--{name}", *([] if value is True else [str(value)]))]
+    """Keyword arguments as flags: num_epochs=3 -> --num_epochs 3; corrections=["a", "b"] -> --corrections a b;
+    no_flip=True -> --no_flip; None and False -> none."""
+    words = []
+    for name, value in flags.items():
+        is_switch = isinstance(value, bool | np.bool_)
+        if value is None or (is_switch and not value):
+            continue
+        values = [] if is_switch else value if isinstance(value, list | tuple) else [value]
+        words += [f"--{name}", *map(str, values)]
+    return words
 
 
-def in_memory(folder: Path, n: int, labels: Any) -> tuple[Any, NDArray]:
-    """The image lists of n samples, whose files are named by `image_name`, and their classes in order. Raises
-    DivideMixError for labels that do not fit."""
+def in_memory(folder: Path, names: Sequence[str], labels: Any) -> tuple[Any, NDArray]:
+    """The image lists of samples with these names, which are files in `folder` if there are images, and their classes
+    in order. Raises DivideMixError for labels that do not fit."""
     import dataloader_folder
 
+    if labels is None:
+        raise DivideMixError("labels: missing: give labels=, one for each sample")
     given = as_labels(labels)
-    if given.shape != (n,):
-        raise DivideMixError(f"labels: expected {n}, one for each sample, got shape {given.shape}")
+    if given.shape != (len(names),):
+        raise DivideMixError(f"labels: expected {len(names)}, one for each sample, got shape {given.shape}")
     classes, numbers = np.unique(given, return_inverse=True)
     if len(classes) < 2:
         raise DivideMixError(f"labels: all samples are of one class, {classes[0]!r:.100}: nothing to learn")
-    paths = [image_name(k).encode() for k in range(n)]
-    where = str(folder)
-    images = ImageList(where, where, "", np.array(paths), numbers, len(classes), as_shown=True)
+    where, paths = str(folder), np.array([name.encode() for name in names])
+    images = ImageList(where, where, "", paths, numbers, len(classes), as_shown=True)
     return dataloader_folder.Folder("memory", {"train": images}, list(map(str, classes)), []), classes
 
 
-def image_name(k: int) -> str:
-    return f"{k:08d}.png"
-
-
-def write_images(folder: Path, images: Any, dataset: Any) -> tuple[int, list]:
-    """Write the images, or those of a Dataset, as PNG files, which lose nothing. -> their number, the Dataset's labels.
-    Raises DivideMixError for what is no image."""
+def write_images(folder: Path, images: Any, dataset: Any) -> tuple[list[str], list | None]:
+    """Write the images, or those of a Dataset, as PNG files, which lose nothing. -> their names, the Dataset's labels.
+    A name has a hash of the pixels, so that no run goes on with other images. Raises DivideMixError for what is no
+    image, and for items without a label."""
     if dataset is None:
         items: Any = ((image, None) for image in images)
     elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
         items = (dataset[k] for k in range(len(dataset)))
     else:
         raise DivideMixError(f"expected a folder, a CSV file, or a Dataset with a length, got {type(dataset).__name__}")
-    labels = []
-    for k, (image, label, *_) in enumerate(items):
-        as_image(image, f"image {k}").save(folder / image_name(k), compress_level=1)
+    names, labels = [], []
+    for k, item in enumerate(items):
+        if not isinstance(item, tuple | list) or len(item) < 2:
+            raise DivideMixError(f"item {k} of the Dataset: expected (image, label), got {type(item).__name__}")
+        image, label, *_ = item
+        image = as_image(image, f"image {k}")
+        names.append(f"{k:08d}_{hashlib.sha256(image.tobytes()).hexdigest()[:8]}.png")
+        image.save(folder / names[-1], compress_level=1)
         labels.append(label.item() if hasattr(label, "item") else label)
-    return len(labels), labels
+    return names, labels if dataset is not None else None
 
 
 def as_image(image: Any, name: str) -> Image.Image:
     """A Pillow image, an array of pixels, or a tensor (3, H, W) or (1, H, W) of uint8 or of values in [0, 1]."""
     if isinstance(image, Image.Image):
-        return image if image.mode == "L" else image.convert("RGB")
+        if image.mode == "F":
+            raise DivideMixError(f"{name}: pixels that are fractions, expected 8 or 16 bits")
+        return image if image.mode in _PNG else image.convert("RGBA" if image.has_transparency_data else "RGB")
     pixels = np.asarray(image)
     if hasattr(image, "is_floating_point"):  # a tensor
         pixels = np.moveaxis(pixels, 0, -1) if pixels.ndim == 3 else pixels
@@ -200,7 +220,7 @@ def parsed(words: Sequence[str]) -> Any:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return Train_folder.parse_args(["--val_fraction", "0", *words])
+            return Train_folder.parse_args([*_HOLD_NOTHING_OUT, *words])
     except SystemExit as ended:
         raise DivideMixError(said.getvalue().partition("error: ")[2].strip()) from ended
 

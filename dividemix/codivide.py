@@ -215,7 +215,7 @@ class Mixture:
             self.warned.add("fallback")
             shown = ", ".join(map(str, division.fallback[:10])) + (", ..." if len(division.fallback) > 10 else "")
             reason = f"fewer than {MIN_CLASS_SIZE} samples, or only one group of losses"
-            warn(f"{name}: the mixture of all samples divides these classes, too ({reason}): {shown}")
+            warn(f"{name}: the mixture of all samples divides the classes number {shown}, too: they have {reason}")
         if not division.labeled.any():
             warn(f"{name} finds no sample clean with p > {self.threshold:g}: its peer gets one more warm-up epoch")
             return None

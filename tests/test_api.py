@@ -18,6 +18,7 @@ from sklearn.metrics import average_precision_score
 import dividemix
 import Train_folder
 from dividemix import DivideMixError, api
+from dividemix.data import shown
 from dividemix.run import read_run
 
 NAMES = np.array(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])
@@ -144,10 +145,39 @@ def test_a_folder_arrays_and_a_dataset_have_the_same_list(tree, tmp_path, capsys
     ):
         pandas.testing.assert_frame_equal(table[columns], of_folder[columns])
         assert [str(label)[-1] for label in table.suggested_label] == [name[1] for name in of_folder.suggested_label]
+    assert len(dividemix.find_label_issues(tree, seed=3, **TINY, run_dir=tmp_path / "run")) == 24  # continues it
     rows = dividemix.load(tmp_path / "run", device="cpu").predict(list(arrays[:3]))
     files = dividemix.load(tmp_path / "run", device="cpu").predict(sorted(tree.rglob("*.jpg"))[:3])
     assert rows["class"].tolist() == files["class"].tolist() and rows.path.tolist() == [0, 1, 2]
     assert rows.confidence.between(0, 1).all() and rows.label.dtype == "Int64"
+
+
+def test_a_run_is_continued_with_its_own_images_only(tree, tmp_path):
+    """The list of other images would come back, without a word."""
+    images, labels = pictures(tree)
+    arrays, keep = np.stack([np.asarray(image) for image in images]), {"out_dir": tmp_path, "id": "mine"}
+    first = dividemix.find_label_issues(images=arrays, labels=labels, **TINY, **keep)
+    again = dividemix.find_label_issues(images=arrays, labels=labels, **TINY, **keep, no_flip=np.bool_(False))
+    pandas.testing.assert_frame_equal(first, again)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder_memory_seed0_mine"]
+    with pytest.raises(DivideMixError, match="folder_memory_seed0_mine"):
+        dividemix.find_label_issues(images=arrays[::-1], labels=labels, **TINY, **keep)
+
+
+def test_images_of_all_kinds_are_seen_as_files_are(tree, tmp_path):
+    """16 bits would all be white, and what is transparent black."""
+    values = np.arange(400, dtype=np.uint16).reshape(20, 20) * 160
+    drawing = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
+    for image in (
+        Image.fromarray(values),
+        drawing,
+        drawing.convert("P"),
+        drawing.convert("LA"),
+        Image.new("1", (9, 9)),
+    ):
+        image.save(tmp_path / "file.png")
+        names, _ = api.write_images(tmp_path, [image], None)
+        assert np.array_equal(shown(tmp_path / names[0]).image, shown(tmp_path / "file.png").image)
 
 
 def test_images_that_are_none_and_flags_that_are_wrong_are_one_line(tree):
@@ -162,7 +192,10 @@ def test_images_that_are_none_and_flags_that_are_wrong_are_one_line(tree):
         (tree, {"no_such_flag": True}, "--no_such_flag"),
         (iter(images), {}, "Dataset"),
         (None, {"images": [array, array / 255.0], "labels": [0, 1]}, "image 1"),
-        (None, {"images": [array, array]}, "labels"),
+        (None, {"images": [array, array]}, "labels: missing"),
+        (None, {"images": [array, array], "labels": [0, 1], "check_data": True}, "check_data"),
+        (Items(images[:2]), {}, "item 0"),
+        (Items([(Image.new("F", (8, 8)), 0)]), {}, "image 0"),
         (Items([(torch.full((3, 8, 8), -1.0), 0)]), {}, "Normalize"),
     ):
         with pytest.raises(DivideMixError, match=name) as error:

@@ -128,9 +128,12 @@ def test_a_table_of_all_splits(tmp_path, head, columns):
     assert data.lines[2] == f"test: 2 images, {path} (columns {columns})"
     refused(table(path, "0.jpg,train,a", "1.jpg,fold2,b", head=head), f"{path}, line 3: split 'fold2'")
     refused(table(path, "0.jpg,test,a", "1.jpg,val,b", head=head), f"{path}: no row whose split is train")
-    refused(table(path, "0.jpg,train,a", "1.jpg,,b", head=head), f"{path}, line 3: rows without")
+    refused(table(path, "0.jpg,train,a", "1.jpg,,b", head=head), f"{path}, line 3: split ''")
     table(path, "0.jpg,train,a", "1.jpg,train,b", "2.jpg,val,b", head=head)
-    assert [read(images) for images in load(path).lists.values()][1:] == [{"2.jpg": 1}, {"test/b/9.jpg": 1}]
+    others = [{"2.jpg": 1}, {"test/b/9.jpg": 1}]
+    assert [read(images) for images in load(path).lists.values()][1:] == others
+    labels = table(tmp_path / "lists/corrected.csv", "1.jpg,a", "3.jpg,b")  # for the training part of that table
+    assert [read(images) for images in load(path, labels).lists.values()] == [{"1.jpg": 0, "3.jpg": 1}, *others]
 
 
 def test_a_table_round_trips_the_class_folders(tmp_path):
@@ -205,7 +208,6 @@ def test_what_is_no_data_folder(tmp_path):
     for name in ("both/train.csv", "both/labels.csv", "test/test.csv"):
         table(tmp_path / name, "1.jpg,0", "2.jpg,1")
     refused(tmp_path / "both", "train.csv and labels.csv")
-    refused(tmp_path / "both/train.csv", "--labels", labels=tmp_path / "both/labels.csv")
     refused(tmp_path / "test/test.csv", "test.csv", "split")
     refused(tmp_path / "both", "mine.csv is missing", labels=tmp_path / "mine.csv")
 

@@ -27,4 +27,4 @@ from dividemix.data.lists import (
     some,
 )
 from dividemix.data.stream import Pipeline, StreamedImages
-from dividemix.data.tables import TABLE_SUFFIXES, Table, file_finder, read_table
+from dividemix.data.tables import TABLE_SUFFIXES, Table, find_files, read_table

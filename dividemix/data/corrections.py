@@ -10,6 +10,7 @@ import pandas as pd
 
 from dividemix import DivideMixError
 from dividemix.data.lists import ImageList, some
+from dividemix.data.tables import read_cells
 
 _COLUMNS = ["path", "decision", "label"]
 _DECISIONS = ["keep", "suggestion", "other", "drop"]
@@ -18,7 +19,12 @@ _DECISIONS = ["keep", "suggestion", "other", "drop"]
 def correct(images: ImageList, classes: Sequence[str], files: Sequence[str | Path]) -> tuple[ImageList, str]:
     """The training images with the decisions of `files`, of which a later one wins. classes: their names, by label. ->
     the list without what was dropped, and a line that counts. Raises DivideMixError for a file that cannot be read, an
-    image that is not in the list, an unknown decision or class, and a class of which no image is left."""
+    image that is not in the list, an unknown decision or class, a class of which no image is left, and for a file that
+    is given twice."""
+    if twice := [
+        str(file) for k, file in enumerate(files) if Path(file).resolve() in map(Path.resolve, map(Path, files[:k]))
+    ]:
+        raise DivideMixError(f"--corrections: {some(twice)}: given twice: is one of them a file of another page?")
     table = pd.concat([read_decisions(file) for file in files], ignore_index=True)
     table["row"] = pd.Index(np.char.decode(images.names())).get_indexer(table["path"])
     table["number"] = pd.Index(classes, dtype=object).get_indexer(table["label"])
@@ -47,13 +53,11 @@ def correct(images: ImageList, classes: Sequence[str], files: Sequence[str | Pat
 
 
 def read_decisions(file: str | Path) -> pd.DataFrame:
-    """The rows of a file as text, with the column `file`."""
-    try:
-        table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # pandas' errors are ValueErrors, and that of a text that is not UTF-8
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise DivideMixError(f"--corrections {file} cannot be read as a CSV file ({reason})") from error
-    if not {*_COLUMNS} <= {*table}:
-        problem = f"columns {','.join(map(str, table))!r:.100}, expected {','.join(_COLUMNS)}"
+    """The rows of a file as text, with the column `file`; spreadsheet programs may have saved it, see `read_cells`."""
+    cells = read_cells(Path(file), {"path": None, "label": None})
+    names = cells.iloc[0].str.strip().str.lower()
+    if any([*names].count(column) != 1 for column in _COLUMNS):
+        problem = f"columns {','.join(names)!r:.100}, expected {','.join(_COLUMNS)}"
         raise DivideMixError(f"--corrections {file}: {problem}: give a file that a review page has saved")
-    return table[_COLUMNS].assign(file=str(file))
+    table = cells.iloc[1:].set_axis(names, axis=1)[_COLUMNS]
+    return table.assign(decision=table["decision"].str.strip().str.lower(), file=str(file))

@@ -5,7 +5,7 @@ import functools
 import io
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ def read_table(
     columns are 1, 2, ... Not `labeled`: only the paths are read. Raises DivideMixError that names the line: no text, no
     table, a column that is not there or not the only one, no row."""
     wanted = {"path": path_column, "label": label_column}
-    cells = _cells(path, wanted)
+    cells = read_cells(path, wanted)
     names = [name.strip() for name in cells.iloc[0]]
     found, images = {kind: _find(kind, names, wanted) for kind in _NAMES}, _images(names)
     has_names = bool(found["path"]) or not images
@@ -52,6 +52,8 @@ def read_table(
             columns = f"the columns are {some(names)}" + ("" if has_names else ", since no line names them")
             flags = "--path_column and --label_column" if labeled else "--path_column"
             raise DivideMixError(f"{path}, line {cells.index[0]}: {problem}; {columns}: choose by {flags}")
+    if labeled and found["path"] == found["label"]:
+        raise DivideMixError(f"{path}: --path_column and --label_column name the same column: give two")
     columns = {kind: found[kind][0] for kind in _NAMES if found[kind] and (labeled or kind == "path")}
     rows = pandas.DataFrame({kind: cells[k] for kind, k in columns.items()}).iloc[int(has_names) :]
     if rows.empty:
@@ -60,7 +62,7 @@ def read_table(
     return Table(rows, f"{line}columns {', '.join(names[k - 1] for k in columns.values())}")
 
 
-def _cells(path: Path, wanted: dict[str, str | None]) -> pandas.DataFrame:
+def read_cells(path: Path, wanted: dict[str, str | None]) -> pandas.DataFrame:
     """The cells of all rows that are not blank, as written; columns 1, 2, ... The first line alone tells how many there
     are, and what is between them: what makes known names or images of its cells."""
     content = read_text(path)
@@ -91,13 +93,17 @@ def _cells(path: Path, wanted: dict[str, str | None]) -> pandas.DataFrame:
 
 
 def _find(kind: str, names: Sequence[str], wanted: dict[str, str | None]) -> list[int]:
-    """Which columns can be this one, counted from 1; of equal names the first."""
+    """Which columns can be this one, counted from 1. A name with the flag's own case wins over others."""
     if flag := wanted.get(kind):
-        return [k for k, name in enumerate(names, 1) if name.strip().lower() == flag.strip().lower()][:1]
+        words, own = [name.strip() for name in names], flag.strip()
+        return _places(words, own) or _places([name.lower() for name in words], own.lower())
     plain = [re.sub(r"[\s_-]", "", name.lower()) for name in names]
-    known = _NAMES[kind].split()
-    found = {name: plain.index(name) + 1 for name in known if name in plain}
-    return [found[known[0]]] if known[0] in found else [*found.values()]
+    first, *others = _NAMES[kind].split()
+    return _places(plain, first) or [k for name in others for k in _places(plain, name)]
+
+
+def _places(names: Sequence[str], wanted: str) -> list[int]:
+    return [k for k, name in enumerate(names, 1) if name == wanted]
 
 
 def _images(names: Sequence[str]) -> list[int]:
@@ -107,14 +113,15 @@ def _images(names: Sequence[str]) -> list[int]:
 # ---- The files that paths in a table mean ----
 
 
-def file_finder(bases: Sequence[Path]) -> Callable[[str], tuple[list[str], bool]]:
-    r"""find(path) -> (files, True): those that a path in a table can mean, which starts at one of the folders `bases`;
-    `a\b.jpg` is also a/b.jpg. If there is none: (the first place to look, False). Each folder is listed once, which
-    takes less time than to ask for each file."""
+def find_files(source: Path, paths: pandas.Series, bases: Sequence[Path]) -> list[tuple[str, bool]]:
+    r"""For each path in the table `source`, whose line is its index: the file that it means, which starts at one of the
+    folders `bases`, and True; `a\b.jpg` is also a/b.jpg. If there is none: the first place to look, and False; of an
+    empty path ''. Each folder is listed once, which takes less time than to ask for each file. Raises DivideMixError
+    for a path that can mean two files."""
     starts = [*dict.fromkeys(map(str, bases))]
 
     @functools.cache
-    def files(folder: str) -> frozenset[str]:
+    def names(folder: str) -> frozenset[str]:
         try:
             with os.scandir(folder) as entries:
                 return frozenset(entry.name for entry in entries if entry.is_file())
@@ -123,12 +130,14 @@ def file_finder(bases: Sequence[Path]) -> Callable[[str], tuple[list[str], bool]
 
     def is_file(place: str) -> bool:
         folder, _, name = place.rpartition(os.sep)
-        return name in files(folder) or os.path.isfile(place)  # where case does not matter, the list has another name
+        return name in names(folder) or os.path.isfile(place)  # where case does not matter, the list has another name
 
-    def find(path: str) -> tuple[list[str], bool]:
+    found = []
+    for line, path in paths.items():
         forms = [path.replace("\\", "/"), path] if "\\" in path else [path]
-        places = [os.path.normpath(os.path.join(start, form)) for form in forms for start in starts]
-        found = [*dict.fromkeys(place for place in places if is_file(place))]
-        return (found, True) if found else (places[:1], False)
-
-    return find
+        places = [os.path.normpath(os.path.join(start, form)) for form in forms for start in starts] if path else [""]
+        files = [*dict.fromkeys(place for place in places if is_file(place))]
+        if len(files) > 1:
+            raise bad_line(source, int(line), f"{path!r:.100} can be {files[0]} and {files[1]}, expected one file")
+        found.append((files[0], True) if files else (places[0], False))
+    return found

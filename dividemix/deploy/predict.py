@@ -27,7 +27,7 @@ from dividemix.data import (
     BadImage,
     Boundary,
     describe_changes,
-    file_finder,
+    find_files,
     images_below,
     printable,
     read_table,
@@ -44,23 +44,23 @@ _WARNINGS = 10  # at most, one an image
 Prediction = list[tuple[int, float]]  # (label, probability) of an image's most probable classes, in falling order
 
 
-def find_images(source: Path, path_column: str | None = None) -> tuple[list[str], list[str], Boundary | None]:
+def find_images(source: Path, path_column: str | None = None) -> tuple[list[str], list[str], Boundary | None, str]:
     """All images below a folder, or the files that a table names (relative to its folder), or one file. -> their names
-    in predictions.csv; their paths; for a folder the boundary that symbolic links may not cross. Raises DivideMixError
-    where there are none, and as `read_table`."""
+    in predictions.csv; their paths; for a folder the boundary that symbolic links may not cross; for a table its
+    columns, to print. Raises DivideMixError where there are none, and as `read_table` and `find_files`."""
     if source.is_dir():
         paths = [os.path.join(source, os.fsdecode(name)) for name in images_below(source)[0]]
         if not paths:
             raise DivideMixError(f"no image below {source}: expected files that end in {', '.join(IMAGE_SUFFIXES)}")
-        return paths, paths, Boundary(source)
+        return paths, paths, Boundary(source), ""
     if not source.exists():
         raise DivideMixError(f"{source} does not exist: give a folder, an image, or a .csv with a column `path`")
     if source.suffix.lower() not in TABLE_SUFFIXES:
-        return [str(source)], [str(source)], None
+        return [str(source)], [str(source)], None, ""
     table = read_table(source, path_column, labeled=False)
-    print(f"{source}: {table.columns}")
-    names, find = table.rows["path"].tolist(), file_finder([source.parent])
-    return names, [find(name.strip())[0][0] for name in names], None
+    names = table.rows["path"]
+    paths = [path for path, _ in find_files(source, names.str.strip(), [source.parent])]
+    return names.tolist(), paths, None, table.columns
 
 
 class Classifier:
@@ -86,7 +86,8 @@ class Classifier:
         confidence, then the next classes; the row of an image that cannot be read is empty. settings: batch_size,
         workers, strict, as of `table`, which says what is raised."""
         if isinstance(images, str | os.PathLike):
-            return self.table(*find_images(Path(images)), **settings)
+            *found, _ = find_images(Path(images))
+            return self.table(*found, **settings)
         images = list(images)
         names = [k if isinstance(image, np.ndarray) else os.fspath(image) for k, image in enumerate(images)]
         return self.table(names, images, **settings)
@@ -113,8 +114,8 @@ class Classifier:
                 self.changes.append(change)
                 return self.description.preparation.view(opened)
             except (BadImage, MemoryError) as error:
-                path = str(image)
-                problem = f"{printable(path)}: {str(error) or type(error).__name__}"
+                path = printable(str(image)) or "a row without a path"
+                problem = f"{path}: {str(error) or type(error).__name__}"
                 if strict:
                     raise DivideMixError(f"{problem}: nothing is written; without --strict its row is empty") from error
                 self.bad.append(problem)
@@ -181,6 +182,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         usage="%(prog)s RUN DIR [flags]",
         description="Classify images by a trained run.",
         examples=["checkpoint/folder_flowers new-photos", "checkpoint/folder_flowers list.csv --out answers.csv"],
+        common=["out", "weights", "path_column", "strict", "device"],
     )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run folder")
@@ -197,12 +199,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    names, paths, boundary = find_images(args.images, args.path_column)
+    names, paths, boundary, columns = find_images(args.images, args.path_column)
     trained.check_output(args.out, ".csv")
     if args.out.exists() and args.out.samefile(args.images):
         raise DivideMixError(f"--out {args.out} is also the list of images: choose another name")
     classifier = Classifier(args.run, args.weights, args.device)
     epochs = trained.epochs_used(args.weights, classifier.ensemble)
+    if columns:
+        print(f"{args.images}: {columns}")
     print(f"{args.run}: {classifier.description}; {epochs}; {classifier.runtime.describe()}")
     settings = {"batch_size": args.batch_size, "workers": max(1, args.workers), "strict": args.strict}
     table = classifier.table(names, paths, boundary, **settings)

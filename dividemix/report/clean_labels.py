@@ -7,6 +7,7 @@ Samples without a score (damaged images) keep their given labels.
 import json
 import os
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from dividemix import DivideMixError
 from dividemix.files import csv_bytes, write_atomically
 from dividemix.report.issues import LabelIssues, cleaned_table, texts
-from dividemix.run import RunFolder
+from dividemix.run import RunFolder, options
 
 # Flags that corrected labels make invalid, or that would put the next run into the folder of this one
 _REPLACED = {"--labels", "--corrections", "--noise_mode", "--r", "--noise_definition", "--noise_key", "--noise_file"}
@@ -65,7 +66,9 @@ def corrected_list(run: RunFolder, labels: NDArray) -> tuple[str, bytes]:
     paths = run.labels["list_path"].tolist()
     if run.script == "Train_folder.py":
         names = np.array(run.class_names, dtype=object)
-        table = pd.DataFrame({"path": texts(map(os.fsdecode, paths)), "label": texts(names[labels])})
+        columns = [run.args.get(f"{name}_column") or name for name in ("path", "label")]  # the next run has these flags
+        rows = zip(texts(map(os.fsdecode, paths)), texts(names[labels]), strict=True)
+        table = pd.DataFrame(rows, columns=columns)
         return "labels.csv", csv_bytes(table, errors="surrogateescape")
     name = "train_filelist_google.txt"
     if run.script == "Train_clothing1M.py":  # its keys begin with images/, also where no such folder exists
@@ -102,6 +105,10 @@ def command(run: RunFolder, *flags: str | Path) -> str:
             words.append([])
         words[-1].append(word)
     kept = [word for flag in words if flag[0].partition("=")[0] not in _REPLACED for word in flag]
-    is_here = Path(run.script).exists()  # else it came with `pip install`
-    program = ["python", run.script] if is_here else ["dividemix", "train", run.script[len("Train_") : -3].lower()]
+    started = Path(sys.argv[0])
+    program = (
+        ["python", str(started.with_name(run.script))]
+        if started.name.startswith("Train_")
+        else [*options.interface().split(), "train", run.script[len("Train_") : -3].lower()]
+    )
     return shlex.join(map(str, [*program, *kept, *flags]))

@@ -5,12 +5,16 @@ import base64
 import hashlib
 import shlex
 import statistics
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dividemix import blind, recipes
+from dividemix.data import BadImage, Boundary
+from dividemix.data.images import read_image
 from dividemix.report.issues import (
     IN_SAMPLE,
     LabelIssues,
@@ -21,7 +25,7 @@ from dividemix.report.issues import (
     percent,
     warnings,
 )
-from dividemix.run import RunFolder, histograms
+from dividemix.run import RunFolder, histograms, thumbnail
 
 RESULT_NAMES = {  # of the paper's results, on the page
     **{"best": "best", "last": "mean of the last 10", "test_acc": "test accuracy", "test_acc_top5": "top-5"},
@@ -92,7 +96,7 @@ def run_page(run: RunFolder, issues: LabelIssues | None, figures: dict[str, Path
         warnings=warnings(issues) if issues else [],
         estimate=estimate(issues) if issues and not issues.failures else "",
         equal_images=equal_images(issues) if issues else [],
-        thumbnails=thumbnails(run, issues) if issues and run.thumbnails else {},
+        thumbnails=thumbnails(run, issues) if issues else {},
         has_review=has_review,
         command=shlex.join(run.args_json["command"]),
         settings={key: run.args_json[key] or "-" for key in ("machine", "commit")} | run.args_json["versions"] | data,
@@ -116,9 +120,27 @@ def accuracies(run: RunFolder) -> list[tuple[str, ...]]:
 def thumbnails(run: RunFolder, issues: LabelIssues) -> dict[str, list[tuple[int, str]]]:
     """(row of `issues`, data URI) of small images in the run folder: of the labels that surely look wrong, and of those
     on both sides of the end of the list."""
-    pictures, surest = run.pictures, issues.worst[: min(_SUREST, int(issues.is_issue.sum()))]
-    rows = {"surest": surest, "borderline": issues.borderline[~np.isin(issues.borderline, surest)]}
+    surest = issues.worst[: min(_SUREST, int(issues.is_issue.sum()))]
+    groups = {"surest": surest, "borderline": issues.borderline[~np.isin(issues.borderline, surest)]}
     return {
-        name: [(row, data_uri(pictures[i])) for row in group.tolist() if (i := int(issues.index[row])) in pictures]
-        for name, group in rows.items()
+        name: [(row, data_uri(image)) for row, image in zip(rows, pictures(run, issues, rows), strict=True) if image]
+        for name, rows in groups.items()
     }
+
+
+def pictures(run: RunFolder, issues: LabelIssues, rows: Sequence[int]) -> list[bytes | None]:
+    """A small image of each row of `issues`, from the run folder or made of its file; None where there is neither."""
+    stored, root = run.pictures, run.data_folder
+    boundary, as_shown = Boundary(root or ""), run.script == "Train_folder.py"
+
+    def picture(row: int) -> bytes | None:
+        index = int(issues.index[row])
+        if index in stored or not (issues.paths and root):
+            return stored.get(index)
+        try:
+            return thumbnail(read_image(root / issues.paths[row], boundary, as_shown))
+        except BadImage:
+            return None
+
+    with ThreadPoolExecutor() as pool:
+        return [*pool.map(picture, rows)]

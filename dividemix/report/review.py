@@ -1,18 +1,18 @@
 """review.html: the doubtful labels of a run as small images, to decide on each in a browser. The page is one file that
 needs no network, and saves decisions.csv: the columns path (index, where there are no files), decision and label."""
 
+import itertools
+import shlex
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from dividemix.data import BadImage, Boundary
-from dividemix.data.images import read_image
+from dividemix.data import some
 from dividemix.files import write_atomically
 from dividemix.report.clean_labels import command
 from dividemix.report.issues import LabelIssues, warnings
-from dividemix.report.page import data_uri, render
-from dividemix.run import RunFolder, thumbnail
+from dividemix.report.page import data_uri, pictures, render
+from dividemix.run import RunFolder, options
 
 PAGE, PER_PAGE = "review.html", 2_000
 
@@ -30,33 +30,20 @@ def write(run: RunFolder, issues: LabelIssues, folder: Path, per_page: int, num_
     names = [PAGE.replace(".", f"-{k}." if k > 1 else ".") for k in range(1, len(pages) + 1)]
     for old in {*folder.glob("review*.html")} - {folder / name for name in names}:
         old.unlink()
+    earlier = {Path(file).name for file in run.args.get("corrections") or []}
+    numbered = (f"decisions-{k}.csv" if k > 1 else "decisions.csv" for k in itertools.count(1))
+    free = (file for file in numbered if file not in earlier)
+    decisions = dict(zip(names, free, strict=False))
     for k, (name, page) in enumerate(zip(names, pages, strict=True)):
-        write_atomically(folder / name, review_page(run, issues, page, images, k * per_page, name, names))
+        write_atomically(folder / name, review_page(run, issues, page, images, k * per_page, name, decisions))
     lines = [f"review: {', '.join(str(folder / name) for name in names)} ({len(shown)} labels)"] if names else []
     if len(shown) < len(rows):
         files = f" or a readable file in {run.data_folder}" if issues.paths else ""
         lines.append(f"review: {len(rows) - len(shown)} labels are left out, without an image in the run folder{files}")
     elif len(rows) < n_doubtful:
-        lines[0] += f"; all {n_doubtful}: python -m dividemix report {run.path} --review"
+        command_line = shlex.join([*options.interface().split(), "report", str(run.path), "--review"])
+        lines[0] += f"; all {n_doubtful}: {command_line}"
     return lines
-
-
-def pictures(run: RunFolder, issues: LabelIssues, rows: Sequence[int]) -> list[bytes | None]:
-    """A small image of each row of `issues`, from the run folder or made of its file; None where there is neither."""
-    stored, root = run.pictures, run.data_folder
-    boundary, as_shown = Boundary(root or ""), run.script == "Train_folder.py"
-
-    def picture(row: int) -> bytes | None:
-        index = int(issues.index[row])
-        if index in stored or not (issues.paths and root):
-            return stored.get(index)
-        try:
-            return thumbnail(read_image(root / issues.paths[row], boundary, as_shown))
-        except BadImage:
-            return None
-
-    with ThreadPoolExecutor() as pool:
-        return [*pool.map(picture, rows)]
 
 
 def review_page(
@@ -66,25 +53,28 @@ def review_page(
     images: dict[int, bytes],
     begin: int,
     name: str,
-    names: Sequence[str],
+    decisions: dict[str, str],
 ) -> bytes:
-    """The HTML file `name`, one of `names`, of these rows, the first of which is number `begin` of all."""
+    """The HTML file `name` of these rows, the first of which is number `begin` of all. decisions: the file that each
+    page saves, by the page's name."""
+    ids = issues.paths or [*map(str, issues.index)]
+    equal = {row: [ids[k] for k in rows if k != row] for rows in issues.conflicts.values() for row in rows}
     items: list[dict[str, Any]] = []
     for row in rows:
         given, suggested = (issues.class_names[of[row]] for of in (issues.given_labels, issues.suggested_labels))
-        item = {"id": issues.paths[row] if issues.paths else str(issues.index[row]), "image": data_uri(images[row])}
-        item |= {"given": given, "suggested": suggested, "listed": bool(issues.is_issue[row])}
+        item = {"id": ids[row], "image": data_uri(images[row]), "listed": bool(issues.is_issue[row])}
+        item |= {"given": given, "suggested": suggested, "equal": some(equal[row]) if row in equal else ""}
         items.append(item | {"quality": f"{issues.quality[row]:.3f}", "confidence": f"{issues.confidence[row]:.3f}"})
     data = {
         "key": f"dividemix {run.name} {run.labels_digest} {name}",
         "column": "path" if issues.paths else "index",
-        "file": name.replace("review", "decisions").replace("html", "csv"),
+        "file": decisions[name],
         "classes": issues.class_names,
         "end": int(issues.is_issue.sum()) - begin,  # of the list, counted from the first item
         "items": items,
     }
-    corrections = [*(run.args.get("corrections") or []), data["file"]]
+    corrections = [*(run.args.get("corrections") or []), *decisions.values()]
     labels = ["--labels", run.args["labels"]] if run.args.get("labels") else []  # on which the decisions were made
     next_step = command(run, *labels, "--corrections", *corrections) if run.script == "Train_folder.py" else ""
-    values = {"run": run, "issues": issues, "data": data, "name": name, "names": names, "next_step": next_step}
+    values = {"run": run, "issues": issues, "data": data, "name": name, "names": [*decisions], "next_step": next_step}
     return render("review.html.jinja", {}, warnings=warnings(issues), **values)

@@ -20,6 +20,13 @@ from dividemix.run.signals import rank_prefix
 from dividemix.runtime import Average, Runtime, available_cores, ranks
 
 COMMAND = "dividemix ", "python -m dividemix "  # how a command's name begins, in sys.argv[0]
+
+
+def interface() -> str:
+    """`dividemix` as this process was started."""
+    return COMMAND[0 if sys.argv[0].startswith(COMMAND[0]) else 1].strip()
+
+
 NOISE_RATE = 0.5  # of --r
 METHOD_HELP = "ce: plain cross-entropy, everything else the same"
 

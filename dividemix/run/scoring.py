@@ -106,18 +106,19 @@ def write(
     order = worst_first(listed.quality, listed.is_issue, table["held_out"])
     worst = doubtful(order, listed.is_issue)[:THUMBNAILS], borderline(order, listed.is_issue)
     worst = table["index"][np.concatenate(worst)]
-    try:
-        rows = {name: np.flatnonzero(np.isin(labels[name], worst)) for name in sets}
-        files = [thumbnail(image) for name, data in sets.items() for image in data.originals(rows[name])]
-        shown = np.concatenate([labels[name][rows[name]] for name in sets])
-        content, ends = np.frombuffer(b"".join(files), np.uint8), np.cumsum([*map(len, files)])
-        write_arrays(folder / "thumbnails.npz", {"index": shown, "content": content, "ends": ends})
-    except Exception as error:  # the scores do not depend on the images
-        warn(f"the report shows no images: {error}")
-    scalars = {"epochs": np.int64(epochs)}
-    if isinstance(sets["index"], FeatureSet):
+    train, scalars = sets["index"], {"epochs": np.int64(epochs)}
+    if not isinstance(train, FeatureSet) or train.images:  # else the report reads image files
+        try:
+            rows = {name: np.flatnonzero(np.isin(labels[name], worst)) for name in sets}
+            files = [thumbnail(image) for name, data in sets.items() for image in data.originals(rows[name])]
+            shown = np.concatenate([labels[name][rows[name]] for name in sets])
+            content, ends = np.frombuffer(b"".join(files), np.uint8), np.cumsum([*map(len, files)])
+            write_arrays(folder / "thumbnails.npz", {"index": shown, "content": content, "ends": ends})
+        except Exception as error:  # the scores do not depend on the images
+            warn(f"the report shows no images: {error}")
+    if isinstance(train, FeatureSet):
         given = labels["list_given"][labels["index"]]
-        scalars["neighbour_kappa"] = neighbour_kappa(sets["index"].features[0].float().cpu().numpy(), given)
+        scalars["neighbour_kappa"] = neighbour_kappa(train.features[0].float().cpu().numpy(), given)
     # Last, since `is_scored` asks for it
     write_arrays(folder / "label_scores.npz", table | scalars)
 

@@ -35,7 +35,7 @@ def labels_of(tree, *files) -> dict[str, int]:
     return dict(zip(map(bytes.decode, train.names()), train.labels.tolist(), strict=True))
 
 
-def test_each_decision_is_applied_and_a_later_file_wins(tree, saved):
+def test_each_decision_is_applied_and_a_later_file_wins(tree, saved, tmp_path):
     """Else an evening of decisions goes to other images, or the first of two decisions is trained on."""
     first = saved(
         '"c0/""a, b"" <b>\N{CAT FACE}.jpg",other,c2\nc1/0001.jpg,suggestion,c0\nc2/0002.jpg,drop,\n'
@@ -52,6 +52,11 @@ def test_each_decision_is_applied_and_a_later_file_wins(tree, saved):
     assert labels_of(tree, first, second) == {path: label for path, label in both.items() if path not in dropped}
     flags = ["--data_path", str(tree), "--corrections", str(first), "--corrections", str(second)]
     assert Train_folder.parse_args(flags).corrections == [str(first), str(second)]  # or the first would be dropped
+    text = "\r\nPath;Decision;Label;note\r\nc1/0001.jpg;Suggestion;c0;\r\nc2/0002.jpg; DROP;;\r\n"
+    (tmp_path / "of Excel.csv").write_bytes(text.encode("utf-16"))
+    assert labels_of(tree, tmp_path / "of Excel.csv") == {
+        k: v for k, v in (given | {"c1/0001.jpg": 0}).items() if k != "c2/0002.jpg"
+    }
     data = dataloader_folder.load(tree, corrections=[first, second])
     counts = "9 decisions (2 replaced by later ones): 2 labels changed, 2 images dropped, 3 kept"
     assert f"corrections: {counts}" in data.lines and data.name == "images_decisions_second"
@@ -72,7 +77,8 @@ def test_decisions_that_make_no_sense_are_refused_by_name(tree, saved, rows, off
     """Else decisions on another set's images, or with a typing error, are silently ignored."""
     with pytest.raises(DivideMixError) as error:
         labels_of(tree, saved(rows))
-    assert offending in str(error.value) and "--corrections" in str(error.value) and "\n" not in str(error.value)
+    assert offending in str(error.value) and "\n" not in str(error.value)
+    assert "decisions.csv" in str(error.value) or "--corrections" in str(error.value)
 
 
 def test_files_that_are_no_decisions_are_refused(tree, saved, tmp_path):
@@ -81,6 +87,9 @@ def test_files_that_are_no_decisions_are_refused(tree, saved, tmp_path):
     for file in (saved("c1/0001.jpg,c0\n", head="path,label\n"), tmp_path / "nowhere.csv", tmp_path / "binary.csv"):
         with pytest.raises(DivideMixError, match=file.name):
             labels_of(tree, file)
+    file = saved("c1/0001.jpg,drop,\n")
+    with pytest.raises(DivideMixError, match=f"{file.name}: given twice"):
+        labels_of(tree, file, tmp_path / "x" / ".." / file.name)
 
 
 def test_the_val_split_is_not_corrected(tmp_path, saved):

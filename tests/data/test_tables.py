@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import pandas
 import pytest
 from helpers.errors import assert_refused
 
-from dividemix.data.tables import file_finder, read_table
+from dividemix.data.tables import find_files, read_table
 
 
 def written(folder: Path, content: bytes | str) -> Path:
@@ -21,7 +22,7 @@ def rows_of(path: Path, *flags: str | None) -> list[tuple]:
 
 def test_rows_and_their_lines(tmp_path):
     """Rows would go to other labels, or a line number point to another row."""
-    content = '\ufeffid,Label , PATH,path\r\n7,"two words",a.jpg,x\r\n'
+    content = '\ufeffid,Label , PATH,note\r\n7,"two words",a.jpg,x\r\n'
     content += '\n , ,\n8, 3 ,"b ""c"", d.jpg",y\n9,"x",é.jpg\n,,,\n'
     expected = [(2, "a.jpg", "two words"), (5, 'b "c", d.jpg', " 3 "), (6, "é.jpg", "x")]
     assert rows_of(written(tmp_path, content)) == expected
@@ -81,6 +82,8 @@ FLAGS = "--path_column and --label_column"
         ("\npath,id\na.jpg,3\n", f"line 2: no column of labels; the columns are path, id: choose by {FLAGS}"),
         ("file,image,label\na,b,3\n", "line 1: several columns of paths; the columns are file, image, label"),
         ("path,class,target\na,b,3\n", "line 1: several columns of labels"),
+        ("path,Label,label\na,b,3\n", "line 1: several columns of labels; the columns are path, Label, label"),
+        ("Path,label,path\na,b,3\n", "line 1: several columns of paths"),
         ("index,path,split,given_label,given_class\n0,a,val,1,b\n", "line 1: no column of labels"),  # label_issues.csv
         ("path,split,given_class,suggested_class\na,train,b,c\n", "line 1: no column of labels"),  # suspects.csv
         ("0,a.jpg,cat\n", "line 1: several columns of labels; the columns are 1, 2, 3, since no line names them"),
@@ -104,6 +107,10 @@ def test_columns_that_the_user_names(tmp_path):
     path = written(tmp_path, "index,path,given_class,split,suggested_class\n0,a.jpg,cat,val,dog\n")
     assert rows_of(path, None, "Suggested_Class") == [(2, "a.jpg", "dog", "val")]
     assert_refused(lambda: read_table(path, "photo"), f"{path}, line 1: no column of paths", "suggested_class")
+    path = written(tmp_path, "path,Label,label,LABEL,Score,score\na.jpg,x,y,z,0,0\n")
+    assert [rows_of(path, None, name)[0][2] for name in ("Label", " label ", "LABEL")] == ["x", "y", "z"]
+    assert_refused(lambda: read_table(path, None, "SCORE"), "several columns of labels")
+    assert_refused(lambda: read_table(path, "label", "label"), "the same column")
     path = written(tmp_path, "0\ta.jpg\tcat\n1\tb.jpg\t\n")
     assert rows_of(path, "2", "3") == rows_of(path, None, "3") == [(1, "a.jpg", "cat"), (2, "b.jpg", "")]
     assert_refused(lambda: read_table(path, None, "4"), f"{path}, line 1: no column of labels")
@@ -124,20 +131,18 @@ def test_the_file_that_a_path_means(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "data/gone.jpg").symlink_to("nowhere.jpg")
-    find = file_finder([tmp_path / "data", tmp_path / "lists"])
-    expected = {
-        "a/1.jpg": ["data/a/1.jpg", "lists/a/1.jpg"],
-        "odd\\2.jpg": ["data/odd\\2.jpg"],
-        ".\\3.jpg": ["lists/3.jpg"],
-        "..\\lists//3.jpg": ["lists/3.jpg"],
-        f"{tmp_path}/lists/3.jpg": ["lists/3.jpg"],
+    places = {
+        "odd\\2.jpg": ("data/odd\\2.jpg", True),
+        ".\\3.jpg": ("lists/3.jpg", True),
+        "..\\lists//3.jpg": ("lists/3.jpg", True),
+        f"{tmp_path}/lists/3.jpg": ("lists/3.jpg", True),
+        "x\\y.jpg": ("data/x/y.jpg", False),
+        "gone.jpg": ("data/gone.jpg", False),
+        "a": ("data/a", False),
+        "/b.jpg": ("/b.jpg", False),
     }
-    for path, places in expected.items():
-        assert find(path) == ([str(tmp_path / place) for place in places], True), path
-    for path, place in (
-        ("x\\y.jpg", "data/x/y.jpg"),
-        ("gone.jpg", "data/gone.jpg"),
-        ("a", "data/a"),
-        ("/b.jpg", "/b.jpg"),
-    ):
-        assert find(path) == ([str(tmp_path / place)], False), path
+    table, bases = tmp_path / "table.csv", [tmp_path / "data", tmp_path / "lists"]
+    found = find_files(table, pandas.Series([*places, ""]), bases)
+    assert found == [*((str(tmp_path / place), exists) for place, exists in places.values()), ("", False)]
+    two = pandas.Series(["a/1.jpg"], index=[7])
+    assert_refused(lambda: find_files(table, two, bases), "line 7", str(tmp_path / "data/a/1.jpg"), "lists/a/1.jpg")

@@ -165,10 +165,10 @@ def test_a_list_of_files_and_one_file(run, start, tmp_path):
     names = ["photos/photo_00.png ", str(second), "photos/../photos/photo_00.png", "", "photos/ab.png"]
     with open(tmp_path / "data" / "list.csv", "w", encoding="utf-8-sig", newline="") as file:
         csv.writer(file).writerows(
-            [["label", " Path", "path"], *(["cat, big", name, "x"] for name in names), ["short"]]
+            [["label", " Path", "note"], *(["cat, big", name, "x"] for name in names), ["short"]]
         )
     status, _, error = start(run, "data/list.csv")
-    assert status == 0 and error.count("\n") == 3
+    assert status == 0 and error.count("\n") == 3 and "a row without a path: missing" in error
     rows = rows_of(tmp_path / "predictions.csv")
     assert [row["path"] for row in rows] == [*names, ""]
     assert [bool(row["label"]) for row in rows] == [True, True, True, False, False, False]
@@ -191,7 +191,7 @@ def test_lists_of_other_programs(tmp_path, content):
     [first] = draw_photos(tmp_path / "a", 1)
     first.rename(tmp_path / "a/1.png")
     (tmp_path / "list.csv").write_bytes(content)
-    names, paths, _ = predict.find_images(tmp_path / "list.csv", "where" if b"where" in content else None)
+    names, paths, *_ = predict.find_images(tmp_path / "list.csv", "where" if b"where" in content else None)
     assert paths == [str(tmp_path / "a/1.png"), str(tmp_path / "b.png")] and names[0].endswith("1.png")
 
 

@@ -95,7 +95,7 @@ def test_hostile_names_are_shown_and_do_nothing(tmp_path):
     ("lacking", "words"),
     [
         ({"scored": False}, "no scores of its labels"),
-        ({"thumbnails": False}, "no small images"),
+        ({"thumbnails": False}, "no images of these samples"),
         ({"histograms": False}, "no loss histograms"),
         ({"epochs": 1}, "not divided yet"),
         ({"method": "ce"}, "cross-entropy does not divide"),

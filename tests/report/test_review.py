@@ -59,13 +59,36 @@ def test_images_come_from_files_where_the_run_has_none_and_pages_follow_each_oth
     out = capsys.readouterr().out
     assert str(pages[2]) in out and f"review: {N - 7} labels are left out" in out and str(tmp_path) in out
     text = assert_self_contained(pages[0].read_text()).text
-    assert f"Train_folder.py --data_path {tmp_path} --width=8 --corrections decisions.csv" in text
+    command = f"train folder --data_path {tmp_path} --width=8 --corrections decisions.csv"
+    assert f"{command} decisions-2.csv decisions-3.csv" in text
+    report.main([str(folder), "--review"])
+    assert command in folder.joinpath("review.html").read_text() and "leave out" not in data_of(folder / "review.html")
     relabelled = make_run(tmp_path / "relabelled", truth=False, **flags, labels="mine.csv")
     report.main([str(relabelled), "--review"])
     assert "--labels mine.csv --corrections decisions.csv" in (relabelled / "review.html").read_text()
     unscored = make_run(tmp_path / "unscored", scored=False)
     report.main([str(unscored), "--review"])
     assert not (unscored / "review.html").exists() and "no scores" in capsys.readouterr().out
+
+
+def test_a_second_round_saves_other_files(tmp_path):
+    """Its decisions would replace those of the first, which the next run needs too."""
+    earlier = [str(tmp_path / "decisions.csv"), "decisions-3.csv"]
+    folder = make_run(tmp_path / "run", truth=False, command="Train_folder.py", corrections=earlier)
+    report.main([str(folder), "--review", "2"])
+    pages = sorted(folder.glob("review*"), key=lambda page: len(page.name))
+    assert [data_of(page)["file"] for page in pages] == ["decisions-2.csv", "decisions-4.csv"]
+    assert f"--corrections {' '.join(earlier)} decisions-2.csv decisions-4.csv" in pages[1].read_text()
+
+
+def test_equal_images_under_two_labels_name_each_other(tmp_path):
+    """One of two labels is wrong for certain, and the person sees one image without the other."""
+    folder = make_run(tmp_path / "run")
+    scores = dict(np.load(folder / "label_scores.npz"))
+    np.savez(folder / "label_scores.npz", **scores, duplicate_of=np.array([0, 1, 0, -1, 1, *[-1] * 7]))
+    report.main([str(folder), "--review"])
+    equal = {item["id"]: item["equal"] for item in data_of(folder / "review.html")["items"]}
+    assert equal == {"0": "2", "1": "", "3": "", "6": ""}  # 1 and 4 have the same label
 
 
 def test_other_labels_have_other_progress(tmp_path):
