@@ -86,8 +86,8 @@ class Classifier:
         confidence, then the next classes; the row of an image that cannot be read is empty. settings: batch_size,
         workers, strict, as of `table`, which says what is raised."""
         if isinstance(images, str | os.PathLike):
-            *found, _ = find_images(Path(images))
-            return self.table(*found, **settings)
+            names, paths, boundary, _ = find_images(Path(images))
+            return self.table(names, paths, boundary, **settings)
         images = list(images)
         names = [k if isinstance(image, np.ndarray) else os.fspath(image) for k, image in enumerate(images)]
         return self.table(names, images, **settings)

@@ -121,7 +121,8 @@ def thumbnails(run: RunFolder, issues: LabelIssues) -> dict[str, list[tuple[int,
     """(row of `issues`, data URI) of small images in the run folder: of the labels that surely look wrong, and of those
     on both sides of the end of the list."""
     surest = issues.worst[: min(_SUREST, int(issues.is_issue.sum()))]
-    groups = {"surest": surest, "borderline": issues.borderline[~np.isin(issues.borderline, surest)]}
+    borderline = issues.borderline[~np.isin(issues.borderline, surest)]
+    groups = {"surest": surest.tolist(), "borderline": borderline.tolist()}
     return {
         name: [(row, data_uri(image)) for row, image in zip(rows, pictures(run, issues, rows), strict=True) if image]
         for name, rows in groups.items()
