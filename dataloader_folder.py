@@ -8,6 +8,7 @@ start at D or at the table's folder.
 import os
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -29,7 +30,9 @@ from dividemix.data import (
     absolute,
     bad_line,
     correct,
+    ending,
     find_files,
+    has_splits,
     images_below,
     images_of_classes,
     is_hidden,
@@ -43,6 +46,7 @@ from dividemix.data import (
 SPLITS = ("train", "val", "test")
 _SPLIT_OF = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
 _SPLIT_OF |= {"test": "test", "testing": "test"}  # in a table's column split
+_UNREAD = (".heic", ".heif", ".avif")  # photos that Pillow does not read
 _LONGEST = 4096  # bytes of a path, and letters of a label
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixel values in [0, 1]
 _GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I")  # Pillow's modes
@@ -83,10 +87,9 @@ def load(
     root, sources = _sources(data_path, labels)
     skips = {"skip_empty": skip_bad, "allow_missing": allow_missing or skip_bad}
     splits: dict[str, _Split] = {}
-    if labels and absolute(data_path).is_file():  # a table whose training labels are replaced
-        source = absolute(data_path)
-        splits = _read_rows("train", source, root, read_table(source, path_column, label_column), **skips)
-        del splits["train"]
+    if labels and (source := _replaced_table(absolute(data_path), root, sources["train"])):
+        table = read_table(source, path_column, label_column)
+        splits = _read_rows("train", source, root, table, **skips, others_only=True)
     for name, source in sources.items():  # train first: its table may hold the other splits
         if name not in splits and source.is_dir():
             splits[name] = _read_folder(source, is_train=name == "train")
@@ -104,8 +107,12 @@ def load(
         lists["train"], *lines = correct(lists["train"], classes, corrections)
     sizes = [f"{name}: {len(images)} images, {images.source}{splits[name].about}" for name, images in lists.items()]
     lines = [*sizes, *lines]
-    if ignored := sum(split.n_other for split in splits.values()):
-        lines.append(f"{ignored} files ignored: not in a class folder, or not named like an image")
+    if ignored := sum((split.others for split in splits.values()), Counter()):
+        kinds = ", ".join(f"{kind or 'no ending'} {n}" for kind, n in ignored.most_common(5))
+        place = "not in a class folder, or not named like an image"
+        lines.append(f"{ignored.total()} files ignored: {place} (the most frequent: {kinds})")
+        if unread := sum(ignored[kind] for kind in _UNREAD):
+            warn(f"{unread} photos are left out, since {', '.join(_UNREAD)} cannot be read: save them as JPEG")
     tables = [labels or (data_path if not absolute(data_path).is_dir() else ""), *(corrections or [])]
     return Folder("_".join(filter(None, [root.name, *(Path(table).stem for table in tables)])), lists, classes, lines)
 
@@ -150,6 +157,8 @@ def class_order(names: Iterable[str]) -> list[str]:
 def _sources(data_path: str | Path, labels: str | Path | None) -> tuple[Path, dict[str, Path]]:
     """The data folder, and the CSV file or folder of class folders of each split that exists."""
     path = absolute(data_path)
+    if labels and absolute(labels).is_dir():
+        raise DivideMixError(f"--labels {labels} is a folder, expected a table: give class folders as --data_path")
     if not path.exists():
         raise DivideMixError(f"--data_path {path} does not exist: give a folder of class folders, or a CSV file")
     if path.is_dir():
@@ -164,19 +173,36 @@ def _sources(data_path: str | Path, labels: str | Path | None) -> tuple[Path, di
         if (root / f"{split}.csv").is_file():
             sources[split] = root / f"{split}.csv"
         elif (root / split).is_dir() and sources["train"] != root:  # else it is a class of that name
+            if sources["train"].is_file() and _holds_images(root / split):  # those that the table names
+                continue
             sources[split] = root / split
     if len(set(sources.values())) < len(sources):
         raise DivideMixError(f"{path} is by its name the table of another split: give one of the training images")
     return root, sources
 
 
+def _tables(root: Path) -> list[Path]:
+    """Those that can list the training images of a data folder."""
+    return [root / name for name in ("train.csv", "labels.csv") if (root / name).is_file()]
+
+
+def _replaced_table(data_path: Path, root: Path, labels: Path) -> Path | None:
+    """The table of a whole data set whose training rows `labels` replace, if there is one."""
+    tables = [table for table in ([data_path] if data_path.is_file() else _tables(root)) if table != labels]
+    return tables[0] if len(tables) == 1 and has_splits(tables[0]) else None
+
+
 def _training_source(root: Path) -> Path:
-    tables = [root / name for name in ("train.csv", "labels.csv") if (root / name).is_file()]
+    tables = _tables(root)
     if len(tables) > 1:
         raise DivideMixError(f"{root} holds train.csv and labels.csv: give one of them as --data_path")
     if tables:
         return tables[0]
     folders = _folders(root)
+    for name in folders:
+        usual = _SPLIT_OF.get(name.lower(), name)
+        if usual != name and _folders(root / name) and not _holds_images(root / name):
+            raise DivideMixError(f"{root / name}: a folder of class folders: rename it to {usual}")
     nested = [name for name in SPLITS if name in folders and not _holds_images(root / name)]
     classes = [name for name in folders if name not in nested]
     if "train" in nested:
@@ -219,35 +245,50 @@ def _folders(base: Path) -> list[str]:
 class _Split(NamedTuple):
     source: Path  # the table, or the folder of class folders
     lines: Lines  # labelled with the names of the classes
+    others: Counter[str]  # the endings of files that are no images
     about: str = ""  # to print behind the source
-    n_other: int = 0  # files that are no images
 
 
 def _read_folder(source: Path, is_train: bool) -> _Split:
     classes = class_order(_folders(source))
-    paths, labels, n_other = images_of_classes(source, classes)
+    paths, labels, others = images_of_classes(source, classes)
     if not paths:
         expected = f"{source.name}/<class>/<image>, or a CSV file with a line path,label"
         raise DivideMixError(f"{source}: no class folder with an image in it: expected {expected}")
     names = [classes[c] for c in labels]
     if is_train and (empty := sorted({*classes} - {*names})):
         warn(f"{source}: folders without an image, so no classes: {some(empty)}")
-    n_other += sum(entry.is_file() for entry in _entries(source))
-    return _Split(source, Lines(paths, names, None), n_other=n_other)
+    others.update(ending(entry.name) for entry in _entries(source) if entry.is_file())
+    return _Split(source, Lines(paths, names, None), others)
 
 
 def _read_rows(
-    name: str, source: Path, root: Path, table: Table, skip_empty: bool, allow_missing: bool
+    name: str,
+    source: Path,
+    root: Path,
+    table: Table,
+    skip_empty: bool,
+    allow_missing: bool,
+    others_only: bool = False,
 ) -> dict[str, _Split]:
-    """The rows of a table as the split `name`, or as the splits that the column split of the training table names."""
+    """The rows of a table as the split `name`, or as the splits that the column split of the training table names; with
+    `others_only` not those of train."""
     rows, about = table.rows.apply(lambda column: column.str.strip()), table.columns
-    if name != "train":
-        rows = rows[["path", "label"]]
+    split_of = pandas.Series(name, rows.index)
+    if name == "train" and "split" in rows:
+        split_of = rows["split"].str.lower().map(_SPLIT_OF)
+        if split_of.isna().any():
+            number = rows.index[split_of.isna()][0]
+            expected = f"expected {', '.join(SPLITS)}; a column split of another meaning needs another name"
+            raise bad_line(source, number, f"split {rows['split'][number]!r:.100}, {expected}")
+    rows = rows.loc[split_of != "train" if others_only else slice(None), ["path", "label"]]
     advice = "correct the table, or leave them out by --skip_bad_images"
-    if count := (is_empty := rows[["path", "label"]].eq("").any(axis=1)).sum():
+    if count := (is_empty := rows.eq("").any(axis=1)).sum():
         first = rows.index[is_empty][:3].tolist()
         problem = f"rows without a path or a label: {count}, first in line {some([*map(str, first)])}"
-        if not skip_empty or count == len(rows):
+        if count == len(rows):
+            raise DivideMixError(f"{source}, line {first[0]}: no row has a path and a label: use a good copy")
+        if not skip_empty:
             raise DivideMixError(f"{source}, line {first[0]}: {problem}: {advice}")
         rows, about = rows[~is_empty], f"{about}; left out: {problem}"
     for label in rows["label"].unique():
@@ -273,19 +314,12 @@ def _read_rows(
         first, *others = (printable(place) for _, place in missing[:3])
         problem = f"{len(missing)} of {len(rows)} images are missing" + "".join(f", {place}" for place in others)
         raise DivideMixError(f"{first}: missing ({source}, line {number}); {problem}: {advice}")
-    split_of = pandas.Series(name, rows.index)
-    if "split" in rows:
-        split_of = rows["split"].str.lower().map(_SPLIT_OF)
-        if split_of.isna().any():
-            number = rows.index[split_of.isna()][0]
-            expected = f"expected {', '.join(SPLITS)}; a column split of another meaning needs another name"
-            raise bad_line(source, number, f"split {rows['split'][number]!r:.100}, {expected}")
-    rows["path"] = [key.encode() for key in lines]
-    parts = {split: rows[split_of == split] for split in split_of.unique()}
-    if name not in parts:
+    rows = rows.assign(path=[key.encode() for key in lines], split=split_of)  # by line
+    parts = {split: rows[rows["split"] == split] for split in rows["split"].unique()}
+    if name not in parts and not others_only:
         raise DivideMixError(f"{source}: no row whose split is {name}: nothing to train on")
     return {
-        split: _Split(source, Lines([*part["path"]], [*part["label"]], [*part.index]), f" ({about})")
+        split: _Split(source, Lines([*part["path"]], [*part["label"]], [*part.index]), Counter(), f" ({about})")
         for split, part in parts.items()
     }
 

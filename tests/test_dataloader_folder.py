@@ -98,6 +98,29 @@ def test_a_table(tmp_path, flag):
     assert data.name == names[flag]  # of the run folder: other labels are another run
 
 
+def test_split_folders_of_other_names_are_no_classes(tmp_path):
+    """A network would be trained to tell training images from test images."""
+    for name, usual in (("Train", "train"), ("TEST", "test"), ("valid", "val"), ("validation", "val")):
+        root = put(tmp_path / name, f"{name}/a/1.jpg", f"{name}/b/2.jpg", "x/3.jpg")
+        refused(root, f"{root / name}: a folder of class folders: rename it to {usual}")
+    assert load(put(tmp_path / "classes", "Test/1.jpg", "Training/2.jpg")).class_names == ["Test", "Training"]
+
+
+def test_images_of_a_folder_named_like_a_split_are_found_by_the_table(tmp_path):
+    """Test images beside a table that names them would have to be moved first."""
+    put(tmp_path, "test/1.jpg", "train/2.jpg", "train/3.jpg")
+    table(tmp_path / "train.csv", "train/2.jpg,a", "train/3.jpg,b")
+    assert [*load(tmp_path).lists] == ["train"]
+
+
+def test_photos_that_cannot_be_read_are_warned_of(tmp_path):
+    """Half of the photos of a phone would be left out, unsaid."""
+    put(tmp_path, "a/1.jpg", "b/2.jfif", "a/3.HEIC", "b/4.heic", "b/5.txt", "a/6")
+    with pytest.warns(DivideMixWarning, match="2 photos are left out.*heic"):
+        data = load(tmp_path)
+    assert len(data.train) == 2 and ".heic 2, " in data.lines[1] and "no ending 1" in data.lines[1]
+
+
 def test_splits_in_tables(tmp_path):
     """A test set beside the training table would be left out, or its images be trained on."""
     table(tmp_path / "train.csv", "1.jpg,10", "2.jpg,9", "3.jpg,10")
@@ -130,10 +153,19 @@ def test_a_table_of_all_splits(tmp_path, head, columns):
     refused(table(path, "0.jpg,test,a", "1.jpg,val,b", head=head), f"{path}: no row whose split is train")
     refused(table(path, "0.jpg,train,a", "1.jpg,,b", head=head), f"{path}, line 3: split ''")
     table(path, "0.jpg,train,a", "1.jpg,train,b", "2.jpg,val,b", head=head)
-    others = [{"2.jpg": 1}, {"test/b/9.jpg": 1}]
+    others = [{"2.jpg": 1}, {"test/b/9.jpg": 1}]  # the second from its folder
     assert [read(images) for images in load(path).lists.values()][1:] == others
     labels = table(tmp_path / "lists/corrected.csv", "1.jpg,a", "3.jpg,b")  # for the training part of that table
-    assert [read(images) for images in load(path, labels).lists.values()] == [{"1.jpg": 0, "3.jpg": 1}, *others]
+    for found_as in (path, tmp_path):
+        assert [read(images) for images in load(found_as, labels).lists.values()] == [{"1.jpg": 0, "3.jpg": 1}, *others]
+        path.rename(tmp_path / "labels.csv")
+        path = tmp_path / "labels.csv"
+        for rows in (["gone.jpg,train,a"], [",train,"], []):  # the replaced rows are not read
+            table(path, *rows, "2.jpg,val,b", head=head)
+            assert [read(images) for images in load(path, labels).lists.values()][1:] == others
+    table(path, "0.jpg,a", head="path,species")  # has no other splits
+    assert read(load(path, labels).train) == {"1.jpg": 0, "3.jpg": 1}
+    refused(path, "is a folder", labels=tmp_path / "lists")
 
 
 def test_a_table_round_trips_the_class_folders(tmp_path):

@@ -16,6 +16,7 @@ from dividemix.data.lists import (
     Lines,
     absolute,
     bad_line,
+    ending,
     images_below,
     images_of_classes,
     is_hidden,
@@ -27,4 +28,4 @@ from dividemix.data.lists import (
     some,
 )
 from dividemix.data.stream import Pipeline, StreamedImages
-from dividemix.data.tables import TABLE_SUFFIXES, Table, find_files, read_table
+from dividemix.data.tables import TABLE_SUFFIXES, Table, find_files, has_splits, read_table

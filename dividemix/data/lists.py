@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import posixpath
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +22,11 @@ from dividemix import DivideMixError, warn
 from dividemix.files import read_file
 
 _LONGEST = 4096  # bytes of a path, as in Linux; a longer one would make the array of all paths huge
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")  # in folders
-# of macOS archives, Synology, ext4 and Windows, in lower case
-SYSTEM_FOLDERS = ("__macosx", "@eadir", "#recycle", "lost+found", "$recycle.bin", "system volume information")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+IMAGE_SUFFIXES += (".jfif",)  # as Windows names some JPEG files
+# of macOS archives, Synology, QNAP, ext4 and Windows, in lower case
+SYSTEM_FOLDERS = ("__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@__thumb")
+SYSTEM_FOLDERS += ("lost+found", "$recycle.bin", "system volume information")
 
 
 @dataclass(eq=False)
@@ -149,6 +152,8 @@ def read_text(path: Path) -> bytes:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DivideMixError(f"{path}, line {line}: not UTF-8 text: save the file as UTF-8") from error
+    if content.startswith(b"PK\3\4"):
+        raise DivideMixError(f"{path} is a spreadsheet or an archive, expected text: save it as a CSV file")
     if b"\0" in content:
         raise bad_line(path, content.count(b"\n", 0, content.index(b"\0")) + 1, "a zero byte, expected text")
     return content
@@ -190,20 +195,20 @@ def list_folders(root: Path, folder: str, names: Sequence[str]) -> ImageList:
     return ImageList(base, root, folder, paths, labels, len(names))
 
 
-def images_of_classes(base: Path, names: Sequence[str]) -> tuple[list[bytes], list[int], int]:
+def images_of_classes(base: Path, names: Sequence[str]) -> tuple[list[bytes], list[int], Counter[str]]:
     """The images below class folders: their paths below `base`, the positions of their classes in `names`, and the
-    number of other files."""
-    paths, labels, num_others = [], [], 0
+    endings of other files."""
+    paths, labels, others = [], [], Counter()
     for c, name in enumerate(names):
-        images, others = images_below(base / name)
+        images, other = images_below(base / name)
         paths += [name.encode() + b"/" + path for path in images]
         labels += [c] * len(images)
-        num_others += others
-    return paths, labels, num_others
+        others += other
+    return paths, labels, others
 
 
-def images_below(base: Path) -> tuple[list[bytes], int]:
-    """The images in a folder and all its subfolders: (paths below it, sorted; the number of other files), without what
+def images_below(base: Path) -> tuple[list[bytes], Counter[str]]:
+    """The images in a folder and all its subfolders: (paths below it, sorted; the endings of other files), without what
     `is_hidden`. Links to folders are followed, so that `Boundary` refuses those that lead out and nothing is silently
     skipped; each folder is taken once, however many links lead to it. Raises DivideMixError for a folder that cannot be
     read and for an image whose name is not UTF-8."""
@@ -211,7 +216,7 @@ def images_below(base: Path) -> tuple[list[bytes], int]:
     def refuse(error: OSError) -> None:
         raise DivideMixError(f"cannot read {error.filename}: {error.strerror or error}") from error
 
-    images, others, visited = [], 0, set()
+    images, others, visited = [], Counter(), set()
     for folder, folders, files in os.walk(base, followlinks=True, onerror=refuse):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         real_path = os.path.realpath(folder)
@@ -222,7 +227,7 @@ def images_below(base: Path) -> tuple[list[bytes], int]:
         visible = [name for name in files if not is_hidden(name)]
         start = "" if folder == str(base) else os.path.relpath(folder, base).replace(os.sep, "/") + "/"
         names = [start + name for name in visible if is_image(name)]
-        others += len(visible) - len(names)
+        others.update(ending(name) for name in visible if not is_image(name))
         try:
             images += [name.encode() for name in names]
         except UnicodeEncodeError as error:
@@ -238,6 +243,11 @@ def is_hidden(name: str) -> bool:
 
 def is_image(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def ending(name: str) -> str:
+    """'.txt'; '' without one."""
+    return os.path.splitext(name)[1].lower()
 
 
 def absolute(path: str | Path) -> Path:

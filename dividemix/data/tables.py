@@ -46,11 +46,14 @@ def read_table(
         found = {kind: _find(kind, names, wanted) for kind in _NAMES}
         found["path"] = found["path"] if path_column else images
         found["label"] = found["label"] if label_column else [k for k in cells.columns if k not in images]
+    if labeled and len(found["split"]) > 1:
+        raise DivideMixError(f"{path}, line {cells.index[0]}: several columns of splits: rename all but one")
     for kind in ("path", "label") if labeled else ("path",):
         if len(found[kind]) != 1:
             problem = f"{'several columns' if found[kind] else 'no column'} of {kind}s"
             columns = f"the columns are {some(names)}" + ("" if has_names else ", since no line names them")
             flags = "--path_column and --label_column" if labeled else "--path_column"
+            flags += "" if len(names) > 1 else ", or remove the line if it is a title"
             raise DivideMixError(f"{path}, line {cells.index[0]}: {problem}; {columns}: choose by {flags}")
     if labeled and found["path"] == found["label"]:
         raise DivideMixError(f"{path}: --path_column and --label_column name the same column: give two")
@@ -66,14 +69,20 @@ def read_cells(path: Path, wanted: dict[str, str | None]) -> pandas.DataFrame:
     """The cells of all rows that are not blank, as written; columns 1, 2, ... The first line alone tells how many there
     are, and what is between them: what makes known names or images of its cells."""
     content = read_text(path)
-    first = next((line for line in io.StringIO(content.decode(), newline=None) if line.strip()), "")
+    if declared := re.match(rb"\s*sep=.(?=[\r\n])", content):  # Excel's first line
+        content = content[: declared.start()] + content[declared.end() :]
+    text = content.decode()
+    first = next((line for line in io.StringIO(text, newline=None) if line.strip()), "")
     try:
-        heads = {mark: next(csv.reader([first], delimiter=mark), []) for mark in ",;\t"}
+        heads = {mark: next(csv.reader([first], delimiter=mark, skipinitialspace=True), []) for mark in ",;\t"}
         known = {mark: [_find(kind, head, wanted) for kind in wanted] + _images(head) for mark, head in heads.items()}
         delimiter = max(heads, key=lambda mark: (sum(map(bool, known[mark])), len(heads[mark])))
         width = len(heads[delimiter])
         form = {"dtype": str, "keep_default_na": False, "na_filter": False, "index_col": False, "sep": delimiter}
         form |= {"header": None, "skip_blank_lines": False, "names": range(1, width + 2)}  # the last: a cell too many
+        form |= {"skipinitialspace": True}
+        if b'"' in content:
+            refuse_open_quotes(path, text, delimiter)  # pandas takes the rows up to the next quote for one cell
         cells = pandas.read_csv(io.BytesIO(content), **form)
     except (ValueError, csv.Error) as error:
         record = re.search(r"(line|row) (\d+)", str(error)) or ["", "", "1"]
@@ -85,11 +94,26 @@ def read_cells(path: Path, wanted: dict[str, str | None]) -> pandas.DataFrame:
         cells.index += breaks.cumsum() - breaks
     is_filled = cells.apply(lambda column: column.str.strip()).ne("")
     if is_filled[width + 1].any():
-        problem = f"more cells than the first line, which has {width}"
+        problem = f"more cells than line {cells.index[0]}, which has {width} and should name the columns"
         raise bad_line(path, cells.index[is_filled[width + 1]][0], problem)
     if not is_filled.any(axis=None):
         raise DivideMixError(f"{path}: not one row with an image: use a good copy")
     return cells.loc[is_filled.any(axis=1), :width]
+
+
+def refuse_open_quotes(path: Path, text: str, delimiter: str) -> None:
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    try:
+        for _ in rows:
+            pass
+    except csv.Error as error:
+        problem = f"not a row of a CSV file ({error}); is a quote left open, or not doubled in its cell?"
+        raise bad_line(path, rows.line_num, problem) from error
+
+
+def has_splits(path: Path) -> bool:
+    """Whether a table has the column `split`."""
+    return bool(_find("split", read_cells(path, {}).iloc[0], {}))
 
 
 def _find(kind: str, names: Sequence[str], wanted: dict[str, str | None]) -> list[int]:
@@ -137,7 +161,7 @@ def find_files(source: Path, paths: pandas.Series, bases: Sequence[Path]) -> lis
         forms = [path.replace("\\", "/"), path] if "\\" in path else [path]
         places = [os.path.normpath(os.path.join(start, form)) for form in forms for start in starts] if path else [""]
         files = [*dict.fromkeys(place for place in places if is_file(place))]
-        if len(files) > 1:
+        if len(files) > 1 and not all(os.path.samefile(files[0], file) for file in files):
             raise bad_line(source, int(line), f"{path!r:.100} can be {files[0]} and {files[1]}, expected one file")
         found.append((files[0], True) if files else (places[0], False))
     return found

@@ -24,7 +24,7 @@ def test_rows_and_their_lines(tmp_path):
     """Rows would go to other labels, or a line number point to another row."""
     content = '\ufeffid,Label , PATH,note\r\n7,"two words",a.jpg,x\r\n'
     content += '\n , ,\n8, 3 ,"b ""c"", d.jpg",y\n9,"x",é.jpg\n,,,\n'
-    expected = [(2, "a.jpg", "two words"), (5, 'b "c", d.jpg', " 3 "), (6, "é.jpg", "x")]
+    expected = [(2, "a.jpg", "two words"), (5, 'b "c", d.jpg', "3 "), (6, "é.jpg", "x")]
     assert rows_of(written(tmp_path, content)) == expected
     path = written(tmp_path, '\n\nlabel,note,path\na,"one\r\n\ntwo",1.jpg\nb,,2.jpg\r\nc,"\r",3.jpg\nd,"x",4.jpg')
     assert [row[0] for row in rows_of(path)] == [4, 7, 8, 10]  # of the line that a row begins in
@@ -77,6 +77,15 @@ FLAGS = "--path_column and --label_column"
     [
         ("", "not one row"),
         ("\n path,label\n ,\n", "not one row"),
+        (
+            "Flowers 2024\npath,label\na.jpg,3\n",
+            "line 2: more cells than line 1, which has 1 and should name the columns",
+        ),
+        ("Flowers\n", "or remove the line if it is a title"),
+        ("path,label,split,Split\na,b,train,test\n", "line 1: several columns of splits"),
+        ('path,label,note\na.jpg,cat,"big\nb.jpg,dog,\nc.jpg,dog,"x"\n', "line 4: not a row of a CSV file"),
+        ('path,label\na.jpg,"big \\"cat, tiger\\""\n', "line 2: not a row of a CSV file"),
+        (b"PK\3\4 label", "save it as a CSV file"),
         ("photo;label\na.jpg;3\n", f"line 1: no column of paths; the columns are photo, label: choose by {FLAGS}"),
         ("path|label\na.jpg|3\n", f"line 1: no column of paths; the columns are path|label: choose by {FLAGS}"),
         ("\npath,id\na.jpg,3\n", f"line 2: no column of labels; the columns are path, id: choose by {FLAGS}"),
@@ -116,6 +125,13 @@ def test_columns_that_the_user_names(tmp_path):
     assert_refused(lambda: read_table(path, None, "4"), f"{path}, line 1: no column of labels")
 
 
+def test_forms_that_people_write(tmp_path):
+    """Quotes would be part of a class's name after a space, and the first line of Excel be taken for the columns."""
+    path = written(tmp_path, '"path", "label", n\na.jpg, "cat, big", 1\nb.jpg, 5" pot,\n')
+    assert rows_of(path) == [(2, "a.jpg", "cat, big"), (3, "b.jpg", '5" pot')]
+    assert rows_of(written(tmp_path, "sep=;\r\npath;label\r\na.jpg;x\r\n")) == [(3, "a.jpg", "x")]
+
+
 def test_a_table_without_a_first_line_of_names(tmp_path):
     """The first image would be lost, or the file be refused."""
     path = written(tmp_path, ".\\x, y\\1.JPG;cat\n2.png;NA\n")
@@ -145,4 +161,6 @@ def test_the_file_that_a_path_means(tmp_path):
     found = find_files(table, pandas.Series([*places, ""]), bases)
     assert found == [*((str(tmp_path / place), exists) for place, exists in places.values()), ("", False)]
     two = pandas.Series(["a/1.jpg"], index=[7])
+    (tmp_path / "link").symlink_to("data")
+    assert find_files(table, two, [tmp_path / "data", tmp_path / "link"]) == [(str(tmp_path / "data/a/1.jpg"), True)]
     assert_refused(lambda: find_files(table, two, bases), "line 7", str(tmp_path / "data/a/1.jpg"), "lists/a/1.jpg")
