@@ -32,7 +32,7 @@ COMMANDS = {  # name -> (module with its `main`, what Ctrl-C means for the user)
 def main() -> None:
     program = "python -m dividemix" if sys.argv[0].endswith("__main__.py") else "dividemix"
     words = sys.argv[1:]
-    if not words or words[0] in ("-h", "--help"):
+    if not words or {"-h", "--help"} & {*words[: 1 + (words[0] == "train")]}:
         return print(f"usage: {program} COMMAND ...\n\n{__doc__}")
     name = " ".join(words[: 1 + (words[0] == "train")])
     if name not in COMMANDS:

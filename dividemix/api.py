@@ -62,8 +62,9 @@ def find_label_issues(
         raise DivideMixError("give one of these: a folder, a CSV file or a Dataset, or images=, or features=")
     with tempfile.TemporaryDirectory(prefix="dividemix-") as temporary:
         folder, data, classes = Path(temporary), None, None
-        if flags.get("check_data"):
-            raise DivideMixError("check_data: not here: `dividemix issues DATA --check_data` prints what it finds")
+        of_files = () if isinstance(source, str | os.PathLike) else ("corrections", "path_column", "label_column")
+        if refused := {"data_path", "feature_file", "check_data", "help", "no_label_scores", *of_files} & {*flags}:
+            raise DivideMixError(f"{', '.join(sorted(refused))}: no argument here, or not with these data")
         own_folder = [] if {"run_dir", "out_dir", "id"} & {*flags} else ["--run_dir", str(folder / "run")]
         words = ["--seed", str(seed), *own_folder, *as_words(flags)]
         if isinstance(source, str | os.PathLike):

@@ -50,7 +50,7 @@ def test_wrong_labels_are_found(digits):
     assert (table.suggested_label != table.given_label)[table.is_label_issue].all()
 
 
-def test_names_and_views_and_the_seed(digits):
+def test_names_and_views_and_the_seed(digits, recwarn):
     """Class names must come back as names; several views are views, not samples; and the same seed gives the same
     list, or no figure could be repeated."""
     x, _, given = digits
@@ -58,6 +58,7 @@ def test_names_and_views_and_the_seed(digits):
     first, again, other = (
         dividemix.find_label_issues(features=views, labels=NAMES[given[:200]].tolist(), seed=seed) for seed in (1, 1, 2)
     )
+    assert not [str(warning.message) for warning in recwarn if "no images" in str(warning.message)]
     pandas.testing.assert_frame_equal(first, again)
     assert set(first.suggested_label) <= {*NAMES} and first.given_label.tolist() == NAMES[given[:200]].tolist()
     assert not np.array_equal(first.label_quality, other.label_quality)
@@ -150,6 +151,13 @@ def test_a_folder_arrays_and_a_dataset_have_the_same_list(tree, tmp_path, capsys
     files = dividemix.load(tmp_path / "run", device="cpu").predict(sorted(tree.rglob("*.jpg"))[:3])
     assert rows["class"].tolist() == files["class"].tolist() and rows.path.tolist() == [0, 1, 2]
     assert rows.confidence.between(0, 1).all() and rows.label.dtype == "Int64"
+    for wrong in (arrays[0], [torch.zeros(3, 8, 8)]):
+        with pytest.raises(DivideMixError, match="images: "):
+            dividemix.load(tmp_path / "run", device="cpu").predict(wrong)
+    with pytest.raises(DivideMixError, match="weights 'first'"):
+        dividemix.load(tmp_path / "run", weights="first", device="cpu")
+    with pytest.raises(DivideMixError, match="--device gpu"):
+        dividemix.load(tmp_path / "run", device="gpu")
 
 
 def test_a_run_is_continued_with_its_own_images_only(tree, tmp_path):
@@ -189,6 +197,12 @@ def test_images_that_are_none_and_flags_that_are_wrong_are_one_line(tree):
         (tree, {"images": [array]}, "give one of these"),
         (tree, {"labels": [0, 1]}, "labels"),
         (tree, {"num_epochs": 0}, "--num_epochs"),
+        (tree, {"help": True}, "help"),
+        (
+            None,
+            {"images": [array], "labels": [0], "corrections": ["x.csv"], "data_path": "x"},
+            "corrections, data_path",
+        ),
         (tree, {"no_such_flag": True}, "--no_such_flag"),
         (iter(images), {}, "Dataset"),
         (None, {"images": [array, array / 255.0], "labels": [0, 1]}, "image 1"),

@@ -19,7 +19,8 @@ def run(*words: str, cwd: Path) -> subprocess.CompletedProcess:
 
 def test_help_needs_no_torch():
     """Else the first thing that a user types takes seconds."""
-    code = "import sys; from dividemix.__main__ import main; sys.argv = ['dividemix', '--help']; main()\n"
+    code = "import sys; from dividemix.__main__ import main\n"
+    code += "for words in (['--help'], ['train', '-h'], []): sys.argv = ['dividemix', *words]; main()\n"
     code += "assert not {'torch', 'pandas', 'numpy'} & sys.modules.keys()"
     done = run(sys.executable, "-c", code, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 heads train."""
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -77,9 +78,9 @@ class FeatureSet(DeviceImages):
 
 
 def of_images(features: Mapping[str, NDArray[np.floating]], images: StreamedImages) -> FeatureSet:
-    """The set of these images, with the features (V, N, D) of each list."""
-    rows = features[images.name][:, images.index]
-    return FeatureSet(rows, images.labels, images.runtime, images)
+    """The set of these images, with the features (V, N, D) of each list. Their files need not be there."""
+    rows, first = features[images.name][:, images.index], images.pipeline.lists[images.name].path(0)
+    return FeatureSet(rows, images.labels, images.runtime, images if os.path.exists(first) else None)
 
 
 # ---- Features of others ----

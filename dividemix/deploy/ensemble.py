@@ -78,6 +78,8 @@ def load_ensemble(run: Path, description: Description, weights: str = "best") ->
     """The networks of a run folder, in eval mode, on the CPU. weights: 'best' (best.pt, the best epoch of each network)
     or 'last' (the last checkpoint). Raises DivideMixError for weights that are missing or damaged, or that do not fit
     the description."""
+    if weights not in WEIGHTS:
+        raise DivideMixError(f"weights {weights!r}: expected one of {', '.join(WEIGHTS)}")
     path = run / "best.pt"
     if weights == "last":
         state = load_last(run)

@@ -88,7 +88,12 @@ class Classifier:
         if isinstance(images, str | os.PathLike):
             names, paths, boundary, _ = find_images(Path(images))
             return self.table(names, paths, boundary, **settings)
+        if isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[2] == 3:
+            raise DivideMixError(f"images: shape {images.shape} is one image: give a list of images")
         images = list(images)
+        for image in images:
+            if not isinstance(image, str | os.PathLike | np.ndarray):
+                raise DivideMixError(f"images: expected paths or arrays of pixels, got {type(image).__name__}")
         names = [k if isinstance(image, np.ndarray) else os.fspath(image) for k, image in enumerate(images)]
         return self.table(names, images, **settings)
 

@@ -6,6 +6,7 @@ Samples without a score (damaged images) keep their given labels.
 
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from dividemix.run import RunFolder, options
 
 # Flags that corrected labels make invalid, or that would put the next run into the folder of this one
 _REPLACED = {"--labels", "--corrections", "--noise_mode", "--r", "--noise_definition", "--noise_key", "--noise_file"}
-_REPLACED |= {"--noise_seed", "--run_dir", "--fresh"}
+_REPLACED |= {"--noise_seed", "--run_dir", "--fresh", "--id"}
 
 
 def export(run: RunFolder, issues: LabelIssues, folder: Path) -> list[str]:
@@ -78,13 +79,16 @@ def corrected_list(run: RunFolder, labels: NDArray) -> tuple[str, bytes]:
 
 def next_step(run: RunFolder, issues: LabelIssues, file: Path) -> str:
     """How to train on the corrected labels: a command, or what to do with the file."""
+    own_id = "--id", re.sub(r"[^\w.-]", "-", file.parent.name)
     if run.script == "Train_cifar.py":
-        flags = "--noise_file", file
+        flags = *own_id, "--noise_file", file
         if issues.true_labels is None:
             return f"{command(run, *flags)}, and --r, the share of the labels that you think are still wrong"
         return command(run, "--noise_mode", "sym", "--r", f"{remaining_noise_rate(run, issues):g}", *flags)
     if run.script == "Train_folder.py":
-        return command(run, "--labels", file)
+        if not run.data_folder.is_dir():  # data in memory, or moved
+            return f"give them to find_label_issues as labels=, or, where {run.data_folder} is now, as --labels {file}"
+        return command(run, *own_id, "--labels", file)
     return f"let it replace {file.name} in a copy of the data folder"
 
 
@@ -105,10 +109,12 @@ def command(run: RunFolder, *flags: str | Path) -> str:
             words.append([])
         words[-1].append(word)
     kept = [word for flag in words if flag[0].partition("=")[0] not in _REPLACED for word in flag]
+    return shlex.join(map(str, [*program(run), *kept, *flags]))
+
+
+def program(run: RunFolder) -> list[str]:
+    """How to start the run's script, in the way in which this process was started."""
     started = Path(sys.argv[0])
-    program = (
-        ["python", str(started.with_name(run.script))]
-        if started.name.startswith("Train_")
-        else [*options.interface().split(), "train", run.script[len("Train_") : -3].lower()]
-    )
-    return shlex.join(map(str, [*program, *kept, *flags]))
+    if started.name.startswith("Train_"):
+        return ["python", str(started.with_name(run.script))]
+    return [*options.interface().split(), "train", run.script[len("Train_") : -3].lower()]

@@ -83,6 +83,8 @@ def choose_features(args: argparse.Namespace, side: int, grey: bool) -> tuple[bo
         return True, "frozen features (given)"
     if args.weights == "none" or (args.arch and not networks.architecture(args.arch).imagenet):
         return False, "whole networks are trained (the given network has no weights)"
+    if args.width != networks.WIDTH or args.data_mode == "device" or args.augment == "strong":
+        return False, "whole networks are trained (--width, --data_mode device and --augment strong are for them)"
     if device != "cpu":
         return False, f"whole networks are trained: there is a card ({device}); --features is faster"
     if grey and side <= SMALL:

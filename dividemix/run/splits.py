@@ -46,7 +46,8 @@ def split(
     the training labels. Raises DivideMixError for other lists than at the run's first start, and too few images."""
     hashes = {name: images.digest() for name, images in lists.items()} | dict(digests or {})
     train = lists["train"]
-    run.pin("images_sha256", hashes, f"the images or labels in {train.root} are not those {run.folder} began with")
+    what = "the images or labels (also of --labels or --corrections)"
+    run.pin("images_sha256", hashes, f"{what} in {train.root} are not those {run.folder} began with")
     rows, lines = usable(lists, skip, run.folder / "skipped.json", run.ranks)
     labels = train.labels if by_class else None
     index, held_out = hold_out(np.arange(len(train)), val_fraction, run.args.seed, labels)

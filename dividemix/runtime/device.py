@@ -294,6 +294,8 @@ def start(
 
 def pick_device(device: str, gpuid: int) -> torch.device:
     """auto: CUDA card `gpuid`, else mps, else the CPU."""
+    if device not in ("auto", "cpu", "cuda", "mps"):
+        raise DivideMixError(f"--device {device}: expected auto, cpu, cuda or mps")
     if device in ("auto", "cuda"):
         if torch.cuda.is_available():
             count = torch.cuda.device_count()

@@ -39,7 +39,7 @@ def test_small_sets_get_a_noise_file(tmp_path):
     assert "3 of 15 changed" in lines[0] and "3 without a score" in lines[0]
     file = tmp_path / "clean" / "cleaned_labels.json"
     # Of the 15 labels 2 + 1 are wrong still.
-    assert command[5:] == f"--dataset digits --width=8 --noise_mode sym --r 0.3 --noise_file {file}".split()
+    assert command[5:] == f"--dataset digits --width=8 --noise_mode sym --r 0.3 --id clean --noise_file {file}".split()
     spec = noise_file.NoiseSpec("digits", "sym", 0.3, 0, 3, noise.synthetic.next_class(3))
     assert noise_file.read(file, true, spec).tolist() == [*CLEANED, 2, 2, 0]
     unknown = make_run(tmp_path / "unknown", dataset="cifar10", data_path="d", truth=False)
@@ -70,18 +70,22 @@ def test_the_published_sets_read_their_corrected_list(tmp_path, kind):
 
 def test_own_images_become_a_csv_with_class_names(tmp_path, monkeypatch):
     """Else own images have no corrected list, or a command that a shell splits; bytes that are not UTF-8 are kept."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my data").mkdir()
     paths = [b'cat/a,"b".jpg', b"dog/caf\xe9.jpg", *(b"x/%d.jpg" % i for i in range(N - 2))]
     flags = {"command": "Train_folder.py", "paths": paths, "data_path": "my data", "truth": False}
     _, command = export(make_run(tmp_path / "run", **flags), tmp_path / "clean list")
     file = tmp_path / "clean list" / "labels.csv"
-    words = ["train", "folder", "--data_path", "my data", "--width=8", "--labels", str(file)]
+    words = ["train", "folder", "--data_path", "my data", "--width=8", "--id", "clean-list", "--labels", str(file)]
     assert command == ["python", "-m", "dividemix", *words]
     for k, (started, program) in enumerate(
         [("dividemix report", ["dividemix"]), ("/x y/Train_cifar.py", ["python", "/x y/Train_folder.py"])]
     ):
         monkeypatch.setattr(sys, "argv", [started])
         _, command = export(make_run(tmp_path / f"run{k}", **flags), tmp_path / f"clean{k}")
-        assert command[:-1] == [*program, *words[2 * k : -1]]
+        assert command[:-3] == [*program, *words[2 * k : -3]] and command[-2:-1] == ["--labels"]
+    moved = make_run(tmp_path / "moved", **flags | {"data_path": str(tmp_path / "gone")})
+    assert "find_label_issues" in export(moved, tmp_path / "of moved")[0][1]
     columns = {"path_column": "photo", "label_column": "2"}
     export(make_run(tmp_path / "named", **flags, **columns), tmp_path / "clean")
     assert (tmp_path / "clean" / "labels.csv").read_text(errors="replace").startswith("photo,2\n")

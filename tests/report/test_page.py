@@ -50,7 +50,7 @@ def test_the_page_of_a_whole_run(tmp_path):
         "scores are in-sample: the networks were trained on these labels",
         "labels 3 wrong labels among them 3 precision 100.0% recall 75.0%",
         *("Wrong labels: 33.3%", "16.7% of the corrected labels", "dog 3 8 37.5%"),
-        *("python Train_cifar.py --r 0.5", "p_threshold 0.5"),
+        *("python -m dividemix train cifar --r 0.5", "p_threshold 0.5"),
         "given dog suggested cat quality 0.125 true label cat",
         "sample 1 given dog suggested dog quality 0.375, not listed label is right",
         *("The surest of the list sample 6 given dog", "what comes next sample 1 given"),

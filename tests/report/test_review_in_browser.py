@@ -136,6 +136,11 @@ def test_progress_is_kept_undone_and_loaded(page, tmp_path):
     page.wait_for_function(f"document.getElementById('status').textContent === {expected!r}")
     loaded = {paths[0]: ("drop", ""), 'not "here".jpg': ("other", "c2")}
     assert saved(page, file) == decisions | loaded
+    rows = f"Path;Decision;Label\n{paths[1]}; Drop;\n{paths[2]};other;c9\n"  # of a spreadsheet; c9 is no class
+    file.write_text(rows, encoding="utf-8-sig")
+    page.get_by_label("Load").set_input_files(file)
+    playwright.expect(status).to_contain_text("1 decisions loaded")
+    assert saved(page, file) == decisions | loaded | {paths[1]: ("drop", "")}
     file.write_text("a,b\n1,2\n")
     page.get_by_label("Load").set_input_files(file)
     page.wait_for_function("document.getElementById('status').textContent.startsWith('no decisions')")
@@ -159,3 +164,16 @@ def test_keys_move_and_orders_differ(page):
     end = page.evaluate("data.end")
     assert {*orders["borderline first"][:4]} == {*paths[max(end - 2, 0) : max(end - 2, 0) + 4]}
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.get_by_label("only undecided").check()
+    card(page, paths[1]).focus()
+    for keys, at in ((["k"], 2), (["u"], 2), (["o", "Escape"], 2)):
+        for key in keys:
+            page.keyboard.press(key)
+        assert page.evaluate("document.activeElement.closest('.card')?.item.id") == paths[at], key
+    card(page, paths[2]).get_by_role("button", name="Keep").press("Enter")  # its card goes, and the next one comes
+    assert page.evaluate("document.activeElement.item.id") == paths[3]
+    for key in ["ArrowDown"] * 9 + ["ArrowUp"] * 6:
+        page.keyboard.press(key)
+        page.wait_for_timeout(30)
+    top, bar = "document.activeElement.getBoundingClientRect().top", "$('bar').getBoundingClientRect().bottom"
+    assert page.evaluate(f"{top} >= {bar}")

@@ -116,6 +116,8 @@ def test_what_the_best_epoch_is_chosen_by():
         ("--arch preresnet18", "cpu", 300, False, False),
         ("--arch resnet18", "cpu", 300, False, True),
         ("--weights file.pth", "cpu", 300, False, True),
+        ("--width 8", "cpu", 32, False, False),
+        ("--augment strong", "cpu", 32, False, False),
     ],
 )
 def test_features_or_whole_networks(monkeypatch, flags, device, side, grey, features):
