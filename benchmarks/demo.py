@@ -15,7 +15,7 @@ import Train_cifar
 from dividemix.report import issues, mean_and_deviation, report
 from dividemix.run import command_line, read_run
 
-FLAGS = "--dataset digits --noise_mode sym --r 0.5 --width 16 --warm_up 8 --num_epochs 30"
+FLAGS = "--dataset digits --noise_mode sym --r 0.5 --width 16 --warm_up 8 --num_epochs 40"
 METHODS = ("ce", "dividemix")
 
 

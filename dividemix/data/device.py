@@ -16,7 +16,7 @@ from dividemix.codivide import Division
 from dividemix.data import autoaugment
 from dividemix.runtime import ALONE, Batches, Ranks, Runtime
 
-PAD = 4  # black pixels on each side, before normalisation
+PAD = 4  # black pixels on each side, before normalisation, of images of 28 pixels or more
 Batch = tuple[Tensor, ...]
 
 
@@ -41,7 +41,8 @@ class DeviceImages:
     ):
         runtime = runtime or Runtime()
         self.runtime, self.truly_clean, self.flip, self.strong = runtime, truly_clean, flip, strong
-        self.padded = pad_images(torch.from_numpy(images).to(runtime.device))
+        self.pad = min(PAD, min(images.shape[1:3]) // 7)  # a crop of a smaller image would lose too much of it
+        self.padded = pad_images(torch.from_numpy(images).to(runtime.device), self.pad)
         self.labels = torch.from_numpy(labels).to(runtime.device)
         self.mean = torch.tensor(mean, dtype=torch.float32, device=runtime.device)
         self.std = torch.tensor(std, dtype=torch.float32, device=runtime.device)
@@ -70,7 +71,7 @@ class DeviceImages:
         w = [division.clean_probability[x].astype(np.float32) for x in labeled]
         if not self.strong:
             return self._batches([labeled, unlabeled], crops, w)
-        [rng], (height, width) = rng.spawn(1), centre(self.padded).shape[1:3]
+        [rng], (height, width) = rng.spawn(1), centre(self.padded, self.pad).shape[1:3]
         strong_crops = [self._draw(rng, len(rows)) for rows in crops]
         operations = [autoaugment.draw(rng, len(rows), height, width) for rows in crops]
         return self._batches([labeled, unlabeled], crops, w, strong_crops, operations)
@@ -86,24 +87,24 @@ class DeviceImages:
         if not strong:
             return weak
         strong_crops, operations = strong
-        views = autoaugment.augment(crop_flip(self.padded, index, strong_crops), operations)
+        views = autoaugment.augment(crop_flip(self.padded, index, strong_crops, self.pad), operations)
         return *weak, *to_float(views, self.mean, self.std).split(sizes)
 
     def eval_batches(self, batch_size: int) -> Batches:
         """(x, labels) of all images in order, without augmentation, each batch made when it is needed."""
-        images, labels = centre(self.padded).split(batch_size), self.labels.split(batch_size)
+        images, labels = centre(self.padded, self.pad).split(batch_size), self.labels.split(batch_size)
         batches = ((to_float(x, self.mean, self.std), y) for x, y in zip(images, labels, strict=True))
         return Batches([(len(y),) for y in labels], batches)
 
     def originals(self, rows: NDArray) -> Iterator[NDArray[np.uint8]]:
         """The images `rows` (M,) without padding, uint8 (H, W, 3) each."""
-        return iter(centre(self.padded)[torch.from_numpy(rows).to(self.runtime.device)].cpu().numpy())
+        return iter(centre(self.padded, self.pad)[torch.from_numpy(rows).to(self.runtime.device)].cpu().numpy())
 
     def _draw(self, rng: np.random.Generator, n: int) -> NDArray[np.uint8]:
-        return draw_crops(rng, n, self.flip)
+        return draw_crops(rng, n, self.flip, self.pad)
 
     def _views(self, index: Tensor, crops: Tensor) -> Tensor:
-        return to_float(crop_flip(self.padded, index, crops), self.mean, self.std)
+        return to_float(crop_flip(self.padded, index, crops, self.pad), self.mean, self.std)
 
     def _batches(self, indices: list[list[NDArray]], *columns: list[NDArray]) -> Batches:
         """Batches from columns, lists of one array a batch: `indices`, whose rows are counted, then the others."""
@@ -121,19 +122,19 @@ def to_device(arrays: list[NDArray], device: torch.device) -> tuple[Tensor, ...]
 # ---- Views of small images on their device ----
 
 
-def pad_images(images: Tensor) -> Tensor:
-    """uint8 (N, H, W, 3) -> (N, H + 2 * PAD, W + 2 * PAD, 3), with a black border."""
-    return torch.nn.functional.pad(images, (0, 0, PAD, PAD, PAD, PAD))
+def pad_images(images: Tensor, pad: int = PAD) -> Tensor:
+    """uint8 (N, H, W, 3) -> (N, H + 2 * pad, W + 2 * pad, 3), with a black border."""
+    return torch.nn.functional.pad(images, (0, 0, pad, pad, pad, pad))
 
 
-def draw_crops(rng: np.random.Generator, n: int, flip: bool) -> NDArray[np.uint8]:
-    """(n, 3) independent draws: top and left offset, uniform in 0..2 * PAD, and flip, 0 or 1 (without `flip` 0)."""
-    return rng.integers(0, [2 * PAD + 1, 2 * PAD + 1, 2 if flip else 1], size=(n, 3), dtype=np.uint8)
+def draw_crops(rng: np.random.Generator, n: int, flip: bool, pad: int = PAD) -> NDArray[np.uint8]:
+    """(n, 3) independent draws: top and left offset, uniform in 0..2 * pad, and flip, 0 or 1 (without `flip` 0)."""
+    return rng.integers(0, [2 * pad + 1, 2 * pad + 1, 2 if flip else 1], size=(n, 3), dtype=np.uint8)
 
 
-def crop_flip(padded: Tensor, index: Tensor, crops: Tensor) -> Tensor:
+def crop_flip(padded: Tensor, index: Tensor, crops: Tensor, pad: int = PAD) -> Tensor:
     """Cuts view b from image index[b]: padded uint8 (N, H', W', 3), index (B,), crops (B, 3) -> uint8 (B, H, W, 3)."""
-    height, width = padded.shape[1] - 2 * PAD, padded.shape[2] - 2 * PAD
+    height, width = padded.shape[1] - 2 * pad, padded.shape[2] - 2 * pad
     top, left, flip = crops.long().unsqueeze(2).unbind(1)  # (B, 1) each
     rows = top + torch.arange(height, device=padded.device)  # (B, H)
     columns = torch.arange(width, device=padded.device)
@@ -141,9 +142,9 @@ def crop_flip(padded: Tensor, index: Tensor, crops: Tensor) -> Tensor:
     return padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def centre(padded: Tensor) -> Tensor:
+def centre(padded: Tensor, pad: int = PAD) -> Tensor:
     """The images without their padding, not copied: (N, H', W', 3) -> (N, H, W, 3)."""
-    return padded[:, PAD:-PAD, PAD:-PAD]
+    return padded[:, pad : padded.shape[1] - pad, pad : padded.shape[2] - pad]
 
 
 def to_float(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -47,14 +47,16 @@ class RankImages(DeviceImages):
     def warmup_batches(self, batch_size: int, rng: np.random.Generator) -> Batches:
         ranks = self.runtime.ranks
         index = plan_warmup(len(self), batch_size, rng, ranks)
-        crops = [draw_crops(rng, len(rows), self.flip) for rows in index]
+        crops = [draw_crops(rng, len(rows), self.flip, self.pad) for rows in index]
         return self._batches([list(map(ranks.shard_rows, index))], list(map(ranks.shard_rows, crops)))
 
     def mixmatch_batches(self, division, batch_size: int, rng: np.random.Generator) -> Batches:
         shard, crops = self.runtime.ranks.shard_rows, []
         labeled, unlabeled = plan_mixmatch(division, batch_size, rng, self.runtime.ranks)
         for x, u in zip(labeled, unlabeled, strict=True):
-            views = np.split(draw_crops(rng, 2 * (len(x) + len(u)), self.flip), np.cumsum([len(x), len(x), len(u)]))
+            views = np.split(
+                draw_crops(rng, 2 * (len(x) + len(u)), self.flip, self.pad), np.cumsum([len(x), len(x), len(u)])
+            )
             crops.append(np.concatenate([shard(view) for view in views]))
         w = [division.clean_probability[shard(x)].astype(np.float32) for x in labeled]
         return self._batches([list(map(shard, labeled)), list(map(shard, unlabeled))], crops, w)
