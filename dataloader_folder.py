@@ -313,6 +313,8 @@ def _read_rows(
         (number, _), *_ = missing
         first, *others = (printable(place) for _, place in missing[:3])
         problem = f"{len(missing)} of {len(rows)} images are missing" + "".join(f", {place}" for place in others)
+        if len(missing) == len(rows):
+            advice = "if they are elsewhere, give their folder as the data, and this table as --labels"
         raise DivideMixError(f"{first}: missing ({source}, line {number}); {problem}: {advice}")
     rows = rows.assign(path=[key.encode() for key in lines], split=split_of)  # by line
     parts = {split: rows[rows["split"] == split] for split in rows["split"].unique()}

@@ -110,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     given = words if words[0].startswith("-") else ["--data_path", *words]
     if not {"--data_path", "--help", "-h"} & {*given}:
         raise DivideMixError("dividemix issues DATA [flags]: DATA, a folder or a table, comes first")
+    if given is not words and any(word.partition("=")[0] == "--data_path" for word in words):
+        raise DivideMixError(f"{words[0]} and --data_path: give the folder of the images as DATA, a table as --labels")
     args = Train_folder.parse_args(
         [*_HOLD_NOTHING_OUT, *given],
         prog="dividemix issues",

@@ -217,6 +217,17 @@ def test_images_that_are_none_and_flags_that_are_wrong_are_one_line(tree):
         assert "\n" not in str(error.value)
 
 
+def test_a_place_that_is_given_twice_is_refused(tree, tmp_path):
+    """The table would be ignored, and another list come back."""
+    with pytest.raises(DivideMixError, match=r"own\.csv and --data_path"):
+        api.main(["own.csv", "--data_path", str(tree)])
+    with pytest.raises(DivideMixError, match="DATA"):
+        api.main(["--width", "4", str(tree)])
+    (tmp_path / "own.csv").write_text("path,label\nx/1.jpg,a\nx/2.jpg,b\n")
+    with pytest.raises(DivideMixError, match="as --labels"):
+        api.main([str(tmp_path / "own.csv")])
+
+
 def test_the_command_chooses_features_for_photos_on_a_cpu_and_says_how_to_repeat_it(tmp_path, no_figures, capsys):
     """One command from a folder to the list: it must train what it says, and the run must be one that Train_folder.py
     continues with the recorded command."""

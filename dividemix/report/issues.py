@@ -198,8 +198,9 @@ def estimate(issues: LabelIssues) -> str:
     """A sentence on the share of wrong labels, and on what an accuracy that is measured with such labels can reach."""
     share, error = 100 * issues.wrong_share, 100 * issues.wrong_share_error
     reach = f"measured with these labels, even a perfect classifier gets about {100 - share:.0f} %"
+    if issues.relabelled:
+        reach = "where labels were suggested by such a run, it is too low: the wrong ones among them are not noticed"
     uncertainty = f"standard error {error:.1f}, the method's own error may be larger"
-    uncertainty += "; labels that such a run has corrected wrongly are not counted" if issues.relabelled else ""
     return f"estimated share of wrong labels: {share:.1f} % ({uncertainty}); {reach}"
 
 

@@ -53,7 +53,7 @@ def test_the_page_of_a_whole_run(tmp_path):
         *("python -m dividemix train cifar --r 0.5", "p_threshold 0.5"),
         "given dog suggested cat quality 0.125 true label cat",
         "sample 1 given dog suggested dog quality 0.375, not listed label is right",
-        *("The surest of the list sample 6 given dog", "what comes next sample 1 given"),
+        *("The surest of the list sample 6 given dog", "limit of the quality. sample 1 given"),
         "Estimated share of wrong labels: 25.0 %",
     ):
         assert words in read.text, words

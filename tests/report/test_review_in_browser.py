@@ -120,18 +120,20 @@ def test_progress_is_kept_undone_and_loaded(page, tmp_path):
     assert shown(page) == []
     page.get_by_role("button", name="Undo").tap()
     assert status.text_content() == "undone, 0 of 40 decided" and shown(page) == paths
-    page.locator("#all").get_by_role("button", name="Keep").tap()
+    card(page, paths[3]).get_by_role("button", name="Drop").tap()
+    assert page.locator("#open").text_content() == "9"
+    page.locator("#all").get_by_role("button", name="Keep").tap()  # replaces no decision
     file = tmp_path / "decisions.csv"
     decisions = saved(page, file)
-    assert decisions == dict.fromkeys(paths, ("keep", "c1"))
+    assert decisions == dict.fromkeys(paths, ("keep", "c1")) | {paths[3]: ("drop", "")}
     page.reload()
-    assert status.text_content() == "10 of 40 decided, 10 kept"
+    assert status.text_content() == "10 of 40 decided, 9 kept, 1 dropped"
     file.write_text(
         f'\ufeffpath,decision,label\r\n{paths[0]},drop,\r\n"not ""here"".jpg",other,c2\r\n', encoding="utf-8"
     )
     page.get_by_label("Load").set_input_files(file)
     expected = (
-        "2 decisions loaded, 10 of 40 decided, 9 kept, 1 other class, 1 dropped, 1 of images that are not on this page"
+        "2 decisions loaded, 10 of 40 decided, 8 kept, 1 other class, 2 dropped, 1 of images that are not on this page"
     )
     page.wait_for_function(f"document.getElementById('status').textContent === {expected!r}")
     loaded = {paths[0]: ("drop", ""), 'not "here".jpg': ("other", "c2")}
@@ -155,6 +157,9 @@ def test_keys_move_and_orders_differ(page):
         assert page.evaluate("document.activeElement.item.id") == paths[at], key
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     assert page.get_by_role("status").text_content() == "undone, 0 of 40 decided"
+    page.get_by_label("only listed").check()
+    assert shown(page) == paths[: page.evaluate("data.end")]
+    page.get_by_label("only listed").uncheck()
     orders = {}
     for order in ("borderline first", "by class", "most doubtful first"):
         page.get_by_role("combobox", name="Order").select_option(label=order)
