@@ -93,7 +93,7 @@ class Work:
 class FastEpoch:
     """The engine's epoch as Train_cifar.py runs it, but for the divisions: fitted, and dropped for given ones."""
 
-    def __init__(self, work: Work, runtime: Runtime, width: int, batch_size: int, eval_batch_size: int):
+    def __init__(self, work: Work, runtime: Runtime, width: int, batch_size: int):
         self.work, self.runtime, self.batch_size = work, runtime, batch_size
         self.train, self.test = (
             DeviceImages(images, labels, MEAN, STD, True, runtime)
@@ -102,7 +102,6 @@ class FastEpoch:
         torch.manual_seed(0)
         self.nets = [runtime.prepare(ResNet18(10, width)) for _ in range(2)]
         self.optimizers = [runtime.optimizer(net, 0.02, 5e-4) for net in self.nets]
-        runtime.eval_batch_size = eval_batch_size
         self.mixtures = [Mixture(0.5) for _ in self.nets]
         self.settings = engine.MixMatch(num_class=10, batch_size=batch_size)
         self.rng = np.random.default_rng(0)
@@ -167,7 +166,7 @@ def check(runtime: Runtime, width: int, batch_size: int) -> str:
     division = division_of(np.arange(8 * batch_size) < 4 * batch_size)
     terms, weights = [], []
     for checked in (Runtime(runtime.device), dataclasses.replace(runtime, steps={})):
-        epoch = FastEpoch(work, checked, width, batch_size, 1000)
+        epoch = FastEpoch(work, checked, width, batch_size)
         before = torch.cat([p.detach().flatten().cpu() for p in epoch.nets[0].parameters()])
         terms.append(epoch.mixmatch(0, division))
         weights.append(torch.cat([p.detach().flatten().cpu() for p in epoch.nets[0].parameters()]) - before)
@@ -183,13 +182,13 @@ def check(runtime: Runtime, width: int, batch_size: int) -> str:
     return line
 
 
-def variants(runtime: Runtime, eval_batch_size: int) -> dict[str, tuple[Runtime, int]]:
-    """Each optimisation that this runtime uses, off: (runtime, evaluation batch)."""
+def variants(runtime: Runtime) -> dict[str, Runtime]:
+    """Runtimes without one of the optimisations that this one uses, each under the name of that."""
 
-    def without(**changed: Any) -> tuple[Runtime, int]:
-        return dataclasses.replace(runtime, steps={}, **changed), eval_batch_size
+    def without(**changed: Any) -> Runtime:
+        return dataclasses.replace(runtime, steps={}, **changed)
 
-    off: dict[str, tuple[Runtime, int]] = {}
+    off: dict[str, Runtime] = {}
     if runtime.precision != "fp32":
         off[f"{runtime.precision} (fp32 instead)"] = without(precision="fp32")
     if runtime.memory_format == torch.channels_last:
@@ -204,8 +203,9 @@ def variants(runtime: Runtime, eval_batch_size: int) -> dict[str, tuple[Runtime,
             off[name] = without(**{field: False})
     if runtime.device.type == "cuda":
         off["overlapped GMM"] = without()
-        off["overlapped GMM"][0].background = at_once
-    off["evaluation in large batches (128)"] = (without()[0], 128)
+        off["overlapped GMM"].background = at_once
+    size, other = ("small", 1000) if runtime.device.type == "cpu" else ("large", 128)
+    off[f"evaluation in {size} batches ({other})"] = without(eval_batch_size=other)
     return off
 
 
@@ -348,9 +348,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
-    runtime = start_runtime(
-        args.device, precision=args.precision, width=args.width, compile=not args.no_compile, graph=not args.no_graph
-    )
+    flags = {name: getattr(args, name) for name in ("device", "precision", "width", "eval_batch_size")}
+    runtime = start_runtime(**flags, compile=not args.no_compile, graph=not args.no_graph)
     print(runtime.describe())
     begin = time.perf_counter()
     print(check(runtime, args.width, args.batch_size), flush=True)
@@ -358,7 +357,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     work = Work.random(args.samples, args.labeled, args.test_samples)
     sizes = args.width, args.batch_size
-    epochs: dict[str, Any] = {"": FastEpoch(work, runtime, *sizes, args.eval_batch_size)}
+    epochs: dict[str, Any] = {"": FastEpoch(work, runtime, *sizes)}
     workers = args.plain_workers
     if args.against_plain:
         workers = default_workers(runtime.device.type) if workers is None else workers
@@ -366,12 +365,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         shape = {"width": args.width, "batch_size": args.batch_size, "workers": workers}
         epochs["plain"] = PlainEpoch(*plain, device=runtime.device, **shape)
     if args.ablate is not None:
-        off = variants(runtime, args.eval_batch_size)
+        off = variants(runtime)
         chosen = {name: off[name] for name in off if not args.ablate or any(word in name for word in args.ablate)}
         if not chosen:
             sys.exit(f"--ablate {' '.join(args.ablate)}: expected words of {', '.join(off)}")
-        for name, (slower, eval_batch_size) in chosen.items():
-            epochs[name] = FastEpoch(work, slower, *sizes, eval_batch_size)
+        epochs |= {name: FastEpoch(work, slower, *sizes) for name, slower in chosen.items()}
 
     warm = timed({"": epochs[""]}, args.warmups + args.repeats, lambda _: None)[""]
     peak = measured_peak(runtime.device)

@@ -34,9 +34,9 @@ def worker(flags: dict[str, Any], threads: int | None, barrier: Any, results: An
     """Put (seconds of each epoch, bytes on the card or None, runtime's description) into `results`."""
     if threads:
         torch.set_num_threads(threads)
-    runtime = start(flags["device"], width=flags["width"])
+    runtime = start(flags["device"], width=flags["width"], eval_batch_size=flags["eval_batch_size"])
     work = Work.random(flags["samples"], flags["labeled"], flags["test_samples"])
-    epoch = FastEpoch(work, runtime, flags["width"], flags["batch_size"], flags["eval_batch_size"])
+    epoch = FastEpoch(work, runtime, flags["width"], flags["batch_size"])
     for number in range(flags["warmups"]):
         epoch.run(work.divisions(number))
     barrier.wait(_WAIT)

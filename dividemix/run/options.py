@@ -285,7 +285,8 @@ def add_run(
     add("--deterministic", action="store_true", help="only deterministic kernels: equal bits on one GPU model")
     add("--no_compile", action="store_true", help="on a GPU: do not fuse operators (torch.compile)")
     add("--no_graph", action="store_true", help="on a GPU: do not capture steps in CUDA graphs")
-    text = f"batch size of loss passes and tests{'' if eval_batch_size else ' (default: from the data)'}"
+    text = f"batch size of loss passes and tests; on a CPU at most {runtime.CPU_BATCH}, which is faster"
+    text += "" if eval_batch_size else " (default: from the data)"
     add("--eval_batch_size", type=positive_int, default=eval_batch_size, help=text)
     workers = min(16, max(1, available_cores() // ranks.on_this_machine()))
     add("--workers", type=processes, default=workers, help="processes of each rank that load images")

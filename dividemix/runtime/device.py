@@ -23,6 +23,7 @@ from dividemix.runtime.layers import GroupedBatchNorm2d, can_merge, grouped
 from dividemix.runtime.ranks import Ranks, from_environment, join
 
 FIRST_SCALE = 2.0**12  # of the loss in fp16
+CPU_BATCH = 64  # the largest in an evaluation on a CPU: the activations of more do not stay in its cache
 
 
 @dataclass
@@ -250,7 +251,7 @@ def start(
 ) -> Runtime:
     """The runtime for these flags; `width`: channels of the network's first stage. compile and graph act on a CUDA card
     only (on a CPU, compiled steps were no faster); deterministic switches compile off. Under torchrun each rank takes
-    the card with the number of its local rank, and steps run eagerly.
+    the card with the number of its local rank, and steps run eagerly. eval_batch_size: on a CPU at most CPU_BATCH.
 
     Raises DivideMixError for a device that is not there, and for a batch_size (of all ranks together) that the number
     of ranks does not divide; warns of a card that torch cannot use."""
@@ -288,7 +289,7 @@ def start(
         compile=compile,
         graph=graph,
         ranks=ranks,
-        eval_batch_size=eval_batch_size,
+        eval_batch_size=min(eval_batch_size, CPU_BATCH) if on_cpu else eval_batch_size,
     )
 
 

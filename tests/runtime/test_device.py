@@ -106,12 +106,14 @@ def test_a_card_compiles_and_captures_unless_told_not_to(monkeypatch):
     assert not exact.compile and exact.graph and not torch.backends.cudnn.benchmark
 
 
-def test_a_cpu_neither_compiles_nor_captures_and_narrow_networks_are_contiguous():
-    """There compiling is no faster, and below 8 channels torch writes out of bounds in channels_last."""
+def test_a_cpu_neither_compiles_nor_captures_evaluates_in_small_batches_and_narrow_networks_are_contiguous():
+    """There compiling is no faster, large batches leave the cache, and below 8 channels torch writes out of bounds in
+    channels_last."""
     layouts = [start("cpu", width=width).memory_format for width in (15, 16)]
     assert layouts == [torch.contiguous_format, torch.channels_last]
     runtime = start("cpu")
     assert not (runtime.compile or runtime.graph or runtime.merge)
+    assert [start("cpu", eval_batch_size=size).eval_batch_size for size in (7, 1000)] == [7, device.CPU_BATCH]
     assert runtime.prepare(ResNet18(10, 4)).conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
