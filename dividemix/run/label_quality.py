@@ -12,7 +12,7 @@ class LabelQuality(NamedTuple):
     """The list of N labels."""
 
     quality: NDArray[np.float64]  # (N,) in [0, 1], small is doubtful; below 0.5 where another class is more likely
-    is_issue: NDArray[np.bool_]  # (N,); of a given class, these have the smallest quality
+    is_issue: NDArray[np.bool_]  # (N,)
     suggested: NDArray[np.int64]  # (N,) the most likely class
     wrong_share: float  # estimated share of wrong labels
     wrong_share_error: float  # its standard error by the number of labels; the method's own error may be larger
@@ -25,7 +25,8 @@ def label_quality(probabilities: NDArray[np.floating], labels: NDArray[np.intege
     wrong labels of each given class is estimated as in confident learning (Northcutt, Jiang, Chuang, JAIR 2021): a
     class is confident where its probability reaches the mean of the labels given to it, and the share of labels is
     counted where another class is confident. So many labels of the class, those with the smallest quality, are issues,
-    unless the given class is the most likely. docs/label-lists.md compares this rule with others.
+    but for those where the given class is the most likely: as it is, or relative to these means, since networks are
+    less sure of rare classes. docs/label-lists.md compares this rule with others.
     """
     p = np.asarray(probabilities, np.float64)
     num_class, rows = p.shape[1], np.arange(len(labels))
@@ -36,7 +37,8 @@ def label_quality(probabilities: NDArray[np.floating], labels: NDArray[np.intege
 
     counts = np.bincount(labels, minlength=num_class)
     means = np.bincount(labels, p_given, minlength=num_class) / counts.clip(1)
-    confident = np.where((p >= means) & (counts > 0), p, -1)  # -1: this class is not
+    relative = np.where(counts > 0, p / means.clip(_SMALLEST), 0)  # (N, C)
+    confident = np.where(relative >= 1, p, -1)  # -1: this class is not
     is_confident = confident.max(axis=1) >= 0
     is_wrong = is_confident & (confident.argmax(axis=1) != labels)
     n_confident = np.bincount(labels[is_confident], minlength=num_class).clip(1)
@@ -47,7 +49,7 @@ def label_quality(probabilities: NDArray[np.floating], labels: NDArray[np.intege
     position = rows - (counts.cumsum() - counts)[labels[order]]  # within the class
     is_issue = np.zeros(len(labels), bool)
     is_issue[order] = position < np.round(share * counts)[labels[order]]
-    is_issue &= suggested != labels
+    is_issue &= (suggested != labels) & (relative.argmax(axis=1) != labels)
     weights = counts / len(labels)
     return LabelQuality(quality, is_issue, suggested, float(share @ weights), float(np.linalg.norm(error * weights)))
 

@@ -8,6 +8,13 @@ from hypothesis import strategies as st
 from dividemix.run.label_quality import label_quality, list_equal_images
 
 
+def is_relatively_likely(p, labels):
+    """Whether the given class has the largest probability, each divided by its mean over the labels of that class."""
+    means = {label: p[labels == label, label].astype(np.float64).mean() for label in np.unique(labels)}
+    best = [max(means, key=lambda label, row=row: row[label] / max(means[label], 1e-12)) for row in p]
+    return np.array(best) == labels
+
+
 def test_by_hand():
     """Else labels are called wrong without a reason, or the list is not the head of its class's ranking."""
     p = [[0.8, 0.2], [0.7, 0.3], [0.1, 0.9], [0.45, 0.55]] + [[0.2, 0.8], [0.4, 0.6]]
@@ -31,7 +38,9 @@ def test_any_probabilities(seed, n, num_class):
     assert ((result.quality >= 0) & (result.quality <= 1)).all() and 0 <= result.wrong_share <= 1
     assert not result.is_issue[result.suggested == labels].any()
     for label in np.unique(labels):
-        rows = labels == label
+        rows = (labels == label) & ~is_relatively_likely(p, labels)
+        assert not (result.is_issue & ~rows)[labels == label].any()
+        rows &= result.suggested != label
         listed, rest = result.quality[rows & result.is_issue], result.quality[rows & ~result.is_issue]
         assert not len(listed) or not len(rest) or listed.max() <= rest.min()
 
@@ -56,3 +65,13 @@ def test_a_rare_class_is_measured_by_its_own_labels():
     p = np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.2, 0.8], [0.6, 0.4]])
     result = label_quality(p, np.array([0, 0, 0, 0, 1]))  # class 0 is confident from .65, class 1 from .4
     assert result.is_issue.tolist() == [False, False, False, True, False] and result.suggested[4] == 0
+
+
+def test_a_label_of_a_rare_class_stays_where_its_class_is_the_most_likely_one_relative_to_its_own_labels():
+    """Most labels of a rare class may be wrong. Of networks that are not sure of it, its right labels have to stay."""
+    sure, less_sure = [0.95, 0.03, 0.02], [0.85, 0.13, 0.02]
+    others = [sure] * 4 + [less_sure] * 4 + [p[::-1] for p in [sure] * 4 + [less_sure] * 4]  # classes 0 and 2, from .9
+    rare = [sure] * 3 + [[0.3, 0.65, 0.05]] + [[0.44, 0.12, 0.44]] * 2  # class 1, from .16; 3 / 4 of 6 are wrong: 4
+    result = label_quality(np.array(others + rare), np.array([0] * 8 + [2] * 8 + [1] * 6))
+    assert np.flatnonzero(result.is_issue).tolist() == [16, 17, 18]
+    assert (result.quality[-2:] < 0.5).all() and (result.suggested[-2:] != 1).all()
