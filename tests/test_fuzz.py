@@ -174,7 +174,7 @@ def prediction_list(root: Path) -> Target:
 
     def read(content: bytes, _: int) -> None:
         (root / "list.csv").write_bytes(content)
-        names, paths, boundary, _ = predict.find_images(root / "list.csv")
+        names, paths, boundary, _ = predict.find_images(root / "list.csv", skip_bad_images=True)
         assert names and len(names) == len(paths)
         for path in paths:
             with contextlib.suppress(BadImage):

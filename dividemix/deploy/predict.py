@@ -44,10 +44,13 @@ _WARNINGS = 10  # at most, one an image
 Prediction = list[tuple[int, float]]  # (label, probability) of an image's most probable classes, in falling order
 
 
-def find_images(source: Path, path_column: str | None = None) -> tuple[list[str], list[str], Boundary | None, str]:
+def find_images(
+    source: Path, path_column: str | None = None, skip_bad_images: bool = False
+) -> tuple[list[str], list[str], Boundary | None, str]:
     """All images below a folder, or the files that a table names (relative to its folder), or one file. -> their names
     in predictions.csv; their paths; for a folder the boundary that symbolic links may not cross; for a table its
-    columns, to print. Raises DivideMixError where there are none, and as `read_table` and `find_files`."""
+    columns, to print. Raises DivideMixError where there are none, where files of a table are missing, unless
+    skip_bad_images, and as `read_table` and `find_files`."""
     if source.is_dir():
         paths = [os.path.join(source, os.fsdecode(name)) for name in images_below(source)[0]]
         if not paths:
@@ -59,8 +62,13 @@ def find_images(source: Path, path_column: str | None = None) -> tuple[list[str]
         return [str(source)], [str(source)], None, ""
     table = read_table(source, path_column, labeled=False)
     names = table.rows["path"]
-    paths = [path for path, _ in find_files(source, names.str.strip(), [source.parent])]
-    return names.tolist(), paths, None, table.columns
+    paths, exists = zip(*find_files(source, names.str.strip(), [source.parent]), strict=True)
+    missing = names[np.logical_not(exists)]
+    if len(missing) and not skip_bad_images:
+        first = ", ".join(f"line {line} {name!r:.100}" for line, name in missing[:3].items())
+        advice = "correct the table, or leave their rows empty by --skip_bad_images"
+        raise DivideMixError(f"{source}: {len(missing)} of {len(names)} files are missing: {first}: {advice}")
+    return names.tolist(), [*paths], None, table.columns
 
 
 class Classifier:
@@ -80,13 +88,14 @@ class Classifier:
             if reasons := failures(read_run(run)):
                 warn(f"{run}: its predictions may mean nothing, as its list of labels: {'; '.join(reasons)}")
 
-    def predict(self, images: Any, **settings: Any) -> pandas.DataFrame:
+    def predict(self, images: Any, skip_bad_images: bool = False, **settings: Any) -> pandas.DataFrame:
         """Classes of images: one path (a folder, an image, or a table with a column of paths), a list of paths, or
         arrays (H, W, 3) or (H, W) uint8, also one of (N, H, W, 3). -> path (of arrays their number), label, class,
-        confidence, then the next classes; the row of an image that cannot be read is empty. settings: batch_size,
-        workers, strict, as of `table`, which says what is raised."""
+        confidence, then the next classes; the row of an image that cannot be read is empty. A table with missing files
+        is refused, unless skip_bad_images: their rows are then empty. settings: batch_size, workers, strict, as of
+        `table`, which says what is raised."""
         if isinstance(images, str | os.PathLike):
-            names, paths, boundary, _ = find_images(Path(images))
+            names, paths, boundary, _ = find_images(Path(images), None, skip_bad_images)
             return self.table(names, paths, boundary, **settings)
         if isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[2] == 3:
             raise DivideMixError(f"images: shape {images.shape} is one image: give a list of images")
@@ -196,6 +205,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("predictions.csv"), help="the file to write")
     add("--weights", choices=trained.WEIGHTS, default="best", help="of the best or of the last epoch")
     add("--strict", action="store_true", help="stop at an image that cannot be read")
+    add("--skip_bad_images", action="store_true", help="where files of the .csv are missing: leave their rows empty")
     add("--batch_size", type=options.positive_int, default=100, help="images at once; fewer need less memory")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="as in training")
     add("--workers", type=options.processes, default=min(16, available_cores()), help="threads that read images")
@@ -204,7 +214,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    names, paths, boundary, columns = find_images(args.images, args.path_column)
+    names, paths, boundary, columns = find_images(args.images, args.path_column, args.skip_bad_images)
     trained.check_output(args.out, ".csv")
     if args.out.exists() and args.out.samefile(args.images):
         raise DivideMixError(f"--out {args.out} is also the list of images: choose another name")

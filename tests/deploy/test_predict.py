@@ -167,7 +167,9 @@ def test_a_list_of_files_and_one_file(run, start, tmp_path):
         csv.writer(file).writerows(
             [["label", " Path", "note"], *(["cat, big", name, "x"] for name in names), ["short"]]
         )
-    status, _, error = start(run, "data/list.csv")
+    first_missing = """3 of 6 files are missing: line 5 '', line 6 'photos/ab.png', line 7 ''"""
+    refused(start(run, "data/list.csv"), "data/list.csv: ", first_missing, "--skip_bad_images")
+    status, _, error = start(run, "data/list.csv", "--skip_bad_images")
     assert status == 0 and error.count("\n") == 3 and "a row without a path: missing" in error
     rows = rows_of(tmp_path / "predictions.csv")
     assert [row["path"] for row in rows] == [*names, ""]
@@ -191,7 +193,7 @@ def test_lists_of_other_programs(tmp_path, content):
     [first] = draw_photos(tmp_path / "a", 1)
     first.rename(tmp_path / "a/1.png")
     (tmp_path / "list.csv").write_bytes(content)
-    names, paths, *_ = predict.find_images(tmp_path / "list.csv", "where" if b"where" in content else None)
+    names, paths, *_ = predict.find_images(tmp_path / "list.csv", "where" if b"where" in content else None, True)
     assert paths == [str(tmp_path / "a/1.png"), str(tmp_path / "b.png")] and names[0].endswith("1.png")
 
 
