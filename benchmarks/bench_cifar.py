@@ -3,7 +3,7 @@
     python benchmarks/bench_cifar.py                                          # CIFAR-10's size, half labeled
     python benchmarks/bench_cifar.py --against_plain --ablate --json out.json # and the plain way, each speed-up off
     python benchmarks/bench_cifar.py --samples 2000 --labeled 1000 --test_samples 400 --against_plain    # on a CPU
-    python benchmarks/bench_cifar.py --ablate peer compile                    # only what has these words in its name
+    python benchmarks/bench_cifar.py --ablate graphs compile                  # only what has these words in its name
     python benchmarks/bench_cifar.py --end_to_end 20                          # and Train_cifar.py itself, 20 epochs
 
 Everything that is compared is run in turn, epoch by epoch, in this one process, so that a machine whose speed drifts
