@@ -31,7 +31,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = options.Parser(prog="Train_clothing1M.py", description=title, examples=examples, common=common)
     options.add_method(parser, **PAPER.method)
     options.add_images(parser, **PAPER.images, data_path="../../Clothing1M/data", keep_images=True)
-    options.add_run(parser, id="clothing1m", val_fraction=False, eval_batch_size=200)
+    options.add_run(parser, id="clothing1m", val_fraction=False)
     return parser.parse_args(argv)
 
 

@@ -38,7 +38,7 @@ def parse_args(argv: Sequence[str] | None = None, **about: Any) -> argparse.Name
     options.add_method(parser, source="from the data")
     options.add_images(parser, keep_images=True, cache_dir=True)
     options.add_own_images(parser)
-    options.add_run(parser, val_fraction=False, eval_batch_size=None)
+    options.add_run(parser, val_fraction=False)
     return parser.parse_args(argv)
 
 

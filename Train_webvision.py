@@ -29,7 +29,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = options.Parser(prog="Train_webvision.py", description=title, examples=examples, common=common)
     options.add_method(parser, **PAPER.method)
     options.add_images(parser, **PAPER.images, data_path="./dataset/", cache_dir=True)
-    options.add_run(parser, save_scores=False, eval_batch_size=200)
+    options.add_run(parser, save_scores=False)
     return parser.parse_args(argv)
 
 

@@ -92,7 +92,7 @@ def load(
         splits = _read_rows("train", source, root, table, **skips, others_only=True)
     for name, source in sources.items():  # train first: its table may hold the other splits
         if name not in splits and source.is_dir():
-            splits[name] = _read_folder(source, is_train=name == "train")
+            splits[name] = _read_folder(source)
         elif name not in splits:
             table = read_table(source, path_column, label_column)
             splits |= _read_rows(name, source, root, table, **skips)
@@ -153,6 +153,8 @@ def class_order(names: Iterable[str]) -> list[str]:
 
 # ---- Where the splits are ----
 
+_TRAINING_TABLES = "train", "labels"  # .csv or .tsv
+
 
 def _sources(data_path: str | Path, labels: str | Path | None) -> tuple[Path, dict[str, Path]]:
     """The data folder, and the CSV file or folder of class folders of each split that exists."""
@@ -170,8 +172,11 @@ def _sources(data_path: str | Path, labels: str | Path | None) -> tuple[Path, di
         raise DivideMixError(f"--data_path {path}: expected a folder, or a file whose name ends in {expected}")
     sources = {"train": table or _training_source(root)}
     for split in SPLITS[1:]:
-        if (root / f"{split}.csv").is_file():
-            sources[split] = root / f"{split}.csv"
+        tables = _tables(root, split)
+        if len(tables) > 1:
+            raise DivideMixError(f"{root} holds {tables[0].name} and {tables[1].name}: remove one of them")
+        if tables:
+            [sources[split]] = tables
         elif (root / split).is_dir() and sources["train"] != root:  # else it is a class of that name
             if sources["train"].is_file() and _holds_images(root / split):  # those that the table names
                 continue
@@ -181,21 +186,24 @@ def _sources(data_path: str | Path, labels: str | Path | None) -> tuple[Path, di
     return root, sources
 
 
-def _tables(root: Path) -> list[Path]:
-    """Those that can list the training images of a data folder."""
-    return [root / name for name in ("train.csv", "labels.csv") if (root / name).is_file()]
+def _tables(root: Path, *names: str) -> list[Path]:
+    """The tables in a data folder that have one of these names, without their ending."""
+    files = [root / f"{name}{ending}" for name in names for ending in TABLE_SUFFIXES]
+    return [file for file in files if file.is_file()]
 
 
 def _replaced_table(data_path: Path, root: Path, labels: Path) -> Path | None:
     """The table of a whole data set whose training rows `labels` replace, if there is one."""
-    tables = [table for table in ([data_path] if data_path.is_file() else _tables(root)) if table != labels]
+    tables = [data_path] if data_path.is_file() else _tables(root, *_TRAINING_TABLES)
+    tables = [table for table in tables if table != labels]
     return tables[0] if len(tables) == 1 and has_splits(tables[0]) else None
 
 
 def _training_source(root: Path) -> Path:
-    tables = _tables(root)
+    tables = _tables(root, *_TRAINING_TABLES)
     if len(tables) > 1:
-        raise DivideMixError(f"{root} holds train.csv and labels.csv: give one of them as --data_path")
+        names = " and ".join(table.name for table in tables)
+        raise DivideMixError(f"{root} holds {names}: give one of them as --data_path")
     if tables:
         return tables[0]
     folders = _folders(root)
@@ -249,15 +257,15 @@ class _Split(NamedTuple):
     about: str = ""  # to print behind the source
 
 
-def _read_folder(source: Path, is_train: bool) -> _Split:
+def _read_folder(source: Path) -> _Split:
     classes = class_order(_folders(source))
     paths, labels, others = images_of_classes(source, classes)
     if not paths:
         expected = f"{source.name}/<class>/<image>, or a CSV file with a line path,label"
         raise DivideMixError(f"{source}: no class folder with an image in it: expected {expected}")
     names = [classes[c] for c in labels]
-    if is_train and (empty := sorted({*classes} - {*names})):
-        warn(f"{source}: folders without an image, so no classes: {some(empty)}")
+    if empty := sorted({*classes} - {*names}):
+        warn(f"{source}: folders without an image are left out: {some(empty)}")
     others.update(ending(entry.name) for entry in _entries(source) if entry.is_file())
     return _Split(source, Lines(paths, names, None), others)
 

@@ -204,8 +204,8 @@ def variants(runtime: Runtime) -> dict[str, Runtime]:
     if runtime.device.type == "cuda":
         off["overlapped GMM"] = without()
         off["overlapped GMM"].background = at_once
-    size, other = ("small", 1000) if runtime.device.type == "cpu" else ("large", 128)
-    off[f"evaluation in {size} batches ({other})"] = without(eval_batch_size=other)
+    other = 1000 if runtime.device.type == "cpu" else 128
+    off[f"evaluation batch {runtime.eval_batch_size} ({other} instead)"] = without(eval_batch_size=other)
     return off
 
 
@@ -322,8 +322,9 @@ def measured_peak(device: torch.device) -> float:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = {"samples": 50000, "labeled": 25000, "test_samples": 10000, "width": 64, "batch_size": 64}
-    for name, default in (sizes | {"repeats": 8, "warmups": 2, "eval_batch_size": 1000}).items():
+    for name, default in (sizes | {"repeats": 8, "warmups": 2}).items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--eval_batch_size", type=int)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--no_graph", action="store_true")

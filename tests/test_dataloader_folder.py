@@ -121,12 +121,15 @@ def test_photos_that_cannot_be_read_are_warned_of(tmp_path):
     assert len(data.train) == 2 and ".heic 2, " in data.lines[1] and "no ending 1" in data.lines[1]
 
 
-def test_splits_in_tables(tmp_path):
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+def test_splits_in_tables(tmp_path, ending):
     """A test set beside the training table would be left out, or its images be trained on."""
-    table(tmp_path / "train.csv", "1.jpg,10", "2.jpg,9", "3.jpg,10")
-    table(tmp_path / "val.csv", "4.jpg,10")
+    train, mark = f"train{ending}", {".csv": ",", ".tsv": "\t"}[ending]
+    rows = [row.replace(",", mark) for row in ("1.jpg,10", "2.jpg,9", "3.jpg,10", "4.jpg,10")]
+    table(tmp_path / train, *rows[:3], head=f"path{mark}label")
+    table(tmp_path / f"val{ending}", rows[3], head=f"path{mark}label")
     put(tmp_path, "test/9/5.jpg", "9/6.jpg", *(f"{i}.jpg" for i in range(1, 5)))
-    for path in (tmp_path, tmp_path / "train.csv"):
+    for path in (tmp_path, tmp_path / train):
         data = load(path)
         assert data.class_names == ["9", "10"]  # by value
         assert (read(data.train), read(data.lists["val"])) == ({"1.jpg": 1, "2.jpg": 0, "3.jpg": 1}, {"4.jpg": 1})
@@ -240,6 +243,10 @@ def test_what_is_no_data_folder(tmp_path):
     for name in ("both/train.csv", "both/labels.csv", "test/test.csv"):
         table(tmp_path / name, "1.jpg,0", "2.jpg,1")
     refused(tmp_path / "both", "train.csv and labels.csv")
+    table(tmp_path / "val/train.tsv", "1.jpg\t0", "2.jpg\t1")
+    for name in ("val/val.tsv", "val/val.csv"):
+        table(tmp_path / name, "3.jpg,0")
+    refused(tmp_path / "val", "val.csv and val.tsv")
     refused(tmp_path / "test/test.csv", "test.csv", "split")
     refused(tmp_path / "both", "mine.csv is missing", labels=tmp_path / "mine.csv")
 

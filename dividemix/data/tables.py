@@ -33,19 +33,21 @@ class Table(NamedTuple):
 def read_table(
     path: Path, path_column: str | None = None, label_column: str | None = None, labeled: bool = True
 ) -> Table:
-    """The first line names the columns; others than these are ignored. If it has an image instead, it is a row, and the
-    columns are 1, 2, ... Not `labeled`: only the paths are read. Raises DivideMixError that names the line: no text, no
-    table, a column that is not there or not the only one, no row."""
+    """The first line names the columns; others than these are ignored. If it has an image instead, or path_column is a
+    number that it does not have, it is a row, and the columns are 1, 2, ... Not `labeled`: only the paths are read.
+    Raises DivideMixError that names the line: no text, no table, a column that is not there or not the only one, no
+    row."""
     wanted = {"path": path_column, "label": label_column}
     cells = read_cells(path, wanted)
     names = [name.strip() for name in cells.iloc[0]]
     found, images = {kind: _find(kind, names, wanted) for kind in _NAMES}, _images(names)
-    has_names = bool(found["path"]) or not images
+    has_names = bool(found["path"]) or not (images or (path_column or "").strip().isdecimal())
     if not has_names:
         names = [str(k) for k in cells.columns]
         found = {kind: _find(kind, names, wanted) for kind in _NAMES}
         found["path"] = found["path"] if path_column else images
-        found["label"] = found["label"] if label_column else [k for k in cells.columns if k not in images]
+        others = [k for k in cells.columns if k not in images + found["path"]]
+        found["label"] = found["label"] if label_column else others
     if labeled and len(found["split"]) > 1:
         raise DivideMixError(f"{path}, line {cells.index[0]}: several columns of splits: rename all but one")
     for kind in ("path", "label") if labeled else ("path",):

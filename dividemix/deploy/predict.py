@@ -67,7 +67,9 @@ def find_images(
     if len(missing) and not skip_bad_images:
         first = ", ".join(f"line {line} {name!r:.100}" for line, name in missing[:3].items())
         advice = "correct the table, or leave their rows empty by --skip_bad_images"
-        raise DivideMixError(f"{source}: {len(missing)} of {len(names)} files are missing: {first}: {advice}")
+        if len(missing) == len(names):
+            advice = "paths start at the table's folder: move the table, or write absolute paths"
+        raise DivideMixError(f"{source}: {len(missing)} of {len(names)} paths lead to no file: {first}: {advice}")
     return names.tolist(), [*paths], None, table.columns
 
 

@@ -14,11 +14,10 @@ import torch
 from dividemix import DivideMixError, networks, recipes
 from dividemix.data import PAD
 from dividemix.recipes import FeatureRecipe, OwnRecipe
-from dividemix.run.options import beyond_paper_lines, blind_lines, refuse_ranks, set_default
+from dividemix.run.options import SMALL, beyond_paper_lines, blind_lines, refuse_ranks, set_default
 from dividemix.runtime import ranks
 from dividemix.runtime.device import pick_device
 
-SMALL = 64  # pixels: images up to this side are small
 DEVICE_LIMIT = 4 << 30  # bytes: up to this size a set of small images is kept on the device
 SHORT = 10_000  # training images: with fewer a run is short
 SHORT_STEPS = 1_000  # of a short run, after warm-up
@@ -70,7 +69,6 @@ def choose(
     divided = divided_epochs(recipe, n, args.batch_size, args.warm_up)
     default("num_epochs", args.warm_up + divided, f"at most {divided * n // args.batch_size} steps after warm-up")
     default("lr_drop", args.warm_up + divided * 3 // 4, f"after three quarters of {divided} epochs after warm-up")
-    args.eval_batch_size = args.eval_batch_size or (1000 if args.image_size <= SMALL else 200)
     return recipe, lines + choose_division(args)
 
 
@@ -141,7 +139,6 @@ def choose_for_features(args: argparse.Namespace, side: int) -> list[str]:
     for name in ("batch_size", "lr", "alpha", "warm_up", "num_epochs"):
         default(name, getattr(recipe, name), recipe.name)
     default("lr_drop", recipe.num_epochs, "no drop")
-    args.eval_batch_size = args.eval_batch_size or 1000
     return lines + choose_division(args)
 
 

@@ -24,9 +24,9 @@ def label_quality(probabilities: NDArray[np.floating], labels: NDArray[np.intege
     The quality of a label is p / (p + q): p is its probability, q that of the most likely other class. The number of
     wrong labels of each given class is estimated as in confident learning (Northcutt, Jiang, Chuang, JAIR 2021): a
     class is confident where its probability reaches the mean of the labels given to it, and the share of labels is
-    counted where another class is confident. So many labels of the class, those with the smallest quality, are issues,
-    but for those where the given class is the most likely: as it is, or relative to these means, since networks are
-    less sure of rare classes. docs/label-lists.md compares this rule with others.
+    counted where another class is confident, and more likely. So many labels of the class, those with the smallest
+    quality, are issues, but for those where the given class is the most likely: as it is, or relative to these means.
+    docs/label-lists.md compares this rule with others.
     """
     p = np.asarray(probabilities, np.float64)
     num_class, rows = p.shape[1], np.arange(len(labels))
@@ -37,10 +37,10 @@ def label_quality(probabilities: NDArray[np.floating], labels: NDArray[np.intege
 
     counts = np.bincount(labels, minlength=num_class)
     means = np.bincount(labels, p_given, minlength=num_class) / counts.clip(1)
-    relative = np.where(counts > 0, p / means.clip(_SMALLEST), 0)  # (N, C)
+    relative = p / np.where(counts > 0, means.clip(_SMALLEST), np.inf)  # (N, C)
     confident = np.where(relative >= 1, p, -1)  # -1: this class is not
     is_confident = confident.max(axis=1) >= 0
-    is_wrong = is_confident & (confident.argmax(axis=1) != labels)
+    is_wrong = is_confident & (confident.argmax(axis=1) != labels) & (suggested != labels)
     n_confident = np.bincount(labels[is_confident], minlength=num_class).clip(1)
     share = np.bincount(labels[is_wrong], minlength=num_class) / n_confident  # (C,) of wrong labels
     error = np.sqrt(share * (1 - share) / n_confident)

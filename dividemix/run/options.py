@@ -28,6 +28,7 @@ def interface() -> str:
 
 
 NOISE_RATE = 0.5  # of --r
+SMALL = 64  # pixels: images up to this side are small
 METHOD_HELP = "ce: plain cross-entropy, everything else the same"
 
 
@@ -256,10 +257,9 @@ def add_run(
     id: str = "",
     val_fraction: bool = True,
     save_scores: bool = True,
-    eval_batch_size: int | None = 1000,
 ) -> None:
     """Where and how a script runs. val_fraction, save_scores: whether the script has this flag; not where there is a
-    validation set, or where scores are always saved. eval_batch_size: None where it follows from the image size."""
+    validation set, or where scores are always saved."""
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=seed, default=123, help="seed of every random draw")
     add("--id", type=run_id, default=id, help="end of the run folder's name")
@@ -285,9 +285,8 @@ def add_run(
     add("--deterministic", action="store_true", help="only deterministic kernels: equal bits on one GPU model")
     add("--no_compile", action="store_true", help="on a GPU: do not fuse operators (torch.compile)")
     add("--no_graph", action="store_true", help="on a GPU: do not capture steps in CUDA graphs")
-    text = f"batch size of loss passes and tests; on a CPU at most {runtime.CPU_BATCH}, which is faster"
-    text += "" if eval_batch_size else " (default: from the data)"
-    add("--eval_batch_size", type=positive_int, default=eval_batch_size, help=text)
+    text = f"batch size of loss passes and tests (default: 1000, above {SMALL} px 200, on a CPU 64)"
+    add("--eval_batch_size", type=positive_int, help=text)
     workers = min(16, max(1, available_cores() // ranks.on_this_machine()))
     add("--workers", type=processes, default=workers, help="processes of each rank that load images")
 
@@ -479,10 +478,14 @@ def refuse_ranks(script: str) -> None:
 
 
 def start_runtime(args: argparse.Namespace) -> Runtime:
-    """The runtime as in the flags of `add_run`."""
+    """The runtime as in the flags of `add_run`; fills --eval_batch_size."""
     sizes = {"batch_size": args.batch_size, "eval_batch_size": args.eval_batch_size}
     device = args.device, args.gpuid, args.precision, args.deterministic, args.width
-    return runtime.start(*device, **sizes, compile=not args.no_compile, graph=not args.no_graph)
+    large = vars(args).get("image_size", 0) > SMALL
+    flags = {"large_images": large, "compile": not args.no_compile, "graph": not args.no_graph}
+    started = runtime.start(*device, **sizes, **flags)
+    args.eval_batch_size = started.eval_batch_size
+    return started
 
 
 def resolve_images(args: argparse.Namespace, paper: recipes.ImageRecipe) -> list[str]:

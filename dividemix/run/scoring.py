@@ -198,9 +198,11 @@ def net_arrays(scores: dict[str, NDArray], name: str) -> list[NDArray]:
 
 def worst_first(quality: NDArray, is_issue: NDArray, held_out: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
     """The rows, most doubtful first: issues before others, then by rising quality. The quality of held-out samples is
-    of another kind: with them, the worst tenth of each split comes first, and so on."""
+    of another kind: with them, the worst tenth of each split comes first, and so on; but equal images with different
+    labels, of quality 0, come first."""
     if held_out is not None:
-        quality = rank_by_split(quality, is_issue, held_out) / np.where(held_out, held_out.sum(), (~held_out).sum())
+        rank = rank_by_split(quality, is_issue, held_out) / np.where(held_out, held_out.sum(), (~held_out).sum())
+        return np.lexsort((rank, quality > 0, ~is_issue))
     return np.lexsort((quality, ~is_issue))
 
 

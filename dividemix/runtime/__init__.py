@@ -4,6 +4,6 @@ memory format, and which one the flags choose. `average`: averages of weights. `
 evaluation. `ranks`: the processes that train together."""
 
 from dividemix.runtime.average import Average
-from dividemix.runtime.device import CPU_BATCH, Runtime, available_cores, is_out_of_memory, set_learning_rate, start
+from dividemix.runtime.device import Runtime, available_cores, is_out_of_memory, set_learning_rate, start
 from dividemix.runtime.loops import Batches, Forward, evaluate, evaluate_rows, run_steps, update
 from dividemix.runtime.ranks import ALONE, Ranks, from_environment

@@ -23,7 +23,6 @@ from dividemix.runtime.layers import GroupedBatchNorm2d, can_merge, grouped
 from dividemix.runtime.ranks import Ranks, from_environment, join
 
 FIRST_SCALE = 2.0**12  # of the loss in fp16
-CPU_BATCH = 64  # the largest in an evaluation on a CPU: the activations of more do not stay in its cache
 
 
 @dataclass
@@ -245,13 +244,15 @@ def start(
     width: int = 64,
     *,
     batch_size: int = 1,
-    eval_batch_size: int = 1000,
+    eval_batch_size: int | None = None,
+    large_images: bool = False,
     compile: bool = True,
     graph: bool = True,
 ) -> Runtime:
     """The runtime for these flags; `width`: channels of the network's first stage. compile and graph act on a CUDA card
     only (on a CPU, compiled steps were no faster); deterministic switches compile off. Under torchrun each rank takes
-    the card with the number of its local rank, and steps run eagerly. eval_batch_size: on a CPU at most CPU_BATCH.
+    the card with the number of its local rank, and steps run eagerly. eval_batch_size: by default 1,000, of
+    large images 200; on a CPU 64, whose activations stay in its cache.
 
     Raises DivideMixError for a device that is not there, and for a batch_size (of all ranks together) that the number
     of ranks does not divide; warns of a card that torch cannot use."""
@@ -289,7 +290,7 @@ def start(
         compile=compile,
         graph=graph,
         ranks=ranks,
-        eval_batch_size=min(eval_batch_size, CPU_BATCH) if on_cpu else eval_batch_size,
+        eval_batch_size=eval_batch_size or (64 if on_cpu else 200 if large_images else 1000),
     )
 
 

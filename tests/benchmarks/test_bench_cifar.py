@@ -100,7 +100,7 @@ def test_what_is_stopped_leaves_what_it_measured(tmp_path, monkeypatch):
         bench_cifar.main([*flags.split(), "--ablate", "evaluation", "--json", str(file)])
     report = json.loads(file.read_text())
     assert len(report["all_epoch_seconds"]) == 1 and report["epoch_seconds"] == report["all_epoch_seconds"][0]
-    assert list(report["ablation_epoch_seconds"]) == ["evaluation in small batches (1000)"]
+    assert list(report["ablation_epoch_seconds"]) == ["evaluation batch 64 (1000 instead)"]
 
 
 @pytest.mark.slow
@@ -153,5 +153,5 @@ def test_each_optimisation_of_a_card_is_ablated():
     assert not changed["torch.compile"].compile and changed["torch.compile"].graph
     assert not changed["merged forwards"].merge
     assert changed["overlapped GMM"].background is bench_cifar.at_once
-    assert changed["evaluation in large batches (128)"].eval_batch_size == 128
+    assert changed["evaluation batch 1000 (128 instead)"].eval_batch_size == 128
     assert len({id(runtime.steps) for runtime in changed.values()} | {id(card.steps)}) == 1 + len(changed)

@@ -137,6 +137,8 @@ def test_a_table_without_a_first_line_of_names(tmp_path):
     path = written(tmp_path, ".\\x, y\\1.JPG;cat\n2.png;NA\n")
     assert rows_of(path) == [(1, ".\\x, y\\1.JPG", "cat"), (2, "2.png", "NA")]
     assert read_table(path).columns == "no line of column names, columns 1, 2"
+    path = written(tmp_path, "cat,a.heic\ndog,b.jpg\n")  # no ending of an image that is read
+    assert read_table(path, "2").rows.to_numpy().tolist() == [["a.heic", "cat"], ["b.jpg", "dog"]]
     table = read_table(written(tmp_path, "a.jpg\nb.jpg\n"), labeled=False)
     assert [*table.rows["path"]] == ["a.jpg", "b.jpg"]
 

@@ -167,7 +167,7 @@ def test_a_list_of_files_and_one_file(run, start, tmp_path):
         csv.writer(file).writerows(
             [["label", " Path", "note"], *(["cat, big", name, "x"] for name in names), ["short"]]
         )
-    first_missing = """3 of 6 files are missing: line 5 '', line 6 'photos/ab.png', line 7 ''"""
+    first_missing = """3 of 6 paths lead to no file: line 5 '', line 6 'photos/ab.png', line 7 ''"""
     refused(start(run, "data/list.csv"), "data/list.csv: ", first_missing, "--skip_bad_images")
     status, _, error = start(run, "data/list.csv", "--skip_bad_images")
     assert status == 0 and error.count("\n") == 3 and "a row without a path: missing" in error

@@ -44,7 +44,7 @@ DEFAULTS = {
     **{"arch": "preresnet18", "width": 64, "method": "dividemix", "ablation": "none"},
     **{"device": "auto", "gpuid": 0, "precision": "auto", "deterministic": False, "no_compile": False},
     **{"augment": "weak", "ema": None},
-    **{"no_graph": False, "eval_batch_size": 1000, "workers": min(16, runtime.available_cores())},
+    **{"no_graph": False, "eval_batch_size": None, "workers": min(16, runtime.available_cores())},
 }
 DIFFERS = "differs from the paper's setting"
 
@@ -250,7 +250,7 @@ def test_flags_of_the_scripts_for_large_images():
     """Else a default differs from the documented one, or a flag is accepted by a script that has no use for it."""
     args = vars(Train_clothing1M.parse_args([]))
     expected = recipes.CLOTHING1M.method | recipes.CLOTHING1M.images | {"weights": None}
-    expected |= {"width": 64, "eval_batch_size": 200, "id": "clothing1m", "keep_images": "auto", "check_data": None}
+    expected |= {"width": 64, "eval_batch_size": None, "id": "clothing1m", "keep_images": "auto", "check_data": None}
     assert {name: args[name] for name in expected} == expected
     assert not {"val_fraction", "cache_dir", "loss_window"} & args.keys()
     web = vars(Train_webvision.parse_args(["--check_data", "--skip_bad_images", "full"]))

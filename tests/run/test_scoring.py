@@ -88,6 +88,14 @@ def test_small_copies_keep_their_shape():
     assert np.abs(read - smooth).mean() < 2
 
 
+def test_equal_images_with_different_labels_come_first_also_beside_held_out_ones():
+    """The only labels that are wrong for certain would stand behind the first tenth of the held-out ones."""
+    quality = np.array([0.0, 0.3, 0.0, 0.2, 0.9, 0.8, 0.0])
+    is_issue = np.array([True, True, True, True, False, False, True])
+    held_out = np.isin(np.arange(7), [3, 5])
+    assert scoring.worst_first(quality, is_issue, held_out).tolist() == [0, 2, 6, 3, 1, 4, 5]
+
+
 def test_doubtful_and_borderline_rows():
     """Else labels just beyond the end of the list are never looked at, or a long list has no images at its end."""
     order = np.arange(1000)[::-1]

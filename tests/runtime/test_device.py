@@ -100,6 +100,7 @@ def test_a_card_compiles_and_captures_unless_told_not_to(monkeypatch):
     assert fast.memory_format == torch.channels_last and torch.backends.cudnn.benchmark
     assert all(text in fast.describe() for text in ("Card", "bf16", "compiled", "CUDA graphs"))
     assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    assert [start("cuda", large_images=large).eval_batch_size for large in (False, True)] == [1000, 200]
     plain = start("cuda", precision="fp32", compile=False, graph=False)
     assert not (plain.compile or plain.graph or plain.merge) and "compiled" not in plain.describe()
     exact = start("cuda", deterministic=True)
@@ -113,7 +114,7 @@ def test_a_cpu_neither_compiles_nor_captures_evaluates_in_small_batches_and_narr
     assert layouts == [torch.contiguous_format, torch.channels_last]
     runtime = start("cpu")
     assert not (runtime.compile or runtime.graph or runtime.merge)
-    assert [start("cpu", eval_batch_size=size).eval_batch_size for size in (7, 1000)] == [7, device.CPU_BATCH]
+    assert [start("cpu", eval_batch_size=size).eval_batch_size for size in (None, 1000)] == [64, 1000]
     assert runtime.prepare(ResNet18(10, 4)).conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
