@@ -319,12 +319,18 @@ def measured_peak(device: torch.device) -> float:
     return 2 * n**3 / statistics.median(times[3:])
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def size_parser(description: str | None, **counts: int) -> argparse.ArgumentParser:
+    """With the flags of an epoch's sizes, CIFAR-10's by default, and those of `counts`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = {"samples": 50000, "labeled": 25000, "test_samples": 10000, "width": 64, "batch_size": 64}
-    for name, default in (sizes | {"repeats": 8, "warmups": 2}).items():
+    for name, default in (sizes | counts).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--eval_batch_size", type=int)
+    return parser
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = size_parser(__doc__, repeats=8, warmups=2)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--no_graph", action="store_true")

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where a new process imports this file
 
 import torch
-from bench_cifar import FastEpoch, Work
+from bench_cifar import FastEpoch, Work, size_parser
 
 from dividemix.runtime import available_cores, start
 
@@ -71,11 +71,7 @@ def at_once(jobs: int, flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"samples": 50000, "labeled": 25000, "test_samples": 10000, "width": 64, "batch_size": 64}
-    for name, default in (sizes | {"repeats": 4, "warmups": 1}).items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--eval_batch_size", type=int)
+    parser = size_parser(__doc__, repeats=4, warmups=1)
     parser.add_argument("--jobs", type=int, nargs="+", default=[1, 2, 3], metavar="K", help="(default: 1 2 3)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--json", metavar="FILE")
