@@ -116,6 +116,12 @@ def test_noise_files_of_other_programs(tmp_path, content):
     assert labels.dtype == np.int64 and labels.tolist() == GOOD
 
 
+def test_a_noise_file_of_cifar_size(tmp_path):
+    """The published files are one list of 50,000 numbers in one line."""
+    (tmp_path / "0.5_sym.json").write_text(json.dumps(GOOD * 50))
+    assert read(tmp_path / "0.5_sym.json", np.tile(TRUTH, 50), spec()).tolist() == GOOD * 50
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
