@@ -88,21 +88,29 @@ def test_bf16_gradients_reach_every_parameter():
             assert (grad - reference[name]).norm() < 0.7 * reference[name].norm(), name
 
 
-@pytest.mark.parametrize(("precision", "merge"), [("bf16", False), ("bf16", True), ("fp16", True)])
-def test_no_host_sync_in_a_step(tiny_images, precision, merge):
+@pytest.mark.parametrize(
+    ("precision", "merge", "strong"), [("bf16", False, False), ("bf16", True, True), ("fp16", True, False)]
+)
+def test_no_host_sync_in_a_step(tiny_images, precision, merge, strong):
     """A single sync in a step makes the card wait for Python 391 times an epoch."""
     runtime = card(precision=precision, merge=merge)
     net, peer = (runtime.prepare(golden_weights(ResNet18(3, width=8), seed)) for seed in (2, 3))
     optimizer = runtime.optimizer(net, 0.02, 5e-4)
     data = placed(runtime, tiny_images)
+    data.strong = strong
     batch = next(iter(data.mixmatch_batches(half(24), 4, np.random.default_rng(0))))
     lam, index = torch.tensor(0.7, device=runtime.device), torch.randperm(16).to(runtime.device)
     arguments = {"lam": lam, "index": index, "T": 0.5, "lambda_u": lam, "num_class": 3, "forward": runtime.forward}
-    engine.mixmatch_step(net, peer, optimizer, *data.mixmatch_views(*batch), **arguments)  # first-call set-up may sync
+
+    def step() -> None:
+        views = data.mixmatch_views(*batch)
+        engine.mixmatch_step(net, peer, optimizer, *views[:6], strong=views[6:], **arguments)
+
+    step()  # first-call set-up may sync
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        engine.mixmatch_step(net, peer, optimizer, *data.mixmatch_views(*batch), **arguments)
+        step()
         x, labels = data.warmup_views(batch[0], batch[2][: len(batch[0])])
         engine.warmup_step(net, optimizer, x, labels, conf_penalty=True, forward=runtime.forward)
     finally:
@@ -123,13 +131,15 @@ def test_an_epoch_on_the_card_draws_what_the_cpu_draws(tiny_images, runtime):
 # ---- Captured steps ----
 
 
-@pytest.mark.parametrize(("precision", "merge"), [("fp32", False), ("fp32", True), ("fp16", True)])
-def test_graph_equals_eager_step_by_step(exact, monkeypatch, precision, merge):
+@pytest.mark.parametrize(
+    ("precision", "merge", "strong"), [("fp32", False, False), ("fp32", True, True), ("fp16", True, False)]
+)
+def test_graph_equals_eager_step_by_step(exact, monkeypatch, precision, merge, strong):
     """Whatever froze in the graph, or was left by the runs before the capture, shows in weights and momentum."""
     monkeypatch.setattr(device, "FIRST_SCALE", 2.0**23)  # in fp16 the first gradients overflow
     eager, replayed = (card(precision=precision, merge=merge, graph=on) for on in (False, True))
     runs = [start_nets(eager), start_nets(replayed)]
-    sets = [digits(SIZE, runtime) for runtime in (eager, replayed)]
+    sets = [digits(SIZE, runtime, strong) for runtime in (eager, replayed)]
     for epoch in range(2):
         terms = [train(data, [epoch], *run) for data, run in zip(sets, runs, strict=True)]
         assert terms[0] == terms[1]
@@ -178,9 +188,10 @@ def test_interrupted_equals_uninterrupted(tmp_path, flags):
     assert_equal(last_state(tmp_path / "straight"), last_state(tmp_path / "stopped"))
 
 
-def test_a_run_as_users_start_it(tmp_path, capsys):
+@pytest.mark.parametrize("flags", [(), ("--augment", "strong", "--ema", "0.9")])
+def test_a_run_as_users_start_it(tmp_path, capsys, flags):
     """Compiled, captured and in bf16, without a fallback."""
-    final = train_script(tmp_path / "run", 3, "--device", "cuda")
+    final = train_script(tmp_path / "run", 3, "--device", "cuda", *flags)
     assert "bf16 autocast, losses in fp32, compiled, CUDA graphs" in capsys.readouterr().out
     assert np.isfinite(final["loss_x"])
 
