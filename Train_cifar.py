@@ -23,7 +23,7 @@ from typing import Any
 import dataloader_cifar
 from dividemix import recipes, report
 from dividemix.engine import co_divide, test, train_epoch, warmup_epoch
-from dividemix.run import Run, command_line, description, logs, options
+from dividemix.run import Run, command_line, defaults, description, logs, options
 from dividemix.runtime import set_learning_rate
 
 
@@ -38,7 +38,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_small_images(parser)
     options.add_run(parser)
     args = parser.parse_args(argv)
-    options.resolve_noise(parser, args)
+    defaults.resolve_noise(parser, args)
     if args.ablation != "none" and args.method == "ce":
         parser.error(f"--ablation {args.ablation}: --method ce has no part of DivideMix to leave out; drop one of them")
     return args
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.refuse_ranks("Train_cifar.py")
     runtime = options.start_runtime(args)
     images = dataloader_cifar.load(args.dataset, args.data_path, args.download)
-    setting = options.resolve_small_images(args, images.train_labels, images.num_class, images.folder)
+    setting = defaults.resolve_small_images(args, images.train_labels, images.num_class, images.folder)
     ablation = setting.ablation
 
     with Run(setting.folder, args, runtime, logs.CIFAR) as run:
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             accuracy = test(nets, tests, run.phase)
             run.end_epoch(lr, divisions, losses, accuracy | (choice.record if choice else {}))
 
-        line, paper = options.compare_with_paper(args, run.records, run.best_epochs[0], images.official)
+        line, paper = defaults.compare_with_paper(args, run.records, run.best_epochs[0], images.official)
         final = run.finish(line, train, tests.get("val"), **paper)
         report.of_finished(run)
         return final

@@ -18,7 +18,7 @@ from dividemix.codivide import Mixture
 from dividemix.data import Pipeline, StreamedImages, Views, check
 from dividemix.engine import Phase, co_divide, test, train_epoch, warmup_epoch
 from dividemix.networks import load_weights
-from dividemix.run import Preparation, Run, command_line, description, logs, options, splits
+from dividemix.run import Preparation, Run, command_line, defaults, description, logs, options, splits
 from dividemix.runtime import set_learning_rate
 
 PAPER = recipes.CLOTHING1M
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, or continue a run. Returns the last epoch's metrics with `test_acc`, `test_acc_net1`, `test_acc_net2`,
     `run_dir` and `paper_test_acc`; {} after --check_data."""
     args = parse_args(argv)
-    notes = options.resolve_images(args, PAPER)
+    notes = defaults.resolve_images(args, PAPER)
     if args.num_class != dataloader_clothing1M.NUM_CLASS:
         raise DivideMixError(f"--num_class {args.num_class}: Clothing1M has {dataloader_clothing1M.NUM_CLASS} classes")
     if args.num_batches * args.batch_size < 2:
@@ -108,7 +108,7 @@ def finish(run: Run, args: argparse.Namespace, accuracy: dict[str, float], train
     paper, epochs = PAPER.results["test_acc"], " and ".join(map(str, run.best_epochs))
     line = (
         f"test {accuracy['test_acc']:.2f} (nets {logs.pair(accuracy, 'test_acc', '.2f')}, of epochs {epochs}, chosen "
-        f"on the clean validation set); paper: {paper}{options.difference_note(args, PAPER.setting)}"
+        f"on the clean validation set); paper: {paper}{defaults.difference_note(args, PAPER.setting)}"
     )
     final = run.finish(line, train, paper_test_acc=paper, **accuracy)
     report.of_finished(run)

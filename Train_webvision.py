@@ -16,7 +16,7 @@ from dividemix import recipes, report
 from dividemix.codivide import Mixture
 from dividemix.data import Pipeline, StreamedImages, Views, check
 from dividemix.engine import co_divide, test, train_epoch, warmup_epoch
-from dividemix.run import Preparation, Run, command_line, description, logs, options, splits
+from dividemix.run import Preparation, Run, command_line, defaults, description, logs, options, splits
 from dividemix.runtime import set_learning_rate
 
 PAPER = recipes.WEBVISION
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, or continue a run. Returns the last epoch's metrics with `run_dir` and the paper's results,
     `paper_<metric>`; {} after --check_data."""
     args = parse_args(argv)
-    notes = options.resolve_images(args, PAPER)
+    notes = defaults.resolve_images(args, PAPER)
     if args.check_data:
         lists_and_problems = dataloader_webvision.find(args.data_path, args.num_class)
         check.run_check(*lists_and_problems, full=args.check_data == "full", skip=bool(args.skip_bad_images))
@@ -102,7 +102,7 @@ def finish(
         return f"{webvision}, ILSVRC12 {record['imagenet_acc']:.2f} ({record['imagenet_acc_top5']:.2f})"
 
     last10 = f"mean of the last 10 {run.records[-1]['last10_acc']:.2f}"
-    differences = options.difference_note(args, PAPER.setting)
+    differences = defaults.difference_note(args, PAPER.setting)
     line = f"best epoch {best['epoch']}: {accuracies(best)}; {last10}; paper: {accuracies(paper)}{differences}"
     final = run.finish(line, train, held_out, **{f"paper_{name}": value for name, value in paper.items()})
     report.of_finished(run)

@@ -1,5 +1,5 @@
 """Train_cifar.py: its data sets and noise, cross-entropy, selection, and --ablation in whole runs. What it shares with
-the other scripts is in test_scripts.py, what follows from its flags in run/test_options.py."""
+the other scripts is in test_scripts.py, what follows from its flags in run/test_defaults.py."""
 
 import contextlib
 import html

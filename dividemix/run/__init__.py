@@ -1,5 +1,5 @@
-"""One run, from its flags to its folder. `options` has the flags, `defaults` the values of those that depend on own
-images, `splits` the choice of training images. `run` writes the run folder, with `logs`, `checkpoint`, `histograms`,
+"""One run, from its flags to its folder. `options` has the flags, `defaults` the values of those that were not given,
+`splits` the choice of training images. `run` writes the run folder, with `logs`, `checkpoint`, `histograms`,
 `scoring` and `label_quality` (of the labels) and `description` (of the model); `folder` reads it. `signals` is how a
 script ends."""
 

@@ -1,23 +1,29 @@
-"""The values of flags of Train_folder.py that were not given: from the number and size of the images.
+"""The values of flags that were not given, each with a line that says where it comes from, and how they differ from the
+paper's.
 
-The paper has no setting for one's own data. These are the values of its most similar data set (`recipes`), and as many
-epochs as the number of images allows. lambda_u is 0, as in the paper for 20 % and for asymmetric noise: in real data
-rarely half of the labels are wrong."""
+The paper has no setting for one's own data. There they are the values of its most similar data set (`recipes`), and as
+many epochs as the number of images allows. lambda_u is 0, as in the paper for 20 % and for asymmetric noise: in real
+data rarely half of the labels are wrong."""
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from dividemix import DivideMixError, networks, recipes
+from dividemix import DivideMixError, blind, networks, noise, recipes
 from dividemix.data import PAD
+from dividemix.noise import NoiseSpec, wrong_share
 from dividemix.recipes import FeatureRecipe, OwnRecipe
-from dividemix.run.options import SMALL, beyond_paper_lines, blind_lines, refuse_ranks, set_default
+from dividemix.run.options import NOISE_RATE, SMALL, Parser, refuse_ranks, run_folder
 from dividemix.runtime import ranks
 from dividemix.runtime.device import pick_device
 
+# Of one's own images
 DEVICE_LIMIT = 4 << 30  # bytes: up to this size a set of small images is kept on the device
 SHORT = 10_000  # training images: with fewer a run is short
 SHORT_STEPS = 1_000  # of a short run, after warm-up
@@ -25,6 +31,152 @@ FEWEST_EPOCHS = 8  # after warm-up
 MOST_WARM_UP = 10  # epochs: after more, networks begin to memorise wrong labels
 FEATURE_ARCH = "efficientnet_b0"  # on a CPU three times as fast as ResNet-50, and by torchvision's tests as accurate
 EPOCH_STEPS = 150  # of the labeled batch size: a smaller set gets smaller batches
+
+
+# ---- The paper's settings ----
+
+
+class SmallImageSetting(NamedTuple):
+    """What follows from the flags of Train_cifar.py and the data. lines: where each value comes from."""
+
+    folder: Path
+    noise: NoiseSpec
+    ablation: recipes.Ablation
+    conf_penalty: bool
+    lines: list[str]
+
+
+def resolve_small_images(
+    args: argparse.Namespace, labels: NDArray[np.int64], num_class: int, data_folder: Path | None
+) -> SmallImageSetting:
+    """Fill the flags that were not given. labels: true ones (N,). Raises DivideMixError for flags against the data."""
+    if args.num_class not in (None, num_class):
+        raise DivideMixError(f"--num_class {args.num_class}: {args.dataset} has {num_class} classes; leave it out")
+    args.num_class = num_class
+    if args.limit_train and args.limit_train > len(labels):
+        raise DivideMixError(f"--limit_train {args.limit_train}: there are {len(labels)} training samples")
+    transition, _ = noise.asym_transition(num_class, args.dataset)
+    definition = args.noise_definition or "with_self", args.noise_key
+    spec = NoiseSpec(args.dataset, args.noise_mode, args.r, args.noise_seed, num_class, transition, *definition)
+    variant = "ce" if args.method == "ce" else "" if args.ablation == "none" else args.ablation
+    folder = run_folder(args, args.dataset, *spec.folder_parts, variant)
+    lines = resolve_recipe(args, wrong_share(labels, spec, data_folder, folder, args.noise_file))
+    lines += beyond_paper_lines(args)
+    ablation = recipes.ABLATIONS[args.ablation]
+    if args.ablation != "none":
+        lines.insert(0, f"ablation {args.ablation}: {ablation.reading} ({ablation.paper_name})")
+    return SmallImageSetting(folder, spec, ablation, uses_conf_penalty(args), lines)
+
+
+def resolve_noise(parser: Parser, args: argparse.Namespace) -> None:
+    """Fill the flags of the noise that were not given, and refuse those that have no meaning together. Afterwards r is
+    None for human, noise_definition None except for sym, noise_file a Path."""
+    mode, human = args.noise_mode, args.noise_mode == "human"
+    choices = ", ".join(noise.human.keys(args.dataset))
+    args.noise_file = Path(args.noise_file) if args.noise_file else None
+    if human and args.noise_key is None:
+        parser.error(f"--noise_mode human needs --noise_key: choose one of {choices}")
+    if human and args.r is not None:
+        parser.error(f"--r {args.r:g}: --noise_mode human has the rate of its labels; leave --r out")
+    if not human and args.noise_key is not None:
+        parser.error(f"--noise_key {args.noise_key}: only with --noise_mode human, one of {choices}; leave it out")
+    if not human and args.noise_file and args.noise_file.suffix == ".pt":
+        parser.error(f"--noise_file {args.noise_file}: a .pt file needs --noise_mode human and --noise_key")
+    if mode != "sym" and args.noise_definition is not None:
+        parser.error(f"--noise_definition {args.noise_definition}: only with --noise_mode sym; leave it out")
+    if args.r is None and not human:
+        args.r = NOISE_RATE
+    if args.noise_definition is None and mode == "sym":
+        args.noise_definition = "with_self"
+    if args.noise_seed is None:
+        args.noise_seed = args.seed
+
+
+def resolve_recipe(args: argparse.Namespace, wrong: float | None = None) -> list[str]:
+    """Fill lambda_u, p_threshold, loss_window and warm_up if they were not given; `--recipe blind` chooses the first
+    three while it trains. `wrong`: see `recipes.nearest`. -> a line for each value with its source (none for
+    cross-entropy), and how the run differs from the paper's setting"""
+    warm_up = recipes.warm_up(args.dataset)
+    if args.recipe == "blind":
+        lines = ["recipe blind: r, noise_mode and the true labels are used to make and report the noise, not to train"]
+        lines += blind_lines(args)
+        lines.append(set_default(args, "warm_up", warm_up, "the paper's for this data set, whatever the noise"))
+        rule = f"blind: {'on' if blind.CONF_PENALTY else 'off'} whatever the noise"
+    else:
+        row, exact = recipes.nearest(args.dataset, args.noise_mode, args.r, wrong)
+        by = "" if wrong is None else f" by {wrong:.1%} wrong labels"
+        source = f"paper, Table 7: {row.name}" if exact else f"not in the paper; nearest row{by}, Table 7: {row.name}"
+
+        def from_row(name: str, value: float, source: str) -> str:
+            return set_default(args, name, value, source, f"given; {row.name} has {value:g}")
+
+        lines = [from_row(name, getattr(row, name), source) for name in blind.NAMES]
+        source = "paper, Sec. 4.1" if args.dataset.startswith("cifar") else "as CIFAR-10"
+        lines.append(from_row("warm_up", warm_up, source))
+        rule = "paper: only for asymmetric noise"
+    rule = rule if args.conf_penalty == "auto" else f"given; {rule}"
+    lines.append(f"confidence penalty in warm-up: {'on' if uses_conf_penalty(args) else 'off'} ({rule})")
+    setting, _ = recipes.in_paper("Train_cifar.py", vars(args))
+    return [*(lines if args.method == "dividemix" else []), *difference_lines(args, setting)]
+
+
+def uses_conf_penalty(args: argparse.Namespace) -> bool:
+    """Whether the warm-up of Train_cifar.py has the confidence penalty."""
+    if args.conf_penalty == "auto" and args.method == "dividemix":
+        return blind.CONF_PENALTY if args.recipe == "blind" else args.noise_mode == "asym"
+    return args.conf_penalty == "on"
+
+
+def resolve_images(args: argparse.Namespace, paper: recipes.ImageRecipe) -> list[str]:
+    """Fill --weights if it was not given: the paper's for its network, else none. -> lines on flags without effect and
+    differences from the paper's setting. Raises DivideMixError for flags that do not go together."""
+    if args.weights is None:
+        args.weights = paper.images["weights"] if args.arch == paper.images["arch"] else "none"
+    networks.check(args.arch, args.width, args.image_size, args.weights)
+    lines = difference_lines(args, paper.setting)
+    if args.lambda_u > 0:
+        lines.insert(0, f"--lambda_u {args.lambda_u:g} has no effect: unlabeled images have no loss of their own")
+    return lines
+
+
+def difference_lines(args: argparse.Namespace, setting: Mapping[str, Any]) -> list[str]:
+    """For a run's start: how it differs from the paper's `setting`; [] if it does not."""
+    differences = recipes.setting_differences(vars(args), setting)
+    return [f"differs from the paper's setting: {', '.join(differences)}"] if differences else []
+
+
+def difference_note(args: argparse.Namespace, setting: Mapping[str, Any], *of_data: str) -> str:
+    """For a run's end, behind the paper's result: the same differences in brackets, and those `of_data`; or ''."""
+    differences = [*recipes.setting_differences(vars(args), setting), *of_data]
+    return f" (but this run: {', '.join(differences)})" if differences else ""
+
+
+def compare_with_paper(
+    args: argparse.Namespace, records: Sequence[dict[str, Any]], best_epoch: int, official: bool
+) -> tuple[str, dict[str, float]]:
+    """The end of Train_cifar.py. official: whether the data are the published ones. -> the last line, with best and
+    last accuracy (%) beside the paper's, and the paper's results by their names in result.json"""
+    setting, paper = recipes.in_paper("Train_cifar.py", vars(args))
+    final = records[-1]
+    text = "best {:.2f} (epoch {}), mean of the last 10 {:.2f}"
+    line = text.format(final["best_acc"], best_epoch, final["last10_acc"])
+    if args.ema:  # best_epoch is that of the averaged weights
+        line = f"best {final['best_acc']:.2f}, mean of the last 10 {final['last10_acc']:.2f}; averaged weights: "
+        line += text.format(final["best_acc_ema"], best_epoch, final["last10_acc_ema"])
+    title = "paper:"
+    if args.method == "ce":
+        line += f"; net 1 alone: best {max(record['test_acc_net1'] for record in records):.2f}"
+        title = "paper's cross-entropy, one net: best"
+    elif args.ablation != "none":
+        title = f"paper's {recipes.ABLATIONS[args.ablation].paper_name} (Table 5): best"
+    if paper:
+        results = " / ".join(map(str, paper.values()))
+        of_data = [] if official else [f"not the official {args.dataset}"]
+        line += f"; {title} {results}{difference_note(args, setting, *of_data)}"
+    return line, {f"paper_{name}": value for name, value in paper.items()}
+
+
+# ---- One's own images ----
 
 
 def choose(
@@ -196,3 +348,40 @@ def divided_epochs(recipe: OwnRecipe, n: int, batch_size: int, warm_up: int) -> 
     on the paper's most similar set."""
     epochs = (SHORT_STEPS if n < SHORT else recipe.divided_steps) * batch_size // n
     return max(min(epochs, recipe.max_epochs - warm_up), FEWEST_EPOCHS)
+
+
+# ---- Of both ----
+
+
+def set_default(args: argparse.Namespace, name: str, value: Any, source: str, source_if_given: str = "given") -> str:
+    """Fill the flag `name` unless it was given. -> the line with its value and where that comes from"""
+    if getattr(args, name) is None:
+        setattr(args, name, value)
+    else:
+        source = source_if_given
+    return f"{name} {recipes.flag_text(getattr(args, name))} ({source})"
+
+
+def blind_lines(args: argparse.Namespace) -> list[str]:
+    """With `--recipe blind`: a line for each flag that is chosen while it trains. Cross-entropy, without a division to
+    choose by, gets fixed values."""
+    flags = {name: getattr(args, name) for name in blind.NAMES}
+    if args.method == "ce":
+        vars(args).update(blind.setting(None, flags))
+    chosen = "chosen in each divided epoch by the divisions so far"
+    return [f"{name} {chosen if value is None else f'{value:g} (given)'}" for name, value in flags.items()]
+
+
+def beyond_paper_lines(args: argparse.Namespace) -> list[str]:
+    """A line for each flag of `add_beyond_paper` that is on. Raises DivideMixError for one without effect."""
+    lines = []
+    if args.augment == "strong":
+        if args.method == "ce":
+            raise DivideMixError("--augment strong: --method ce has no mixed batch to make of strong views; drop one")
+        lines.append("augment strong: guesses on weak views, the mixed batch of strong ones (not in the paper)")
+    if args.ema:
+        lines.append(
+            f"ema {args.ema:g}: averaged weights are tested beside the trained ones, and are those of best.pt, export, "
+            "predict and the label list (not in the paper)"
+        )
+    return lines

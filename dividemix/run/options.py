@@ -1,20 +1,17 @@
-"""The command line: flags and their types, the paper's values of flags that were not given."""
+"""The command line: flags and their types, and what they ask for: networks, mixtures, settings, runtime."""
 
 import argparse
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from dividemix import DivideMixError, blind, networks, noise, recipes, runtime
 from dividemix.codivide import DIVISIONS, Mixture
 from dividemix.engine import DataSet, MixMatch
-from dividemix.noise import NoiseSpec, wrong_share
 from dividemix.run.run import Run
 from dividemix.run.signals import rank_prefix
 from dividemix.runtime import Average, Runtime, available_cores, ranks
@@ -297,39 +294,7 @@ def tables(args: argparse.Namespace) -> dict[str, Any]:
     return columns | {"corrections": args.corrections, "skip_bad": bool(args.skip_bad_images)}
 
 
-# ---- Values of flags that were not given ----
-
-
-class SmallImageSetting(NamedTuple):
-    """What follows from the flags of Train_cifar.py and the data. lines: where each value comes from."""
-
-    folder: Path
-    noise: NoiseSpec
-    ablation: recipes.Ablation
-    conf_penalty: bool
-    lines: list[str]
-
-
-def resolve_small_images(
-    args: argparse.Namespace, labels: NDArray[np.int64], num_class: int, data_folder: Path | None
-) -> SmallImageSetting:
-    """Fill the flags that were not given. labels: true ones (N,). Raises DivideMixError for flags against the data."""
-    if args.num_class not in (None, num_class):
-        raise DivideMixError(f"--num_class {args.num_class}: {args.dataset} has {num_class} classes; leave it out")
-    args.num_class = num_class
-    if args.limit_train and args.limit_train > len(labels):
-        raise DivideMixError(f"--limit_train {args.limit_train}: there are {len(labels)} training samples")
-    transition, _ = noise.asym_transition(num_class, args.dataset)
-    definition = args.noise_definition or "with_self", args.noise_key
-    spec = NoiseSpec(args.dataset, args.noise_mode, args.r, args.noise_seed, num_class, transition, *definition)
-    variant = "ce" if args.method == "ce" else "" if args.ablation == "none" else args.ablation
-    folder = run_folder(args, args.dataset, *spec.folder_parts, variant)
-    lines = resolve_recipe(args, wrong_share(labels, spec, data_folder, folder, args.noise_file))
-    lines += beyond_paper_lines(args)
-    ablation = recipes.ABLATIONS[args.ablation]
-    if args.ablation != "none":
-        lines.insert(0, f"ablation {args.ablation}: {ablation.reading} ({ablation.paper_name})")
-    return SmallImageSetting(folder, spec, ablation, uses_conf_penalty(args), lines)
+# ---- What the flags ask for ----
 
 
 def run_folder(args: argparse.Namespace, *names: str) -> Path:
@@ -338,90 +303,35 @@ def run_folder(args: argparse.Namespace, *names: str) -> Path:
     return Path(args.run_dir) if args.run_dir else Path(args.out_dir) / "_".join(filter(None, names))
 
 
-def resolve_noise(parser: Parser, args: argparse.Namespace) -> None:
-    """Fill the flags of the noise that were not given, and refuse those that have no meaning together. Afterwards r is
-    None for human, noise_definition None except for sym, noise_file a Path."""
-    mode, human = args.noise_mode, args.noise_mode == "human"
-    choices = ", ".join(noise.human.keys(args.dataset))
-    args.noise_file = Path(args.noise_file) if args.noise_file else None
-    if human and args.noise_key is None:
-        parser.error(f"--noise_mode human needs --noise_key: choose one of {choices}")
-    if human and args.r is not None:
-        parser.error(f"--r {args.r:g}: --noise_mode human has the rate of its labels; leave --r out")
-    if not human and args.noise_key is not None:
-        parser.error(f"--noise_key {args.noise_key}: only with --noise_mode human, one of {choices}; leave it out")
-    if not human and args.noise_file and args.noise_file.suffix == ".pt":
-        parser.error(f"--noise_file {args.noise_file}: a .pt file needs --noise_mode human and --noise_key")
-    if mode != "sym" and args.noise_definition is not None:
-        parser.error(f"--noise_definition {args.noise_definition}: only with --noise_mode sym; leave it out")
-    if args.r is None and not human:
-        args.r = NOISE_RATE
-    if args.noise_definition is None and mode == "sym":
-        args.noise_definition = "with_self"
-    if args.noise_seed is None:
-        args.noise_seed = args.seed
+def refuse_ranks(script: str) -> None:
+    """Raises DivideMixError under torchrun."""
+    if ranks.from_environment()[1] > 1:
+        raise DivideMixError(f"{script} trains on one card: start it without torchrun, once for each seed or setting")
 
 
-def set_default(args: argparse.Namespace, name: str, value: Any, source: str, source_if_given: str = "given") -> str:
-    """Fill the flag `name` unless it was given. -> the line with its value and where that comes from"""
-    if getattr(args, name) is None:
-        setattr(args, name, value)
-    else:
-        source = source_if_given
-    return f"{name} {recipes.flag_text(getattr(args, name))} ({source})"
+def start_runtime(args: argparse.Namespace) -> Runtime:
+    """The runtime as in the flags of `add_run`; fills --eval_batch_size."""
+    sizes = {"batch_size": args.batch_size, "eval_batch_size": args.eval_batch_size}
+    device = args.device, args.gpuid, args.precision, args.deterministic, args.width
+    large = vars(args).get("image_size", 0) > SMALL
+    flags = {"large_images": large, "compile": not args.no_compile, "graph": not args.no_graph}
+    started = runtime.start(*device, **sizes, **flags)
+    args.eval_batch_size = started.eval_batch_size
+    return started
 
 
-def resolve_recipe(args: argparse.Namespace, wrong: float | None = None) -> list[str]:
-    """Fill lambda_u, p_threshold, loss_window and warm_up if they were not given; `--recipe blind` chooses the first
-    three while it trains. `wrong`: see `recipes.nearest`. -> a line for each value with its source (none for
-    cross-entropy), and how the run differs from the paper's setting"""
-    warm_up = recipes.warm_up(args.dataset)
-    if args.recipe == "blind":
-        lines = ["recipe blind: r, noise_mode and the true labels are used to make and report the noise, not to train"]
-        lines += blind_lines(args)
-        lines.append(set_default(args, "warm_up", warm_up, "the paper's for this data set, whatever the noise"))
-        rule = f"blind: {'on' if blind.CONF_PENALTY else 'off'} whatever the noise"
-    else:
-        row, exact = recipes.nearest(args.dataset, args.noise_mode, args.r, wrong)
-        by = "" if wrong is None else f" by {wrong:.1%} wrong labels"
-        source = f"paper, Table 7: {row.name}" if exact else f"not in the paper; nearest row{by}, Table 7: {row.name}"
-
-        def from_row(name: str, value: float, source: str) -> str:
-            return set_default(args, name, value, source, f"given; {row.name} has {value:g}")
-
-        lines = [from_row(name, getattr(row, name), source) for name in blind.NAMES]
-        source = "paper, Sec. 4.1" if args.dataset.startswith("cifar") else "as CIFAR-10"
-        lines.append(from_row("warm_up", warm_up, source))
-        rule = "paper: only for asymmetric noise"
-    rule = rule if args.conf_penalty == "auto" else f"given; {rule}"
-    lines.append(f"confidence penalty in warm-up: {'on' if uses_conf_penalty(args) else 'off'} ({rule})")
-    setting, _ = recipes.in_paper("Train_cifar.py", vars(args))
-    return [*(lines if args.method == "dividemix" else []), *difference_lines(args, setting)]
-
-
-def blind_lines(args: argparse.Namespace) -> list[str]:
-    """With `--recipe blind`: a line for each flag that is chosen while it trains. Cross-entropy, without a division to
-    choose by, gets fixed values."""
-    flags = {name: getattr(args, name) for name in blind.NAMES}
-    if args.method == "ce":
-        vars(args).update(blind.setting(None, flags))
-    chosen = "chosen in each divided epoch by the divisions so far"
-    return [f"{name} {chosen if value is None else f'{value:g} (given)'}" for name, value in flags.items()]
-
-
-def beyond_paper_lines(args: argparse.Namespace) -> list[str]:
-    """A line for each flag of `add_beyond_paper` that is on. Raises DivideMixError for one without effect."""
-    lines = []
-    if args.augment == "strong":
-        if args.method == "ce":
-            raise DivideMixError("--augment strong: --method ce has no mixed batch to make of strong views; drop one")
-        lines.append("augment strong: guesses on weak views, the mixed batch of strong ones (not in the paper)")
-    if args.ema:
-        lines.append(
-            f"ema {args.ema:g}: averaged weights are tested beside the trained ones, and are those of best.pt, export, "
-            "predict and the label list (not in the paper)"
-        )
-    return lines
+def build_networks(
+    args: argparse.Namespace, runtime: Runtime, begun: bool, count: int = 2, num_features: int = 0
+) -> list[nn.Module]:
+    """The networks that the flags ask for, on the device; heads, if there are `num_features`. begun: whether the run
+    continues from a checkpoint; then no weights are read. Raises DivideMixError for weights that do not fit."""
+    shape = args.arch, args.num_class, args.width
+    weights = getattr(args, "weights", "none")  # Train_cifar.py has no such flag
+    start = {"init_from": args.init_from, "seed": args.seed, "runtime": runtime, "begun": begun}
+    nets = networks.pair(*shape, weights, **start, count=count, num_features=num_features)
+    if decay := getattr(args, "ema", None):  # two scripts have no such flag
+        runtime.averages = {net: Average(net, decay) for net in nets}
+    return nets
 
 
 def is_blind(args: argparse.Namespace) -> bool:
@@ -443,95 +353,8 @@ def blind_choice(args: argparse.Namespace, run: Run, mixtures: Sequence[Mixture]
     return blind.Choice(run.records, mixtures, data.given_labels, args.num_class, flags, run.say)
 
 
-def uses_conf_penalty(args: argparse.Namespace) -> bool:
-    """Whether the warm-up of Train_cifar.py has the confidence penalty."""
-    if args.conf_penalty == "auto" and args.method == "dividemix":
-        return blind.CONF_PENALTY if args.recipe == "blind" else args.noise_mode == "asym"
-    return args.conf_penalty == "on"
-
-
 def mixmatch(args: argparse.Namespace, *, conf_penalty: bool, **settings: Any) -> MixMatch:
     """The method's settings: the flags that are fields of `MixMatch`, then `settings`, which win. conf_penalty is an
     argument, since its flag is a word and no bool."""
     flags = {name: value for name, value in vars(args).items() if name in MixMatch.__dataclass_fields__}
     return MixMatch(**flags | {"conf_penalty": conf_penalty} | settings)
-
-
-def build_networks(
-    args: argparse.Namespace, runtime: Runtime, begun: bool, count: int = 2, num_features: int = 0
-) -> list[nn.Module]:
-    """The networks that the flags ask for, on the device; heads, if there are `num_features`. begun: whether the run
-    continues from a checkpoint; then no weights are read. Raises DivideMixError for weights that do not fit."""
-    shape = args.arch, args.num_class, args.width
-    weights = getattr(args, "weights", "none")  # Train_cifar.py has no such flag
-    start = {"init_from": args.init_from, "seed": args.seed, "runtime": runtime, "begun": begun}
-    nets = networks.pair(*shape, weights, **start, count=count, num_features=num_features)
-    if decay := getattr(args, "ema", None):  # two scripts have no such flag
-        runtime.averages = {net: Average(net, decay) for net in nets}
-    return nets
-
-
-def refuse_ranks(script: str) -> None:
-    """Raises DivideMixError under torchrun."""
-    if ranks.from_environment()[1] > 1:
-        raise DivideMixError(f"{script} trains on one card: start it without torchrun, once for each seed or setting")
-
-
-def start_runtime(args: argparse.Namespace) -> Runtime:
-    """The runtime as in the flags of `add_run`; fills --eval_batch_size."""
-    sizes = {"batch_size": args.batch_size, "eval_batch_size": args.eval_batch_size}
-    device = args.device, args.gpuid, args.precision, args.deterministic, args.width
-    large = vars(args).get("image_size", 0) > SMALL
-    flags = {"large_images": large, "compile": not args.no_compile, "graph": not args.no_graph}
-    started = runtime.start(*device, **sizes, **flags)
-    args.eval_batch_size = started.eval_batch_size
-    return started
-
-
-def resolve_images(args: argparse.Namespace, paper: recipes.ImageRecipe) -> list[str]:
-    """Fill --weights if it was not given: the paper's for its network, else none. -> lines on flags without effect and
-    differences from the paper's setting. Raises DivideMixError for flags that do not go together."""
-    if args.weights is None:
-        args.weights = paper.images["weights"] if args.arch == paper.images["arch"] else "none"
-    networks.check(args.arch, args.width, args.image_size, args.weights)
-    lines = difference_lines(args, paper.setting)
-    if args.lambda_u > 0:
-        lines.insert(0, f"--lambda_u {args.lambda_u:g} has no effect: unlabeled images have no loss of their own")
-    return lines
-
-
-def difference_lines(args: argparse.Namespace, setting: Mapping[str, Any]) -> list[str]:
-    """For a run's start: how it differs from the paper's `setting`; [] if it does not."""
-    differences = recipes.setting_differences(vars(args), setting)
-    return [f"differs from the paper's setting: {', '.join(differences)}"] if differences else []
-
-
-def difference_note(args: argparse.Namespace, setting: Mapping[str, Any], *of_data: str) -> str:
-    """For a run's end, behind the paper's result: the same differences in brackets, and those `of_data`; or ''."""
-    differences = [*recipes.setting_differences(vars(args), setting), *of_data]
-    return f" (but this run: {', '.join(differences)})" if differences else ""
-
-
-def compare_with_paper(
-    args: argparse.Namespace, records: Sequence[dict[str, Any]], best_epoch: int, official: bool
-) -> tuple[str, dict[str, float]]:
-    """The end of Train_cifar.py. official: whether the data are the published ones. -> the last line, with best and
-    last accuracy (%) beside the paper's, and the paper's results by their names in result.json"""
-    setting, paper = recipes.in_paper("Train_cifar.py", vars(args))
-    final = records[-1]
-    text = "best {:.2f} (epoch {}), mean of the last 10 {:.2f}"
-    line = text.format(final["best_acc"], best_epoch, final["last10_acc"])
-    if args.ema:  # best_epoch is that of the averaged weights
-        line = f"best {final['best_acc']:.2f}, mean of the last 10 {final['last10_acc']:.2f}; averaged weights: "
-        line += text.format(final["best_acc_ema"], best_epoch, final["last10_acc_ema"])
-    title = "paper:"
-    if args.method == "ce":
-        line += f"; net 1 alone: best {max(record['test_acc_net1'] for record in records):.2f}"
-        title = "paper's cross-entropy, one net: best"
-    elif args.ablation != "none":
-        title = f"paper's {recipes.ABLATIONS[args.ablation].paper_name} (Table 5): best"
-    if paper:
-        results = " / ".join(map(str, paper.values()))
-        of_data = [] if official else [f"not the official {args.dataset}"]
-        line += f"; {title} {results}{difference_note(args, setting, *of_data)}"
-    return line, {f"paper_{name}": value for name, value in paper.items()}

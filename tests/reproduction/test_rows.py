@@ -12,7 +12,7 @@ import Train_webvision
 from dividemix import DivideMixError, recipes
 from dividemix.reproduction import rows
 from dividemix.reproduction.rows import DATA, select
-from dividemix.run import options
+from dividemix.run import defaults
 
 SCRIPTS = {script.__name__ + ".py": script for script in (Train_cifar, Train_clothing1M, Train_webvision)}
 ROWS = {row.name: row for row in rows.all_rows()}
@@ -49,14 +49,14 @@ def test_each_row_is_a_command_of_its_script_and_the_papers_setting(name):
     [run] = plan(row.run_name)
     args = SCRIPTS[row.script].parse_args(run.command[2:])
     if row.script == "Train_cifar.py":
-        options.resolve_recipe(args)
+        defaults.resolve_recipe(args)
         assert all(getattr(args, flag) == row.setting[flag] for flag in ("dataset", "noise_mode", "r", "num_epochs"))
         variant = name.rsplit("-", 1)[1]
         assert args.method == ("ce" if variant == "ce" else "dividemix")
         assert args.augment == ("strong" if variant == "strong" else "weak")
         assert args.ablation == (variant if variant in recipes.ABLATIONS else "none")
     else:
-        options.resolve_images(args, SCRIPTS[row.script].PAPER)
+        defaults.resolve_images(args, SCRIPTS[row.script].PAPER)
     assert recipes.setting_differences(vars(args), row.setting) == []
 
 

@@ -1,4 +1,4 @@
-"""The lines that the logs hold of an epoch: the authors' formats, typed from FIDELITY.md section 6."""
+"""The lines that the logs hold of an epoch: the authors' formats."""
 
 import numpy as np
 import pytest
