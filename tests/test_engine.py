@@ -28,7 +28,7 @@ from helpers.nets import (
 from dividemix import Diverged, engine, recipes
 from dividemix.codivide import Mixture, codivide
 from dividemix.engine import MixMatch, Phase
-from dividemix.run.run import RunPhase
+from dividemix.run.progress import RunPhase
 from dividemix.runtime import Runtime
 from PreResNet import ResNet18
 

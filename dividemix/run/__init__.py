@@ -1,7 +1,7 @@
 """One run, from its flags to its folder. `options` has the flags, `defaults` the values of those that were not given,
-`splits` the choice of training images. `run` writes the run folder, with `logs`, `checkpoint`, `histograms`,
-`scoring` and `label_quality` (of the labels) and `description` (of the model); `folder` reads it. `signals` is how a
-script ends."""
+`splits` the choice of training images. `run` writes the run folder, with `logs`, `checkpoint`, `histograms`, `scoring`
+and `label_quality` (of the labels) and `description` (of the model); `progress` is what it shows meanwhile; `folder`
+reads it. `signals` is how a script ends."""
 
 from dividemix.run import defaults, description, histograms, logs, options, splits
 from dividemix.run.checkpoint import load_last, to_host

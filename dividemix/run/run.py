@@ -11,11 +11,9 @@ import json
 import math
 import shutil
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,14 +26,15 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from dividemix import Diverged, DivideMixError, files, networks, warn
+from dividemix import DivideMixError, files, networks, warn
 from dividemix.codivide import Division, Mixture
-from dividemix.engine import DataSet, MeanProbabilities, MixMatch, Phase, PhaseTerms
-from dividemix.run import checkpoint, histograms, logs, scoring
+from dividemix.engine import DataSet, MeanProbabilities, MixMatch, PhaseTerms
+from dividemix.run import checkpoint, histograms, logs, progress, scoring
 from dividemix.run.description import commit, versions
 from dividemix.run.folder import load
 from dividemix.run.logs import Logs
-from dividemix.runtime import Batches, Runtime
+from dividemix.run.progress import RunPhase
+from dividemix.runtime import Runtime
 from dividemix.runtime.device import load_optimizer
 from dividemix.seeds import PHASES, draws
 
@@ -45,11 +44,6 @@ FREE_FLAGS |= {"data_path", "download", "noise_file", "labels", "check_data", "s
 FREE_FLAGS |= {"corrections", "path_column", "label_column"}
 FREE_FLAGS |= {"cache_dir", "device", "gpuid", "workers", "eval_batch_size", "deterministic", "no_compile", "no_graph"}
 FREE_FLAGS |= {"feature_file", "verbose"}  # its content is pinned
-
-# For the expected time, measured once in a run's first warm-up phase
-SLOW_STEPS = 3  # at its beginning: compilation, memory, file caches
-TIMED_SECONDS = 5.0
-LABELED = 0.75  # share of the samples that a division is assumed to label
 
 
 class Run:
@@ -230,45 +224,23 @@ class Run:
             yield self.epoch
         self._wait()
 
-    def phase(self, name: str, k: int = 0) -> "RunPhase":
+    def phase(self, name: str, k: int = 0) -> RunPhase:
         """Phase `name` of net k (0 or 1) in this epoch. As a context manager it is timed, as seconds_<name>."""
         rng = draws(self.args.seed, name, self.epoch, k) if name in PHASES else None
         title = f"{name}{k + 1}" if name in ("warmup", "train") else name
         hidden = not (self.ranks.first and sys.stderr.isatty())
-        bar = partial(tqdm, desc=f"epoch {self.epoch} {title}", leave=False, dynamic_ncols=True, disable=hidden)
+        bar = progress.bar(f"epoch {self.epoch} {title}", hidden)
         if title == "warmup1" and self._is_untimed and self.ranks.first:
-            bar = partial(self._timed, bar)
+            bar = partial(progress.timed, bar, self.runtime.device, self._say_expected_time)
         return RunPhase(self.epoch, rng, bar, title, self.seconds)
 
-    def _timed(self, bar: Callable[[Iterable], Iterable], batches: Batches) -> Iterator:
-        """`bar`, and after some steps of warm-up the expected time of the run."""
-        begin = None
-        for k, batch in enumerate(bar(batches)):
-            if k == SLOW_STEPS:
-                begin = self._now()
-            elif begin and (k == len(batches) - 1 or time.perf_counter() > begin + TIMED_SECONDS):
-                self._say_expected_time((self._now() - begin) / (k - SLOW_STEPS), len(batches))
-                begin = None
-            yield batch
-
-    def _now(self) -> float:
-        """The time when the device has done all that it was given."""
-        if self.runtime.device.type == "cuda":
-            torch.cuda.synchronize(self.runtime.device)
-        return time.perf_counter()
-
-    def _say_expected_time(self, seconds: float, steps: int) -> None:
-        """From the seconds of a network's warm-up step, of which an epoch has `steps`."""
+    def _say_expected_time(self, step: float, steps: int) -> None:
+        """step: seconds of a network's warm-up step, of which an epoch has `steps`."""
         self._is_untimed = False
-        # A labeled image costs as much as 7 in warm-up: measured 5 on an H200, 7 to 8 on a CPU. By forward passes it is
-        # 6: 6 to guess and refine and 4 x 3 to train, against 3. Without an unlabeled loss 2 x 3 fall away.
-        ratio = LABELED * (7 if self.mixmatch.unlabeled_loss else 5) + 1 / 3  # and scoring, one forward pass
         epochs = int(self.num_epochs) - self.epoch
         divided = epochs - min(max(self.mixmatch.warm_up - self.epoch, 0), epochs)
-        expected = seconds * steps * len(self.nets) * (epochs - divided + divided * ratio)
-        basis = f"a warm-up step takes {seconds:.2g} s"
-        basis += f", a divided epoch as long as about {ratio:.1f} of warm-up" if divided else ""
-        tqdm.write(f"expected time: about {logs.duration(expected)} for {epochs} epochs ({basis})")
+        warmup = step * steps * len(self.nets)
+        tqdm.write(progress.expected_time(step, warmup, epochs, divided, self.mixmatch.unlabeled_loss))
 
     def end_epoch(
         self,
@@ -475,24 +447,6 @@ class Run:
                 self._old_folder.rename(self.folder)
         if isinstance(error, KeyboardInterrupt) and self.ranks.first:
             error.add_note(self._next_start())
-
-
-@dataclass
-class RunPhase(Phase):
-    """Phase of a run: adds its time to `seconds`, and the epoch to the message if training diverges."""
-
-    title: str = ""
-    seconds: dict[str, float] | None = None
-
-    def __enter__(self) -> "RunPhase":
-        self.begin = time.perf_counter()
-        return self
-
-    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
-        key = f"seconds_{self.title}"
-        self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - self.begin
-        if isinstance(error, Diverged):
-            raise Diverged(f"epoch {self.epoch}: {error}") from error
 
 
 def lock_folder(folder: Path) -> FileLock:

@@ -30,7 +30,7 @@ from helpers.runs import (
 from dividemix import DivideMixError, files, runtime
 from dividemix.codivide import Mixture
 from dividemix.engine import MixMatch, PhaseTerms
-from dividemix.run import checkpoint, histograms, logs, run
+from dividemix.run import checkpoint, histograms, logs, progress, run
 from dividemix.run.run import lock_folder, set_aside
 from dividemix.runtime import Batches, ranks
 from dividemix.runtime.ranks import Ranks
@@ -395,7 +395,7 @@ def test_the_expected_time_is_said_once_at_the_start(
     begin(run_)
     run_.mixmatch = MixMatch(2, warm_up=warm_up, unlabeled_loss=unlabeled_loss)
     clock = [0.0]
-    monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     lines = []
     for epoch in run_.epochs(num_epochs):
         with run_.phase("warmup", 0) as phase:
