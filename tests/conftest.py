@@ -16,8 +16,9 @@ settings.load_profile("dividemix")
 # The nets of the tests are so small that a second thread costs more than it gives: ten times more on a busy machine.
 torch.set_num_threads(1)
 
-# `--precision auto` is fp32 on every CPU of the tests: what they compare must not depend on the machine's.
-torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False
+# In this process `--precision auto` is fp32 on every CPU: what tests compare must not depend on the machine.
+for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+    pytest.MonkeyPatch().setattr(torch.cpu, name, lambda: False)  # an error if torch has it no more
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,9 +1,9 @@
-"""The values of flags that were not given, each with a line that says where it comes from, and how they differ from the
-paper's.
+"""The values of flags that were not given, each with a line that says where it comes from; and how the flags of a run
+differ from the paper's setting.
 
-The paper has no setting for one's own data. There they are the values of its most similar data set (`recipes`), and as
-many epochs as the number of images allows. lambda_u is 0, as in the paper for 20 % and for asymmetric noise: in real
-data rarely half of the labels are wrong."""
+The paper has no setting for one's own images. These get the values of its most similar data set (`recipes`), and as
+many epochs as their number allows. lambda_u is 0, as in the paper for 20 % and for asymmetric noise: in real data
+rarely half of the labels are wrong."""
 
 import argparse
 from collections.abc import Collection, Mapping, Sequence
@@ -23,7 +23,7 @@ from dividemix.run.options import NOISE_RATE, SMALL, Parser, refuse_ranks, run_f
 from dividemix.runtime import ranks
 from dividemix.runtime.device import pick_device
 
-# Of one's own images
+# For one's own images
 DEVICE_LIMIT = 4 << 30  # bytes: up to this size a set of small images is kept on the device
 SHORT = 10_000  # training images: with fewer a run is short
 SHORT_STEPS = 1_000  # of a short run, after warm-up
@@ -97,22 +97,23 @@ def resolve_recipe(args: argparse.Namespace, wrong: float | None = None) -> list
     three while it trains. `wrong`: see `recipes.nearest`. -> a line for each value with its source (none for
     cross-entropy), and how the run differs from the paper's setting"""
     warm_up = recipes.warm_up(args.dataset)
+    lines: list[str] = []
+    default = partial(set_default, args, lines)
     if args.recipe == "blind":
-        lines = ["recipe blind: r, noise_mode and the true labels are used to make and report the noise, not to train"]
+        lines.append(
+            "recipe blind: r, noise_mode and the true labels are used to make and report the noise, not to train"
+        )
         lines += blind_lines(args)
-        lines.append(set_default(args, "warm_up", warm_up, "the paper's for this data set, whatever the noise"))
+        default("warm_up", warm_up, "the paper's for this data set, whatever the noise")
         rule = f"blind: {'on' if blind.CONF_PENALTY else 'off'} whatever the noise"
     else:
         row, exact = recipes.nearest(args.dataset, args.noise_mode, args.r, wrong)
         by = "" if wrong is None else f" by {wrong:.1%} wrong labels"
         source = f"paper, Table 7: {row.name}" if exact else f"not in the paper; nearest row{by}, Table 7: {row.name}"
-
-        def from_row(name: str, value: float, source: str) -> str:
-            return set_default(args, name, value, source, f"given; {row.name} has {value:g}")
-
-        lines = [from_row(name, getattr(row, name), source) for name in blind.NAMES]
-        source = "paper, Sec. 4.1" if args.dataset.startswith("cifar") else "as CIFAR-10"
-        lines.append(from_row("warm_up", warm_up, source))
+        values = {name: (getattr(row, name), source) for name in blind.NAMES}
+        values["warm_up"] = warm_up, "paper, Sec. 4.1" if args.dataset.startswith("cifar") else "as CIFAR-10"
+        for name, (value, source) in values.items():
+            default(name, value, source, f"given; {row.name} has {value:g}")
         rule = "paper: only for asymmetric noise"
     rule = rule if args.conf_penalty == "auto" else f"given; {rule}"
     lines.append(f"confidence penalty in warm-up: {'on' if uses_conf_penalty(args) else 'off'} ({rule})")
@@ -186,7 +187,7 @@ def choose(
     the names of the image lists, of 'train', 'val', 'test'. -> the recipe, and a line for each value with its source.
     Raises DivideMixError for flags that do not go together."""
     lines = beyond_paper_lines(args)
-    default = partial(set_flag, args, lines)
+    default = partial(set_default, args, lines)
     if "val" in lists and args.val_fraction:
         raise DivideMixError(f"--val_fraction {args.val_fraction:g}: the data have validation images; leave it out")
     alone = "val" not in lists and "test" not in lists
@@ -243,16 +244,11 @@ def choose_features(args: argparse.Namespace, side: int, grey: bool) -> tuple[bo
     return True, f"no card: heads on frozen features are trained, in minutes; {instead}"
 
 
-def set_flag(args: argparse.Namespace, lines: list[str], name: str, value: Any, source: str) -> None:
-    """Set the flag `name` unless it was given, and add the line with its value and source."""
-    lines.append(set_default(args, name, value, source))
-
-
 def choose_division(args: argparse.Namespace) -> list[str]:
     """The flags of the division and of the unlabeled loss, which depend on no image."""
     values = recipes.OWN_DIVISION
     lines: list[str] = []
-    default = partial(set_flag, args, lines)
+    default = partial(set_default, args, lines)
     if args.recipe == "blind":
         lines += blind_lines(args)
     else:
@@ -268,7 +264,7 @@ def choose_for_features(args: argparse.Namespace, side: int) -> list[str]:
     """The rest of `choose` for heads on features, which are those of --arch or in --feature_file."""
     recipe = recipes.FEATURES
     lines: list[str] = []
-    default = partial(set_flag, args, lines)
+    default = partial(set_default, args, lines)
     refuse_ranks("--features")
     if args.data_mode == "device":
         raise DivideMixError("--data_mode device: with features each image is read once; leave it out")
@@ -350,16 +346,18 @@ def divided_epochs(recipe: OwnRecipe, n: int, batch_size: int, warm_up: int) -> 
     return max(min(epochs, recipe.max_epochs - warm_up), FEWEST_EPOCHS)
 
 
-# ---- Of both ----
+# ---- Shared by both ----
 
 
-def set_default(args: argparse.Namespace, name: str, value: Any, source: str, source_if_given: str = "given") -> str:
-    """Fill the flag `name` unless it was given. -> the line with its value and where that comes from"""
+def set_default(
+    args: argparse.Namespace, lines: list[str], name: str, value: Any, source: str, source_if_given: str = "given"
+) -> None:
+    """Fill the flag `name` unless it was given, and add the line with its value and where that comes from."""
     if getattr(args, name) is None:
         setattr(args, name, value)
     else:
         source = source_if_given
-    return f"{name} {recipes.flag_text(getattr(args, name))} ({source})"
+    lines.append(f"{name} {recipes.flag_text(getattr(args, name))} ({source})")
 
 
 def blind_lines(args: argparse.Namespace) -> list[str]:

@@ -1,4 +1,5 @@
-"""The command line: flags and their types, and what they ask for: networks, mixtures, settings, runtime."""
+"""The command line: flags, their types, and what scripts make of them (run folder, runtime, networks, mixtures,
+settings)."""
 
 import argparse
 import math
@@ -288,13 +289,13 @@ def add_run(
     add("--workers", type=processes, default=workers, help="processes of each rank that load images")
 
 
+# ---- What the flags ask for ----
+
+
 def tables(args: argparse.Namespace) -> dict[str, Any]:
     """How the tables of own images are read, as arguments of dataloader_folder.load."""
     columns = {"path_column": args.path_column, "label_column": args.label_column}
     return columns | {"corrections": args.corrections, "skip_bad": bool(args.skip_bad_images)}
-
-
-# ---- What the flags ask for ----
 
 
 def run_folder(args: argparse.Namespace, *names: str) -> Path:

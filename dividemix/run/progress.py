@@ -1,22 +1,19 @@
-"""What a run shows while a phase goes on: its progress bar and, once, how long the run will take."""
+"""What a run adds to a phase: its time, and, once, how long the run will take."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from tqdm import tqdm
 
 from dividemix import Diverged
 from dividemix.engine import Phase
 from dividemix.run import logs
 from dividemix.runtime import Batches
-
-Bar = Callable[[Iterable], Iterable]
+from dividemix.runtime.loops import Bar
 
 SLOW_STEPS = 3  # at a run's beginning: compilation, memory, file caches
-TIMED_SECONDS = 5.0
+TIMED_SECONDS = 5.0  # at most, after these steps
 LABELED = 0.75  # share of the samples that a division is assumed to label
 
 
@@ -38,13 +35,9 @@ class RunPhase(Phase):
             raise Diverged(f"epoch {self.epoch}: {error}") from error
 
 
-def bar(title: str, hidden: bool) -> Bar:
-    """A progress bar that leaves nothing behind."""
-    return partial(tqdm, desc=title, leave=False, dynamic_ncols=True, disable=hidden)
-
-
 def timed(bar: Bar, device: torch.device, tell: Callable[[float, int], None], batches: Batches) -> Iterator:
-    """`bar`, and after some steps, if there are enough, `tell(seconds of a step, number of batches)`."""
+    """`bar` around the batches, which are steps. Calls `tell(seconds of a step, number of batches)` once, if there are
+    SLOW_STEPS + 2 batches or more."""
 
     def now() -> float:
         """The time when the device has done all that it was given."""
@@ -63,8 +56,8 @@ def timed(bar: Bar, device: torch.device, tell: Callable[[float, int], None], ba
 
 
 def expected_time(step: float, warmup: float, epochs: int, divided: float, unlabeled_loss: bool) -> str:
-    """The line on the time of `epochs`, of which `divided` are not warm-up. step, warmup: seconds of a warm-up step and
-    epoch."""
+    """The line on the time of `epochs`, of which `divided` are not warm-up. step: seconds of a
+    warm-up step of one network; warmup: seconds of a warm-up epoch, all networks."""
     # A labeled image costs as much as 7 in warm-up: measured 5 on an H200, 7 to 8 on a CPU. By forward passes it is
     # 6: 6 to guess and refine and 4 x 3 to train, against 3. Without an unlabeled loss 2 x 3 fall away.
     ratio = LABELED * (7 if unlabeled_loss else 5) + 1 / 3  # and scoring, one forward pass

@@ -229,13 +229,14 @@ class Run:
         rng = draws(self.args.seed, name, self.epoch, k) if name in PHASES else None
         title = f"{name}{k + 1}" if name in ("warmup", "train") else name
         hidden = not (self.ranks.first and sys.stderr.isatty())
-        bar = progress.bar(f"epoch {self.epoch} {title}", hidden)
+        bar = partial(tqdm, desc=f"epoch {self.epoch} {title}", leave=False, dynamic_ncols=True, disable=hidden)
         if title == "warmup1" and self._is_untimed and self.ranks.first:
             bar = partial(progress.timed, bar, self.runtime.device, self._say_expected_time)
         return RunPhase(self.epoch, rng, bar, title, self.seconds)
 
     def _say_expected_time(self, step: float, steps: int) -> None:
-        """step: seconds of a network's warm-up step, of which an epoch has `steps`."""
+        """Print how long the rest of the run takes. step: seconds of a network's warm-up step, of which an epoch has
+        `steps`."""
         self._is_untimed = False
         epochs = int(self.num_epochs) - self.epoch
         divided = epochs - min(max(self.mixmatch.warm_up - self.epoch, 0), epochs)

@@ -1,9 +1,7 @@
 """The run folder: the same command again continues the run, and ends as an uninterrupted run ends. What kills and
 signals leave is in test_signals.py."""
 
-import itertools
 import json
-import math
 import os
 import threading
 from pathlib import Path
@@ -29,10 +27,10 @@ from helpers.runs import (
 
 from dividemix import DivideMixError, files, runtime
 from dividemix.codivide import Mixture
-from dividemix.engine import MixMatch, PhaseTerms
-from dividemix.run import checkpoint, histograms, logs, progress, run
+from dividemix.engine import PhaseTerms
+from dividemix.run import checkpoint, histograms, logs, run
 from dividemix.run.run import lock_folder, set_aside
-from dividemix.runtime import Batches, ranks
+from dividemix.runtime import ranks
 from dividemix.runtime.ranks import Ranks
 
 EPOCH = (60.0, 60.0)  # net 1's and net 2's accuracy
@@ -376,36 +374,3 @@ def test_two_ranks_have_one_run_folder_and_end_together(tmp_path):
     assert first[0] == second[0] == 1
     assert first[2].startswith("rank 0: error: ") and "--lr was 1.0, now 3.0" in first[2] and first[2].count("\n") == 1
     assert second[2].splitlines()[-1].startswith("rank 1: error: another rank ended"), second[2]
-
-
-@pytest.mark.parametrize(
-    ("warm_up", "num_epochs", "unlabeled_loss", "expected"),
-    [
-        (2, 4, True, "18 minutes"),  # 2 networks, 20 steps of 2 s: 80 s an epoch of warm-up, 5.58 times that after it
-        (2, 4, False, "14 minutes"),  # 4.08 times
-        (math.inf, 100, True, "2.2 hours"),
-    ],
-)
-def test_the_expected_time_is_said_once_at_the_start(
-    tmp_path, monkeypatch, capsys, warm_up, num_epochs, unlabeled_loss, expected
-):
-    """Who waits does not know whether for minutes or for days. The first steps, which compile, would mislead."""
-    seconds = itertools.chain([0, 50], itertools.count(100, 2))
-    run_ = opened(tmp_path / "run")
-    begin(run_)
-    run_.mixmatch = MixMatch(2, warm_up=warm_up, unlabeled_loss=unlabeled_loss)
-    clock = [0.0]
-    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    lines = []
-    for epoch in run_.epochs(num_epochs):
-        with run_.phase("warmup", 0) as phase:
-            batches = []
-            for batch in phase.bar(Batches([(4,)] * 20, range(20))):
-                batches.append(batch)
-                clock[0] = next(seconds)
-        assert batches == [*range(20)]  # none is lost or comes twice
-        lines += [line for line in capsys.readouterr().out.splitlines() if "expected time" in line]
-        if epoch == 1:
-            break
-    [line] = lines
-    assert f"about {expected} for {num_epochs} epochs" in line

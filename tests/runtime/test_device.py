@@ -155,6 +155,10 @@ def test_bf16_is_the_default_only_where_it_is_fast_and_fp16_nowhere(monkeypatch,
     """Else old hardware emulates bf16, slower than fp32, or new hardware runs at half its speed; fp16 is not proven."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0) if native else (7, 5))
     assert device.computes_bf16(torch.device("cuda", 0)) is native
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cpu, name, lambda: native)
+            assert device.computes_bf16(torch.device("cpu")) is native
     monkeypatch.setattr(device, "computes_bf16", lambda _: native)
     assert start("cpu").precision == ("bf16" if native else "fp32")
     assert start("cpu", precision="fp32").precision == "fp32"
