@@ -335,8 +335,9 @@ def test_flags_reach_the_training(script, start, folder, tmp_path, monkeypatch):
         (CIFAR, "--save_scores --r 0.9 --ablation no_cotraining"),
         (CLOTHING1M, ""),
         (WEBVISION, ""),
-        (FOLDER, ""),
+        (FOLDER, "--augment strong --ema 0.9"),
         (STREAMED, "--arch squeezenet1_1 --weights none --width 64 --image_size 32 --lr 1e-5"),  # it has dropout
+        (STREAMED, "--augment strong"),
     ],
 )
 def test_interrupted_is_uninterrupted_bit_for_bit(script, flags, start, tmp_path):

@@ -3,8 +3,7 @@
 For each image one of 25 sub-policies is drawn: two operations, each with a probability and a magnitude. Every operation
 is computed for the whole batch, then selected by image, so nothing waits for the device and no shape depends on data.
 The sub-policies are torchvision's, and so are the results (`torchvision.transforms.AutoAugment` of uint8 tensors),
-except for rounding: after one operation a pixel may differ by 1 level, or be its neighbour where the source is half-way
-between two.
+except for rounding: a change of brightness, contrast, colour or sharpness may differ by 1 level.
 """
 
 from functools import cache

@@ -109,7 +109,7 @@ def measures(run: RunFolder, issues: LabelIssues | None) -> dict[str, float | No
 
 
 def accuracies(run: RunFolder) -> dict[str, float | None]:
-    last = run.records[-1]
+    last = run.last_record
     values = {"best": run.best, "last epoch": last.get("test_acc"), "last 10": last.get("last10_acc")}
     return values | {_VALIDATION: run.best_validation}
 

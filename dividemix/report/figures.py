@@ -165,7 +165,7 @@ def draw_overlay(
         color, style = STYLES[i % len(STYLES)]
         label = visible(name if len(runs) == 1 else f"{name} ({len(runs)} seeds)")
         for run in runs:
-            y = metric_table(run)[run.measured] if metric is None else mean_of_nets(run, metric)
+            y = accuracy(run) if metric is None else mean_of_nets(run, metric)
             if y.notna().any():
                 marker = "." if len(y) < 30 else ""
                 axes.plot(y, style, marker=marker, color=color, linewidth=1.6, label=label)
@@ -176,6 +176,12 @@ def draw_overlay(
         has_single_net = any(len(run.nets) == 1 for run in runs)
         title = f"{' or '.join(measured)} accuracy{'' if has_single_net else ', both networks'}"
     finish_axes(axes, title, unit)
+
+
+def accuracy(run: RunFolder) -> pd.Series:
+    """Of both networks together, with --ema of the averaged weights."""
+    epochs = metric_table(run)
+    return epochs.get(f"{run.measured}_ema", epochs[run.measured])
 
 
 def mean_of_nets(run: RunFolder, metric: str) -> pd.Series:

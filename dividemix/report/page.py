@@ -26,7 +26,7 @@ from dividemix.report.issues import (
     percent,
     warnings,
 )
-from dividemix.run import RunFolder, histograms, thumbnail
+from dividemix.run import RunFolder, histograms, logs, thumbnail
 
 RESULT_NAMES = {  # of the paper's results, on the page
     **{"best": "best", "last": "mean of the last 10", "test_acc": "test accuracy", "test_acc_top5": "top-5"},
@@ -79,7 +79,7 @@ def run_page(run: RunFolder, issues: LabelIssues | None, figures: dict[str, Path
     """The HTML file of one run. figures: the PNG files of `figures.draw_all`, by name. has_review: whether the review
     page lies beside it."""
     results, differences = beside_paper(run)
-    values = run.records[-1] | run.result
+    values = logs.of_averages(run.records[-1] | run.result)
     values |= {"best": values.get("best_acc"), "last": values.get("last10_acc")}
     data = {title: run.data[name] for name, title in DATA_NAMES.items() if name in run.data}
     return render(

@@ -11,6 +11,7 @@ from dividemix import recipes
 from dividemix.files import write_atomically
 from dividemix.report import figures, mean_and_deviation
 from dividemix.reproduction.rows import DATA, TABLES, PlannedRun, Row, RunFiles, all_rows, read
+from dividemix.run import logs
 
 # key in metrics.jsonl or result.json -> name in tables
 MEASURES = {"best": "best", "last": "last", "test_acc": "test", "test_acc_top5": "top-5"}
@@ -22,6 +23,7 @@ HEAD = "| row | paper: {0} | ours: {0} | difference | n | epochs | seconds a run
 HEAD += " differs from the row's setting |"
 NOTE = """Test accuracy in per cent: best is the highest of all epochs, last is the mean of the last 10. Ours: mean ±
 standard deviation over n seeds, all with the same noise; each seed draws its own subset of the images, if there is one.
+With --ema, accuracies of both networks together are those of the averaged weights.
 Cross-entropy beside the paper's is net 1 alone, as in the paper. Only finished runs are here; `results.csv` has all."""
 
 
@@ -45,7 +47,7 @@ def table_of_runs(rows: Sequence[Row], out_dir: Path) -> pd.DataFrame:
 
 def measures(row: Row, files: RunFiles) -> dict[str, float | None]:
     """The run's value of each of the row's numbers; None where it has none."""
-    epochs = pd.DataFrame(files.records)
+    epochs = pd.DataFrame(map(logs.of_averages, files.records))
     values = epochs.loc[epochs["val_acc" if "val_acc" in epochs else "test_acc"].idxmax()].to_dict()
     if row.script == "Train_clothing1M.py":  # tested once, at the end, with each network's best epoch
         values |= files.result
@@ -99,7 +101,7 @@ def draw(axes: Any, row: Row, runs: pd.DataFrame, out_dir: Path) -> None:
     for i, (setting, group) in enumerate(runs.groupby("setting")):
         label = setting[:40] or "the row's setting"
         for name in group.run_folder:
-            epochs = pd.DataFrame(read(out_dir / name).records)
+            epochs = pd.DataFrame(map(logs.of_averages, read(out_dir / name).records))
             y = epochs[row.column if row.column in epochs else "val_acc"]
             axes.plot(epochs["epoch"], y, color=f"C{i}", marker="." if len(y) < 30 else "", label=label)
             label = None

@@ -66,9 +66,15 @@ class RunFolder:
         return range(1, 1 + self.ablation.nets)
 
     @property
+    def last_record(self) -> dict[str, Any]:
+        """The last epoch's record. With --ema, the numbers of the averaged weights, which best.pt has, are in the place
+        of those of the trained networks."""
+        return logs.of_averages(self.records[-1])
+
+    @property
     def best(self) -> float | None:
         """Test accuracy (%) of the best epoch; None while it is not known."""
-        return self.records[-1].get("best_acc", self.result.get("test_acc"))
+        return self.last_record.get("best_acc", self.result.get("test_acc"))
 
     @property
     def best_epochs(self) -> list[int]:
@@ -78,7 +84,7 @@ class RunFolder:
     @property
     def best_validation(self) -> float | None:
         """Validation accuracy (%) of the best epoch; None without validation images."""
-        return self.records[-1].get("best_val_acc", max(self.numbers("val_acc"), default=None))
+        return self.last_record.get("best_val_acc", max(self.numbers("val_acc"), default=None))
 
     @property
     def labels_digest(self) -> str:

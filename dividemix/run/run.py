@@ -401,7 +401,8 @@ class Run:
             lambda: scoring.is_scored(self.folder, epochs, np.concatenate([self.labels[name] for name in splits]))
         ):
             return
-        nets, weights = self.runtime.averaged(self.nets), " with the averaged weights" * bool(self.runtime.averages)
+        nets, averaged = self.runtime.averaged(self.nets), bool(self.runtime.averages)
+        weights = " with the averaged weights" * averaged
         self.say(f"scoring all {sum(map(len, splits.values()))} training labels{weights}")
         try:
             scores = [scoring.ensemble_scores(nets, data, self.phase("labels")) for data in splits.values()]
@@ -409,11 +410,11 @@ class Run:
             if self.ranks.first:
                 mean = self.probabilities.mean
                 # Not with averaged weights; nor if damaged images were left out since
-                if mean is not None and len(mean) == len(train) and not self.runtime.averages:
+                if mean is not None and len(mean) == len(train) and not averaged:
                     scores[0]["probabilities"] = mean.float().cpu().numpy()
                 if self.mixmatch.warm_up != math.inf:  # cross-entropy has no clean probabilities
-                    given = self.labels["given"]
-                    scores[0] |= scoring.clean_probabilities(scores[0], self.mixtures, self.args.seed, epochs, given)
+                    settings = self.mixtures, self.args.seed, epochs, self.labels["given"], averaged
+                    scores[0] |= scoring.clean_probabilities(scores[0], *settings)
                 scoring.write(self.folder, epochs, splits, scores, self.labels, first)
         except Exception as error:
             if self.ranks.world > 1:

@@ -67,13 +67,21 @@ def ensemble_scores(nets: Sequence[nn.Module], data: DataSet, phase: Phase) -> d
 
 
 def clean_probabilities(
-    scores: dict[str, NDArray], mixtures: Sequence[Mixture], seed: int, epochs: int, given_labels: NDArray
+    scores: dict[str, NDArray],
+    mixtures: Sequence[Mixture],
+    seed: int,
+    epochs: int,
+    given_labels: NDArray,
+    averaged: bool = False,
 ) -> dict[str, NDArray[np.float64]]:
-    """p_clean_net1 and p_clean_net2 (N,): the clean probabilities by which a further epoch would divide."""
+    """p_clean_net1 and p_clean_net2 (N,): the clean probabilities by which a further epoch would divide. averaged:
+    whether the scores are of averaged weights; their losses are not mixed with those of earlier epochs, which are of
+    the trained networks."""
     probabilities = {}
     for k, mixture in enumerate(mixtures):
         random_state = int(draws(seed, "divide", epochs, k).integers(2**32))
-        losses = mixture.in_window(scores[f"loss_net{k + 1}"])
+        loss = scores[f"loss_net{k + 1}"]
+        losses = loss if averaged else mixture.in_window(loss)
         labels = given_labels if mixture.division == "per_class" else None
         probabilities[f"p_clean_net{k + 1}"] = clean_probability(losses, mixture.window, random_state, labels)
     return probabilities
@@ -155,7 +163,7 @@ def failures(run: RunFolder) -> list[str]:
     probabilities, p_clean = scores["probabilities"], net_arrays(scores, "p_clean")
     by_chance = max(_LITTLE_LABELS, 2 / np.sqrt(min(len(given), _CHECKED) * (probabilities.shape[1] - 1)))  # kappa
     if name := run.measured:
-        name, accuracy = name.removesuffix("_acc"), run.records[-1][name] / 100
+        name, accuracy = name.removesuffix("_acc"), run.last_record[name] / 100
         largest = np.bincount(given).max() / len(given)
         if accuracy - largest <= _LITTLE_SKILL * (1 - largest) and run.data.get(name, _FEWEST) >= _FEWEST:
             better = f"the {name} accuracy, {accuracy:.1%}, is hardly better than that of guessing the largest class"

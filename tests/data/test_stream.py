@@ -20,7 +20,7 @@ from torchvision import transforms
 import dataloader_clothing1M
 import dataloader_webvision
 from dividemix import DivideMixError, DivideMixWarning, engine
-from dividemix.data import images, store
+from dividemix.data import autoaugment, images, store
 from dividemix.data.images import Views
 from dividemix.data.lists import ImageList
 from dividemix.data.stream import Pipeline
@@ -113,9 +113,9 @@ def test_workers_and_memory_change_nothing(clothing, kind, keep, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_strong_views_leave_the_others_as_they_are(clothing, workers):
+def test_strong_views_leave_the_others_as_they_are(clothing, workers, monkeypatch):
     """The targets would be found on other views than without them, or each image be decoded twice for one step; kept
-    images would train on another policy than those that are read."""
+    images would train on another policy than those that are read; or the strong views be crops of the weak ones."""
     division, views = half(56, 37), Views(36, 32, strong=True)
     with pipeline(clothing) as weak, pipeline(clothing, views, workers=workers) as strong:
         a, b = (made.images("train").mixmatch_batches(division, 15, rng()) for made in (weak, strong))
@@ -128,6 +128,10 @@ def test_strong_views_leave_the_others_as_they_are(clothing, workers):
         for (_, expected), batch in zip(batches, kept.mixmatch_batches(division, 15, rng()), strict=True):
             assert_same(batch, expected)
         assert len(strong.normalise.mixmatch_views(*batch)) == 10
+    monkeypatch.setattr(autoaugment, "augment_one", lambda image, _: image)
+    with pipeline(clothing, views) as cropped:
+        x1, x2, *_, x3, x4, _, _ = next(iter(cropped.images("train").mixmatch_batches(division, 15, rng())))
+    assert len({tuple(x.flatten().tolist()) for x in (x1, x2, x3, x4)}) == 4
 
 
 def test_strong_views_of_images_on_a_card_are_those_of_the_workers():

@@ -27,7 +27,7 @@ from dividemix.data.device import DeviceImages, draw_crops, plan_mixmatch, plan_
 from dividemix.engine import MixMatch, Phase  # noqa: E402
 from dividemix.report import report  # noqa: E402
 from dividemix.run import command_line  # noqa: E402
-from dividemix.runtime import Batches, Runtime, start  # noqa: E402
+from dividemix.runtime import Average, Batches, Runtime, start  # noqa: E402
 from dividemix.seeds import seeded  # noqa: E402
 from helpers.nets import half, small_net, snapshot  # noqa: E402
 
@@ -150,12 +150,14 @@ def small(out: str) -> None:
     for n, labeled, batch_size in ((18, 17, 8), (23, 9, 4), (9, 9, 4), (3, 1, 2)):
         net, peer = network(runtime, 1), network(runtime, 2)
         optimizer = runtime.optimizer(net, 0.02, 5e-4)
+        runtime.averages = {net: Average(net, 0.9)}
         data, phase = digits(n, runtime), Phase(3, np.random.default_rng(n))
         settings = MixMatch(num_class=4, batch_size=batch_size, warm_up=1)
         warmup = engine.warmup_epoch(net, optimizer, data, settings, phase)
         terms = engine.train_epoch(net, peer, optimizer, data, half(n, labeled), settings, phase)
         momentum = [state["momentum_buffer"] for state in optimizer.state.values()]
-        phases.append([list(warmup), list(terms), snapshot(net), momentum, snapshot(peer)])
+        average = snapshot(runtime.averages.pop(net).net)
+        phases.append([list(warmup), list(terms), snapshot(net), momentum, snapshot(peer), average])
     save("phases", phases)
 
     # BN statistics that differ are averaged

@@ -2,6 +2,7 @@
 
 import re
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,6 +77,16 @@ def test_the_tables_by_hand(runs):
     assert table.values[1, :6].tolist() == ["digits_0.5_sym_ce_seed1", "3", "42.00", "42.00", "41.00", "-"]
     rows = [re.split(" {2,}", line.strip()) for line in compare.console_table(table).splitlines()]
     assert rows == [table.columns.tolist(), *table.values.tolist()]
+
+
+def test_a_run_with_averaged_weights_has_their_numbers(runs):
+    """Else averaging seems to change nothing, and the accuracy is not that of best.pt."""
+    *records, last = runs[0].records
+    last = last | {"test_acc_ema": 60.0, "best_acc_ema": 62.0, "last10_acc_ema": 61.0, "val_acc": 1.0}
+    last |= {"best_val_acc": 2.0, "best_val_acc_ema": 3.0}
+    run = replace(runs[0], records=[*records, last])
+    assert [*compare.accuracies(run).values()] == [62.0, 60.0, 61.0, 3.0]
+    assert figures.accuracy(run).iloc[-1] == 60.0
 
 
 def test_a_run_without_truth_list_or_test_has_dashes(tmp_path):

@@ -91,6 +91,17 @@ def test_other_settings_stand_apart_and_say_what_differs(tmp_path):
     assert (table.row == name).sum() == 4
 
 
+def test_a_run_with_averaged_weights_has_their_numbers(tmp_path):
+    """Else averaging seems to change nothing, and the accuracy is not that of best.pt."""
+    name = "cifar10-sym-20"
+    make(tmp_path / f"{name}_seed123_ema-0.9", name, [80.0, 81.0, 82.0], ema=0.9)
+    path = tmp_path / f"{name}_seed123_ema-0.9" / "metrics.jsonl"
+    records = [json.loads(line) | {"best_acc_ema": 95.0} for line in path.open()]
+    records = [record | {"test_acc_ema": record["test_acc"] + 10} for record in records]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert written(tmp_path, name)[1][name][-1][2] == "95.00 / 91.00"
+
+
 def test_each_row_reads_its_own_numbers(tmp_path, monkeypatch):
     """Else an ensemble stands beside a single network, a last epoch beside a best one, or a peak on the test set."""
     for name in ("cifar10-sym-50-ce", "cifar10-sym-50", "digits-sym-50-ce"):

@@ -68,6 +68,10 @@ def test_clean_probabilities_are_those_of_the_next_epoch_and_nothing_is_kept(mon
     by_class = reference.divide(losses[2], random_state=int(draws(3, "divide", 2).integers(2**32)), labels=given)
     np.testing.assert_array_equal(scores["p_clean_net1"], by_class.clean_probability)
     assert (by_class.clean_probability != expected.clean_probability).any()
+    scores = scoring.clean_probabilities({"loss_net1": losses[2]}, [mixture], 3, 2, given, averaged=True)
+    reference.history = []  # the losses of earlier epochs are of other weights than averaged ones
+    of_averages = reference.divide(losses[2], random_state=int(draws(3, "divide", 2).integers(2**32)), labels=given)
+    np.testing.assert_array_equal(scores["p_clean_net1"], of_averages.clean_probability)
     monkeypatch.setattr(scoring, "clean_probability", lambda losses, window, random_state, labels: random_state)
     losses = dict.fromkeys(("loss_net1", "loss_net2"), losses[2])
     states = scoring.clean_probabilities(losses, [mixture] * 2, 3, 2, given)
