@@ -23,7 +23,7 @@ from typing import Any
 import dataloader_cifar
 from dividemix import recipes, report
 from dividemix.engine import co_divide, test, train_epoch, warmup_epoch
-from dividemix.run import Run, command_line, defaults, description, logs, options
+from dividemix.run import Description, Run, command_line, defaults, logs, options
 from dividemix.runtime import set_learning_rate
 
 
@@ -62,10 +62,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         optimizers = [runtime.optimizer(net, args.lr, recipes.CIFAR_WEIGHT_DECAY) for net in nets]
         mixtures = options.mixtures(args, len(nets))
         warm_up = math.inf if args.method == "ce" else args.warm_up
-        ablated = {"refine": ablation.refine, "views": ablation.views}
-        mixmatch = options.mixmatch(args, warm_up=warm_up, conf_penalty=setting.conf_penalty, **ablated)
+        mixmatch = options.mixmatch(
+            args, warm_up=warm_up, conf_penalty=setting.conf_penalty, refine=ablation.refine, views=ablation.views
+        )
         shape = args.arch, args.num_class, args.width
-        model = description.describe(*shape, images.class_names, images.preparation, len(nets))
+        model = Description(*shape, images.class_names, images.preparation, len(nets)).as_dict()
         run.start(argv, nets, optimizers, mixtures, mixmatch, data=summary, model=model, lines=[*lines, *setting.lines])
         choice = options.blind_choice(args, run, mixtures, train)
 
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             # W = GMM(X, Y, theta): both networks divide the samples before either is trained.
             divisions = [None] * len(nets)
             if epoch >= mixmatch.warm_up:
-                divisions = co_divide(nets, [train] * len(nets), mixtures, run.phase, run.probabilities)
+                divisions = co_divide(nets, [train] * len(nets), mixtures, run.phase, run.probabilities.add)
                 if choice:
                     mixmatch = choice.update(divisions, mixmatch)
 

@@ -18,7 +18,7 @@ from dividemix.codivide import Mixture
 from dividemix.data import Pipeline, StreamedImages, Views, check
 from dividemix.engine import Phase, co_divide, test, train_epoch, warmup_epoch
 from dividemix.networks import load_weights
-from dividemix.run import Preparation, Run, command_line, defaults, description, logs, options, splits
+from dividemix.run import Description, Preparation, Run, command_line, defaults, logs, options, splits
 from dividemix.runtime import set_learning_rate
 
 PAPER = recipes.CLOTHING1M
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             mixmatch = options.mixmatch(args, unlabeled_loss=False, conf_penalty=PAPER.conf_penalty)
             summary = {"classes": data.class_names, **{name: len(images) for name, images in split.lists.items()}}
             preparation = Preparation(data.mean, data.std, views.crop, views.resize)
-            model = description.describe(args.arch, args.num_class, args.width, data.class_names, preparation)
+            model = Description(args.arch, args.num_class, args.width, data.class_names, preparation).as_dict()
             lines = [*split.lines, *notes]
             run.start(argv, nets, optimizers, mixtures, mixmatch, data=summary, model=model, lines=lines)
 

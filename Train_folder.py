@@ -23,7 +23,7 @@ from dataloader_folder import IMAGENET_MEAN, IMAGENET_STD, Folder, mean_std
 from dividemix import DivideMixError, report
 from dividemix.data import DeviceImages, FeatureSet, Pipeline, StreamedImages, Views, check, duplicates, features
 from dividemix.engine import DataSet, co_divide, test, train_epoch, warmup_epoch
-from dividemix.run import Preparation, Run, Split, command_line, defaults, description, logs, options, splits
+from dividemix.run import Description, Preparation, Run, Split, command_line, defaults, logs, options, splits
 from dividemix.runtime import is_out_of_memory, set_learning_rate
 
 Images = DeviceImages | StreamedImages
@@ -87,7 +87,7 @@ def train(
             summary |= {"mean": mean, "std": std, "resize": views.resize, "crop": views.crop}
             preparation = Preparation(tuple(mean), tuple(std), views.crop, views.resize)
             shape = args.arch, args.num_class, args.width
-            model = description.describe(*shape, data.class_names, preparation, num_features=num_features)
+            model = Description(*shape, data.class_names, preparation, num_features=num_features).as_dict()
             lines = dataloader_folder.describe(data, data.train.labels[split.index], tests, mean, std, views.flip)
             # Of streamed images: see below
             lines += pipeline.describe_images(split.held_out) if args.data_mode == "device" else []
@@ -100,7 +100,7 @@ def train(
                 # W = GMM(X, Y, theta): both networks divide the samples before either is trained.
                 divisions = [None, None]
                 if epoch >= mixmatch.warm_up:
-                    divisions = co_divide(nets, [train, train], mixtures, run.phase, run.probabilities)
+                    divisions = co_divide(nets, [train, train], mixtures, run.phase, run.probabilities.add)
                     if choice:
                         mixmatch = choice.update(divisions, mixmatch)
 

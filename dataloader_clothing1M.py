@@ -39,10 +39,6 @@ class Clothing1M:
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
 
-    @property
-    def num_class(self) -> int:
-        return len(self.class_names)
-
 
 def load(data_path: str | Path) -> Clothing1M:
     """Reads the lists, not the images. Raises DivideMixError, one line with everything that is missing or wrong."""

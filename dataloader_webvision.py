@@ -26,10 +26,6 @@ class WebVision:
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
 
-    @property
-    def num_class(self) -> int:
-        return len(self.class_names)
-
 
 def load(data_path: str | Path, num_class: int = 50) -> WebVision:
     """Reads the lists of the classes 0 to num_class - 1, not the images. Raises DivideMixError, one line with

@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dividemix.codivide import Mixture
-from dividemix.engine import MixMatch, PhaseTerms
+from dividemix.engine import MixMatch, Terms
 from dividemix.files import write_state
 from dividemix.run import Run, to_host
 from dividemix.runtime import Runtime, start
@@ -103,7 +103,7 @@ def waited(run_folder: Path, trained: tuple[list, list, list], epoch_seconds: fl
         for epoch in run.epochs(1 + repeats):
             time.sleep(epoch_seconds)
             accuracy = {name: float(epoch) for name in ("test_acc", "test_acc_net1", "test_acc_net2")}
-            run.end_epoch(0.02, [None, None], [PhaseTerms(0.0, 0.0, 0.0, 0.0)] * 2, accuracy)
+            run.end_epoch(0.02, [None, None], [Terms(0.0, 0.0, 0.0, 0.0)] * 2, accuracy)
     return statistics.median(record["seconds_save"] for record in run.records[1:])
 
 

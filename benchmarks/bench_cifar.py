@@ -125,7 +125,7 @@ class FastEpoch:
         engine.test(self.nets, {"test": self.test}, self.phase)
         return {**self.seconds, "epoch": self.time() - begin}
 
-    def mixmatch(self, k: int, division: Division) -> engine.PhaseTerms:
+    def mixmatch(self, k: int, division: Division) -> engine.Terms:
         nets, phase = (self.nets[k], self.nets[1 - k]), self.phase("train", k)
         return engine.train_epoch(*nets, self.optimizers[k], self.train, division, self.settings, phase)
 

@@ -68,21 +68,15 @@ def linear_rampup(t: Tensor | float, warm_up: float, lambda_u: float, rampup_len
     return lambda_u * ramp
 
 
-def prior_penalty(logits: Tensor, gather: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def prior_penalty(logits: Tensor, over_ranks: Callable[[Tensor], Tensor] = lambda log_pbar: log_pbar) -> Tensor:
     """Divergence of the mean prediction from a uniform prior, (B, C) -> scalar.  (Eq. 11)
 
     sum_c 1/C * log((1/C) / pbar_c), with log pbar taken by logsumexp, so a class that no row predicts stays finite.
-    `gather`: (C,) -> (K, C), if the rows are one of K equal parts of a batch (one on each rank): pbar is then the mean
-    over all parts. The gradient is scaled so that its mean over the K parts is the gradient of the whole batch.
+    over_ranks: log pbar of these rows -> log pbar of the whole batch, where the rows are a part of it.
     """
     rows, classes = logits.shape
     log_pbar = F.log_softmax(logits, dim=1).logsumexp(dim=0) - math.log(rows)  # (C,)
-    if gather:
-        gathered = gather(log_pbar.detach())
-        log_pbar_all = gathered.logsumexp(dim=0) - math.log(len(gathered))
-        ratio = (log_pbar - log_pbar_all).exp()  # pbar of these rows / pbar of all; its gradient is that of log pbar
-        log_pbar = log_pbar_all + ratio - ratio.detach()
-    return -math.log(classes) - log_pbar.mean()
+    return -math.log(classes) - over_ranks(log_pbar).mean()
 
 
 def neg_entropy(logits: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ step to step is a tensor.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -99,22 +99,13 @@ def plain_forward(net: nn.Module, *batches: Tensor) -> list[Tensor]:
     return [net(x) for x in batches]
 
 
-class StepTerms(NamedTuple):
-    """Detached 0-d tensors of one step."""
+class Terms(NamedTuple):
+    """The terms of the loss: of one step detached 0-d tensors, of a phase their means, as numbers."""
 
-    loss: Tensor
-    labeled: Tensor  # Lx
-    unlabeled: Tensor  # Lu, before its weight
-    penalty: Tensor
-
-
-class PhaseTerms(NamedTuple):
-    """Means over a phase's steps."""
-
-    loss: float
-    labeled: float
-    unlabeled: float
-    penalty: float
+    loss: Any
+    labeled: Any  # Lx
+    unlabeled: Any  # Lu, before its weight
+    penalty: Any
 
 
 class Scores(NamedTuple):
@@ -125,33 +116,13 @@ class Scores(NamedTuple):
     probability: Tensor | None = None  # (N, C) float32, on the device, if asked for
 
 
-_HALF_FROM = 2**30  # bytes: larger mean probabilities are float16
-
-
-@dataclass
-class MeanProbabilities:
-    """The probabilities of N samples, averaged over all scoring passes of both networks so far (`co_divide`). The label
-    list is made from them: what single networks have memorised counts less."""
-
-    mean: Tensor | None = None  # (N, C) on the device, float16 above 1 GB; None before the first pass
-    count: int = 0  # passes in it
-
-    def add(self, probability: Tensor) -> None:
-        if self.mean is None or self.mean.shape != probability.shape:  # the run goes on without damaged images
-            self.count = 0
-            dtype = torch.float16 if probability.nbytes > _HALF_FROM else torch.float32
-            self.mean = torch.zeros_like(probability, dtype=dtype)
-        self.count += 1
-        self.mean += (probability - self.mean) / self.count
-
-
 # ---- One step ----
 
 
 def mixmatch_step(
     net, peer, optimizer, x1, x2, labels, w, u1, u2, *, T: float, num_class: int, unlabeled_loss: bool = True,
     strong: Sequence[Tensor] = (), **draws,
-) -> StepTerms:  # fmt: skip
+) -> Terms:  # fmt: skip
     """`train_step` with its settings as separate arguments. draws: lam, index, lambda_u; optional: strong, which is x3,
     x4, u3, u4; forward, ranks."""
     mixmatch = MixMatch(num_class, len(x1), T, unlabeled_loss=unlabeled_loss)
@@ -170,7 +141,7 @@ def train_step(
     *,
     forward: Forward = plain_forward,
     ranks: Ranks = ALONE,
-) -> StepTerms:
+) -> Terms:
     """Co-refine, co-guess, MixMatch and one update of `net`, with `peer` frozen (Algorithm 1, inner loop).
 
     batch: x1, x2 (B, ...) two views of the labeled images, labels int64 (B,), w (B,) their clean probability; u1, u2
@@ -194,27 +165,27 @@ def train_step(
     M, T = mixmatch.views, mixmatch.T
     xs, us = [x1, x2][:M], [u1, u2][:M] if len(u1) else []
     with torch.no_grad():
-        views = forward(net, *us, *xs)
-        logits_u, logits_x = views[:-M], views[-M:]
+        logits = forward(net, *us, *xs)  # u first, as published: the order moves BN's statistics
+        logits_u, logits_x = logits[: len(us)], logits[len(us) :]
         if us and peer is not None:
             logits_u = logits_u + forward(peer, *us)
-        targets_u = [co_guess(logits_u, T)] * M if us else []
+        q = co_guess(logits_u, T) if us else None
         # torch.nn.functional.one_hot would check the range on the host: a sync
         one_hot = (labels.unsqueeze(1) == torch.arange(mixmatch.num_class, device=labels.device)).to(w.dtype)
-        targets_x = [co_refine(one_hot, w, logits_x, T) if mixmatch.refine else one_hot] * M
+        p = co_refine(one_hot, w, logits_x, T) if mixmatch.refine else one_hot
 
     if strong:
         xs, us = strong[:2][:M], strong[2:][: len(us)]
-    inputs, targets = torch.cat([*xs, *us]), torch.cat([*targets_x, *targets_u])
+    inputs, targets = torch.cat([*xs, *us]), torch.cat([p] * len(xs) + [q] * len(us))
     rows_x = M * len(x1)
     mixed, mixed_targets = mixup(inputs, targets, lam, index if mixmatch.unlabeled_loss else index[:rows_x])
 
     [logits] = forward(net, mixed)  # all rows in one forward, also where lambda_u is 0: BN and the penalty see them all
     Lx, Lu = semi_loss(logits[:rows_x], mixed_targets[:rows_x], logits[rows_x:], mixed_targets[rows_x:])
-    penalty = prior_penalty(logits, ranks.gather if ranks.world > 1 else None)
+    penalty = prior_penalty(logits, ranks.log_mean)
     loss = Lx + lambda_u * Lu + penalty
     update(optimizer, loss, ranks)
-    return StepTerms(loss.detach(), Lx.detach(), Lu.detach(), penalty.detach())
+    return Terms(loss.detach(), Lx.detach(), Lu.detach(), penalty.detach())
 
 
 def warmup_step(
@@ -226,7 +197,7 @@ def warmup_step(
     conf_penalty: bool,
     forward: Forward = plain_forward,
     ranks: Ranks = ALONE,
-) -> StepTerms:
+) -> Terms:
     """Cross-entropy of images x (B, ...) on their given labels (B,), plus the confidence penalty if wanted (Eq. 2)."""
     net.train()
     [logits] = forward(net, x)
@@ -234,13 +205,13 @@ def warmup_step(
     penalty = neg_entropy(logits) if conf_penalty else torch.zeros_like(cross_entropy)
     loss = cross_entropy + penalty
     update(optimizer, loss, ranks)
-    return StepTerms(loss.detach(), cross_entropy.detach(), torch.zeros_like(loss), penalty.detach())
+    return Terms(loss.detach(), cross_entropy.detach(), torch.zeros_like(loss), penalty.detach())
 
 
 # ---- One phase ----
 
 
-def warmup_epoch(net: nn.Module, optimizer: Optimizer, data: DataSet, mixmatch: MixMatch, phase: Phase) -> PhaseTerms:
+def warmup_epoch(net: nn.Module, optimizer: Optimizer, data: DataSet, mixmatch: MixMatch, phase: Phase) -> Terms:
     """One pass of plain cross-entropy over all samples with their given labels, one augmented view each.
 
     Raises Diverged when a loss or gradient was not finite.
@@ -249,14 +220,14 @@ def warmup_epoch(net: nn.Module, optimizer: Optimizer, data: DataSet, mixmatch: 
         batch_size, views, ranks = 2 * mixmatch.batch_size, data.warmup_views, data.runtime.ranks
         batches = data.warmup_batches(batch_size, phase.rng)
 
-        def step(forward: Forward, *batch: Tensor) -> StepTerms:  # a captured step is kept: it must not hold `data`
+        def step(forward: Forward, *batch: Tensor) -> Terms:  # a captured step is kept: it must not hold `data`
             penalty = mixmatch.conf_penalty
             return warmup_step(net, optimizer, *views(*batch), conf_penalty=penalty, forward=forward, ranks=ranks)
 
         key = ("warmup", net, optimizer, views, mixmatch)
         draws = [()] * len(batches)
         terms = run_steps(key, step, batches, draws, batch_size, net, optimizer, data.runtime, phase.rng, phase.bar)
-        return PhaseTerms(*terms)
+        return Terms(*terms)
 
 
 def train_epoch(
@@ -267,7 +238,7 @@ def train_epoch(
     division: Division,
     mixmatch: MixMatch,
     phase: Phase,
-) -> PhaseTerms:
+) -> Terms:
     """Train `net` for one pass over the labeled set of its peer's `division`, with `peer` frozen. If `peer` is `net`
     itself, it guesses alone (Table 5, without co-training).
 
@@ -288,7 +259,7 @@ def train_epoch(
         ramp: Tensor = linear_rampup(t, mixmatch.warm_up, mixmatch.lambda_u)
         peer = None if peer is net else peer
 
-        def step(forward: Forward, lam: Tensor, index: Tensor, lambda_u: Tensor, *batch: Tensor) -> StepTerms:
+        def step(forward: Forward, lam: Tensor, index: Tensor, lambda_u: Tensor, *batch: Tensor) -> Terms:
             images, draws = views(*batch), (lam, index, lambda_u)
             return train_step(net, peer, optimizer, images, mixmatch, *draws, forward=forward, ranks=ranks)
 
@@ -296,7 +267,7 @@ def train_epoch(
         draws = [(lam[i], index[i], ramp[i]) for i in range(len(batches))]
         batch_size = mixmatch.batch_size
         terms = run_steps(key, step, batches, draws, batch_size, net, optimizer, data.runtime, rng, phase.bar)
-        return PhaseTerms(*terms)
+        return Terms(*terms)
 
 
 class Divisions(Sequence):
@@ -318,21 +289,21 @@ def co_divide(
     sets: Sequence[DataSet],
     mixtures: Sequence[Mixture],
     phase: Callable[[str, int], Phase] = silent,
-    mean: MeanProbabilities | None = None,
+    keep_probabilities: Callable[[Tensor], None] | None = None,
 ) -> Divisions:
     """W = GMM(X, Y, theta): network k scores sets[k], and mixtures[k] divides it (Sec. 3.1), before any is trained.
 
     Net 2 comes first, because net 1 is trained first and learns from its division. On a card each mixture is fitted in
-    a thread while the card goes on. mean gets the networks' probabilities, where they score the same samples in every
-    epoch. Raises Diverged, here or when a division is read, for losses that are not finite or all equal.
+    a thread while the card goes on. keep_probabilities gets each network's probabilities (N, C). Raises Diverged, here
+    or when a division is read, for losses that are not finite or all equal.
     """
     fits: list[Callable[[], Division | None]] = [lambda: None] * len(nets)
     for k in reversed(range(len(nets))):
-        scores = per_sample_loss(nets[k], sets[k], phase("loss", k), with_probability=mean is not None)
+        scores = per_sample_loss(nets[k], sets[k], phase("loss", k), with_probability=keep_probabilities is not None)
         random_state = int(phase("divide", k).rng.integers(2**32))
         arguments = scores.loss.numpy(), scores.prediction.numpy(), sets[k].truly_clean, random_state
         if scores.probability is not None:
-            mean.add(scores.probability)
+            keep_probabilities(scores.probability)
         with phase("gmm", k):
             fits[k] = sets[k].runtime.background(mixtures[k].divide, *arguments, sets[k].given_labels, f"net {k + 1}")
     return Divisions(fits, phase)

@@ -134,7 +134,6 @@ class ImageRecipe:
     """A set of large images with real noise. method, images: defaults of the flags of `options.add_method` and
     `options.add_images`. results: the paper's, by their names in an epoch's record."""
 
-    name: str
     method: dict[str, Any]
     images: dict[str, Any]
     weight_decay: float
@@ -158,7 +157,6 @@ class ImageRecipe:
 _METHOD = {"batch_size": 32, "lr_drop": 40, "num_epochs": 80, "warm_up": 1}
 _METHOD |= {"alpha": 0.5, "lambda_u": 0, "p_threshold": 0.5, "division": "global"}
 CLOTHING1M = ImageRecipe(
-    "Clothing1M",
     _METHOD | {"lr": 0.002},
     {"arch": "resnet50", "weights": "imagenet", "image_size": 224, "num_class": 14, "num_batches": 1000},
     weight_decay=1e-3,
@@ -167,7 +165,6 @@ CLOTHING1M = ImageRecipe(
     results={"test_acc": 74.76},
 )
 WEBVISION = ImageRecipe(
-    "WebVision",
     _METHOD | {"lr": 0.01},
     {"arch": "inceptionresnetv2", "weights": "none", "image_size": 299, "num_class": 50},
     weight_decay=5e-4,

@@ -25,7 +25,7 @@ def test_images_and_labels_of_both_layouts(tmp_path, monkeypatch, images_folder)
         data = load(path)
         assert Path(data.train.path(3)) == start / "3/03/0000000003,1000000003.jpg"
     assert [len(images) for images in (data.train, data.val, data.test)] == [30, 16, 14]
-    assert data.num_class == NUM_CLASS == 14 and data.class_names[13] == "Underwear"
+    assert NUM_CLASS == 14 and data.class_names[13] == "Underwear"
     assert all(Path(images.path(i)).is_file() for images in (data.train, data.val, data.test) for i in range(14))
     noisy = dict(line.rsplit(" ", 1) for line in (root / "noisy_label_kv.txt").read_text().splitlines())
     keys = (root / "noisy_train_key_list.txt").read_text().split()

@@ -20,7 +20,7 @@ def test_images_and_labels(tmp_path, wnid_folders):
     """One of the two namings of ImageNet's folders could not be read, or images would get wrong labels."""
     root = make_webvision(tmp_path / "data", 40, 20, 30, noise=0.0, wnid_folders=wnid_folders)
     data = load(f"{root}/", num_class=10)
-    assert [len(images) for images in (data.train, data.val, data.imagenet)] == [40, 20, 30] and data.num_class == 10
+    assert [len(images) for images in (data.train, data.val, data.imagenet)] == [40, 20, 30]
     assert data.train.labels.tolist() == list(range(10)) * 4 and data.val.labels.tolist() == list(range(10)) * 2
     assert data.imagenet.labels.tolist() == np.repeat(np.arange(10), 3).tolist()
     assert Path(data.train.path(11)) == root / "google/q0002/images000003/Zx_11-9Q.jpg"

@@ -28,6 +28,7 @@ from helpers.nets import (
 from dividemix import Diverged, engine, recipes
 from dividemix.codivide import Mixture, codivide
 from dividemix.engine import MixMatch, Phase
+from dividemix.run import scoring
 from dividemix.run.progress import RunPhase
 from dividemix.runtime import Runtime
 from PreResNet import ResNet18
@@ -177,7 +178,7 @@ def test_an_epoch_is_one_pass_and_the_ramp_counts_as_the_authors(monkeypatch, ti
         noted[name].append([*batch, lam, lambda_u])
         assert (peer is None) == (name in ALONE)
         assert sorted(index.tolist()) == list(range(ABLATED[name][2] * (len(batch[0]) + len(batch[4]))))
-        return engine.StepTerms(*torch.zeros(4))
+        return engine.Terms(*torch.zeros(4))
 
     monkeypatch.setattr(engine, "train_step", spy)
     net, peer = small_net(), small_net()
@@ -374,12 +375,12 @@ def test_a_division_by_class_gets_the_given_labels(tiny_images, monkeypatch):
 @pytest.mark.parametrize("limit", [2**30, 0], ids=["float32", "float16"])
 def test_probabilities_are_averaged_over_networks_and_epochs(tiny_images, monkeypatch, limit):
     """Else the label list is made from one network, or from one epoch, or it changes how the samples are divided."""
-    monkeypatch.setattr(engine, "_HALF_FROM", limit)
-    data, mean, expected = placed(Runtime(CPU, eval_batch_size=7), tiny_images), engine.MeanProbabilities(), 0
+    monkeypatch.setattr(scoring, "_HALF_FROM", limit)
+    data, mean, expected = placed(Runtime(CPU, eval_batch_size=7), tiny_images), scoring.MeanProbabilities(), 0
     x, _ = next(iter(tiny_images.eval_batches(24)))
     for _ in range(2):
         nets = linear_nets()
-        with_mean = engine.co_divide(nets, [data] * 2, [Mixture(0.5), Mixture(0.5)], run_phase, mean)
+        with_mean = engine.co_divide(nets, [data] * 2, [Mixture(0.5), Mixture(0.5)], run_phase, mean.add)
         without = engine.co_divide(nets, [data] * 2, [Mixture(0.5), Mixture(0.5)], run_phase)
         np.testing.assert_equal(*([dataclasses.asdict(division) for division in both] for both in (with_mean, without)))
         expected = expected + sum(net(x).softmax(dim=1).detach() for net in nets) / 4

@@ -56,7 +56,7 @@ def run_check(
     """`--check_data`: prints a report on the lists and problems that a data loader's `find` gives, after the
     `first_lines`; with `skip` also how many images --skip_bad_images would leave. Only rank 0 checks. Raises
     DivideMixError where training could not run."""
-    if from_environment()[0] != 0:
+    if not from_environment().first:
         return
     if not lists:
         print(*problems, "no image was read", sep="\n", flush=True)

@@ -29,8 +29,8 @@ _HALF_FROM = 2**30  # bytes: larger sets of features are float16
 class FeatureSet(DeviceImages):
     """N samples with labels (the given labels, for training) and V stored views of each, on the runtime's device.
 
-    features (V, N, D) float32 or float16; labels int64 (N,); images: what `originals` shows; truly_clean bool (N,),
-    where it is known. A training view is one of the V, drawn for each sample and step. Evaluation takes the first.
+    features (V, N, D) float32 or float16; labels int64 (N,); images: what `originals` shows. A training view is one of
+    the V, drawn for each sample and step. Evaluation takes the first.
     Raises DivideMixError where the device has no memory for them.
     """
 
@@ -40,10 +40,9 @@ class FeatureSet(DeviceImages):
         labels: NDArray[np.int64],
         runtime: Runtime | None = None,
         images: StreamedImages | None = None,
-        truly_clean: NDArray[np.bool_] | None = None,
     ):
-        self.runtime, self.images, self.truly_clean = runtime or Runtime(), images, truly_clean
-        self.strong = False
+        self.runtime, self.images = runtime or Runtime(), images
+        self.truly_clean, self.strong = None, False
         try:
             self.features = torch.from_numpy(features).to(self.runtime.device)
         except (RuntimeError, MemoryError) as error:

@@ -21,7 +21,7 @@ from dividemix import DivideMixError
 from dividemix.data import READING
 from dividemix.deploy.ensemble import WEIGHTS, Ensemble, check_output, epochs_used, load_ensemble
 from dividemix.files import write_atomically
-from dividemix.run import Description, Preparation, commit, describe, options, read_description, versions
+from dividemix.run import Description, Preparation, commit, options, read_description, versions
 
 METADATA = "metadata.json"  # the name among the extra files of the .pt2 file
 TOLERANCE = 1e-4  # largest allowed difference from the networks, relative to their largest |logit|
@@ -58,7 +58,7 @@ def metadata(run: Path, weights: str, ensemble: Ensemble, description: Descripti
         nets, logits, mean = "one network", "logits", "logits"
     else:
         nets, logits, mean = "two networks trained together", "sum of the two networks' logits", "logits / 2"
-    networks = describe(**vars(description))
+    networks = description.as_dict()
     preprocessing = networks.pop("preprocessing") | {"steps": steps, "in_the_program": ["border", "mean", "std"]}
     meaning = f"{logits}: argmax is the class, softmax({mean}) the probabilities"
     return {

@@ -5,7 +5,7 @@ reads it. `signals` is how a script ends."""
 
 from dividemix.run import defaults, description, histograms, logs, options, splits
 from dividemix.run.checkpoint import load_last, to_host
-from dividemix.run.description import BACKBONE, Description, Preparation, commit, describe, read_description, versions
+from dividemix.run.description import BACKBONE, Description, Preparation, commit, read_description, versions
 from dividemix.run.folder import RunFolder, read_run
 from dividemix.run.histograms import Histogram
 from dividemix.run.options import Parser

@@ -304,7 +304,7 @@ def set_data_mode(args: argparse.Namespace, n: int) -> str:
     gigabytes = DEVICE_LIMIT >> 30
     limits = f"at most {SMALL} px and {gigabytes} GB" if fits else f"over {SMALL} px or {gigabytes} GB"
     source = "given" if args.data_mode != "auto" else f"{size / 1e6:.0f} MB, {limits}"
-    if ranks.from_environment()[1] > 1:
+    if ranks.from_environment().world > 1:
         if args.data_mode == "device":
             raise DivideMixError("--data_mode device trains on one card: leave it out, or start without torchrun")
         fits, source = False, "several ranks"

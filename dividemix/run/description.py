@@ -62,21 +62,13 @@ class Description:
         heads = "heads on a frozen " if self.num_features else ""
         return f"{count} {heads}{self.arch}{width}, {self.num_class} classes, {colour} images of {side}"
 
-
-def describe(
-    arch: str,
-    num_class: int,
-    width: int,
-    classes: list[str] | None,
-    preparation: Preparation,
-    count: int = 2,
-    num_features: int = 0,
-) -> dict[str, Any]:
-    """The entry "model" of args.json, for `read_description`."""
-    preprocessing = {"reading": list(READING), **asdict(preparation), "interpolation": "bilinear"}
-    network = {"arch": arch, "count": count, "width": width, "num_class": num_class}
-    network |= {"num_features": num_features} if num_features else {}
-    return network | {"classes": classes, "preprocessing": preprocessing}
+    def as_dict(self) -> dict[str, Any]:
+        """The entry "model" of args.json."""
+        values = asdict(self)
+        if not self.num_features:
+            del values["num_features"]
+        preprocessing = {"reading": list(READING), **values.pop("preparation"), "interpolation": "bilinear"}
+        return values | {"preprocessing": preprocessing}
 
 
 def read_description(run: Path) -> Description:

@@ -53,7 +53,7 @@ def training(
     divisions: Sequence, terms: Sequence, truly_clean: NDArray[np.bool_] | None = None, unlabeled_loss: bool = False
 ) -> Record:
     """The training part of an epoch's record: sizes of net 1's and net 2's divisions (None in warm-up), their quality
-    if it is known which labels are `truly_clean` (N,), and means of both networks' `engine.PhaseTerms`. In warm-up
+    if it is known which labels are `truly_clean` (N,), and means of both networks' `engine.Terms`. In warm-up
     loss_x is the cross-entropy and penalty the confidence penalty. loss_u, if there is an unlabeled loss, is the mean
     over the networks that learned from a division."""
     record: Record = {}

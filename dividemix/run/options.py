@@ -306,7 +306,7 @@ def run_folder(args: argparse.Namespace, *names: str) -> Path:
 
 def refuse_ranks(script: str) -> None:
     """Raises DivideMixError under torchrun."""
-    if ranks.from_environment()[1] > 1:
+    if ranks.from_environment().world > 1:
         raise DivideMixError(f"{script} trains on one card: start it without torchrun, once for each seed or setting")
 
 

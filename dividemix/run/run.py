@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from dividemix import DivideMixError, files, networks, warn
 from dividemix.codivide import Division, Mixture
-from dividemix.engine import DataSet, MeanProbabilities, MixMatch, PhaseTerms
+from dividemix.engine import DataSet, MixMatch, Terms
 from dividemix.run import checkpoint, histograms, logs, progress, scoring
 from dividemix.run.description import commit, versions
 from dividemix.run.folder import load
@@ -74,7 +74,7 @@ class Run:
         self.records: list[dict[str, Any]] = self.state.get("records", [])
         self.histograms: list[dict[str, Any]] = self.state.get("histograms", [])
         self.best_epochs: list[int] = self.state.get("best_epochs", [])
-        self.probabilities = MeanProbabilities()
+        self.probabilities = scoring.MeanProbabilities()
         self.labels: dict[str, NDArray] = {}
         self._truly_clean: NDArray[np.bool_] | None = None
         self._epochs_saved = len(self.records)
@@ -247,7 +247,7 @@ class Run:
         self,
         lr: float,
         divisions: Sequence[Division | None],
-        losses: Sequence[PhaseTerms],
+        losses: Sequence[Terms],
         accuracy: Mapping[str, float],
         index: Sequence[NDArray[np.int64]] = (),
     ) -> None:
@@ -288,7 +288,7 @@ class Run:
             self._writing = self._writer.submit(self._save, self._host_state | origin | history, scores)
         self.say(logs.epoch_line(record, self.num_epochs, self.args.verbose))
 
-    def _record(self, lr: float, divisions: list, losses: Sequence[PhaseTerms], accuracy: Mapping[str, float]) -> dict:
+    def _record(self, lr: float, divisions: list, losses: Sequence[Terms], accuracy: Mapping[str, float]) -> dict:
         phase = "train" if any(divisions) else "ce" if self.mixmatch.warm_up == math.inf else "warmup"
         record = {"epoch": self.epoch, "phase": phase, "lr": lr, **accuracy}
         record |= logs.training(divisions, losses, self._truly_clean, self.mixmatch.unlabeled_loss)

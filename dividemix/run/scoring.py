@@ -8,6 +8,7 @@ results, label_scores.npz and thumbnails.npz.
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,26 @@ _LITTLE_SKILL, _LITTLE_AGREEMENT, _FEWEST = 0.1, 0.25, 50
 # less than this (kappa), or by no more than two standard errors of random labels. Neighbours of 200 to 1,797 digits:
 # random labels or features within 0.06 of 0; with 50 % of the labels drawn anew 0.3 to 0.5, with 80 % 0 to 0.14.
 _LITTLE_LABELS, _CHECKED = 0.05, 5_000  # kappa; samples of the check by neighbours: it takes about a second
+
+
+_HALF_FROM = 2**30  # bytes: larger mean probabilities are float16
+
+
+@dataclass
+class MeanProbabilities:
+    """The probabilities of N samples, averaged over all scoring passes of both networks so far. The label list is made
+    from them: what single networks have memorised counts less."""
+
+    mean: Tensor | None = None  # (N, C) on the device, float16 above 1 GB; None before the first pass
+    count: int = 0  # passes in it
+
+    def add(self, probability: Tensor) -> None:
+        if self.mean is None or self.mean.shape != probability.shape:  # the run goes on without damaged images
+            self.count = 0
+            dtype = torch.float16 if probability.nbytes > _HALF_FROM else torch.float32
+            self.mean = torch.zeros_like(probability, dtype=dtype)
+        self.count += 1
+        self.mean += (probability - self.mean) / self.count
 
 
 def is_scored(folder: Path, epochs: int, index: NDArray) -> bool:

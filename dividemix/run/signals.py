@@ -39,7 +39,7 @@ def stoppable() -> Iterator[None]:
                 signal.signal(getattr(signal, name), signal.SIG_DFL)
         raise Stopped(number)
 
-    numbers = () if ranks.from_environment()[1] > 1 else (signal.SIGINT, signal.SIGTERM)
+    numbers = () if ranks.from_environment().world > 1 else (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}  # without those that nohup ignores
     before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
     for number in before:
@@ -63,7 +63,7 @@ def command_line(
     sys.stdout.reconfigure(errors="backslashreplace")  # a path that is not UTF-8 can be printed
     warnings.formatwarning = lambda message, *_, **__: f"{prefix}warning: {message}\n"
     # All ranks of one machine would print the same.
-    warnings.simplefilter("always" if ranks.from_environment()[2] == 0 else "ignore", DivideMixWarning)
+    warnings.simplefilter("always" if ranks.from_environment().local_rank == 0 else "ignore", DivideMixWarning)
     try:
         with stoppable():
             main(None)
@@ -97,8 +97,8 @@ def command_line(
 
 def rank_prefix() -> str:
     """The beginning of a line on stderr: the rank if there are several, else ''."""
-    rank, world, _ = ranks.from_environment()
-    return f"rank {rank}: " if world > 1 else ""
+    this = ranks.from_environment()
+    return f"rank {this.rank}: " if this.world > 1 else ""
 
 
 def end(message: str, status: int = 1) -> NoReturn:

@@ -169,7 +169,7 @@ class Runtime:
 
     _worker = cached_property(lambda self: ThreadPoolExecutor(1))
 
-    def optimizer(self, net: nn.Module, lr: float, weight_decay: float, momentum: float = 0.9) -> torch.optim.SGD:
+    def optimizer(self, net: nn.Module, lr: float, weight_decay: float) -> torch.optim.SGD:
         """SGD without Nesterov, weight decay on every parameter, BN and biases included. Once `loops.update` has set
         its flag `found_inf`, on the device, fused SGD leaves weights and momentum unchanged. For CUDA graphs, the
         learning rate is a tensor on a card, and the momentum exists, as 0, before the first step. In fp16 SGD divides
@@ -177,7 +177,7 @@ class Runtime:
         only group, so that the state dict has them."""
         fused = self.device.type in ("cuda", "cpu")
         rate = torch.tensor(lr, device=self.device) if self.graph or self.device.type == "cuda" else lr
-        optimizer = torch.optim.SGD(net.parameters(), rate, momentum, weight_decay=weight_decay, fused=fused)
+        optimizer = torch.optim.SGD(net.parameters(), rate, momentum=0.9, weight_decay=weight_decay, fused=fused)
         if fused:
             optimizer.found_inf = torch.zeros((), device=self.device)
         for parameter in net.parameters():
@@ -256,11 +256,12 @@ def start(
 
     Raises DivideMixError for a device that is not there, and for a batch_size (of all ranks together) that the number
     of ranks does not divide; warns of a card that torch cannot use."""
-    _, world, local_rank = from_environment()
+    ranks = from_environment()
+    world = ranks.world
     if batch_size % world:
         problem = f"is that of all ranks together: {world} ranks do not divide it"
         raise DivideMixError(f"--batch_size {batch_size} {problem}; take {-(-batch_size // world) * world}")
-    chosen = pick_device(device, local_rank if world > 1 else gpuid)
+    chosen = pick_device(device, ranks.local_rank if world > 1 else gpuid)
     on_card, on_cpu, native = chosen.type == "cuda", chosen.type == "cpu", computes_bf16(chosen)
     if chosen.type == "mps" and (world > 1 or precision in ("bf16", "fp16")):
         problem = f"--precision {precision} is not supported" if world == 1 else "several ranks are not supported"

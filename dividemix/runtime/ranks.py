@@ -6,6 +6,7 @@ process, so the losses are the same to the bit.
 """
 
 import datetime
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,11 +65,16 @@ class Ranks:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """The tensors (...) of all ranks, of one shape -> (world, ...), without gradients. For world > 1 only."""
-        tensors = [torch.empty_like(tensor) for _ in range(self.world)]
-        dist.all_gather(tensors, tensor)
-        return torch.stack(tensors)
+    def log_mean(self, log_p: Tensor) -> Tensor:
+        """log of the mean of p over the ranks, from log p of equal shares of a batch. The gradient is scaled so that
+        its mean over the ranks is that of the whole batch."""
+        if self.world == 1:
+            return log_p
+        gathered = [torch.empty_like(log_p) for _ in range(self.world)]
+        dist.all_gather(gathered, log_p.detach())
+        log_mean = torch.stack(gathered).logsumexp(dim=0) - math.log(self.world)
+        ratio = (log_p - log_mean).exp()  # of this rank's p to the mean; its gradient is that of log p
+        return log_mean + ratio - ratio.detach()
 
     def broadcast_from_rank0(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call function(*args) on the first rank only and return its result, which must be picklable, on all. An
@@ -102,8 +108,8 @@ ALONE = Ranks()
 def join(device: torch.device) -> Ranks:
     """Join the ranks that torchrun started; `ALONE` for a process that was started without it. NCCL on CUDA cards, gloo
     elsewhere. Raises DivideMixError where the other ranks cannot be reached."""
-    rank, world, local_rank = from_environment()
-    if world == 1:
+    ranks = from_environment()
+    if ranks.world == 1:
         return ALONE
     if not dist.is_initialized():
         backend, card = ("nccl", device) if device.type == "cuda" else ("gloo", None)
@@ -111,8 +117,8 @@ def join(device: torch.device) -> Ranks:
             dist.init_process_group(backend, timeout=TIMEOUT, device_id=card)
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise DivideMixError(f"rank {rank} of {world} cannot reach the others: {reason}") from error
-    return Ranks(rank, world, local_rank)
+            raise DivideMixError(f"rank {ranks.rank} of {ranks.world} cannot reach the others: {reason}") from error
+    return ranks
 
 
 def leave() -> None:
@@ -126,7 +132,7 @@ def on_this_machine() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def from_environment() -> tuple[int, ...]:
-    """(rank, world, local rank) from torchrun's environment variables; (0, 1, 0) without it."""
+def from_environment() -> Ranks:
+    """This process by torchrun's environment variables, before `join`; equal to `ALONE` without it."""
     defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-    return tuple(int(os.environ.get(name, default)) for name, default in defaults.items())
+    return Ranks(*(int(os.environ.get(name, default)) for name, default in defaults.items()))

@@ -16,7 +16,7 @@ import torch
 
 import Train_cifar
 from dividemix.codivide import Mixture
-from dividemix.engine import MixMatch, PhaseTerms
+from dividemix.engine import MixMatch, Terms
 from dividemix.run import checkpoint, command_line, logs
 from dividemix.run.run import Run
 from dividemix.runtime.device import Runtime
@@ -94,7 +94,7 @@ def end_epoch(run: Run, accuracy: dict, phase: str = "train") -> None:
     loss = np.array([0.0, 0.1, 0.9, 1.0], np.float32)
     division = dataclasses.replace(half(4), raw_loss=loss, prediction=np.zeros(4, np.int64))
     divisions = [division if phase == "train" else None] * 2
-    run.end_epoch(0.1, divisions, [PhaseTerms(1.0, float("nan"), 0.0, 0.0)] * 2, accuracy)
+    run.end_epoch(0.1, divisions, [Terms(1.0, float("nan"), 0.0, 0.0)] * 2, accuracy)
 
 
 def validated(net1=60.0, net2=60.0):

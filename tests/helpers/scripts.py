@@ -20,7 +20,7 @@ import Train_folder
 import Train_webvision
 from dividemix import engine
 from dividemix.codivide import normalise
-from dividemix.engine import PhaseTerms
+from dividemix.engine import Terms
 from dividemix.run import command_line, logs
 from helpers.nets import same, snapshot
 from helpers.trees import make_clothing1M, make_folder, make_webvision
@@ -169,12 +169,12 @@ def note_phases(monkeypatch, script) -> list[dict]:
     net's state, its peer, data and division, the method's settings, the phase, and the optimizer's settings."""
     calls: list[dict] = []
 
-    def note(kind: str, net, optimizer, **arguments) -> PhaseTerms:
+    def note(kind: str, net, optimizer, **arguments) -> Terms:
         [group] = optimizer.param_groups
         assert {*map(id, group["params"])} == {*map(id, net.parameters())}, "another net's optimizer"
         settings = {name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")}
         calls.append({"kind": kind, "net": net, "state": snapshot(net), **settings, **arguments})
-        return PhaseTerms(1.0, 1.0, 0.0, 0.0)
+        return Terms(1.0, 1.0, 0.0, 0.0)
 
     def warmup(net, optimizer, data, mixmatch, phase):
         return note("warmup", net, optimizer, data=data, mixmatch=mixmatch, phase=phase)

@@ -109,7 +109,7 @@ def views(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return both[0], both[1]
 
 
-def step_of(net, peer, optimizer, rows, index, forward=engine.plain_forward, ranks=engine.ALONE) -> engine.StepTerms:
+def step_of(net, peer, optimizer, rows, index, forward=engine.plain_forward, ranks=engine.ALONE) -> engine.Terms:
     """One step on the rows `rows` of a batch of eight labeled and eight unlabeled images."""
     (x1, x2), (u1, u2) = views(8, 0), views(8, 1)
     w = torch.linspace(0.6, 1, 8)

@@ -41,7 +41,7 @@ def make_trained(
     """A run folder with what `deploy` reads, and nets whose answers differ from image to image. The last checkpoint, if
     there is one, holds other nets than best.pt."""
     folder.mkdir(parents=True)
-    model = description.describe(arch, num_class, width, classes, preparation)
+    model = description.Description(arch, num_class, width, classes, preparation).as_dict()
     args = {"command": ["Train_cifar.py", "--r", "0.5", "--id", "a b"], "args": {"warm_up": 1}, "model": model}
     (folder / "args.json").write_text(json.dumps(args))
     torch.save({**pair(arch, num_class, width, 0), "epochs": [1, 1], "config": {}}, folder / "best.pt")

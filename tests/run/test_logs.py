@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers.nets import half
 
-from dividemix.engine import PhaseTerms
+from dividemix.engine import Terms
 from dividemix.run import logs
 
 DIVIDED = {"labeled_net1": 11, "labeled_net2": 22, "unlabeled_net1": 3, "unlabeled_net2": 4}
@@ -78,14 +78,14 @@ def test_the_line_for_people_fits_a_terminal(has_val, has_ema):
 
 def test_how_good_the_labeled_sets_are_where_the_truth_is_known():
     """Else a run on doubtful labels claims to know, a warm-up epoch has a precision, or net 1 has net 2's loss."""
-    terms = [PhaseTerms(1.0, 1.0, 0.0, 0.0)] * 2
+    terms = [Terms(1.0, 1.0, 0.0, 0.0)] * 2
     clean = np.array([True, True, False, True])
     names = [f"clean_{name}_net{k}" for k in (1, 2) for name in ("precision", "recall")]
     known = logs.training([half(4, 1), half(4, 3)], terms, clean)
     assert [known[name] for name in names] == [1.0, 1 / 3, 2 / 3, 2 / 3]
     warm_up = logs.training([None, half(4, 1)], terms, clean)
     assert [warm_up[name] for name in names] == [None, None, 1.0, 1 / 3]
-    terms = [PhaseTerms(0.0, 1.0, float("nan"), 2.0), PhaseTerms(0.0, 3.0, 7.0, 4.0)]
+    terms = [Terms(0.0, 1.0, float("nan"), 2.0), Terms(0.0, 3.0, 7.0, 4.0)]
     doubtful = logs.training([half(4, 1), None], terms, unlabeled_loss=True)  # net 2 has learned from net 1's
     assert [doubtful[name] for name in ("loss_x", "loss_u", "penalty")] == [2.0, 7.0, 3.0]
     assert not set(names) & doubtful.keys()

@@ -27,7 +27,7 @@ from helpers.runs import (
 
 from dividemix import DivideMixError, files, runtime
 from dividemix.codivide import Mixture
-from dividemix.engine import PhaseTerms
+from dividemix.engine import Terms
 from dividemix.run import checkpoint, histograms, logs, run
 from dividemix.run.run import lock_folder, set_aside
 from dividemix.runtime import ranks
@@ -236,7 +236,7 @@ def test_what_is_kept_of_an_epoch_is_each_networks_own(tmp_path):
         begin(this)
         for epoch in this.epochs(3):
             present = [division if k in found_clean[epoch] else None for k, division in enumerate(divisions, start=1)]
-            this.end_epoch(0.1, present, [PhaseTerms(1.0, 1.0, 0.0, 0.0)] * 2, validated(), index)
+            this.end_epoch(0.1, present, [Terms(1.0, 1.0, 0.0, 0.0)] * 2, validated(), index)
     assert [record["phase"] for record in this.records] == ["train", "train", "warmup"]
     lines = [json.loads(line) for line in (folder / "histograms.jsonl").read_text().splitlines()]
     assert [line.keys() for line in lines] == [{"epoch", "net1", "net2"}, {"epoch", "net1"}]
