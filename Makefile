@@ -1,5 +1,5 @@
 # make demo     the environment, then cross-entropy and DivideMix on digits with 50 % of the labels drawn anew (minutes on 2 cores)
-# make test     the environment, then the fast tests (under 5 minutes on 2 cores)
+# make test     the environment, then the fast tests (about 5 minutes on 2 cores)
 # make test-slow the long tests (under 35 minutes)
 # make test-all both
 # make gpu      on a machine with a CUDA card, with its own Python: the tests that need one, then the benchmarks and an ablation

@@ -16,25 +16,26 @@ from dividemix.report import issues, mean_and_deviation, report
 from dividemix.run import command_line, read_run
 
 FLAGS = "--dataset digits --noise_mode sym --r 0.5 --width 16 --warm_up 8 --num_epochs 40"
-METHODS = ("ce", "dividemix")
+NAMES = {"ce": "cross-entropy", "dividemix": "DivideMix"}
 
 
 def train(method: str, k: int, out_dir: str) -> dict[str, Any]:
     """Run `k` of a method, or what is left of it. -> its final metrics"""
-    command = f"{FLAGS} --method {method} --id demo{k or ''} --seed {123 + k} --out_dir {out_dir}"
+    command = f"{FLAGS} --method {method} --seed {123 + k} --run_dir {out_dir}/demo-{NAMES[method]}{k or ''}"
     print(f"\npython Train_cifar.py {command}\n", flush=True)
     return Train_cifar.main(command.split())
 
 
 def summary(ce: dict[str, Any], dividemix: dict[str, Any], page: Path) -> list[str]:
-    """Three sentences, two pictures, three commands. ce, dividemix: final metrics; page: the folder of both reports."""
+    """Three sentences, a picture and a page, three commands. ce, dividemix: final metrics; page: the folder of their
+    report."""
     folder = Path(dividemix["run_dir"])
     truth = issues.against_truth(issues.find(read_run(folder)))
-    means = [run["last10_acc"] for run in (ce, dividemix)]
+    means = f"{ce['last10_acc']:.1f} % (cross-entropy) and {dividemix['last10_acc']:.1f} % (DivideMix)"
     return [
         "",
         f"Trained: small networks, on {truth.n} images of digits; {truth.wrong} of their labels are wrong.",
-        f"Reached: test accuracy {means[0]:.1f} % (cross-entropy) and {means[1]:.1f} % (DivideMix), mean of 10 epochs.",
+        f"Reached: test accuracy {means}, mean of the last 10 epochs.",
         f"Found: DivideMix lists {truth.listed} labels as wrong, and {truth.listed_wrong} of these are wrong.",
         "",
         f"Look at: {page / 'figures' / 'accuracy.png'}  (cross-entropy learns the wrong labels, DivideMix does not)",
@@ -42,7 +43,7 @@ def summary(ce: dict[str, Any], dividemix: dict[str, Any], page: Path) -> list[s
         "",
         "Try next:",
         "python Train_cifar.py --data_path ./cifar-10 --download --r 0.5   # a row of the paper",
-        "python Train_folder.py --data_path ./your-images --features       # which of your labels are wrong?",
+        "python -m dividemix issues ./your-images                          # which of your labels are wrong?",
         f"python -m dividemix report {folder} --export_clean corrected",
     ]
 
@@ -56,9 +57,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    pairs = [[train(method, k, args.out_dir) for method in METHODS] for k in range(args.seeds)]
+    pairs = [[train(method, k, args.out_dir) for method in NAMES] for k in range(args.seeds)]
     page = Path(args.out_dir) / "demo_report"
-    report.main([*(run["run_dir"] for run in pairs[0]), "--out", str(page)])
+    report.main([*(run["run_dir"] for run in reversed(pairs[0])), "--out", str(page)])
     if args.seeds > 1:
         for name in ("best_acc", "last10_acc"):
             values = [mean_and_deviation([run[name] for run in runs]) for runs in zip(*pairs, strict=True)]

@@ -33,7 +33,7 @@ def main() -> None:
     program = "python -m dividemix" if sys.argv[0].endswith("__main__.py") else "dividemix"
     words = sys.argv[1:]
     if not words or {"-h", "--help"} & {*words[: 1 + (words[0] == "train")]}:
-        return print(f"usage: {program} COMMAND ...\n\n{__doc__}")
+        return print(f"usage: {program} COMMAND ...\n\n{__doc__}".replace("\n  dividemix ", f"\n  {program} "))
     name = " ".join(words[: 1 + (words[0] == "train")])
     if name not in COMMANDS:
         names = [f"train {'|'.join(SCRIPTS)}", *(name for name in COMMANDS if not name.startswith("train "))]

@@ -27,8 +27,7 @@ from dividemix.data.features import as_views
 from dividemix.deploy.predict import Classifier, from_array
 from dividemix.report import issues as label_issues
 from dividemix.run import defaults, read_run
-
-_HOLD_NOTHING_OUT = ("--val_fraction", "0")
+from dividemix.run.options import HOLD_NOTHING_OUT
 
 
 def find_label_issues(
@@ -113,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if given is not words and any(word.partition("=")[0] == "--data_path" for word in words):
         raise DivideMixError(f"{words[0]} and --data_path: give the folder of the images as DATA, a table as --labels")
     args = Train_folder.parse_args(
-        [*_HOLD_NOTHING_OUT, *given],
+        [*HOLD_NOTHING_OUT, *given],
         prog="dividemix issues",
         usage="%(prog)s DATA [flags]",
         description="Which labels look wrong: DATA is a folder of class folders, or a CSV with the columns path,label.",
@@ -129,7 +128,7 @@ def train(args: Any, words: Sequence[str], data: Any = None, with_report: bool =
     import dataloader_folder
     import Train_folder
 
-    words = [*_HOLD_NOTHING_OUT, *words]
+    words = [*HOLD_NOTHING_OUT, *words]
     if args.check_data:
         return Train_folder.main(words)
     data = data or Train_folder.load(args)
@@ -223,7 +222,7 @@ def parsed(words: Sequence[str]) -> Any:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return Train_folder.parse_args([*_HOLD_NOTHING_OUT, *words])
+            return Train_folder.parse_args([*HOLD_NOTHING_OUT, *words])
     except SystemExit as ended:
         raise DivideMixError(said.getvalue().partition("error: ")[2].strip()) from ended
 

@@ -214,8 +214,8 @@ class Mixture:
         if division.fallback and "fallback" not in self.warned:
             self.warned.add("fallback")
             shown = ", ".join(map(str, division.fallback[:10])) + (", ..." if len(division.fallback) > 10 else "")
-            reason = f"fewer than {MIN_CLASS_SIZE} samples, or only one group of losses"
-            warn(f"{name}: the mixture of all samples divides the classes number {shown}, too: they have {reason}")
+            reason = f"too few samples (under {MIN_CLASS_SIZE}), or no clear second group of losses"
+            warn(f"{name}: classes with {reason}: {shown}; the mixture of all samples divides them")
         if not division.labeled.any():
             warn(f"{name} finds no sample clean with p > {self.threshold:g}: its peer gets one more warm-up epoch")
             return None

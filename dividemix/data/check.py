@@ -72,7 +72,7 @@ def run_check(
         return
     if problems or not skip:  # --skip_bad_images helps only where bad images are all that is wrong
         advice = "correct the data folder" + ("" if problems else ", or leave the bad images out by --skip_bad_images")
-        raise DivideMixError(f"training cannot run on these data, for what the report names: {advice}")
+        raise DivideMixError(f"training cannot run on these data, see the problems above: {advice}")
     rows = sound_rows(lists, bad)
     remaining = ", ".join(f"{name}: {len(rows[name])} of {len(lists[name])} images" for name in lists)
     print(f"with --skip_bad_images it can, on {remaining}", flush=True)

@@ -1,6 +1,7 @@
 """A trained run as one network: args.json describes it, best.pt or the last checkpoint has its weights.
 `load_ensemble(run, read_description(run))(images)` gives the logits."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dividemix import DivideMixError, networks
+from dividemix import DivideMixError, networks, warn
 from dividemix.files import load_file
 from dividemix.networks import load_weights
-from dividemix.run import BACKBONE, Description, Preparation, load_last
+from dividemix.run import BACKBONE, Description, Preparation, failures, load_last, read_run
 
 WEIGHTS = ("best", "last")
 
@@ -76,8 +77,8 @@ def probabilities(logits: Tensor, nets: int = 2) -> Tensor:
 
 def load_ensemble(run: Path, description: Description, weights: str = "best") -> Ensemble:
     """The networks of a run folder, in eval mode, on the CPU. weights: 'best' (best.pt, the best epoch of each network)
-    or 'last' (the last checkpoint). Raises DivideMixError for weights that are missing or damaged, or that do not fit
-    the description."""
+    or 'last' (the last checkpoint). Warns of a run whose list of labels means nothing. Raises DivideMixError for
+    weights that are missing or damaged, or that do not fit the description."""
     if weights not in WEIGHTS:
         raise DivideMixError(f"weights {weights!r}: expected one of {', '.join(WEIGHTS)}")
     path = run / "best.pt"
@@ -91,6 +92,9 @@ def load_ensemble(run: Path, description: Description, weights: str = "best") ->
         epochs = state["epochs"]
     else:
         raise DivideMixError(f"{path} is missing: --weights last uses the last checkpoint of the run, if there is one")
+    with contextlib.suppress(DivideMixError):  # a file that only the report needs
+        if reasons := failures(read_run(run)):
+            warn(f"{run}: its predictions may mean nothing, as its list of labels: {'; '.join(reasons)}")
     d = description
     backbone = load_backbone(run, d) if d.num_features else None
     with torch.random.fork_rng(devices=[]):  # the initial weights are replaced at once

@@ -6,7 +6,6 @@
 A row has path, label, class, confidence (the probability of the class), then the next four classes with theirs."""
 
 import argparse
-import contextlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +34,7 @@ from dividemix.data import (
 )
 from dividemix.deploy import ensemble as trained
 from dividemix.files import csv_bytes, write_atomically
-from dividemix.run import Description, failures, options, read_description, read_run
+from dividemix.run import Description, options, read_description
 from dividemix.runtime import Runtime, available_cores, start
 
 TOP = 5  # classes in a row
@@ -75,8 +74,7 @@ def find_images(
 
 class Classifier:
     """A trained run that classifies images. weights: 'best' or 'last', of which epoch. It computes in float32, as the
-    exported program. Warns of a run whose list of labels meant nothing. Raises DivideMixError for a folder that is no
-    run, and for weights that are missing or damaged."""
+    exported program. Warns and raises as `load_ensemble`; raises DivideMixError for a folder that is no run, too."""
 
     def __init__(self, run: str | Path, weights: str = "best", device: str = "auto"):
         run = Path(run)
@@ -86,9 +84,9 @@ class Classifier:
         self.ensemble: trained.Ensemble = self.runtime.prepare(trained.load_ensemble(run, self.description, weights))
         self.changes: list[int] = []  # what was changed in the image files that were read: see `describe_changes`
         self.bad: list[str] = []  # why images cannot be read, a line each
-        with contextlib.suppress(DivideMixError):  # a file that only the report needs
-            if reasons := failures(read_run(run)):
-                warn(f"{run}: its predictions may mean nothing, as its list of labels: {'; '.join(reasons)}")
+
+    def __repr__(self) -> str:
+        return f"Classifier({self.description})"
 
     def predict(self, images: Any, skip_bad_images: bool = False, **settings: Any) -> pandas.DataFrame:
         """Classes of images: one path (a folder, an image, or a table with a column of paths), a list of paths, or

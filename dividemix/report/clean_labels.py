@@ -102,19 +102,24 @@ def remaining_noise_rate(run: RunFolder, issues: LabelIssues) -> float:
 
 
 def command(run: RunFolder, *flags: str | Path) -> str:
-    """The run's command with these flags in place of those of its labels and folder, quoted for a shell."""
+    """The run's command with these flags in place of those of its labels and folder, quoted for a shell. A run in a
+    --run_dir gets another one."""
     words: list[list[str]] = []  # each flag with its values
-    for word in run.args_json["command"][1:]:
+    for word in started_by(run):
         if word.startswith("--") or not words:
             words.append([])
         words[-1].append(word)
     kept = [word for flag in words if flag[0].partition("=")[0] not in _REPLACED for word in flag]
-    return shlex.join(map(str, [*program(run), *kept, *flags]))
+    run_dir = ["--run_dir", f"{run.args['run_dir'].rstrip('/')}-corrected"] if run.args.get("run_dir") else []
+    return shlex.join(map(str, [*kept, *flags, *run_dir]))
 
 
-def program(run: RunFolder) -> list[str]:
-    """How to start the run's script, in the way in which this process was started."""
-    started = Path(sys.argv[0])
+def started_by(run: RunFolder) -> list[str]:
+    """The run's command, as a script or by `dividemix`, as this process was started."""
+    started, flags = Path(sys.argv[0]), run.args_json["command"][1:]
     if started.name.startswith("Train_"):
-        return ["python", str(started.with_name(run.script))]
-    return [*options.interface().split(), "train", run.script[len("Train_") : -3].lower()]
+        return ["python", str(started.with_name(run.script)), *flags]
+    program = options.interface().split()
+    if flags[:3] == [*options.HOLD_NOTHING_OUT, "--data_path"]:
+        return [*program, "issues", *flags[3:]]
+    return [*program, "train", run.script[len("Train_") : -3].lower(), *flags]

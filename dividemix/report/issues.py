@@ -199,7 +199,7 @@ def estimate(issues: LabelIssues) -> str:
     share, error = 100 * issues.wrong_share, 100 * issues.wrong_share_error
     reach = f"measured with these labels, even a perfect classifier gets about {100 - share:.0f} %"
     if issues.relabelled:
-        reach = "where labels were suggested by such a run, it is too low: the wrong ones among them are not noticed"
+        reach = "the true share is higher: a run cannot notice wrong suggestions of an earlier run"
     uncertainty = f"standard error {error:.1f}, the method's own error may be larger"
     return f"estimated share of wrong labels: {share:.1f} % ({uncertainty}); {reach}"
 

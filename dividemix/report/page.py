@@ -15,7 +15,7 @@ import numpy as np
 from dividemix import blind, recipes
 from dividemix.data import BadImage, Boundary
 from dividemix.data.images import read_image
-from dividemix.report.clean_labels import program
+from dividemix.report.clean_labels import started_by
 from dividemix.report.issues import (
     IN_SAMPLE,
     LabelIssues,
@@ -99,7 +99,7 @@ def run_page(run: RunFolder, issues: LabelIssues | None, figures: dict[str, Path
         equal_images=equal_images(issues) if issues else [],
         thumbnails=thumbnails(run, issues) if issues else {},
         has_review=has_review,
-        command=shlex.join([*program(run), *run.args_json["command"][1:]]),
+        command=shlex.join(started_by(run)),
         settings={key: run.args_json[key] or "-" for key in ("machine", "commit")} | run.args_json["versions"] | data,
     )
 

@@ -100,9 +100,7 @@ def resolve_recipe(args: argparse.Namespace, wrong: float | None = None) -> list
     lines: list[str] = []
     default = partial(set_default, args, lines)
     if args.recipe == "blind":
-        lines.append(
-            "recipe blind: r, noise_mode and the true labels are used to make and report the noise, not to train"
-        )
+        lines.append("recipe blind: training does not use --r, --noise_mode or the true labels")
         lines += blind_lines(args)
         default("warm_up", warm_up, "the paper's for this data set, whatever the noise")
         rule = f"blind: {'on' if blind.CONF_PENALTY else 'off'} whatever the noise"
@@ -159,10 +157,11 @@ def compare_with_paper(
     last accuracy (%) beside the paper's, and the paper's results by their names in result.json"""
     setting, paper = recipes.in_paper("Train_cifar.py", vars(args))
     final = records[-1]
-    text = "best {:.2f} (epoch {}), mean of the last 10 {:.2f}"
+    last = f"mean of the last {min(len(records), 10)}"
+    text = f"best {{:.2f}} (epoch {{}}), {last} {{:.2f}}"
     line = text.format(final["best_acc"], best_epoch, final["last10_acc"])
     if args.ema:  # best_epoch is that of the averaged weights
-        line = f"best {final['best_acc']:.2f}, mean of the last 10 {final['last10_acc']:.2f}; averaged weights: "
+        line = f"best {final['best_acc']:.2f}, {last} {final['last10_acc']:.2f}; averaged weights: "
         line += text.format(final["best_acc_ema"], best_epoch, final["last10_acc_ema"])
     title = "paper:"
     if args.method == "ce":
@@ -216,12 +215,13 @@ def choose(
     default("alpha", recipe.alpha, recipe.name)
     steps = -(-n // (2 * args.batch_size))
     warm_up = min(max(round(recipe.warm_up_steps / steps), 1), MOST_WARM_UP)
-    source = f"{warm_up * steps} steps; {recipe.warm_up_steps} {recipe.name}, but at most {MOST_WARM_UP} epochs"
+    source = f"{warm_up * steps} steps; aim: {recipe.warm_up_steps} {recipe.name}, limit: {MOST_WARM_UP} epochs"
     default("warm_up", warm_up, source)
     # lr_drop does not follow from --num_epochs: a higher number must be able to continue the run.
     divided = divided_epochs(recipe, n, args.batch_size, args.warm_up)
     default("num_epochs", args.warm_up + divided, f"at most {divided * n // args.batch_size} steps after warm-up")
-    default("lr_drop", args.warm_up + divided * 3 // 4, f"after three quarters of {divided} epochs after warm-up")
+    drop, source = args.warm_up + divided * 3 // 4, f"after three quarters of {divided} epochs after warm-up"
+    default("lr_drop", drop, source + "; not reached in this run" * (drop >= args.num_epochs))
     return recipe, lines + choose_division(args)
 
 
@@ -239,8 +239,8 @@ def choose_features(args: argparse.Namespace, side: int, grey: bool) -> tuple[bo
     if device != "cpu":
         return False, f"whole networks are trained: there is a card ({device}); --features is faster"
     if grey and side <= SMALL:
-        return False, f"whole networks are trained: small, for grey images of at most {SMALL} px"
-    instead = "whole networks would take hours (--weights none)"
+        return False, "no card, but the images are grey and small: whole networks are trained"
+    instead = "whole networks (--weights none) take much longer"
     return True, f"no card: heads on frozen features are trained, in minutes; {instead}"
 
 
@@ -366,7 +366,7 @@ def blind_lines(args: argparse.Namespace) -> list[str]:
     flags = {name: getattr(args, name) for name in blind.NAMES}
     if args.method == "ce":
         vars(args).update(blind.setting(None, flags))
-    chosen = "chosen in each divided epoch by the divisions so far"
+    chosen = "chosen during training"
     return [f"{name} {chosen if value is None else f'{value:g} (given)'}" for name, value in flags.items()]
 
 

@@ -134,15 +134,16 @@ def duration(seconds: float) -> str:
 
 
 LEGEND = (
-    "columns: labeled, the samples whose labels net 1 / net 2 takes for clean; AUC, how well its losses",
+    "columns: labeled, the samples whose labels net 1 / net 2 regards as clean; AUC, how well its losses",
     "tell right from wrong labels; Lx and Lu, the losses of labeled and unlabeled samples (in warm-up Lx",
-    "is the cross-entropy); val and test, accuracy (%) of both networks together; ema, that of averaged",
-    "weights; best, that of the networks in best.pt; --verbose: more",
+    "is the cross-entropy); val, test and ema (averaged weights), accuracy (%) of both networks together;",
+    "best, that of the networks in best.pt; --verbose: more",
 )
 
 
 def epoch_line(record: Record, num_epochs: float, verbose: bool = False) -> str:
-    """Without a newline at the end. At most 100 characters, unless it is verbose: a longer line has no losses."""
+    """Without a newline at the end. At most 100 characters, unless it is verbose: beside an AUC and more than one
+    accuracy there is no room for losses."""
     columns = [f"epoch {record['epoch']}/{num_epochs - 1} {record['phase']}"]
     if divided(record):
         unlabeled = f" unlabeled {pair(record, 'unlabeled', 'd')}" if verbose else ""
@@ -151,11 +152,13 @@ def epoch_line(record: Record, num_epochs: float, verbose: bool = False) -> str:
     terms = {"Lx": record.get("loss_x"), "Lu": record.get("loss_u")}
     if verbose or not divided(record):
         terms["penalty"] = record.get("penalty") or None
+    is_full = divided(record) and "auc_net1" in record and {"val_acc", "test_acc_ema"} & {*record}
+    if is_full and not verbose:
+        terms = {}
     losses = " ".join(f"{name} {value:.3f}" for name, value in terms.items() if value is not None)
     seconds = {k.removeprefix("seconds_"): v for k, v in record.items() if k.startswith("seconds_") and verbose}
     ends = [accuracies(record, verbose), " ".join(f"{name} {value:.1f}s" for name, value in seconds.items())]
-    line = "  ".join(filter(None, [*columns, losses, *ends]))
-    return line if verbose or len(line) <= 100 else "  ".join(filter(None, [*columns, *ends]))
+    return "  ".join(filter(None, [*columns, losses, *ends]))
 
 
 def accuracies(record: Record, verbose: bool) -> str:

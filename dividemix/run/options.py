@@ -27,6 +27,7 @@ def interface() -> str:
 
 NOISE_RATE = 0.5  # of --r
 SMALL = 64  # pixels: images up to this side are small
+HOLD_NOTHING_OUT = "--val_fraction", "0"  # with which `dividemix issues` begins, before --data_path
 METHOD_HELP = "ce: plain cross-entropy, everything else the same"
 
 
@@ -128,12 +129,12 @@ def add_method(parser: Parser, source: str = "the paper's", **defaults: Any) -> 
 
     add("batch_size", positive_int, "labeled images a step, and as many unlabeled ones; twice that in warm-up")
     add("lr", positive, "learning rate", "--learning_rate")
-    add("lr_drop", positive_int, "epoch from which the learning rate is a tenth")
+    add("lr_drop", positive_int, "epoch from which the learning rate is divided by 10")
     add("num_epochs", positive_int, "epochs in all, warm-up included")
     add("warm_up", count, "epochs of plain cross-entropy before the first division")
     add("alpha", positive, "parameter of mixup's Beta distribution")
     add("T", positive, "sharpening temperature")
-    without_effect = "accepted and without effect: unlabeled images are mixed in, but have no loss of their own"
+    without_effect = "no effect here: unlabeled images have no loss of their own"
     add("lambda_u", non_negative, without_effect if "lambda_u" in defaults else "weight of the unlabeled loss")
     add("p_threshold", open_unit, "clean probability above which a sample is labeled")
     text = "one mixture for all samples, or one for each given class"
@@ -148,12 +149,13 @@ def add_small_images(parser: Parser) -> None:
     add("--data_path", default="./cifar-10", help="folder with the files of the data set; not used for digits")
     add("--download", action="store_true", help="download and verify the data set if it is not there")
     add("--num_class", type=positive_int, help="number of classes; must agree with the data (default: from the data)")
-    add("--limit_train", type=positive_int, metavar="N", help="train on a seeded subset of N samples")
+    add("--limit_train", type=positive_int, metavar="N", help="train on N randomly chosen samples")
 
     add = parser.add_argument_group("noise").add_argument
     text = "symmetric, asymmetric, instance-dependent, or human: CIFAR-10N's and CIFAR-100N's labels"
     add("--noise_mode", choices=[*noise.MODES, "idn", "human"], default="sym", help=text)
-    text = f"fraction of samples whose label is drawn; idn: mean flip rate; not with human (default: {NOISE_RATE})"
+    text = "noise rate: fraction of samples that get a new label; idn: mean fraction of wrong labels; not with human "
+    text += f"(default: {NOISE_RATE})"
     add("--r", type=rate, help=text)
     text = "sym: a drawn label becomes any class, or any other class (default: with_self, as in the paper)"
     add("--noise_definition", choices=noise.DEFINITIONS, help=text)
@@ -168,7 +170,7 @@ def add_small_images(parser: Parser) -> None:
     add("--width", type=positive_int, default=networks.WIDTH, help="channels of the first stage")
     add("--method", choices=["dividemix", "ce"], default="dividemix", help=METHOD_HELP)
     add("--ablation", choices=list(recipes.ABLATIONS), default="none", help="leave a component out, as in Table 5")
-    text = "lambda_u, p_threshold, loss_window, conf_penalty: the paper's for r and noise_mode, or blind to both"
+    text = "paper: the paper's values for this noise; blind: chosen during training, without knowing the noise"
     add("--recipe", choices=["paper", "blind"], default="paper", help=text)
     add("--loss_window", type=positive_int, help="epochs of loss averaged for a division (default: the paper's)")
     text = "confidence penalty in warm-up; auto: by the recipe"
@@ -179,9 +181,9 @@ def add_small_images(parser: Parser) -> None:
 def add_beyond_paper(parser: Parser) -> None:
     """What the paper does not have; for Train_cifar.py and Train_folder.py."""
     add = parser.add_argument_group("beyond the paper").add_argument
-    text = "views of the mixed batch; weak: crop and flip, strong: then AutoAugment's policy for CIFAR-10"
+    text = "augmentation of the mixed images; weak: crop and flip; strong: also AutoAugment (CIFAR-10 policy)"
     add("--augment", choices=["weak", "strong"], default="weak", help=text)
-    text = "test and keep averages of both networks' weights, too: so much of the average stays at a step, as 0.999"
+    text = "also test and keep a moving average of the weights; each step keeps DECAY of it, for example 0.999"
     add("--ema", type=open_unit, metavar="DECAY", help=text)
 
 
@@ -202,7 +204,7 @@ def add_images(
         add("--arch", type=architecture, help=f"both networks: {names}{from_data}")
         weights = "imagenet for networks that have them, none for others"
     add("--width", type=positive_int, default=networks.WIDTH, help="channels of a preresnet's first stage")
-    text = f"first weights of both networks, except their classifiers (default: {weights})"
+    text = f"initial weights of both networks, except their classifiers (default: {weights})"
     add("--weights", metavar="imagenet|none|PATH", help=text)
     text = f"side of the crop in pixels; images are resized in proportion{from_data}"
     add("--image_size", type=positive_int, default=paper.get("image_size"), help=text)
@@ -231,17 +233,17 @@ def add_own_images(parser: Parser) -> None:
     text = "fraction of the training images held out to select the best epoch (default: 0.1 without val or test images)"
     add("--val_fraction", type=fraction, help=text)
     add("--no_flip", action="store_true", help="never mirror images, for example digits or text")
-    text = "device: all pixels on the device, crops of padded images; stream: read by workers; auto: by size"
+    text = "device: all images in device memory; stream: read from disk; auto: by size"
     add("--data_mode", choices=["auto", "device", "stream"], default="auto", help=text)
     add("--method", choices=["dividemix", "ce"], default="dividemix", help=METHOD_HELP)
     add("--conf_penalty", choices=["on", "off"], default="off", help="confidence penalty in warm-up")
-    text = "own: fixed values for own images; blind: lambda_u, p_threshold and loss_window are chosen while it trains"
+    text = "own: fixed values for own images; blind: lambda_u, p_threshold, loss_window are chosen during training"
     add("--recipe", choices=["own", "blind"], default="own", help=text)
     add("--loss_window", type=positive_int, help="epochs of loss averaged for a division (default: from the data)")
     add_beyond_paper(parser)
 
     add = parser.add_argument_group("frozen features").add_argument
-    text = "train two small heads on numbers that a frozen network, --arch, computes from each image: minutes on a CPU"
+    text = "fast on a CPU: train two small classifiers on the features of a pretrained network (--arch)"
     add("--features", action="store_true", help=text)
     text = "--features: views of an image: the centre, mirrored, and random crops"
     views = number(int, "a whole number from 1 to 255", lambda v: 1 <= v <= 255)
@@ -265,7 +267,7 @@ def add_run(
     add("--run_dir", help="the run folder itself, instead of a name in --out_dir")
     add("--fresh", action="store_true", help="start a new run; an existing run folder is renamed")
     add("--verbose", action="store_true", help="epoch lines with every number, and the seconds of each phase")
-    add("--init_from", metavar="FILE", help="checkpoint with the first weights of both networks")
+    add("--init_from", metavar="FILE", help="checkpoint with the initial weights of both networks")
     if val_fraction:
         text = "fraction of the (noisy) training set held out to select the best epoch"
         add("--val_fraction", type=fraction, default=0.0, help=text)
@@ -280,7 +282,7 @@ def add_run(
     add("--gpuid", type=count, default=0, help="which CUDA card")
     text = "auto: bf16 if the device has it, else fp32; fp16 (with a loss scale): for GPUs without bf16"
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help=text)
-    add("--deterministic", action="store_true", help="only deterministic kernels: equal bits on one GPU model")
+    add("--deterministic", action="store_true", help="exactly repeatable on one GPU model; slower")
     add("--no_compile", action="store_true", help="on a GPU: do not fuse operators (torch.compile)")
     add("--no_graph", action="store_true", help="on a GPU: do not capture steps in CUDA graphs")
     text = f"batch size of loss passes and tests (default: 1000, above {SMALL} px 200, on a CPU 64)"

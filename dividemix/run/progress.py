@@ -56,12 +56,12 @@ def timed(bar: Bar, device: torch.device, tell: Callable[[float, int], None], ba
 
 
 def expected_time(step: float, warmup: float, epochs: int, divided: float, unlabeled_loss: bool) -> str:
-    """The line on the time of `epochs`, of which `divided` are not warm-up. step: seconds of a
-    warm-up step of one network; warmup: seconds of a warm-up epoch, all networks."""
+    """The line on the time of `epochs`, of which `divided` are not warm-up. step: seconds of a warm-up step of one
+    network; warmup: seconds of a warm-up epoch, all networks."""
     # A labeled image costs as much as 7 in warm-up: measured 5 on an H200, 7 to 8 on a CPU. By forward passes it is
     # 6: 6 to guess and refine and 4 x 3 to train, against 3. Without an unlabeled loss 2 x 3 fall away.
     ratio = LABELED * (7 if unlabeled_loss else 5) + 1 / 3  # and scoring, one forward pass
     basis = f"a warm-up step takes {step:.2g} s"
-    basis += f", a divided epoch as long as about {ratio:.1f} of warm-up" if divided else ""
+    basis += f", an epoch after warm-up takes as long as about {ratio:.1f} warm-up epochs" if divided else ""
     total = logs.duration(warmup * (epochs - divided + divided * ratio))
     return f"expected time: about {total} for {epochs} epochs ({basis})"

@@ -127,7 +127,7 @@ class Run:
         if self.ranks.broadcast_from_rank0(lambda: value) != value:
             raise DivideMixError(f"{name}: this rank reads other data than the first rank")
         if self.state.get("pins", {}).get(name, value) != value:
-            raise DivideMixError(f"{problem}: put them back, give this run an --id, or --fresh to start a new one here")
+            raise DivideMixError(f"{problem}: restore the old ones, or start another run with --id NAME or --fresh")
         self.pins[name] = value
 
     def keep(self, name: str, value: Any) -> Any:
@@ -326,8 +326,9 @@ class Run:
         if self._epochs_saved >= self.num_epochs:
             return f"the same command makes the result and figures of {self.folder}"
         next_epoch = self._epochs_saved
-        continues = f"continues {self.folder} with epoch {next_epoch}" if next_epoch else "starts again"
-        return f"the same command {continues}"
+        if not next_epoch:
+            return "no epoch was finished: the same command starts from the beginning"
+        return f"the same command continues {self.folder} with epoch {next_epoch}"
 
     def _save_scores(self, epoch: int, scores: dict[str, np.ndarray]) -> None:
         """Write scores/epoch_NNN.npz. Without --save_scores, if the script has it, only the last is kept."""
