@@ -154,7 +154,7 @@ def add_small_images(parser: Parser) -> None:
     add = parser.add_argument_group("noise").add_argument
     text = "symmetric, asymmetric, instance-dependent, or human: CIFAR-10N's and CIFAR-100N's labels"
     add("--noise_mode", choices=[*noise.MODES, "idn", "human"], default="sym", help=text)
-    text = "noise rate: fraction of samples that get a new label; idn: mean fraction of wrong labels; not with human "
+    text = "noise rate: fraction of samples that get a new label; idn: mean fraction of wrong labels; human: none "
     text += f"(default: {NOISE_RATE})"
     add("--r", type=rate, help=text)
     text = "sym: a drawn label becomes any class, or any other class (default: with_self, as in the paper)"
@@ -181,7 +181,7 @@ def add_small_images(parser: Parser) -> None:
 def add_beyond_paper(parser: Parser) -> None:
     """What the paper does not have; for Train_cifar.py and Train_folder.py."""
     add = parser.add_argument_group("beyond the paper").add_argument
-    text = "augmentation of the mixed images; weak: crop and flip; strong: also AutoAugment (CIFAR-10 policy)"
+    text = "augmentation of the mixed images; weak: crop and flip; strong: also AutoAugment's CIFAR-10 policy"
     add("--augment", choices=["weak", "strong"], default="weak", help=text)
     text = "also test and keep a moving average of the weights; each step keeps DECAY of it, for example 0.999"
     add("--ema", type=open_unit, metavar="DECAY", help=text)

@@ -327,7 +327,7 @@ class Run:
             return f"the same command makes the result and figures of {self.folder}"
         next_epoch = self._epochs_saved
         if not next_epoch:
-            return "no epoch was finished: the same command starts from the beginning"
+            return "the same command starts from the beginning (no epoch was finished)"
         return f"the same command continues {self.folder} with epoch {next_epoch}"
 
     def _save_scores(self, epoch: int, scores: dict[str, np.ndarray]) -> None:

@@ -1,6 +1,7 @@
 """A corrected copy of the labels, in the data set's own format: the training scripts read it back."""
 
 import csv
+import json
 import shlex
 import shutil
 import sys
@@ -94,6 +95,21 @@ def test_own_images_become_a_csv_with_class_names(tmp_path, monkeypatch):
     assert rows[0] == ["path", "label"]
     assert [row[0].encode("utf-8", "surrogateescape") for row in rows[1:]] == paths
     assert [row[1] for row in rows[1:]] == [CLASSES[label] for label in CLEANED]
+
+
+def test_a_list_goes_on_as_it_began(tmp_path, monkeypatch):
+    """Else the next step is another command than the first, and its run lands where nobody looks."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my data").mkdir()
+    paths = [b"x/%d.jpg" % i for i in range(N)]
+    flags = {"command": "Train_folder.py", "paths": paths, "data_path": "my data", "truth": False}
+    folder = make_run(tmp_path / "run", **flags, run_dir="first run/")
+    args = json.loads((folder / "args.json").read_text())
+    args["command"][1:] = ["--val_fraction", "0", "--data_path", "my data", "--run_dir", "first run/", "--seed", "1"]
+    (folder / "args.json").write_text(json.dumps(args))
+    _, command = export(folder, tmp_path / "clean")
+    words = ["my data", "--seed", "1", "--id", "clean", "--labels", str(tmp_path / "clean" / "labels.csv")]
+    assert command == ["python", "-m", "dividemix", "issues", *words, "--run_dir", "first run-corrected"]
 
 
 @pytest.mark.parametrize(

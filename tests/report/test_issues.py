@@ -63,7 +63,7 @@ def test_the_summary_says_how_many_where_and_how_well(tmp_path):
     lines = label_issues.summary(issues)
     assert lines[0].startswith("labels: 3 of 12 look wrong (25.0%)") and "in-sample" in lines[0]
     assert "25.0 %" in lines[1] and "12.5" in lines[1] and "about 75 %" in lines[1]
-    assert "too low" in label_issues.estimate(replace(issues, relabelled=True))
+    assert "share is higher" in label_issues.estimate(replace(issues, relabelled=True))
     assert "corrected" not in lines[1]
     assert lines[2] == "  by given class: dog (3 of 8)"
     assert all(words in lines[3] for words in ("precision 100.0%", "recall 75.0%", "33.3% as given", "16.7%"))

@@ -274,7 +274,7 @@ def test_training_goes_on_while_an_epoch_is_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "done", "epochs", "left"),
     [
-        ("epoch-000.pt", 0, 4, "starts again"),  # said at the next epoch's end, not after the last
+        ("epoch-000.pt", 0, 4, "from the beginning (no epoch was finished)"),  # said at the next epoch's end
         ("epoch-001.pt", 1, 2, "continues {} with epoch 1"),  # no epoch follows
         ("best.pt", 0, 2, "continues {} with epoch 1"),
     ],
@@ -298,7 +298,7 @@ def test_a_full_disk_is_told_as_it_is(tmp_path, monkeypatch, file, done, epochs,
     message = str(error.value)
     assert f"epoch {done} " in message and "No space left" in message and message.endswith(left.format(folder))
     assert len(seen) <= 2 and len(read_records(folder)) == done and not [*folder.rglob("*.tmp")]
-    assert len(checkpoint.load_last(folder).get("records", [])) == ("again" not in left)
+    assert len(checkpoint.load_last(folder).get("records", [])) == ("beginning" not in left)
     go_on(folder, [EPOCH] * epochs)
     go_on(tmp_path / "straight", [EPOCH] * epochs)
     assert_same_run(folder, tmp_path / "straight")
