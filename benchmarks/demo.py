@@ -5,6 +5,8 @@ python benchmarks/demo.py --seeds 5    # with 5 seeds, and the mean of each meth
 """
 
 import argparse
+import contextlib
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     pairs = [[train(method, k, args.out_dir) for method in NAMES] for k in range(args.seeds)]
     page = Path(args.out_dir) / "demo_report"
-    report.main([*(run["run_dir"] for run in reversed(pairs[0])), "--out", str(page)])
+    with contextlib.redirect_stdout(io.StringIO()):  # said at the end of each run
+        report.main([*(run["run_dir"] for run in reversed(pairs[0])), "--out", str(page)])
     if args.seeds > 1:
         for name in ("best_acc", "last10_acc"):
             values = [mean_and_deviation([run[name] for run in runs]) for runs in zip(*pairs, strict=True)]
