@@ -42,7 +42,8 @@ def summary(pairs: list[dict[str, dict[str, float]]]) -> str:
     lines = []
     first_way, second_way = pairs[0]
     for name, key in NUMBERS.items():
-        first, second = ([pair[way][key] for pair in pairs] for way in (first_way, second_way))
+        of_ways = ([pair[way] for pair in pairs] for way in (first_way, second_way))
+        first, second = ([run.get(f"{key}_ema", run[key]) for run in runs] for runs in of_ways)
         differences = [a - b for a, b in zip(first, second, strict=True)]
         mean, n = statistics.mean(differences), len(differences)
         error = statistics.stdev(differences) / n**0.5 if n > 1 else float("nan")

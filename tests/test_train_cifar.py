@@ -20,6 +20,7 @@ from helpers.scripts import assert_co_divided, end_of, note_co_division, note_ph
 import dataloader_cifar
 import Train_cifar
 from dividemix import DivideMixError, engine, files, noise
+from dividemix.codivide import clean_probability
 from dividemix.data.device import DeviceImages
 from dividemix.deploy import ensemble as deploy
 from dividemix.deploy import export
@@ -28,6 +29,7 @@ from dividemix.report import issues as label_issues
 from dividemix.report import report
 from dividemix.run.description import read_description
 from dividemix.run.folder import read_run
+from dividemix.seeds import draws
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -353,7 +355,7 @@ def test_strong_views_and_averages_in_a_whole_run(tmp_path, capsys):
 
 def test_the_label_list_is_by_the_averaged_weights(tmp_path, capsys):
     """Else the list and the model that is shipped are of two different runs."""
-    folder = train(tmp_path, "--ema", "0.5", "--num_epochs", "2")[1]
+    folder = train(tmp_path, "--ema", "0.5", "--num_epochs", "3", "--loss_window", "3")[1]
     assert "training labels with the averaged weights" in capsys.readouterr().out
     scores, labels = (dict(np.load(folder / f"{name}.npz")) for name in ("label_scores", "labels"))
     ensemble = deploy.load_ensemble(folder, read_description(folder), "last")
@@ -364,6 +366,8 @@ def test_the_label_list_is_by_the_averaged_weights(tmp_path, capsys):
     given = torch.from_numpy(labels["list_given"][scores["index"]])
     expected = torch.nn.functional.cross_entropy(logits, given, reduction="none")
     np.testing.assert_allclose(scores["loss_net1"], expected, rtol=1e-3, atol=1e-4)
+    clean = clean_probability(scores["loss_net1"], 3, int(draws(123, "divide", 3).integers(2**32)))
+    np.testing.assert_array_equal(scores["p_clean_net1"], clean)  # not with earlier losses, of other weights
 
 
 def test_strong_views_without_a_mixed_batch_are_refused(tmp_path):

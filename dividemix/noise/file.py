@@ -94,8 +94,8 @@ def noisy_labels(
         write_labels(copy, labels)
     elif not np.array_equal(saved, labels):
         raise DivideMixError(
-            f"the noisy labels ({origin}) are not those that {run_folder} began with: leave --noise_file out, give "
-            "this run an --id, or --fresh to start again"
+            f"the noisy labels ({origin}) are not those that {run_folder} began with: leave --noise_file out, or "
+            "start another run with --id, --run_dir or --fresh"
         )
     return labels, origin
 

@@ -79,16 +79,17 @@ def corrected_list(run: RunFolder, labels: NDArray) -> tuple[str, bytes]:
 
 def next_step(run: RunFolder, issues: LabelIssues, file: Path) -> str:
     """How to train on the corrected labels: a command, or what to do with the file."""
-    own_id = "--id", re.sub(r"[^\w.-]", "-", file.parent.name)
+    name = re.sub(r"[^\w.-]", "-", file.parent.name)
     if run.script == "Train_cifar.py":
-        flags = *own_id, "--noise_file", file
         if issues.true_labels is None:
-            return f"{command(run, *flags)}, and --r, the share of the labels that you think are still wrong"
-        return command(run, "--noise_mode", "sym", "--r", f"{remaining_noise_rate(run, issues):g}", *flags)
+            line = command(run, name, "--noise_file", file)
+            return f"{line}, and --r, the share of the labels that you think are still wrong"
+        noise = "--noise_mode", "sym", "--r", f"{remaining_noise_rate(run, issues):g}"
+        return command(run, name, *noise, "--noise_file", file)
     if run.script == "Train_folder.py":
         if not run.data_folder.is_dir():  # data in memory, or moved
             return f"give them to find_label_issues as labels=, or, where {run.data_folder} is now, as --labels {file}"
-        return command(run, *own_id, "--labels", file)
+        return command(run, name, "--labels", file)
     return f"let it replace {file.name} in a copy of the data folder"
 
 
@@ -101,17 +102,20 @@ def remaining_noise_rate(run: RunFolder, issues: LabelIssues) -> float:
     return min(1.0, round(wrong * num_class / (num_class - 1), 2))
 
 
-def command(run: RunFolder, *flags: str | Path) -> str:
-    """The run's command with these flags in place of those of its labels and folder, quoted for a shell. A run in a
-    --run_dir gets another one."""
+def command(run: RunFolder, name: str, *flags: str | Path) -> str:
+    """The run's command with these flags in place of those of its labels and folder, quoted for a shell. name: what the
+    new run's folder has behind the old one's, or ''."""
     words: list[list[str]] = []  # each flag with its values
     for word in started_by(run):
         if word.startswith("--") or not words:
             words.append([])
         words[-1].append(word)
     kept = [word for flag in words if flag[0].partition("=")[0] not in _REPLACED for word in flag]
-    run_dir = ["--run_dir", f"{run.args['run_dir'].rstrip('/')}-corrected"] if run.args.get("run_dir") else []
-    return shlex.join(map(str, [*kept, *flags, *run_dir]))
+    folder = run.args.get("run_dir")
+    place = ["--id", name] if name else []
+    if folder:
+        place = ["--run_dir", f"{os.path.normpath(folder)}-{name or 'corrected'}"]
+    return shlex.join(map(str, [*kept, *flags, *place]))
 
 
 def started_by(run: RunFolder) -> list[str]:
@@ -120,6 +124,7 @@ def started_by(run: RunFolder) -> list[str]:
     if started.name.startswith("Train_"):
         return ["python", str(started.with_name(run.script)), *flags]
     program = options.interface().split()
-    if flags[:3] == [*options.HOLD_NOTHING_OUT, "--data_path"]:
-        return [*program, "issues", *flags[3:]]
+    if run.args_json.get("program", "").endswith(" issues"):
+        flags = flags[len(options.HOLD_NOTHING_OUT) :]
+        return [*program, "issues", *flags[flags[0] == "--data_path" :]]
     return [*program, "train", run.script[len("Train_") : -3].lower(), *flags]

@@ -75,6 +75,7 @@ def review_page(
     }
     corrections = [*(run.args.get("corrections") or []), *decisions.values()]
     labels = ["--labels", run.args["labels"]] if run.args.get("labels") else []  # on which the decisions were made
-    next_step = command(run, *labels, "--corrections", *corrections) if run.script == "Train_folder.py" else ""
+    flags = *labels, "--corrections", *corrections
+    next_step = command(run, "", *flags) if run.script == "Train_folder.py" else ""
     values = {"run": run, "issues": issues, "data": data, "name": name, "names": [*decisions], "next_step": next_step}
     return render("review.html.jinja", {}, warnings=warnings(issues), **values)

@@ -142,8 +142,8 @@ LEGEND = (
 
 
 def epoch_line(record: Record, num_epochs: float, verbose: bool = False) -> str:
-    """Without a newline at the end. At most 100 characters, unless it is verbose: beside an AUC and more than one
-    accuracy there is no room for losses."""
+    """Without a newline at the end. About 100 characters at most, unless it is verbose: more than two of AUC and
+    accuracies leave no room for losses."""
     columns = [f"epoch {record['epoch']}/{num_epochs - 1} {record['phase']}"]
     if divided(record):
         unlabeled = f" unlabeled {pair(record, 'unlabeled', 'd')}" if verbose else ""
@@ -152,8 +152,8 @@ def epoch_line(record: Record, num_epochs: float, verbose: bool = False) -> str:
     terms = {"Lx": record.get("loss_x"), "Lu": record.get("loss_u")}
     if verbose or not divided(record):
         terms["penalty"] = record.get("penalty") or None
-    is_full = divided(record) and "auc_net1" in record and {"val_acc", "test_acc_ema"} & {*record}
-    if is_full and not verbose:
+    accurate = [name for name in ("auc_net1", "val_acc", "test_acc", "val_acc_ema", "test_acc_ema") if name in record]
+    if divided(record) and len(accurate) > 2 and not verbose:
         terms = {}
     losses = " ".join(f"{name} {value:.3f}" for name, value in terms.items() if value is not None)
     seconds = {k.removeprefix("seconds_"): v for k, v in record.items() if k.startswith("seconds_") and verbose}

@@ -27,7 +27,7 @@ def interface() -> str:
 
 NOISE_RATE = 0.5  # of --r
 SMALL = 64  # pixels: images up to this side are small
-HOLD_NOTHING_OUT = "--val_fraction", "0"  # with which `dividemix issues` begins, before --data_path
+HOLD_NOTHING_OUT = "--val_fraction", "0"  # what `dividemix issues` puts before its flags
 METHOD_HELP = "ce: plain cross-entropy, everything else the same"
 
 
@@ -154,7 +154,7 @@ def add_small_images(parser: Parser) -> None:
     add = parser.add_argument_group("noise").add_argument
     text = "symmetric, asymmetric, instance-dependent, or human: CIFAR-10N's and CIFAR-100N's labels"
     add("--noise_mode", choices=[*noise.MODES, "idn", "human"], default="sym", help=text)
-    text = "noise rate: fraction of samples that get a new label; idn: mean fraction of wrong labels; human: none "
+    text = "noise rate: fraction of samples whose label is drawn anew; idn: mean fraction of wrong labels; human: none "
     text += f"(default: {NOISE_RATE})"
     add("--r", type=rate, help=text)
     text = "sym: a drawn label becomes any class, or any other class (default: with_self, as in the paper)"

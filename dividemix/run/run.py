@@ -114,12 +114,17 @@ class Run:
         return state
 
     def _refuse_another_run(self, script: str, config: dict[str, Any]) -> None:
-        remedy = "give this run an --id, or --fresh to start a new one here"
+        remedy = self._another_run()
         if script != self.logs.script:
             raise DivideMixError(f"{self.folder} holds a run of {script}: {remedy}")
         if changed := sorted(k for k in config.keys() | self.config.keys() if config.get(k) != self.config.get(k)):
             changes = ", ".join(f"--{k} was {config.get(k)}, now {self.config.get(k)}" for k in changed)
             raise DivideMixError(f"{self.folder} holds a run with other settings ({changes}): {remedy}")
+
+    def _another_run(self) -> str:
+        """What to do where this folder's run cannot go on, for the end of a message."""
+        flag = "--run_dir DIR" if vars(self.args).get("run_dir") else "--id NAME"
+        return f"start another run with {flag} or --fresh"
 
     def pin(self, name: str, value: Any, problem: str) -> None:
         """Keep a value that must be the same in every start of the run, and on all ranks. Raises DivideMixError with
@@ -127,7 +132,7 @@ class Run:
         if self.ranks.broadcast_from_rank0(lambda: value) != value:
             raise DivideMixError(f"{name}: this rank reads other data than the first rank")
         if self.state.get("pins", {}).get(name, value) != value:
-            raise DivideMixError(f"{problem}: restore the old ones, or start another run with --id NAME or --fresh")
+            raise DivideMixError(f"{problem}: restore the old ones, or {self._another_run()}")
         self.pins[name] = value
 
     def keep(self, name: str, value: Any) -> Any:
@@ -185,7 +190,8 @@ class Run:
         command = [self.logs.script, *(sys.argv[1:] if argv is None else argv)]
         origin = {"command": command, "versions": versions(), "commit": commit()}
         starts = load(self.folder / "args.json", json.loads, {}).get("starts", [])
-        content = origin | {"args": vars(self.args), "data": data, "model": model, "machine": self.runtime.describe()}
+        content = origin | {"program": Path(sys.argv[0]).name}
+        content |= {"args": vars(self.args), "data": data, "model": model, "machine": self.runtime.describe()}
         content["starts"] = [*starts, {"epoch": len(self.records), **origin}]
         self._write("args.json", json.dumps(content, indent=1, default=str))
         for name, text in self._log_lines(self.records, self.histograms).items():

@@ -178,7 +178,7 @@ def failures(run: RunFolder) -> list[str]:
     """Why a run's list of labels means nothing; [] for a usable one, and where there is none yet. Without a test and a
     validation set, networks that have memorised random labels are noticed by their features only."""
     scores = run.label_scores
-    if not scores:
+    if not (scores and run.labels):
         return []
     given, reasons = run.labels["list_given"][scores["index"]], []
     probabilities, p_clean = scores["probabilities"], net_arrays(scores, "p_clean")

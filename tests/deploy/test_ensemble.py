@@ -15,6 +15,7 @@ from helpers.data import Call
 from helpers.errors import assert_refused
 from helpers.trained import COLOUR, GREY, NAMES, draw_photos, lively, make_trained, nets_of
 
+from dividemix import DivideMixWarning
 from dividemix.data import device
 from dividemix.deploy import ensemble as deploy
 from dividemix.deploy.ensemble import load_ensemble, probabilities, to_images
@@ -51,6 +52,15 @@ def test_probabilities_are_those_of_the_mean_logits():
     p = probabilities(2 * logits)  # two networks that agree
     torch.testing.assert_close(p, logits.double().softmax(dim=1))
     assert p.dtype == torch.float64 and p.argmax(dim=1).tolist() == logits.argmax(dim=1).tolist()
+
+
+def test_networks_of_a_list_that_means_nothing_are_warned_of(tmp_path, monkeypatch):
+    """Whoever predicts with them, or exports them, does not see the run's own warning."""
+    run = make_trained(tmp_path / "run")
+    monkeypatch.setattr(deploy, "read_run", lambda path: path)
+    monkeypatch.setattr(deploy, "failures", lambda run: ["they guess"])
+    with pytest.warns(DivideMixWarning, match="they guess"):
+        load_ensemble(run, read_description(run))
 
 
 def test_best_and_last_are_different_networks(tmp_path):

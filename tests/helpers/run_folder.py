@@ -38,9 +38,11 @@ def make_run(
     command: str = "Train_cifar.py",
     method: str = "dividemix",
     accuracy: float = 50.0,
+    averaged: float | None = None,
     **flags,
 ) -> Path:
-    """`accuracy`: of epoch 0; each later one has one point more. flags: more of the run's settings."""
+    """`accuracy`: of epoch 0; each later one has one point more. averaged: that of averaged weights, in all epochs.
+    flags: more of the run's settings."""
     folder.mkdir(parents=True)
     divided = method == "dividemix"
     args = {"warm_up": warm_up, "method": method, "seed": 123, "p_threshold": 0.5, "r": 0.5, **flags}
@@ -57,6 +59,8 @@ def make_run(
     labels |= {"list_path": np.array(paths, np.bytes_)} if paths else {}
     np.savez(folder / "labels.npz", **labels)
     records = [record(e, accuracy + e, accuracy, divided and e >= warm_up, truth) for e in range(epochs)]
+    if averaged is not None:
+        records = [line | {f"{name}_acc_ema": averaged for name in ("test", "best", "last10")} for line in records]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
     if histograms and divided:
         lines = [{"epoch": e, "net1": histogram(truth, e), "net2": histogram(truth, e)} for e in range(warm_up, epochs)]

@@ -16,7 +16,7 @@ import dataloader_clothing1M
 import dataloader_webvision
 from dividemix import DivideMixError, noise
 from dividemix.noise import file as noise_file
-from dividemix.report import clean_labels
+from dividemix.report import clean_labels, report
 from dividemix.report import issues as label_issues
 from dividemix.run.folder import read_run
 
@@ -104,12 +104,14 @@ def test_a_list_goes_on_as_it_began(tmp_path, monkeypatch):
     paths = [b"x/%d.jpg" % i for i in range(N)]
     flags = {"command": "Train_folder.py", "paths": paths, "data_path": "my data", "truth": False}
     folder = make_run(tmp_path / "run", **flags, run_dir="first run/")
-    args = json.loads((folder / "args.json").read_text())
+    args = json.loads((folder / "args.json").read_text()) | {"program": "dividemix issues"}
     args["command"][1:] = ["--val_fraction", "0", "--data_path", "my data", "--run_dir", "first run/", "--seed", "1"]
     (folder / "args.json").write_text(json.dumps(args))
     _, command = export(folder, tmp_path / "clean")
-    words = ["my data", "--seed", "1", "--id", "clean", "--labels", str(tmp_path / "clean" / "labels.csv")]
-    assert command == ["python", "-m", "dividemix", "issues", *words, "--run_dir", "first run-corrected"]
+    words = ["my data", "--seed", "1", "--labels", str(tmp_path / "clean" / "labels.csv")]
+    assert command == ["python", "-m", "dividemix", "issues", *words, "--run_dir", "first run-clean"]
+    report.main([str(folder), "--review"])
+    assert "my data&#39; --seed 1 --corrections decisions.csv --run_dir" in (folder / "review.html").read_text()
 
 
 @pytest.mark.parametrize(

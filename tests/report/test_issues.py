@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -171,7 +170,7 @@ def test_held_out_labels_are_ranked_apart(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "accuracy_ema", "p_clean_net2", "words"),
+    ("accuracy", "averaged", "p_clean_net2", "words"),
     [
         (70.0, None, P_CLEAN, []),
         (64.0, None, P_CLEAN, ["66.7%"]),  # with the last of three epochs 66 %, no better than the largest class
@@ -181,17 +180,12 @@ def test_held_out_labels_are_ranked_apart(tmp_path):
         (50.0, 80.0, P_CLEAN, []),
     ],
 )
-def test_a_list_that_means_nothing_says_so(tmp_path, monkeypatch, accuracy, accuracy_ema, p_clean_net2, words):
+def test_a_list_that_means_nothing_says_so(tmp_path, monkeypatch, accuracy, averaged, p_clean_net2, words):
     """A run that learned nothing ends with a list, too: whoever takes its suggestions has no right labels left."""
     monkeypatch.setattr(scoring, "_LITTLE_SKILL", 0.1)
     monkeypatch.setattr(scoring, "_FEWEST", 1)
     monkeypatch.setattr(figures, "draw_all", lambda *_: {})
-    folder = make_run(tmp_path / "run", accuracy=accuracy)
-    if accuracy_ema:
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        ema = {f"{name}_acc_ema": accuracy_ema for name in ("test", "best", "last10")}
-        records = [json.dumps(json.loads(line) | ema) + "\n" for line in lines]
-        (folder / "metrics.jsonl").write_text("".join(records))
+    folder = make_run(tmp_path / "run", accuracy=accuracy, averaged=averaged)
     np.savez(folder / "label_scores.npz", **label_scores(3) | {"p_clean_net2": p_clean_net2})
     (folder / "cleaned_labels.csv").touch()  # of an earlier end
     *_, last = report.draw(folder)

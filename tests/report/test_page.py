@@ -116,6 +116,8 @@ def test_the_papers_numbers_are_those_of_the_setting(tmp_path):
     flags = {"dataset": "cifar10", "noise_mode": "sym", "r": 0.5}
     assert "best 52.00 94.6 mean of the last 10 51.00 94.4" in text_of(make_run(tmp_path / "a", **flags))
     assert "best 52.00 79.4" in text_of(make_run(tmp_path / "b", method="ce", **flags))
+    averaged = text_of(make_run(tmp_path / "averaged", averaged=61.5, **flags))  # best.pt has these weights
+    assert "best 61.50 94.6 mean of the last 10 61.50 94.4" in averaged and "61.50 last epoch" in averaged
     for name, changed in (("c", {"r": 0.45}), ("d", {"noise_definition": "exclude_self"})):
         text = text_of(make_run(tmp_path / name, **flags | changed))
         assert "paper has no result" in text and "94.6" not in text
