@@ -208,7 +208,7 @@ def test_a_run_divides_by_class_in_its_window_and_says_once_where_it_cannot():
     labels[:10] = 2
     warned: set[str] = set()
     mixture, rows = Mixture(0.5, 2, division="per_class", warned=warned), [losses, losses[::-1].copy()]
-    with pytest.warns(DivideMixWarning, match="net 2.*number 2, too"):
+    with pytest.warns(DivideMixWarning, match="net 2.*no clear second group of losses: 2;"):
         first = mixture.divide(rows[0], name="net 2", labels=labels)
     with warnings.catch_warnings(action="error"):
         Mixture(0.5, division="per_class", warned=warned).divide(rows[0], name="net 1", labels=labels)

@@ -115,7 +115,7 @@ def command(run: RunFolder, name: str, *flags: str | Path) -> str:
     place = ["--id", name] if name else []
     if folder:
         place = ["--run_dir", f"{os.path.normpath(folder)}-{name or 'corrected'}"]
-    return shlex.join(map(str, [*kept, *flags, *place]))
+    return shlex.join(map(str, [*kept, *place, *flags]))
 
 
 def started_by(run: RunFolder) -> list[str]:

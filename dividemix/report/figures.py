@@ -126,7 +126,7 @@ def draw_accuracy(axes: Axes, run: RunFolder) -> None:
         label = f"best: {accuracy[epoch]:.2f}, epoch {epoch}"
         axes.plot(epoch, accuracy[epoch], "o", color=color, markersize=7, label=label)
     if is_tested and len(ensemble) >= 10:
-        last10 = kept.iloc[-10:].mean()
+        last10 = epochs.get("last10_acc_ema", epochs["last10_acc"]).iloc[-1]
         label = f"mean of the last 10: {last10:.2f}"
         axes.plot(ensemble.index[[-10, -1]], [last10, last10], color=LINE, linewidth=1.5, label=label)
     finish_curves(axes, run, f"{kind} accuracy", f"{kind} accuracy (%)")

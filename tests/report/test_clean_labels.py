@@ -108,10 +108,10 @@ def test_a_list_goes_on_as_it_began(tmp_path, monkeypatch):
     args["command"][1:] = ["--val_fraction", "0", "--data_path", "my data", "--run_dir", "first run/", "--seed", "1"]
     (folder / "args.json").write_text(json.dumps(args))
     _, command = export(folder, tmp_path / "clean")
-    words = ["my data", "--seed", "1", "--labels", str(tmp_path / "clean" / "labels.csv")]
-    assert command == ["python", "-m", "dividemix", "issues", *words, "--run_dir", "first run-clean"]
+    words = ["my data", "--seed", "1", "--run_dir", "first run-clean", "--labels", str(tmp_path / "clean/labels.csv")]
+    assert command == ["python", "-m", "dividemix", "issues", *words]
     report.main([str(folder), "--review"])
-    assert "my data&#39; --seed 1 --corrections decisions.csv --run_dir" in (folder / "review.html").read_text()
+    assert "run-corrected&#39; --corrections decisions.csv" in (folder / "review.html").read_text()
 
 
 @pytest.mark.parametrize(
