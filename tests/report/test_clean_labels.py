@@ -40,7 +40,7 @@ def test_small_sets_get_a_noise_file(tmp_path):
     assert "3 of 15 changed" in lines[0] and "3 without a score" in lines[0]
     file = tmp_path / "clean" / "cleaned_labels.json"
     # Of the 15 labels 2 + 1 are wrong still.
-    assert command[5:] == f"--dataset digits --width=8 --noise_mode sym --r 0.3 --id clean --noise_file {file}".split()
+    assert command[5:] == f"--dataset digits --width=8 --id clean --noise_mode sym --r 0.3 --noise_file {file}".split()
     spec = noise_file.NoiseSpec("digits", "sym", 0.3, 0, 3, noise.synthetic.next_class(3))
     assert noise_file.read(file, true, spec).tolist() == [*CLEANED, 2, 2, 0]
     unknown = make_run(tmp_path / "unknown", dataset="cifar10", data_path="d", truth=False)
