@@ -156,13 +156,15 @@ def compare_with_paper(
     """The end of Train_cifar.py. official: whether the data are the published ones. -> the last line, with best and
     last accuracy (%) beside the paper's, and the paper's results by their names in result.json"""
     setting, paper = recipes.in_paper("Train_cifar.py", vars(args))
-    final = records[-1]
-    last = f"mean of the last {min(len(records), 10)}"
-    text = f"best {{:.2f}} (epoch {{}}), {last} {{:.2f}}"
-    line = text.format(final["best_acc"], best_epoch, final["last10_acc"])
+
+    def reached(suffix: str, epoch: str) -> str:
+        best, last = (records[-1][f"{name}_acc{suffix}"] for name in ("best", "last10"))
+        return f"best {best:.2f}{epoch}, mean of the last {min(len(records), 10)} {last:.2f}"
+
+    epoch = f" (epoch {best_epoch})"
+    line = reached("", epoch)
     if args.ema:  # best_epoch is that of the averaged weights
-        line = f"best {final['best_acc']:.2f}, {last} {final['last10_acc']:.2f}; averaged weights: "
-        line += text.format(final["best_acc_ema"], best_epoch, final["last10_acc_ema"])
+        line = f"{reached('', '')}; averaged weights: {reached('_ema', epoch)}"
     title = "paper:"
     if args.method == "ce":
         line += f"; net 1 alone: best {max(record['test_acc_net1'] for record in records):.2f}"
