@@ -76,6 +76,7 @@ def review_page(
     corrections = [*(run.args.get("corrections") or []), *decisions.values()]
     labels = ["--labels", run.args["labels"]] if run.args.get("labels") else []  # on which the decisions were made
     flags = *labels, "--corrections", *corrections
-    next_step = command(run, "", *flags) if run.script == "Train_folder.py" else ""
+    has_files = run.script == "Train_folder.py" and run.data_folder.is_dir()  # not of data in memory
+    next_step = command(run, "", *flags) if has_files else ""
     values = {"run": run, "issues": issues, "data": data, "name": name, "names": [*decisions], "next_step": next_step}
     return render("review.html.jinja", {}, warnings=warnings(issues), **values)

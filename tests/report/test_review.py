@@ -74,11 +74,20 @@ def test_images_come_from_files_where_the_run_has_none_and_pages_follow_each_oth
 def test_a_second_round_saves_other_files(tmp_path):
     """Its decisions would replace those of the first, which the next run needs too."""
     earlier = [str(tmp_path / "decisions.csv"), "decisions-3.csv"]
-    folder = make_run(tmp_path / "run", truth=False, command="Train_folder.py", corrections=earlier)
+    flags = {"command": "Train_folder.py", "data_path": str(tmp_path), "corrections": earlier}
+    folder = make_run(tmp_path / "run", truth=False, **flags)
     report.main([str(folder), "--review", "2"])
     pages = sorted(folder.glob("review*"), key=lambda page: len(page.name))
     assert [data_of(page)["file"] for page in pages] == ["decisions-2.csv", "decisions-4.csv"]
     assert f"--corrections {' '.join(earlier)} decisions-2.csv decisions-4.csv" in pages[1].read_text()
+
+
+def test_data_in_memory_have_no_next_command(tmp_path):
+    """It would name a folder that is gone."""
+    flags = {"command": "Train_folder.py", "data_path": str(tmp_path / "gone")}
+    folder = make_run(tmp_path / "run", truth=False, **flags)
+    report.main([str(folder), "--review"])
+    assert "--corrections" not in (folder / "review.html").read_text()
 
 
 def test_equal_images_under_two_labels_name_each_other(tmp_path):
