@@ -1,15 +1,11 @@
 """The data sets of Train_cifar.py, read into memory once per run: cifar10, cifar100, fashionmnist, digits.
 
-CIFAR's files are pickles, and reading a pickle can run any code. The unpickler here reads plain values and number
-arrays, and refuses everything else. A wrong file raises a `DivideMixError`, one line that names the file.
+CIFAR's files are pickles; `files.read_pickle` runs no code in them. A wrong file raises a `DivideMixError`, one line
+that names the file.
 """
 
 import hashlib
-import io
 import math
-import pickle
-import re
-import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dividemix import DivideMixError, noise
+from dividemix import DivideMixError, files, noise
 from dividemix.data import DeviceImages, absolute
 from dividemix.noise import NoiseSpec, noisy_labels
 from dividemix.run import Preparation, Run
@@ -158,6 +154,8 @@ def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
         return reader(_existing(path))
     except (DivideMixError, OSError):
         raise
+    except files.CodeRefused as error:
+        raise _invalid(path, str(error)) from error
     except Exception as error:  # damage can end in anything: EOFError, AssertionError, MemoryError, RecursionError ...
         raise _invalid(path, f"damaged or of another format ({error!r:.300})") from error
 
@@ -201,7 +199,7 @@ def _load_cifar(dataset: str, root: Path, download: bool) -> tuple[_Arrays, _Arr
     meta, largest = folder / source.meta["filename"], max(labels.max(initial=0) for _, labels in batches)
     class_names = [str(c) for c in range(min(int(largest), 10**6) + 1)]  # a label above a million is damage
     if meta.is_file():
-        class_names = _read(meta, _read_pickle).get(source.meta["key"])
+        class_names = _read(meta, _pickle).get(source.meta["key"])
         if not isinstance(class_names, list) or not class_names or {str} != {*map(type, class_names)}:
             raise _invalid(meta, f"no list of class names {source.meta['key']!r}")
     for path, (images, labels) in zip(paths, batches, strict=True):
@@ -213,9 +211,13 @@ def _load_cifar(dataset: str, root: Path, download: bool) -> tuple[_Arrays, _Arr
     return (np.concatenate(images), np.concatenate(labels)), batches[-1], class_names, folder, official
 
 
+def _pickle(path: Path) -> dict[Any, Any]:
+    return files.read_pickle(path.read_bytes())
+
+
 def _read_batch(path: Path, label_key: str) -> _Arrays:
     """One file: a dict with `data`, uint8 (n, 3 * side * side), each row three colour planes, and n labels."""
-    entry = _read(path, _read_pickle)
+    entry = _read(path, _pickle)
     rows, labels = entry.get("data"), entry.get(label_key)
     if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.ndim != 2 or len(rows) == 0:
         kind, shape = getattr(rows, "dtype", type(rows).__name__), getattr(rows, "shape", None)
@@ -230,76 +232,6 @@ def _read_batch(path: Path, label_key: str) -> _Arrays:
         raise _invalid(path, f"{label_key!r} is not a list of class numbers")
     images = rows.reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), labels.astype(np.int64)
-
-
-# ---- Pickles: number arrays and plain values; no code is run ----
-_ALLOWED = re.compile(  # the names that number arrays need, from numpy 1 and 2 and Python 2 and 3, in all protocols
-    r"numpy\.(ndarray|dtype|_?core\.(multiarray\.(_reconstruct|scalar)|numeric\._frombuffer))"
-    r"|_codecs\.encode|(builtins|__builtin__)\.(bytes|bytearray)"
-)
-
-
-@dataclass(eq=False)
-class _Call:
-    """Record of a function call in a pickle. Reading calls no function; `_value` works out the result afterwards."""
-
-    function: str
-    args: tuple
-    state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Unpickler(pickle._Unpickler):
-    """Imports nothing: calls of an allowed name are recorded, any other name is refused. Extends pickle's Python
-    version, since the C version allocates a table of a size that the file names (LONG_BINPUT): 64 GB for one damaged
-    byte."""
-
-    def __init__(self, path: Path):
-        super().__init__(io.BytesIO(path.read_bytes()), encoding="bytes")  # str of Python 2 stays bytes
-        self.path = path
-        self.dispatch = {**self.dispatch, pickle.BYTEARRAY8[0]: _Unpickler.load_bytearray8}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if not _ALLOWED.fullmatch(f"{module}.{name}"):
-            raise _invalid(self.path, f"it asks to run code ({module[:40]!r}, {name[:40]!r}), which is not allowed")
-        return lambda *args: _Call(name, args)
-
-    def load_bytearray8(self) -> None:  # pickle's own allocates the length in the file before it reads
-        self.append(self.read(struct.unpack("<Q", self.read(8))[0]))
-
-
-def _read_pickle(path: Path) -> dict[Any, Any]:
-    """The dict in the file: keys and names as str, arrays as np.ndarray."""
-    items = _Unpickler(path).load().items()
-    return {_value(key): [*map(_value, item)] if isinstance(item, list) else _value(item) for key, item in items}
-
-
-def _value(item: Any) -> Any:
-    """The result of a recorded call: a number, a number array, or text. Other items are returned unchanged."""
-    if isinstance(item, bytes):
-        return item.decode("latin1")
-    if not isinstance(item, _Call):
-        return item
-    if item.function in ("encode", "bytes", "bytearray"):  # encode("...", "latin1"), bytes(), or even bytes(10**12)
-        return item.args[0] if item.args else ""
-    if item.function == "_frombuffer":
-        data, dtype, shape, order, *axes = item.args
-    elif item.function == "_reconstruct":  # the opcode BUILD has set its state
-        _, shape, dtype, is_fortran, data = item.state
-        order, axes = "F" if is_fortran else "C", []
-    else:
-        (dtype, data), shape, order, axes = item.args, (), "C", []  # scalar
-    code, byte_order = _value(dtype.args[0]), _value(dtype.state[1])
-    if not re.fullmatch("b1|[iu][1248]|f[248]", code):
-        raise ValueError(f"array of {code[:20]!r}, expected numbers")
-    if isinstance(data, _Call):
-        data = _value(data).encode("latin1")
-    kind = np.dtype(code).newbyteorder(byte_order)
-    flat = np.frombuffer(data, kind) if len(data) else np.empty(0, kind)
-    array = flat.reshape(shape).transpose(*axes) if order == "K" else flat.reshape(shape, order=order)
-    return array.item() if item.function == "scalar" else array
 
 
 # ---- Fashion-MNIST and the digits ----

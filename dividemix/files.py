@@ -1,4 +1,5 @@
-"""Files that survive a crash: written completely or not at all, read with a check of their SHA-256, and locked."""
+"""Files that survive a crash: written completely or not at all, read with a check of their SHA-256, and locked. And
+pickles of others, read without running the code in them."""
 
 import contextlib
 import csv
@@ -6,8 +7,12 @@ import errno
 import hashlib
 import io
 import os
+import pickle
+import re
+import struct
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -144,3 +149,84 @@ def load_file(path: Path, sha256: str = "") -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise DivideMixError(f"checkpoint {path} cannot be read ({reason[:120]})") from error
     return state
+
+
+# ---- Pickles of others: number arrays and plain values; no code is run ----
+
+_ALLOWED = re.compile(  # the names that number arrays need, from numpy 1 and 2 and Python 2 and 3, in all protocols
+    r"numpy\.(ndarray|dtype|_?core\.(multiarray\.(_reconstruct|scalar)|numeric\._frombuffer))"
+    r"|_codecs\.encode|(builtins|__builtin__)\.(bytes|bytearray)"
+)
+
+
+class CodeRefused(ValueError):
+    """A pickle names a function or class other than those of number arrays."""
+
+
+def read_pickle(content: bytes) -> dict[Any, Any]:
+    """The dict in a pickle: keys and names as str, number arrays as np.ndarray. Raises CodeRefused; damage can end in
+    any error: EOFError, AttributeError, MemoryError, RecursionError ..."""
+    items = _Unpickler(content).load().items()
+    return {_value(key): [*map(_value, item)] if isinstance(item, list) else _value(item) for key, item in items}
+
+
+@dataclass(eq=False)
+class _Call:
+    """Record of a function call in a pickle. Reading calls no function; `_value` works out the result afterwards.
+    numpy's own functions would let a file crash the process: an array of type "O" takes the file's bytes for
+    addresses."""
+
+    function: str
+    args: tuple
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Unpickler(pickle._Unpickler):
+    """Imports nothing: calls of an allowed name are recorded, any other name is refused. Extends pickle's Python
+    version, since the C version allocates a table of a size that the file names (LONG_BINPUT): 64 GB for one damaged
+    byte."""
+
+    append: Any  # of pickle's, which its type stubs lack
+    read: Any
+
+    def __init__(self, content: bytes):
+        super().__init__(io.BytesIO(content), encoding="bytes")  # str of Python 2 stays bytes
+        self.dispatch = {**self.dispatch, pickle.BYTEARRAY8[0]: _Unpickler.load_bytearray8}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if not _ALLOWED.fullmatch(f"{module}.{name}"):
+            raise CodeRefused(f"it asks to run code ({module[:40]!r}, {name[:40]!r}), which is not allowed")
+        return lambda *args: _Call(name, args)
+
+    def load_bytearray8(self) -> None:  # pickle's own allocates the length in the file before it reads
+        self.append(self.read(struct.unpack("<Q", self.read(8))[0]))
+
+
+def _value(item: Any) -> Any:
+    """The result of a recorded call: a number, a number array, or text. Other items are returned unchanged."""
+    if isinstance(item, bytes):
+        return item.decode("latin1")
+    if not isinstance(item, _Call):
+        return item
+    if item.function in ("encode", "bytes", "bytearray"):  # encode("...", "latin1"), bytes(), or even bytes(10**12)
+        return item.args[0] if item.args else ""
+    order: Any
+    if item.function == "_frombuffer":
+        data, dtype, shape, order, *axes = item.args
+    elif item.function == "_reconstruct":  # the opcode BUILD has set its state
+        _, shape, dtype, is_fortran, data = item.state
+        order, axes = "F" if is_fortran else "C", []
+    else:
+        (dtype, data), shape, order, axes = item.args, (), "C", []  # scalar
+    code, byte_order = _value(dtype.args[0]), _value(dtype.state[1])
+    if not re.fullmatch("b1|[iu][1248]|f[248]", code):
+        raise ValueError(f"array of {code[:20]!r}, expected numbers")
+    if isinstance(data, _Call):
+        data = _value(data).encode("latin1")
+    kind = np.dtype(code).newbyteorder(byte_order)
+    flat = np.frombuffer(data, kind) if len(data) else np.empty(0, kind)
+    array = flat.reshape(shape).transpose(*axes) if order == "K" else flat.reshape(shape, order=order)
+    return array.item() if item.function == "scalar" else array

@@ -6,17 +6,14 @@ Annotations", ICLR 2022. The file is written by torch.save: a dict of int64 arra
 
 import io
 import re
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from dividemix import DivideMixError
-from dividemix.files import read_file
+from dividemix import DivideMixError, files
 
 TRUTH = "clean_label"
 _KEYS = {  # random: three people's labels; aggre: their majority; worse: a wrong one of the three, if there is one
@@ -70,63 +67,31 @@ def _invalid(path: Path, problem: str) -> DivideMixError:
     return DivideMixError(f"noise file {path}: {problem}: name a good copy with --noise_file ({_PUBLISHED})")
 
 
-# ---- The file: torch.load with weights_only, which accepts the names that arrays need and no others ----
-
-
-class _Recorded:
-    """Takes the place of numpy's classes and functions while a file is read: it records their arguments, no more.
-
-    Numpy's own would let a file crash the process: an ndarray of type "O" takes the file's bytes for pointers, and an
-    array whose contents are set twice frees the memory of a tensor that was made from it in between.
-    """
-
-    def __init__(self, *args: Any) -> None:
-        self.args = args
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-_NAMES = "ndarray", "dtype", "_core.multiarray._reconstruct", "core.multiarray._reconstruct"  # of numpy 2 and numpy 1
-_ALLOWED: list[Any] = [(_Recorded, f"numpy.{name}") for name in _NAMES]
-
-
 def _load(path: Path, n: int) -> dict[Any, Any]:
     """The dict in the file, with any entries. `n`: the number of labels in an array, for a limit on the file's size."""
     try:
-        content = read_file(path)
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # what torch.save writes
-            # The published files have 48 bytes a sample.
-            if sum(entry.file_size for entry in archive.infolist()) > 2**20 + 256 * n:
+        with zipfile.ZipFile(io.BytesIO(files.read_file(path))) as archive:  # what torch.save writes
+            entries = archive.infolist()
+            if sum(entry.file_size for entry in entries) > 2**20 + 256 * n:  # the published files: 48 bytes a sample
                 raise _invalid(path, f"far too large for {n} labels once unpacked")
-        with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about an unusual pickle protocol: the file is read, or an error is raised
-            arrays = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            [entry] = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+            return files.read_pickle(archive.read(entry))
     except DivideMixError:
         raise
     except OSError as error:
         raise DivideMixError(f"noise file {path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # damage can end in anything: BadZipFile, UnpicklingError, KeyError, MemoryError ...
-        if refused := re.search(r"GLOBAL ([\w.]{1,60})", str(error)):
-            raise _invalid(path, f"it asks for {refused[1]!r}, which is not allowed; no code was run") from error
-        raise _invalid(path, "damaged, or not a file of int64 arrays that torch.save wrote") from error
-    if not isinstance(arrays, dict):
-        raise _invalid(path, "expected one dict of arrays, found something else")
-    return arrays
+    except files.CodeRefused as error:
+        raise _invalid(path, str(error)) from error
+    except Exception as error:  # damage can end in anything: BadZipFile, KeyError, MemoryError ...
+        raise _invalid(path, "damaged, or not a dict of number arrays that torch.save wrote") from error
 
 
-def _labels(path: Path, name: str, array: Any, n: int, num_class: int) -> NDArray[np.int64]:
-    """(n,) int64 from the recorded arguments of an array, checked: type, length, range."""
-    try:
-        _version, shape, dtype, _fortran, data = array.state
-        code, order = dtype.args[0], dtype.state[1]
-        labels = np.frombuffer(data, f"{order}i8").astype(np.int64)
-        if code != "i8" or order not in ("<", ">") or shape != labels.shape:
-            raise TypeError
-    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
-        raise _invalid(path, f"{name!r} is not an array (N,) of int64 numbers") from error
+def _labels(path: Path, name: str, labels: Any, n: int, num_class: int) -> NDArray[np.int64]:
+    """(n,) int64, checked: type, length, range."""
+    if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise _invalid(path, f"{name!r} is not an array (N,) of whole numbers")
     if len(labels) != n:
         raise _invalid(path, f"{name!r} has {len(labels)} labels, the data set {n} training samples")
     if n and not 0 <= labels.min() <= labels.max() < num_class:
         raise _invalid(path, f"{name!r} has labels outside 0..{num_class - 1}")
-    return labels
+    return labels.astype(np.int64)

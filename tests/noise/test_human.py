@@ -27,8 +27,7 @@ def refused(file, *expected: str) -> None:
 
 
 def test_the_published_format_and_what_torch_saves_are_read(file):
-    """The published files name numpy 1's functions, new ones numpy 2's; neither may stay allowed elsewhere."""
-    allowed = set(torch.serialization.get_safe_globals())
+    """The published files name numpy 1's functions, new ones numpy 2's."""
     for numpy1 in (True, False):
         make_human(file, SOUND, numpy1)
         np.testing.assert_array_equal(read(file, "worse_label", TRUTH, 10), NOISY)
@@ -37,7 +36,6 @@ def test_the_published_format_and_what_torch_saves_are_read(file):
     assert labels.tolist() == NOISY.tolist() and labels.dtype == np.int64
     make_human(file, {"clean_label": TRUTH})
     refused(file)
-    assert set(torch.serialization.get_safe_globals()) == allowed
 
 
 FAULTS = {
@@ -48,10 +46,10 @@ FAULTS = {
     "no such labels": ({"clean_label": TRUTH, "noisy_label": NOISY}, "clean_label, noisy_label"),
     "keys that cannot be shown": ({"a\nb": TRUTH, 3: TRUTH}, "'clean_label'"),
     "two axes": ({**SOUND, "worse_label": NOISY.reshape(4, 10)}, "'worse_label'"),
-    "fractions": ({**SOUND, "worse_label": NOISY / 2}, "int64"),
+    "fractions": ({**SOUND, "worse_label": NOISY / 2}, "whole numbers"),
     "no dict": (list(SOUND.values()), "dict"),
     "a list": ({**SOUND, "worse_label": NOISY.tolist()}, "'worse_label'"),
-    "an array without contents": ({**SOUND, "worse_label": Call(np.ndarray, (40,))}, "'worse_label'"),
+    "an array without contents": ({**SOUND, "worse_label": Call(np.ndarray, (40,))}, "damaged"),
 }
 
 
@@ -66,11 +64,10 @@ def test_labels_that_cannot_be_these_are_refused(file, entry, expected):
     ("content", "expected"),
     [
         (torch_archive(pickled(SOUND))[:-30], "damaged"),
-        (torch_archive(pickled(SOUND, protocol=4)), "damaged"),  # torch.load knows protocol 2
         (pickled(SOUND), "damaged"),
         (torch_archive(pickled({"a": "x" * 10**8}), zipfile.ZIP_DEFLATED), "too large"),
     ],
-    ids=["cut", "protocol", "no archive", "100 MB packed into 100 kB"],
+    ids=["cut", "no archive", "100 MB packed into 100 kB"],
 )
 def test_damaged_files_are_refused(file, recwarn, content, expected):
     """Else half a download ends in a stack trace, or 100 kB fill the memory."""
@@ -84,13 +81,13 @@ def test_code_in_a_file_is_not_run(file, tmp_path):
     """A label file from anywhere would run programs on its users' computers."""
     marker = tmp_path / "marker"
     for name, call in (
-        ("posix.mkdir", Call(os.mkdir, str(marker))),
-        ("eval", Call(eval, f"open({str(marker)!r}, 'w')")),
-        ("torch.serialization.load", Call(torch.load, str(marker))),
-        ("numpy.dtypes.Int64DType", Call(np.dtypes.Int64DType)),
+        ("'posix', 'mkdir'", Call(os.mkdir, str(marker))),
+        ("'eval'", Call(eval, f"open({str(marker)!r}, 'w')")),
+        ("'torch.serialization', 'load'", Call(torch.load, str(marker))),
+        ("'numpy.dtypes', 'Int64DType'", Call(np.dtypes.Int64DType)),
     ):
         file.write_bytes(torch_archive(pickled({**SOUND, "worse_label": call})))
-        refused(file, f"'{name}'")
+        refused(file, name)
         assert not marker.exists()
 
 
