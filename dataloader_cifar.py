@@ -154,10 +154,12 @@ def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
         return reader(_existing(path))
     except (DivideMixError, OSError):
         raise
-    except files.CodeRefused as error:
-        raise _invalid(path, str(error)) from error
     except Exception as error:  # damage can end in anything: EOFError, AssertionError, MemoryError, RecursionError ...
         raise _invalid(path, f"damaged or of another format ({error!r:.300})") from error
+
+
+def _read_pickle(path: Path, *names: str) -> dict[Any, Any]:
+    return _read(path, lambda path: files.read_pickle(path.read_bytes(), *names))
 
 
 def _invalid(path: Path, problem: str) -> DivideMixError:
@@ -199,7 +201,7 @@ def _load_cifar(dataset: str, root: Path, download: bool) -> tuple[_Arrays, _Arr
     meta, largest = folder / source.meta["filename"], max(labels.max(initial=0) for _, labels in batches)
     class_names = [str(c) for c in range(min(int(largest), 10**6) + 1)]  # a label above a million is damage
     if meta.is_file():
-        class_names = _read(meta, _pickle).get(source.meta["key"])
+        class_names = _read_pickle(meta, source.meta["key"]).get(source.meta["key"])
         if not isinstance(class_names, list) or not class_names or {str} != {*map(type, class_names)}:
             raise _invalid(meta, f"no list of class names {source.meta['key']!r}")
     for path, (images, labels) in zip(paths, batches, strict=True):
@@ -211,13 +213,9 @@ def _load_cifar(dataset: str, root: Path, download: bool) -> tuple[_Arrays, _Arr
     return (np.concatenate(images), np.concatenate(labels)), batches[-1], class_names, folder, official
 
 
-def _pickle(path: Path) -> dict[Any, Any]:
-    return files.read_pickle(path.read_bytes())
-
-
 def _read_batch(path: Path, label_key: str) -> _Arrays:
     """One file: a dict with `data`, uint8 (n, 3 * side * side), each row three colour planes, and n labels."""
-    entry = _read(path, _pickle)
+    entry = _read_pickle(path, "data", label_key)
     rows, labels = entry.get("data"), entry.get(label_key)
     if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.ndim != 2 or len(rows) == 0:
         kind, shape = getattr(rows, "dtype", type(rows).__name__), getattr(rows, "shape", None)

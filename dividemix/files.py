@@ -159,47 +159,88 @@ _ALLOWED = re.compile(  # the names that number arrays need, from numpy 1 and 2 
 )
 
 
-class CodeRefused(ValueError):
-    """A pickle names a function or class other than those of number arrays."""
+def read_pickle(content: bytes, *names: str) -> dict[Any, Any]:
+    """The dict in a pickle: text as str, number arrays as np.ndarray. Only the entries `names` have their values, the
+    others None. The dict may take 70 times the memory of the pickle. Raises ValueError for a name of other code; damage
+    can end in any error: EOFError, AttributeError, MemoryError, RecursionError ..."""
+    entries = _Dict()
+    for key, item in _Unpickler(content).load().items():
+        entries[_value(key)] = item
+    return {key: _entry(item) if key in names else None for key, item in entries.items()}
 
 
-def read_pickle(content: bytes) -> dict[Any, Any]:
-    """The dict in a pickle: keys and names as str, number arrays as np.ndarray. Raises CodeRefused; damage can end in
-    any error: EOFError, AttributeError, MemoryError, RecursionError ..."""
-    items = _Unpickler(content).load().items()
-    return {_value(key): [*map(_value, item)] if isinstance(item, list) else _value(item) for key, item in items}
+def _entry(item: Any) -> Any:
+    if not isinstance(item, list):
+        return _value(item)
+    values: dict[int, Any] = {}  # a list may have one object millions of times
+    for part in item:
+        if id(part) not in values:
+            values[id(part)] = _value(part)
+            if isinstance(values[id(part)], np.ndarray):
+                raise ValueError("an array in a list")
+    return [values[id(part)] for part in item]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class _Call:
-    """Record of a function call in a pickle. Reading calls no function; `_value` works out the result afterwards.
-    numpy's own functions would let a file crash the process: an array of type "O" takes the file's bytes for
-    addresses."""
+    """Stands for a function in a pickle, and for the call of it. Reading calls no function; `_value` works out the
+    result afterwards. numpy's own would let a file crash the process: arrays of type "O" take its bytes for addresses.
+    """
 
     function: str
-    args: tuple
+    args: tuple = ()
     state: Any = None
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
 
+class _Dict(dict):
+    """Takes no keys whose hashes can crash or stop the process, such as tuples of tuples of tuples ..."""
+
+    __slots__ = ()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not (isinstance(key, str | bytes | _Call) or (isinstance(key, int) and abs(key) < 2**60)):
+            raise ValueError("a key that is no text and no whole number")
+        super().__setitem__(key, value)
+
+
 class _Unpickler(pickle._Unpickler):
-    """Imports nothing: calls of an allowed name are recorded, any other name is refused. Extends pickle's Python
+    """Imports nothing: allowed names and their calls are recorded, any other name is refused. Extends pickle's Python
     version, since the C version allocates a table of a size that the file names (LONG_BINPUT): 64 GB for one damaged
     byte."""
 
-    append: Any  # of pickle's, which its type stubs lack
+    stack: Any  # of pickle's, which its type stubs lack
+    append: Any
     read: Any
+    pop_mark: Any
 
     def __init__(self, content: bytes):
         super().__init__(io.BytesIO(content), encoding="bytes")  # str of Python 2 stays bytes
-        self.dispatch = {**self.dispatch, pickle.BYTEARRAY8[0]: _Unpickler.load_bytearray8}
+        own = {pickle.REDUCE: _Unpickler.load_reduce, pickle.BYTEARRAY8: _Unpickler.load_bytearray8}
+        own |= {pickle.EMPTY_DICT: _Unpickler.load_empty_dictionary, pickle.DICT: _Unpickler.load_dict}
+        self.dispatch = self.dispatch | {opcode[0]: load for opcode, load in own.items()}
+        for opcode in (pickle.EMPTY_SET, pickle.FROZENSET):  # they hash their elements
+            del self.dispatch[opcode[0]]
 
     def find_class(self, module: str, name: str) -> Any:
         if not _ALLOWED.fullmatch(f"{module}.{name}"):
-            raise CodeRefused(f"it asks to run code ({module[:40]!r}, {name[:40]!r}), which is not allowed")
-        return lambda *args: _Call(name, args)
+            raise ValueError(f"it asks for {module[:40]}.{name[:40]}: no code is run")
+        return _Call(name)
+
+    def load_reduce(self) -> None:
+        args, function = self.stack.pop(), self.stack.pop()
+        self.append(_Call(function.function, args))
+
+    def load_empty_dictionary(self) -> None:
+        self.append(_Dict())
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append(_Dict())
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            self.stack[-1][key] = value
 
     def load_bytearray8(self) -> None:  # pickle's own allocates the length in the file before it reads
         self.append(self.read(struct.unpack("<Q", self.read(8))[0]))
@@ -222,11 +263,11 @@ def _value(item: Any) -> Any:
     else:
         (dtype, data), shape, order, axes = item.args, (), "C", []  # scalar
     code, byte_order = _value(dtype.args[0]), _value(dtype.state[1])
-    if not re.fullmatch("b1|[iu][1248]|f[248]", code):
+    if not re.fullmatch("b1|[iu][1248]|f[248]", code) or byte_order not in ("<", ">", "|", "="):
         raise ValueError(f"array of {code[:20]!r}, expected numbers")
     if isinstance(data, _Call):
         data = _value(data).encode("latin1")
-    kind = np.dtype(code).newbyteorder(byte_order)
-    flat = np.frombuffer(data, kind) if len(data) else np.empty(0, kind)
+    flat = np.frombuffer(data, np.dtype(code).newbyteorder(byte_order)) if len(data) else np.empty(0, code)
+    shape, axes = tuple(shape), [*map(tuple, axes)]  # numpy shows others in its errors, which may take for ever
     array = flat.reshape(shape).transpose(*axes) if order == "K" else flat.reshape(shape, order=order)
     return array.item() if item.function == "scalar" else array

@@ -188,7 +188,7 @@ REFUSED += [
         b"}(U\x04datacnumpy\nndarray\n((I1000000\nI1000000\nttRs.",
         b"}(U\x04datacnumpy.core.multiarray\n_reconstruct\n}U\x08__call__NsbS'x'\ns.",
         pickle.dumps(batch(), 5)[:9000],
-        b"\x96\xff\xff\xff\xff\xff\xff\xff\x7f.",  # a length
+        b"\x96" + struct.pack("<Q", 10**9) + b".",  # a length
         b"}r\x00\x00\x00\x04.",  # a memo index
         b"](h\x00h\x00h\x00e.",
         odd_array((10**9, 10**9), "u1", b"a"),

@@ -1,5 +1,6 @@
 """Files: what is written is complete or not there, and nothing that is read runs code or waits for ever."""
 
+import contextlib
 import errno
 import hashlib
 import multiprocessing
@@ -7,9 +8,10 @@ import os
 import tracemalloc
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
-from helpers.data import Call
+from helpers.data import Call, pickled
 from helpers.runs import assert_equal, full
 
 from dividemix import DivideMixError, files
@@ -124,3 +126,68 @@ def test_a_lock_is_not_held_on_by_workers(tmp_path):
     finally:
         stop.set()
         worker.join()
+
+
+# ---- Pickles from elsewhere ----
+
+
+def forged_arrays() -> list[bytes]:
+    """Arrays whose 640 bytes numpy would take for addresses, or whose parts are of another kind."""
+    addresses, empty = np.arange(1, 81).tobytes(), np._core.multiarray._reconstruct
+    forged = Call(np.dtype, "i8", False, True, state=(3, "<", None, None, None, -1, -1, 63))
+    tame = Call(np.dtype, "O", False, True, state=(3, "|", None, None, None, -1, -1, 0))
+    types = ["O", "O8", "V8,O", "(1,)O", "V8", forged, tame, Call(np.dtype, "O"), Call(np.dtype, [("a", "O")])]
+    calls = [Call(np.ndarray, (40,), kind, addresses) for kind in types]
+    calls += [Call(empty, np.ndarray, (40,), kind, state=(1, (40,), kind, False, addresses)) for kind in types]
+    sound = Call(np.dtype, "i8", False, True, state=(3, "<", None, None, None, -1, -1, 0))
+    wide, many = (), addresses * 1_600  # 1 MB
+    for _ in range(60):
+        wide = (wide, wide)
+
+    def array(shape: object, data: bytes = addresses) -> Call:
+        return Call(empty, np.ndarray, (0,), "b", state=(1, shape, sound, False, data))
+
+    calls += map(array, [{"a": wide}, (-2,), (10**30,), ("a",), None])
+    calls.append(Call(np._core.numeric._frombuffer, addresses, sound, (80,), "K", {"a": wide}))
+    calls.append([array((len(many) // 8,), many) for _ in range(5_000)])
+    return [pickled({"a": call}) for call in calls]
+
+
+DEEP = b")" + b"\x85" * 200_000  # a tuple in a tuple in a tuple ...
+WIDE = b"N" + b"2\x86" * 60  # a tuple of two tuples of two ...: 2 ** 60 elements to hash or show
+ARRAY, MILLION = b"cnumpy\nndarray\n", (10**6).to_bytes(4, "little")
+EQUAL_HASHES = b"".join(b"\x8a\x10" + (k * (2**61 - 1)).to_bytes(16, "little") + b"N" for k in range(1, 200_000))
+HOSTILE = {
+    "deep key": b"}" + DEEP + b"Ns.",
+    "deep key as text": b"}c_codecs\nencode\n" + DEEP + b"\x85RNs.",
+    "wide key": b"}" + WIDE + b"Ns.",
+    "wide key, dict at once": b"(" + WIDE + b"Nd.",
+    "keys of equal hash": b"}(" + EQUAL_HASHES + b"u.",
+    "set": b"\x80\x04\x8f(" + DEEP + b"\x90.",
+    "frozen set": b"\x80\x04(" + DEEP + b"\x91.",
+    "chain of functions": ARRAY + (b"q\x00" + ARRAY + b"N}U\x07__doc__h\x00s\x86b") * 50_000 + b".",
+    "copies of arguments": b"]" + ARRAY + b"q\x00(" + b"N" * 10**6 + b"tq\x01" + b"h\x00h\x01R" * 10**4 + b".",
+    "copies of text": b"}U\x01a](T" + MILLION + b"x" * 10**6 + b"q\x00" + b"h\x00" * 10**6 + b"es.",
+}
+
+
+def test_no_pickle_crashes_or_stops_the_process(tmp_path):
+    """A file of 300 bytes ends a night's queue, or fills the memory. numpy's own ndarray of objects takes bytes of a
+    file for addresses, and crashes or runs what lies there."""
+    contents = [*HOSTILE.values(), *forged_arrays()]
+
+    def read_all() -> None:
+        import resource  # Windows has none
+
+        limit = 4 * 2**30
+        resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        for number, content in enumerate(contents):
+            with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError):  # not MemoryError
+                files.read_pickle(content, "a")
+            (tmp_path / f"{number}").touch()
+
+    process = multiprocessing.get_context("fork").Process(target=read_all)
+    process.start()
+    process.join()
+    assert process.exitcode == 0 and len(list(tmp_path.iterdir())) == len(contents)

@@ -50,7 +50,7 @@ def read(path: Path, key: str, truth: NDArray[np.int64], num_class: int) -> NDAr
 
     Raises DivideMixError naming the file and what is wrong with it. No code in the file is run.
     """
-    arrays = _load(path, len(truth))
+    arrays = _load(path, len(truth), TRUTH, key)
     for name in (TRUTH, key):
         if name not in arrays:
             printable = [name for name in arrays if isinstance(name, str) and re.fullmatch(r"\w{1,40}", name)]
@@ -67,23 +67,23 @@ def _invalid(path: Path, problem: str) -> DivideMixError:
     return DivideMixError(f"noise file {path}: {problem}: name a good copy with --noise_file ({_PUBLISHED})")
 
 
-def _load(path: Path, n: int) -> dict[Any, Any]:
-    """The dict in the file, with any entries. `n`: the number of labels in an array, for a limit on the file's size."""
+def _load(path: Path, n: int, *names: str) -> dict[Any, Any]:
+    """The dict in the file, with the arrays `names`. n: the number of labels in an array, to limit the file's size."""
     try:
+        if path.stat().st_size > 2**20 + 100 * n:  # the published files: 48 bytes a sample
+            raise _invalid(path, f"far too large for {n} labels")
         with zipfile.ZipFile(io.BytesIO(files.read_file(path))) as archive:  # what torch.save writes
-            entries = archive.infolist()
-            if sum(entry.file_size for entry in entries) > 2**20 + 256 * n:  # the published files: 48 bytes a sample
-                raise _invalid(path, f"far too large for {n} labels once unpacked")
-            [entry] = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
-            return files.read_pickle(archive.read(entry))
+            [entry] = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError("compressed")
+            return files.read_pickle(archive.read(entry), *names)
     except DivideMixError:
         raise
     except OSError as error:
         raise DivideMixError(f"noise file {path} cannot be read: {error.strerror or error}") from error
-    except files.CodeRefused as error:
-        raise _invalid(path, str(error)) from error
     except Exception as error:  # damage can end in anything: BadZipFile, KeyError, MemoryError ...
-        raise _invalid(path, "damaged, or not a dict of number arrays that torch.save wrote") from error
+        problem = "damaged, or not a dict of number arrays that torch.save wrote"
+        raise _invalid(path, f"{problem} ({error!r:.200})") from error
 
 
 def _labels(path: Path, name: str, labels: Any, n: int, num_class: int) -> NDArray[np.int64]:

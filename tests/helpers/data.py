@@ -72,12 +72,14 @@ def write_pickle(path: Path, *arguments, **keywords) -> Path:
     return path
 
 
-def torch_archive(content: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
-    """A pickle as torch.save puts it into a file."""
+def torch_archive(content: bytes, compression: int = zipfile.ZIP_STORED, second: str = "") -> bytes:
+    """A pickle as torch.save puts it into a file. second: another name for the same pickle."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as archive:
         archive.writestr("archive/data.pkl", content)
         archive.writestr("archive/version", "3\n")
+        if second:
+            archive.writestr(second, content)
     return file.getvalue()
 
 
