@@ -375,7 +375,7 @@ def test_a_division_by_class_gets_the_given_labels(tiny_images, monkeypatch):
 @pytest.mark.parametrize("limit", [2**30, 0], ids=["float32", "float16"])
 def test_probabilities_are_averaged_over_networks_and_epochs(tiny_images, monkeypatch, limit):
     """Else the label list is made from one network, or from one epoch, or it changes how the samples are divided."""
-    monkeypatch.setattr(scoring, "_HALF_FROM", limit)
+    monkeypatch.setattr(scoring, "HALF_FROM", limit)
     data, mean, expected = placed(Runtime(CPU, eval_batch_size=7), tiny_images), scoring.MeanProbabilities(), 0
     x, _ = next(iter(tiny_images.eval_batches(24)))
     for _ in range(2):

@@ -7,7 +7,7 @@ from dividemix.data import check, duplicates
 from dividemix.data.check import usable
 from dividemix.data.corrections import correct
 from dividemix.data.device import PAD, DeviceImages, plan_mixmatch
-from dividemix.data.features import FeatureSet
+from dividemix.data.features import HALF_FROM, FeatureSet
 from dividemix.data.images import MISSING, READING, BadImage, Views, describe_changes, opened, shown
 from dividemix.data.lists import (
     IMAGE_SUFFIXES,

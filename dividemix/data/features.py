@@ -23,7 +23,7 @@ from dividemix.runtime import Batches, Runtime, is_out_of_memory
 
 _FORMAT = 2  # of the files; another number makes another file
 _BATCH = 50  # images that go through the network at once
-_HALF_FROM = 2**30  # bytes: larger sets of features are float16
+HALF_FROM = 2**30  # bytes: larger sets of features, or of probabilities, are float16
 
 
 class FeatureSet(DeviceImages):
@@ -175,7 +175,7 @@ def _stored(
     begin = time.perf_counter()
     features = as_views(make(net, images, num_views), f"the network's features of {images.name}")
     seconds = time.perf_counter() - begin
-    if features.nbytes > _HALF_FROM:
+    if features.nbytes > HALF_FROM:
         features = as_views(features.astype(np.float16), f"the network's features of {images.name} in float16")
     with store.writing("the features", path), atomic_file(path) as file:
         np.save(file, features)

@@ -1,15 +1,18 @@
-"""The lines of the log files and of the console, made from an epoch's record, for each training script.
+"""An epoch's record, and the lines of the log files and of the console made from it, for each training script.
 
 acc.txt and stats.txt have the formats of the authors' scripts, so that existing scripts can plot them. metrics.jsonl
 has the records themselves. The console gets one line an epoch."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dividemix.codivide import Division
 
 Record = dict[str, Any]  # metrics of one epoch, a flat dictionary
 
@@ -49,6 +52,14 @@ def of_averages(record: Record) -> Record:
     return record | {name.removesuffix("_ema"): record[name] for name in record if name.endswith("_ema")}
 
 
+def last10(records: list[Record]) -> float:
+    """The mean test accuracy of the last 10 epochs, or of all if there are fewer: the paper's 'last'."""
+    return float(np.mean([record["test_acc"] for record in records[-10:]]))
+
+
+# ---- Numbers of an epoch ----
+
+
 def training(
     divisions: Sequence, terms: Sequence, truly_clean: NDArray[np.bool_] | None = None, unlabeled_loss: bool = False
 ) -> Record:
@@ -72,9 +83,18 @@ def training(
     return record
 
 
-def last10(records: list[Record]) -> float:
-    """The mean test accuracy of the last 10 epochs, or of all if there are fewer: the paper's 'last'."""
-    return float(np.mean([record["test_acc"] for record in records[-10:]]))
+def without_nan(record: Record) -> Record:
+    """With None (null in JSON) instead of NaN and infinity, which JSON does not have."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
+def score_arrays(k: int, division: Division, index: NDArray | None = None) -> dict[str, NDArray]:
+    """The content of scores/epoch_NNN.npz for net k (0 or 1): raw and normalised loss, clean probability, prediction
+    (n,); the mixture (2,). index (n,): their rows in the training list, if not all samples were divided."""
+    names = ("raw_loss", "loss", "clean_probability", "means", "variances", "weights", "threshold")
+    arrays = {name: np.asarray(getattr(division, name)) for name in names}
+    arrays |= {"prediction": division.prediction.astype(np.int32)} | ({} if index is None else {"index": index})
+    return {f"{name}_net{k + 1}": value for name, value in arrays.items()}
 
 
 # ---- Lines of files ----

@@ -285,7 +285,7 @@ class Run:
             histogram: dict[str, Any] = {"epoch": self.epoch}
             for k, division in enumerate(divisions):
                 if division:
-                    scores |= score_arrays(k, division, index[k] if index else None)
+                    scores |= logs.score_arrays(k, division, index[k] if index else None)
                     histogram[f"net{k + 1}"] = histograms.count(division, self._truly_clean)
             self.histograms += [histogram] if scores else []
             history = {"records": list(self.records), "histograms": list(self.histograms)}
@@ -298,7 +298,7 @@ class Run:
         phase = "train" if any(divisions) else "ce" if self.mixmatch.warm_up == math.inf else "warmup"
         record = {"epoch": self.epoch, "phase": phase, "lr": lr, **accuracy}
         record |= logs.training(divisions, losses, self._truly_clean, self.mixmatch.unlabeled_loss)
-        return without_nan(record | {k: round(v, 3) for k, v in self.seconds.items()})
+        return logs.without_nan(record | {k: round(v, 3) for k, v in self.seconds.items()})
 
     def _wait(self) -> None:
         """Wait until the last finished epoch is written."""
@@ -391,7 +391,7 @@ class Run:
         result.json and, if the script's format has one, the last line of acc.txt. first_equal gives
         `duplicates.first_equal` of these samples, once they were read. -> the last record with `results` and run_dir,
         None instead of NaN. A second call writes the same again."""
-        final = without_nan({**self.records[-1], **results, "run_dir": str(self.folder)})
+        final = logs.without_nan({**self.records[-1], **results, "run_dir": str(self.folder)})
         self.say(line)
         if train is not None and not self.args.no_label_scores:  # before result.json, which marks a finished run
             self._score_labels(train, held_out, first_equal)
@@ -476,20 +476,3 @@ def set_aside(folder: Path) -> Path:
         target, k = folder.with_name(f"{folder.name}.{stamp}-{k}"), k + 1
     folder.rename(target)
     return target
-
-
-# ---- Numbers of an epoch ----
-
-
-def without_nan(record: dict[str, Any]) -> dict[str, Any]:
-    """With None (null in JSON) instead of NaN and infinity, which JSON does not have."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-
-
-def score_arrays(k: int, division: Division, index: NDArray | None = None) -> dict[str, NDArray]:
-    """The content of scores/epoch_NNN.npz for net k (0 or 1): raw and normalised loss, clean probability, prediction
-    (n,); the mixture (2,). index (n,): their rows in the training list, if not all samples were divided."""
-    names = ("raw_loss", "loss", "clean_probability", "means", "variances", "weights", "threshold")
-    arrays = {name: np.asarray(getattr(division, name)) for name in names}
-    arrays |= {"prediction": division.prediction.astype(np.int32)} | ({} if index is None else {"index": index})
-    return {f"{name}_net{k + 1}": value for name, value in arrays.items()}

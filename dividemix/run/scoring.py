@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dividemix import DivideMixError, warn
 from dividemix.codivide import Mixture, clean_probability
-from dividemix.data import FeatureSet
+from dividemix.data import HALF_FROM, FeatureSet
 from dividemix.engine import DataSet, Phase
 from dividemix.files import write_arrays
 from dividemix.run.folder import RunFolder, load, parse_arrays
@@ -40,9 +40,6 @@ _LITTLE_SKILL, _LITTLE_AGREEMENT, _FEWEST = 0.1, 0.25, 50
 _LITTLE_LABELS, _CHECKED = 0.05, 5_000  # kappa; samples of the check by neighbours: it takes about a second
 
 
-_HALF_FROM = 2**30  # bytes: larger mean probabilities are float16
-
-
 @dataclass
 class MeanProbabilities:
     """The probabilities of N samples, averaged over all scoring passes of both networks so far. The label list is made
@@ -54,7 +51,7 @@ class MeanProbabilities:
     def add(self, probability: Tensor) -> None:
         if self.mean is None or self.mean.shape != probability.shape:  # the run goes on without damaged images
             self.count = 0
-            dtype = torch.float16 if probability.nbytes > _HALF_FROM else torch.float32
+            dtype = torch.float16 if probability.nbytes > HALF_FROM else torch.float32
             self.mean = torch.zeros_like(probability, dtype=dtype)
         self.count += 1
         self.mean += (probability - self.mean) / self.count

@@ -232,7 +232,7 @@ def test_features_are_made_once_for_the_same_images_network_and_views(lists, tmp
     net.seen = 0
     changed, _ = of_network(net, lists, folder)
     assert net.seen == 3 * 8 and not np.array_equal(changed["test"], first["test"])
-    monkeypatch.setattr(features, "_HALF_FROM", 1000)
+    monkeypatch.setattr(features, "HALF_FROM", 1000)
     halves, _ = of_network(net, lists, tmp_path / "halves")
     assert halves["train"].dtype == np.float16
     np.testing.assert_allclose(halves["train"], first["train"], rtol=1e-3, atol=1e-3)

@@ -33,6 +33,9 @@ def test_the_published_format_and_what_torch_saves_are_read(file):
     torch.save({**SOUND, "worse_label": NOISY.astype(">i8")}, file)
     labels = read(file, "worse_label", TRUTH, 10)
     assert labels.tolist() == NOISY.tolist() and labels.dtype == np.int64
+    truth = np.tile(TRUTH, 500)
+    make_human(file, {"clean_label": truth, "worse_label": truth, **{f"label{k}": truth for k in range(24)}})
+    assert read(file, "worse_label", truth, 10).tolist() == truth.tolist()
     make_human(file, {"clean_label": TRUTH})
     refused(file)
 
